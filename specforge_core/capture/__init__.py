@@ -1,0 +1,1 @@
+"""From conversations to stored hidden states: engines, shards, manifest, verification."""

@@ -1,0 +1,246 @@
+"""The run config: core sections, plus one strategy section owned by a plugin.
+
+Two passes: `strategy.name` picks the plugin, whose own model then validates the
+`strategy:` section; the core validates the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from .errors import ConfigError
+from .strategy import Strategy
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class Section(BaseModel):
+    """Base of every section: no unknown keys, no changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StrategyConfig(Section):
+    """Base of every strategy's own section.  `name` selects the plugin."""
+
+    name: str
+
+
+class TargetConfig(Section):
+    """The model that drafts are trained for, and what runs it."""
+
+    path: str = Field(description="Directory or Hugging Face id of the target model.")
+    revision: str | None = Field(None, description="Revision of a Hugging Face id.")
+    engine: str = Field("transformers", description="What runs the target.")
+    dtype: Dtype = Field("auto", description="Weights' dtype; auto is the checkpoint's own.")
+    device: str = Field("auto", description="auto is the GPU of this rank, or the CPU.")
+    batch_tokens: int = Field(8192, gt=0, description="Padded tokens the target runs at once.")
+    trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the engine.")
+
+
+class DataConfig(Section):
+    """What is trained on.  With `capture_dir` training is offline, without it online."""
+
+    train: tuple[Path, ...] = Field((), description="JSONL files of conversations.")
+    capture_dir: Path | None = Field(None, description="Where `capture` writes and `train` reads.")
+    follow: bool = Field(False, description="Train while `capture_dir` is still being written.")
+    max_length: int = Field(2048, gt=1, description="Longest sample, in tokens.")
+    too_long: Literal["truncate", "skip", "raise"] = Field(
+        "truncate", description="What to do with a sample longer than max_length."
+    )
+    on_error: Literal["raise", "skip"] = Field("raise", description="What a bad line does.")
+    limit: int | None = Field(None, gt=0, description="Use only the first conversations.")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Passed to the chat template: enable_thinking, ..."
+    )
+
+
+class CaptureConfig(Section):
+    """How the target's states are stored, or handed to the trainer."""
+
+    shard_tokens: int = Field(131072, gt=0, description="Tokens in one shard file, about.")
+    prefetch: int = Field(2, ge=0, description="Batches captured ahead of need when online.")
+
+
+class TrainConfig(Section):
+    """The optimizer, its schedule, and when to save."""
+
+    max_steps: int | None = Field(None, gt=0, description="Optimizer steps; overrides epochs.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the data.")
+    batch_size: int = Field(1, gt=0, description="Samples per micro-batch and rank.")
+    accumulate: int = Field(1, gt=0, description="Micro-batches per optimizer step.")
+    learning_rate: float = Field(6e-4, gt=0, description="Peak learning rate.")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="Muon takes the matrices.")
+    muon_learning_rate: float = Field(6e-3, gt=0, description="Peak learning rate of Muon.")
+    schedule: Literal["constant", "cosine", "wsd"] = Field("cosine", description="After warm-up.")
+    warmup_ratio: float = Field(0.04, ge=0, le=1, description="Part of the steps that warm up.")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="Part of the steps wsd decays over.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over the peak.")
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    compute_dtype: Dtype = Field("auto", description="auto is bfloat16 on a GPU, else float32.")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="torch.compile the shard units; auto does so on a GPU."
+    )
+    threads: int | None = Field(None, gt=0, description="CPU threads of one operation.")
+    save_every: int = Field(500, gt=0, description="Steps between checkpoints.")
+    keep: int = Field(2, gt=0, description="Checkpoints kept.")
+    log_every: int = Field(10, gt=0, description="Steps between logged metrics.")
+    seed: int = Field(0, ge=0)
+
+
+class EvalConfig(Section):
+    """What `specforge eval` measures."""
+
+    prompts: dict[str, Path] = Field(
+        default_factory=dict, description="Prompt set name -> JSONL file."
+    )
+    limit: int | None = Field(None, gt=0, description="Prompts of each set.")
+    max_new_tokens: int = Field(128, gt=0)
+    max_draft_tokens: int | None = Field(None, gt=0, description="Fewer than the draft allows.")
+    temperature: float = Field(0.0, ge=0)
+    dtype: Dtype = Field("float32", description="Of target and draft; float32 is exact.")
+    compare: bool = Field(True, description="Also run the target alone: lossless check, speed-up.")
+    seed: int = Field(0, ge=0)
+
+
+class RegenerateConfig(Section):
+    """How the target answers prompts itself."""
+
+    prompts: tuple[Path, ...] = Field((), description="JSONL files of prompts.")
+    batch_size: int = Field(16, gt=0)
+    max_new_tokens: int = Field(512, gt=0)
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    keep_unfinished: bool = Field(False, description="Keep answers cut off by max_new_tokens.")
+    seed: int = Field(0, ge=0)
+
+
+class RunConfig(Section):
+    """One run, complete and validated before anything is built."""
+
+    target: TargetConfig
+    strategy: SerializeAsAny[StrategyConfig]
+    output_dir: Path = Field(Path("outputs/run"), description="Checkpoints, metrics, reports.")
+    data: DataConfig = DataConfig()
+    capture: CaptureConfig = CaptureConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    regenerate: RegenerateConfig = RegenerateConfig()
+
+    @model_validator(mode="after")
+    def _follow_needs_a_directory(self) -> RunConfig:
+        if self.data.follow and self.data.capture_dir is None:
+            raise ValueError("data.follow needs data.capture_dir, the directory to follow")
+        return self
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> tuple[RunConfig, Strategy]:
+    """Read a YAML file, apply dotted overrides (`train.max_steps=10`), and validate.
+
+    Relative paths inside the file are taken from the working directory.
+    """
+    raw = read_yaml(path)
+    for override in overrides:
+        _apply(raw, override)
+    return validate(raw, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(
+            f"config file {str(path)!r} cannot be read: {exc.strerror}. Try: -c PATH"
+        ) from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} is not valid YAML: {exc}") from exc
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not {type(raw).__name__}")
+    return raw
+
+
+def validate(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Strategy]:
+    """Validate a config mapping; the plugin it names validates the strategy section."""
+    section = raw.get("strategy")
+    name = section.get("name") if isinstance(section, dict) else None
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"{origin}: strategy.name is missing. `specforge strategies` lists what is installed"
+        )
+    strategy = Strategy.load(name)
+    model = strategy.config()
+    try:
+        chosen = model.model_validate(section)
+    except ValidationError as exc:
+        raise ConfigError(_explain(exc, origin, model, prefix=("strategy",))) from exc
+    try:
+        return RunConfig.model_validate({**raw, "strategy": chosen}), strategy
+    except ValidationError as exc:
+        raise ConfigError(_explain(exc, origin, RunConfig)) from exc
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not last:
+        raise ConfigError(f"override {override!r} is not KEY=VALUE. Try: train.max_steps=100")
+    try:
+        value = yaml.safe_load(text)
+        # YAML 1.1 reads 1e-4 as text; a person means the number
+        if isinstance(value, str):
+            value = _number(value)
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {exc}") from exc
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is not a section")
+    node[last] = value
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(
+    exc: ValidationError, origin: str, model: type[BaseModel], prefix: tuple[str, ...] = ()
+) -> str:
+    lines = []
+    for error in exc.errors(include_url=False):
+        where = ".".join(str(part) for part in (*prefix, *error["loc"]))
+        if error["type"] == "extra_forbidden":
+            hint = _similar(model, error["loc"])
+            lines.append(f"{where}: unknown key{hint}")
+        elif error["type"] == "missing":
+            lines.append(f"{where}: required, and missing")
+        else:
+            message = error["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {message}, got {error['input']!r}" if where else message)
+    listing = "\n  ".join(lines)
+    return f"{origin} is not a valid config:\n  {listing}\nTry: specforge train --help"
+
+
+def _similar(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    for part in loc[:-1]:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field is not None else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    close = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1)
+    return (
+        f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(model.model_fields)})"
+    )

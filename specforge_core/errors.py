@@ -1,0 +1,35 @@
+"""Errors shown to the user without a traceback: what is wrong, which value, what to type next."""
+
+from __future__ import annotations
+
+
+class SpecForgeError(Exception):
+    """Base of every error a user is meant to read.  Exit status 2 unless a subclass says 1."""
+
+    exit_code = 2
+
+
+class PluginError(SpecForgeError):
+    """An installed plugin is missing, broken, duplicated or incompatible."""
+
+
+class ConfigError(SpecForgeError):
+    """The run config is wrong."""
+
+
+class DataError(SpecForgeError):
+    """A conversation or prompt file cannot be used."""
+
+
+class CaptureError(SpecForgeError):
+    """A capture is missing, damaged, or does not fit the run."""
+
+
+class CheckpointError(SpecForgeError):
+    """A checkpoint or export is missing, damaged, or does not fit the run."""
+
+
+class RunError(SpecForgeError):
+    """A run that was set up correctly failed while it ran."""
+
+    exit_code = 1
