@@ -65,7 +65,8 @@ class CaptureConfig(Section):
     """How the target's states are stored, or handed to the trainer."""
 
     shard_tokens: int = Field(131072, gt=0, description="Tokens in one shard file, about.")
-    prefetch: int = Field(2, ge=0, description="Batches captured ahead of need when online.")
+    window: int = Field(32, gt=0, description="Prompts whose lengths are grouped together.")
+    prefetch: int = Field(2, ge=0, description="Batches made ready ahead of need.")
 
 
 class TrainConfig(Section):
@@ -85,7 +86,9 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    compute_dtype: Dtype = Field("auto", description="auto is bfloat16 on a GPU, else float32.")
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto is bfloat16 on a GPU, else float32."
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="torch.compile the shard units; auto does so on a GPU."
@@ -94,6 +97,7 @@ class TrainConfig(Section):
     save_every: int = Field(500, gt=0, description="Steps between checkpoints.")
     keep: int = Field(2, gt=0, description="Checkpoints kept.")
     log_every: int = Field(10, gt=0, description="Steps between logged metrics.")
+    profile: bool = Field(False, description="Wait after each phase, so its logged time is exact.")
     seed: int = Field(0, ge=0)
 
 

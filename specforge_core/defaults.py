@@ -66,6 +66,14 @@ def specforge_collate() -> Collate:
     return pad
 
 
+@hookimpl(trylast=True)
+def specforge_step_finished(step: int, metrics: dict[str, float], output_dir: Path) -> None:
+    """Append the metrics to metrics.jsonl."""
+    from .train.metrics import append
+
+    append(output_dir, step, metrics)
+
+
 def truncate(sample: Sample, *, spec: CaptureSpec, max_length: int) -> Sample:
     """Keep the first `max_length` tokens of every field that has a token axis."""
     return {

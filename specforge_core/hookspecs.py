@@ -133,8 +133,11 @@ def specforge_train_step(config: StrategyConfig) -> TrainStep | None:
 
 
 @hookspec
-def specforge_step_finished(step: int, metrics: dict[str, float]) -> None:
-    """Receive the reduced metrics of a logged step.  Called on rank 0 only."""
+def specforge_step_finished(step: int, metrics: dict[str, float], output_dir: Path) -> None:
+    """Receive the reduced metrics of a logged step.  Called on rank 0 only.
+
+    The core's implementation appends to `output_dir`/metrics.jsonl.
+    """
 
 
 # ---- evaluation and export -------------------------------------------------

@@ -121,8 +121,8 @@ class Strategy:
         found: TrainStep | None = self.pm.hook.specforge_train_step(config=config)
         return self._need("specforge_train_step", found)
 
-    def step_finished(self, step: int, metrics: dict[str, float]) -> None:
-        self.pm.hook.specforge_step_finished(step=step, metrics=metrics)
+    def step_finished(self, step: int, metrics: dict[str, float], output_dir: Path) -> None:
+        self.pm.hook.specforge_step_finished(step=step, metrics=metrics, output_dir=output_dir)
 
     def proposer(self, config: StrategyConfig, draft: Draft, target: TargetInfo) -> Proposer:
         found: Proposer | None = self.pm.hook.specforge_proposer(

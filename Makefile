@@ -1,0 +1,27 @@
+# Every target sets .venv up by itself; PYTHON=python3.12 picks another interpreter.
+.PHONY: setup test test-fast lint format quickstart clean
+export OMP_NUM_THREADS ?= 1
+
+setup:
+	@./scripts/setup.sh
+
+test: setup
+	.venv/bin/python -m pytest
+
+test-fast: setup
+	.venv/bin/python -m pytest -m "not slow"
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+quickstart: setup
+	.venv/bin/python examples/quickstart/quickstart.py
+
+clean:
+	rm -rf .venv outputs .mypy_cache .ruff_cache .pytest_cache

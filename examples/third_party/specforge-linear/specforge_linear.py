@@ -1,0 +1,131 @@
+"""The smallest strategy: one linear layer from a hidden state to a drafted token.
+
+At serving, the states up to token t - 1 are known when token t is the last one,
+so state t - 1 drafts token t + 1.  T tokens, H hidden size, V vocabulary, B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field as Option
+from specforge_core import hookimpl
+from specforge_core.config import StrategyConfig
+from specforge_core.types import (
+    Adapter,
+    Batch,
+    CaptureSpec,
+    Draft,
+    Export,
+    Field,
+    Proposal,
+    Proposer,
+    Ratio,
+    Sample,
+    Sampling,
+    StepContext,
+    StepOutput,
+    TargetCapture,
+    TargetInfo,
+    TrainStep,
+)
+from torch import Tensor, nn
+
+
+class LinearConfig(StrategyConfig):
+    """Options of the linear strategy."""
+
+    layer: int = Option(-2, description="Target layer to draft from; -1 is the last.")
+
+
+@dataclass(frozen=True)
+class LinearAdapter:
+    """Stores one layer's states."""
+
+    spec: CaptureSpec
+
+    def __call__(self, capture: TargetCapture) -> Sample:
+        (layer,) = self.spec.layers
+        return {
+            "input_ids": capture.input_ids,
+            "loss_mask": capture.loss_mask,
+            "hidden": capture.hidden_states[layer].bfloat16(),
+        }
+
+
+def train_step(draft: Draft, batch: Batch, ctx: StepContext) -> StepOutput:
+    """Cross-entropy of the token two places on, where it is supervised."""
+    logits = draft.model(batch["hidden"][:, :-2]).float()  # [B, T - 2, V]
+    labels, mask = batch["input_ids"][:, 2:], batch["loss_mask"][:, 2:].float()
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    hits = (logits.argmax(-1) == labels) * mask
+    accuracy = Ratio(hits.sum(), mask.sum())
+    return StepOutput((losses * mask).sum(), mask.sum(), {"accuracy": accuracy})
+
+
+class LinearProposer:
+    """Drafts one token from the last verified state."""
+
+    max_tokens = 1
+
+    def __init__(self, model: nn.Module, layer: int) -> None:
+        self.model = model
+        self.layer = layer
+
+    def start(self, prefix: TargetCapture) -> None:
+        """Remember the prompt's last state."""
+        self.accept(prefix)
+
+    def accept(self, accepted: TargetCapture) -> None:
+        """Remember the last verified state."""
+        self.state = accepted.hidden_states[self.layer][-1]  # [H]
+
+    @torch.no_grad()
+    def propose(self, last_token: int, max_tokens: int, sampling: Sampling) -> Proposal:
+        """Draft the most likely token."""
+        weight = next(self.model.parameters())
+        logits: Tensor = self.model(self.state.to(weight.dtype))
+        return Proposal(logits.argmax(-1, keepdim=True), None)
+
+
+@hookimpl
+def specforge_config() -> type[LinearConfig]:
+    """Return this strategy's options."""
+    return LinearConfig
+
+
+@hookimpl
+def specforge_adapter(config: LinearConfig, target: TargetInfo) -> Adapter:
+    """Ask for one layer's output."""
+    tokens, hidden = Field((None,), "int64"), Field((None, target.hidden_size), "bfloat16")
+    fields = {"input_ids": tokens, "loss_mask": tokens, "hidden": hidden}
+    return LinearAdapter(CaptureSpec((config.layer % target.num_layers,), "none", fields))
+
+
+@hookimpl
+def specforge_draft(target: TargetInfo) -> Draft:
+    """Build the layer."""
+    return Draft(nn.Linear(target.hidden_size, target.vocab_size))
+
+
+@hookimpl
+def specforge_train_step() -> TrainStep:
+    """Return the loss."""
+    return train_step
+
+
+@hookimpl
+def specforge_proposer(config: LinearConfig, draft: Draft, target: TargetInfo) -> Proposer:
+    """Return the drafting side."""
+    return LinearProposer(draft.model, config.layer % target.num_layers)
+
+
+@hookimpl
+def specforge_export(config: LinearConfig, draft: Draft, format: str) -> Export | None:
+    """Export as plain safetensors; no engine serves this method."""
+    if format != "hf":
+        return None
+    weights: Mapping[str, Tensor] = draft.model.state_dict()
+    return Export({"model_type": "specforge_linear", "layer": config.layer}, weights)

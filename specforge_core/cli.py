@@ -1,0 +1,196 @@
+"""The `specforge` command.  Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .errors import SpecForgeError
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .strategy import Strategy
+
+EXISTING = click.Path(path_type=Path)
+overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+def config_option(required: bool = True) -> Any:
+    """Return the `-c` option of a verb."""
+    help = "YAML file of the run; KEY=VALUE arguments override it."
+    return click.option("-c", "--config", "config", type=EXISTING, required=required, help=help)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="specforge-core")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error (allowed anywhere).")
+def cli(debug: bool) -> None:
+    """Train draft models for speculative decoding.
+
+    \b
+    A first run:   specforge train -c run.yaml
+    then:          specforge eval -c run.yaml --draft OUTPUT_DIR
+    """
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def strategies(as_json: bool) -> None:
+    """List the installed strategies."""
+    from .listing import list_strategies
+
+    rows = list_strategies()
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        click.echo("no strategy is installed. Try: pip install specforge-NAME")
+    for row in rows:
+        click.echo(f"{row['name']:<16} {row['package']} {row['version']:<10} {row['state']}")
+
+
+@cli.command()
+@click.argument("name")
+def check(name: str) -> None:
+    """Import one strategy, check it against the hook specs, print its options."""
+    from .listing import check_strategy
+
+    for line in check_strategy(name):
+        click.echo(line)
+
+
+@cli.command()
+@config_option()
+@click.option("-o", "--output", type=EXISTING, required=True, help="JSONL file to write.")
+@overrides_argument
+def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
+    """Let the target answer prompts itself; resumes by itself."""
+    run, _ = _load(config, overrides)
+    from .data.regenerate import regenerate as run_regenerate
+
+    report = run_regenerate(run, output)
+    click.echo(str(report))
+
+
+@cli.command()
+@config_option()
+@overrides_argument
+def capture(config: Path, overrides: tuple[str, ...]) -> None:
+    """Store the target's hidden states for offline training; resumes by itself."""
+    run, strategy = _load(config, overrides)
+    from .capture.worker import run_capture
+
+    manifest = run_capture(run, strategy)
+    click.echo(
+        f"{manifest.num_samples} samples, {manifest.num_tokens} tokens, "
+        f"{manifest.num_skipped} skipped in {run.data.capture_dir}"
+    )
+
+
+@cli.command()
+@click.argument("directory", type=EXISTING)
+@config_option(required=False)
+@click.option("--recapture", default=4, show_default=True, help="Samples captured again with -c.")
+@overrides_argument
+def verify(
+    directory: Path, config: Path | None, recapture: int, overrides: tuple[str, ...]
+) -> None:
+    """Check stored samples; with -c also capture some again and compare."""
+    run, strategy = _load(config, overrides) if config is not None else (None, None)
+    from .capture.verify import verify_directory
+
+    click.echo(str(verify_directory(directory, run, strategy, recapture)))
+
+
+@cli.command()
+@config_option()
+@click.option("--plan", is_flag=True, help="Print what would be done, and do nothing.")
+@click.option("--nproc", default=1, show_default=True, help="Processes to train with.")
+@overrides_argument
+def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> None:
+    """Train a draft, offline or online; resumes from output_dir by itself."""
+    run, strategy = _load(config, overrides)
+    if plan:
+        from .train.plan import plan_run
+
+        click.echo(plan_run(run, strategy, nproc))
+        return
+    if nproc > 1 and "RANK" not in os.environ:
+        from .train.dist import relaunch
+
+        relaunch(nproc, ["train", "-c", str(config), *overrides])
+    from .train.run import train as run_train
+
+    report = run_train(run, strategy)
+    if os.environ.get("RANK", "0") == "0":
+        done = "finished" if report.step == report.total_steps else "stopped"
+        click.echo(
+            f"{done} at step {report.step}/{report.total_steps}: {report.num_tokens} tokens in "
+            f"{report.seconds:.0f} s, checkpoint {report.checkpoint}"
+        )
+
+
+@cli.command("eval")
+@config_option()
+@click.option("--draft", type=EXISTING, required=True, help="Run, checkpoint or export.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@overrides_argument
+def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """Measure acceptance by real, lossless speculative decoding."""
+    run, strategy = _load(config, overrides)
+    from .evaluate.run import evaluate as run_evaluate
+    from .restore import restore
+
+    report = run_evaluate(run, strategy, restore(run, strategy, draft).draft)
+    click.echo(report.to_json() if as_json else report.to_text())
+
+
+@cli.command()
+@click.option("--checkpoint", type=EXISTING, required=True, help="Checkpoint or run directory.")
+@click.option("--format", "format_", default="hf", show_default=True, help="hf, sglang, vllm ...")
+@click.option("-o", "--output", type=EXISTING, required=True, help="Directory to write.")
+@click.option("--force", is_flag=True, help="Replace an earlier export.")
+def export(checkpoint: Path, format_: str, output: Path, force: bool) -> None:
+    """Write a trained draft in the layout a serving engine loads."""
+    from .restore import export_checkpoint
+
+    click.echo(f"wrote {export_checkpoint(checkpoint, format_, output, force=force)}")
+
+
+def _load(config: Path, overrides: tuple[str, ...]) -> tuple[RunConfig, Strategy]:
+    from .config import load_config
+
+    return load_config(config, overrides)
+
+
+def main() -> None:
+    """Run the command; turn errors into one message and an exit status."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    rank = os.environ.get("RANK")
+    prefix = "error: " if rank is None else f"error (rank {rank}): "
+    try:
+        cli.main(args=arguments, prog_name="specforge", standalone_mode=False)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as exc:
+        if debug:
+            raise
+        if isinstance(exc, SpecForgeError):
+            click.echo(f"{prefix}{exc}", err=True)
+            sys.exit(exc.exit_code)
+        kind = type(exc).__name__
+        click.echo(f"{prefix}{kind}: {exc}\nAdd --debug to see where it came from", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Bring a trained draft back: from a checkpoint, from an export, and into an export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .capture.hf import load_target_info
+from .config import RunConfig, validate
+from .export.writer import read_export, write_export
+from .strategy import Strategy
+from .train.checkpoint import check_strategy, find, load_model, read_state
+from .types import Draft, TargetInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A draft with its weights, and the target it was made for."""
+
+    draft: Draft
+    target: TargetInfo
+
+
+def restore(run: RunConfig, strategy: Strategy, path: Path) -> Restored:
+    """Load the draft at `path`: a run's output, one checkpoint, or an exported directory.
+
+    Raises CheckpointError when it belongs to another strategy or has other shapes.
+    """
+    target = load_target_info(run.target)
+    if (path / "config.json").exists():
+        draft = strategy.draft(run.strategy, target, None, None)
+        strategy.load_export(run.strategy, draft, target, read_export(path))
+        return Restored(draft, target)
+    checkpoint = find(path)
+    check_strategy(checkpoint, read_state(checkpoint), strategy.name)
+    draft = strategy.draft(run.strategy, target, None, None)
+    load_model(checkpoint, draft.model)
+    return Restored(draft, target)
+
+
+def export_checkpoint(path: Path, format: str, output: Path, *, force: bool) -> Path:
+    """Write the draft of a checkpoint in `format`, with its provenance beside it."""
+    checkpoint = find(path)
+    state = read_state(checkpoint)
+    run, strategy = validate(state.config, f"the config stored in {checkpoint}")
+    restored = restore(run, strategy, checkpoint)
+    export = strategy.export(run.strategy, restored.draft, restored.target, format)
+    provenance: dict[str, Any] = {
+        "strategy": state.strategy,
+        "versions": state.versions,
+        "step": state.step,
+        "tokens": state.num_tokens,
+        "config": state.config,
+        "capture": state.identity,
+    }
+    write_export(export, output, provenance=provenance, force=force)
+    return output

@@ -1,0 +1,62 @@
+"""Process groups and devices.  A world of one runs the same code as many."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Return the device of this rank: "auto" is its GPU if there is one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device is cuda, but torch sees no GPU. Try: train.device=cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def world(device: torch.device) -> Iterator[World]:
+    """Join the process group that the launcher describes, or make one of this process alone."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
+        yield World(dist.get_rank(), dist.get_world_size(), device, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def relaunch(nproc: int, arguments: Sequence[str]) -> None:
+    """Replace this process by torch's elastic launcher with `nproc` ranks of the same command."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    command = [sys.executable, *launcher, "-m", "specforge_core.cli", *arguments]
+    os.execv(sys.executable, command)

@@ -1,0 +1,95 @@
+"""Optimizers and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..config import TrainConfig
+from ..errors import ConfigError
+from ..types import Draft
+
+
+def constant(progress: float, config: TrainConfig) -> float:
+    """Stay at the peak."""
+    return 1.0
+
+
+def cosine(progress: float, config: TrainConfig) -> float:
+    """Fall along half a cosine to `min_lr_ratio`."""
+    low = config.min_lr_ratio
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def wsd(progress: float, config: TrainConfig) -> float:
+    """Stay, then fall linearly to `min_lr_ratio` over the last `decay_ratio` of the steps."""
+    falling = max(0.0, (progress - (1 - config.decay_ratio)) / config.decay_ratio)
+    return 1 - (1 - config.min_lr_ratio) * falling
+
+
+SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}
+
+
+def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Return the learning rate of `step`, from 0, over its peak: a warm-up, then a schedule."""
+    warmup = round(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(total_steps - 1 - warmup, 1)
+    return SCHEDULES[config.schedule](min(progress, 1.0), config)
+
+
+def build_optimizers(draft: Draft, config: TrainConfig) -> list[Optimizer]:
+    """Return the optimizers of a draft's (sharded) parameters.
+
+    AdamW decays matrices only.  Muon takes the matrices of the shard units:
+    those are the hidden layers, which its orthogonalised update is meant for;
+    the rest stays with AdamW.
+    """
+    params = [p for p in draft.model.parameters() if p.requires_grad]
+    hidden = {id(p) for unit in draft.shard_units for p in unit.parameters() if p.ndim == 2}
+    muon = [p for p in params if id(p) in hidden] if config.optimizer == "muon" else []
+    if config.optimizer == "muon" and not muon:
+        raise ConfigError(
+            "train.optimizer is muon, but this draft has no matrix in its shard units for it. "
+            "Try: train.optimizer=adamw"
+        )
+    taken = {id(p) for p in muon}
+    rest = [p for p in params if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = params[0].device.type == "cuda"
+    adamw = torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        fused=fused,
+    )
+    optimizers: list[Optimizer] = [adamw]
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[Optimizer], factor: float) -> None:
+    """Set every group to `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def scale_gradients(model: nn.Module, factor: float) -> None:
+    """Multiply every gradient by `factor`, in place."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    for grad in grads:
+        grad.mul_(factor)

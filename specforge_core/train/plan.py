@@ -1,0 +1,50 @@
+"""`specforge train --plan`: what a run would do, without loading a weight."""
+
+from __future__ import annotations
+
+import yaml
+
+from ..capture.hf import load_target_info
+from ..capture.manifest import CaptureManifest
+from ..config import RunConfig
+from ..errors import SpecForgeError
+from ..strategy import Strategy
+from .checkpoint import checkpoints
+
+
+def plan_run(run: RunConfig, strategy: Strategy, nproc: int) -> str:
+    """Return the plan as YAML: the resolved config under what follows from it."""
+    config = run.train
+    resumed = checkpoints(run.output_dir)
+    plan: dict[str, object] = {
+        "strategy": strategy.package,
+        "data": _data(run),
+        "samples_per_step": config.batch_size * config.accumulate * nproc,
+        "processes": nproc,
+        "resumes_from": str(resumed[-1]) if resumed else None,
+    }
+    try:
+        target = load_target_info(run.target)
+        spec = strategy.adapter(run.strategy, target).spec
+        plan["target"] = {
+            "hidden_size": target.hidden_size,
+            "num_layers": target.num_layers,
+            "vocab_size": target.vocab_size,
+        }
+        plan["captures"] = {"layers": list(spec.layers), "final": spec.final}
+    except SpecForgeError as exc:
+        plan["target"] = f"not available here: {exc}"
+    text = {"plan": plan, "config": run.model_dump(mode="json")}
+    return yaml.safe_dump(text, sort_keys=False, allow_unicode=True, width=100).rstrip()
+
+
+def _data(run: RunConfig) -> str:
+    directory = run.data.capture_dir
+    if directory is None:
+        return f"online, from {len(run.data.train)} file(s) of conversations"
+    try:
+        manifest = CaptureManifest.read(directory)
+    except SpecForgeError:
+        return f"offline, from {directory}, which is not captured yet"
+    size = f"{manifest.num_samples} samples, {manifest.num_tokens} tokens"
+    return f"offline, from {directory}: {size}"

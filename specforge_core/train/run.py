@@ -1,0 +1,117 @@
+"""Set a training run up, run its loop, and take it apart."""
+
+from __future__ import annotations
+
+import math
+import platform
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from ..config import RunConfig, TrainConfig
+from ..data.loader import Share
+from ..errors import ConfigError
+from ..strategy import Strategy
+from .dist import World, pick_device, world
+from .feed import Feed, open_feed
+from .fsdp import shard
+from .optim import build_optimizers
+from .trainer import Trainer, TrainReport
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def train(run: RunConfig, strategy: Strategy) -> TrainReport:
+    """Train a draft as the config says; resumes from `output_dir` by itself."""
+    config = run.train
+    device = pick_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with world(device) as world_:
+        _check_output_dir(run.output_dir)
+        feed = open_feed(run, strategy, Share(world_.rank, world_.size, config.seed))
+        try:
+            trainer = _build(run, strategy, world_, feed)
+            trainer.resume()
+            with _stop_on_signal(trainer):
+                return trainer.loop()
+        finally:
+            feed.close()
+
+
+def _build(run: RunConfig, strategy: Strategy, world_: World, feed: Feed) -> Trainer:
+    config = run.train
+    torch.manual_seed(config.seed)
+    draft = strategy.draft(run.strategy, feed.target, feed.manifest, feed.token_counts)
+    dtype = compute_dtype(config, world_.device)
+    draft.model.to(world_.device, torch.float32).train()
+    if draft.frozen is not None:
+        draft.frozen.to(world_.device, dtype).requires_grad_(False)
+    if config.compile == "always" or (config.compile == "auto" and world_.device.type == "cuda"):
+        for unit in draft.shard_units:
+            unit.compile()
+    return Trainer(
+        run=run,
+        strategy=strategy,
+        world=world_,
+        feed=feed,
+        draft=draft,
+        model=shard(draft, world_.mesh, dtype),
+        optimizers=build_optimizers(draft, config),
+        step_function=strategy.train_step(run.strategy),
+        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + world_.rank),
+        total_steps=count_steps(config, feed.epoch_length, world_.size),
+    )
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Return what the draft computes in: bfloat16 on a GPU, float32 on a CPU, or as asked."""
+    if config.compute_dtype != "auto":
+        return DTYPES[config.compute_dtype]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def count_steps(config: TrainConfig, epoch_length: int | None, world_size: int) -> int:
+    """Return the optimizer steps of a run over `epoch_length` samples."""
+    if config.max_steps is not None:
+        return config.max_steps
+    if epoch_length is None:
+        raise ConfigError(
+            "the capture is still growing, so its epochs cannot be counted. "
+            "Give the number of steps: train.max_steps=1000"
+        )
+    per_step = config.batch_size * config.accumulate * world_size
+    return max(1, math.floor(config.epochs * epoch_length / per_step))
+
+
+def _check_output_dir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{platform.node()}"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as exc:
+        raise ConfigError(
+            f"output_dir {str(path)!r} cannot be written: {exc.strerror}. Try: output_dir=DIR"
+        ) from exc
+
+
+@contextmanager
+def _stop_on_signal(trainer: Trainer) -> Iterator[None]:
+    """On SIGTERM or Ctrl-C finish the step, save and leave the loop; the second time at once."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if trainer.stopping:
+            raise KeyboardInterrupt
+        trainer.stopping = True
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,238 @@
+"""The loss mask, on chat templates as they are published (read from the files in trl's wheel)."""
+
+from __future__ import annotations
+
+import importlib.util
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from specforge_core.config import TargetConfig
+from specforge_core.data.chat import (
+    Row,
+    encode,
+    encode_prompt,
+    load_tokenizer,
+    render,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
+from specforge_core.errors import DataError
+from specforge_core.testing.toy import toy_tokenizer
+
+SMOLLM2 = Path.home() / ".cache/specforge/smollm2-135m-instruct"
+ANSWERS = ("Hello there 🙂, 12345!\n\n- one\n- two", "Ünïcödé 漢字:  it ends in spaces  ")
+CHAT = [
+    {"role": "user", "content": "Hi, who are you?"},
+    {"role": "assistant", "content": ANSWERS[0]},
+    {"role": "user", "content": "And now?"},
+    {"role": "assistant", "content": ANSWERS[1]},
+]
+BAR = "\uff5c"  # DeepSeek's full-width bar
+# template -> bos, eos, its other special tokens
+SPECIAL = {
+    "llama3": (
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        ("<|start_header_id|>", "<|end_header_id|>"),
+    ),
+    "gemma": ("<bos>", "<end_of_turn>", ("<start_of_turn>", "<eos>")),
+    "phi3": ("<s>", "<|endoftext|>", ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")),
+    "qwen2_5": ("<|endoftext|>", "<|im_end|>", ("<|im_start|>",)),
+    "qwen3": ("<|endoftext|>", "<|im_end|>", ("<|im_start|>",)),
+    "deepseek_r1_distill": (
+        f"<{BAR}begin▁of▁sentence{BAR}>",
+        f"<{BAR}end▁of▁sentence{BAR}>",
+        (f"<{BAR}User{BAR}>", f"<{BAR}Assistant{BAR}>"),
+    ),
+    "gptoss": (
+        "<|startoftext|>",
+        "<|return|>",
+        ("<|start|>", "<|end|>", "<|message|>", "<|channel|>"),
+    ),
+}
+
+
+def published(name: str) -> PreTrainedTokenizerFast:
+    """Return a small trained BPE tokenizer with a published template and its special tokens."""
+    trl = importlib.util.find_spec("trl")
+    assert trl is not None, "the templates are in trl's wheel: pip install --no-deps trl"
+    assert trl.submodule_search_locations is not None
+    template = Path(trl.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja"
+    bos, eos, others = SPECIAL[name]
+    inner = Tokenizer(models.BPE())
+    words = Regex(r"\s*[\r\n]+|\d| ?[^\s\d]+|\s+(?!\S)|\s+")
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in (bos, eos, *others)],
+    )
+    inner.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=inner,
+        bos_token=bos,
+        eos_token=eos,
+        chat_template=template.read_text(encoding="utf-8"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def supervised(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[str]:
+    """Return the text of every run of supervised tokens."""
+    assert len(row.input_ids) == len(row.loss_mask)
+    pairs = zip(row.loss_mask, row.input_ids, strict=True)
+    return [
+        str(tokenizer.decode([token for _, token in run]))
+        for on, run in groupby(pairs, key=lambda pair: pair[0])
+        if on
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "strips"),
+    [
+        ("llama3", "<|eot_id|>", True),
+        ("gemma", "<end_of_turn>", True),
+        ("qwen2_5", "<|im_end|>", False),
+    ],
+)
+def test_spans_are_the_answers_and_their_end_of_turn_token(
+    name: str, end: str, strips: bool
+) -> None:
+    tokenizer = published(name)
+    answers = [a.strip() if strips else a for a in ANSWERS]
+
+    (row,) = encode(tokenizer, CHAT, {})
+
+    assert supervised(tokenizer, row) == [answer + end for answer in answers]
+    assert tokenizer.decode(row.input_ids) == render(tokenizer, CHAT, {}, prompt=False)
+
+
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason=f"{SMOLLM2} is made by `make quickstart`")
+def test_spans_of_smollm2() -> None:
+    tokenizer = load_tokenizer(TargetConfig(path=str(SMOLLM2)))
+    (row,) = encode(tokenizer, CHAT, {})
+    assert supervised(tokenizer, row) == [answer + "<|im_end|>" for answer in ANSWERS]
+
+
+def test_text_after_the_end_of_turn_token_is_not_supervised() -> None:
+    """Phi-3 ends every rendering in the end-of-text token, so each turn is a row of its own."""
+    tokenizer = published("phi3")
+    rows = encode(tokenizer, CHAT, {})
+    assert render(tokenizer, CHAT, {}, prompt=False).endswith("<|end|>\n<|endoftext|>")
+    assert [supervised(tokenizer, row) for row in rows] == [[a + "<|end|>"] for a in ANSWERS]
+
+
+def test_last_turn_that_ends_otherwise() -> None:
+    """gpt-oss closes the last turn with another token than the turns of the history."""
+    tokenizer = published("gptoss")
+    rows = encode(tokenizer, CHAT, {"model_identity": "x"})
+    assert [supervised(tokenizer, row) for row in rows] == [
+        [f"<|channel|>final<|message|>{answer}<|return|>"] for answer in ANSWERS
+    ]
+
+
+def test_template_that_drops_earlier_thinking_gives_one_row_a_turn() -> None:
+    tokenizer = published("qwen3")
+    chat = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "<think>\neasy\n</think>\n\n4"},
+        {"role": "user", "content": "3+3?"},
+        {"role": "assistant", "content": "6", "reasoning_content": "also easy"},
+    ]
+    first, second = encode(tokenizer, chat, {})
+
+    assert supervised(tokenizer, first) == ["<think>\neasy\n</think>\n\n4<|im_end|>"]
+    assert supervised(tokenizer, second) == ["<think>\nalso easy\n</think>\n\n6<|im_end|>"]
+    # the history of the second row is what the target reads when it answers: no thoughts
+    prompt = encode_prompt(tokenizer, chat[:3], {})
+    assert second.input_ids[: len(prompt)] == prompt
+    assert "easy" not in tokenizer.decode(prompt)
+
+
+def test_template_arguments_reach_the_template() -> None:
+    tokenizer = published("qwen3")
+    rows = encode(tokenizer, CHAT, {"enable_thinking": False})
+    # the empty thoughts are now part of the prompt
+    assert [supervised(tokenizer, row) for row in rows] == [
+        [answer.lstrip("\n") + "<|im_end|>"] for answer in ANSWERS
+    ]
+    on, off = ({"enable_thinking": value} for value in (True, False))
+    assert template_fingerprint(tokenizer, on) != template_fingerprint(tokenizer, off)
+    assert template_fingerprint(tokenizer, on) == template_fingerprint(published("qwen3"), on)
+
+
+def test_prompt_is_where_the_supervised_span_starts() -> None:
+    tokenizer = published("llama3")
+    (row,) = encode(tokenizer, CHAT, {})
+    for turn, nth in ((1, 0), (3, 1)):
+        prompt = encode_prompt(tokenizer, CHAT[:turn], {})
+        assert row.input_ids[: len(prompt)] == prompt
+        starts = [
+            i for i, on in enumerate(row.loss_mask) if on and (not i or not row.loss_mask[i - 1])
+        ]
+        assert len(prompt) == starts[nth]
+
+
+def test_template_that_contradicts_its_generation_prompt() -> None:
+    tokenizer = published("deepseek_r1_distill")
+    with pytest.raises(DataError) as error:
+        encode(tokenizer, CHAT, {})
+    assert "message 2: the chat template does not write an answer after its own" in str(error.value)
+    assert r"it asks with '<think>\n' and writes 'Hello there" in str(error.value)
+    assert "Try: data.chat_template_kwargs" in str(error.value)
+
+
+def test_conversation_the_template_refuses() -> None:
+    with pytest.raises(DataError, match=r"refuses the conversation: .* must alternate"):
+        encode(published("gemma"), [CHAT[0], *CHAT], {})
+
+
+def test_leading_assistant_turn_is_context() -> None:
+    tokenizer = published("qwen2_5")
+    (row,) = encode(tokenizer, CHAT[1:], {})
+    assert supervised(tokenizer, row) == [ANSWERS[1] + "<|im_end|>"]
+    with pytest.raises(DataError, match="the conversation answers nothing"):
+        encode(tokenizer, CHAT[1:2], {})
+
+
+def test_no_chat_template() -> None:
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = None
+    for call in (encode, encode_prompt):
+        with pytest.raises(DataError, match="has no chat template, so there is no telling"):
+            call(tokenizer, CHAT, {})
+    with pytest.raises(DataError, match=r"Try: target\.path= an instruct model"):
+        template_fingerprint(tokenizer, {})
+
+
+def test_load_tokenizer(toy_target: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(TargetConfig(path=str(toy_target)))
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(toy_tokenizer())
+    with pytest.raises(DataError, match="has no tokenizer that can be loaded"):
+        load_tokenizer(TargetConfig(path=str(tmp_path)))
+
+
+def test_tokenizer_fingerprint_sees_vocabulary_specials_and_splitting() -> None:
+    plain = tokenizer_fingerprint(toy_tokenizer())
+    longer, other_eos, splits = toy_tokenizer(), toy_tokenizer(), toy_tokenizer()
+    longer.add_tokens(["<extra>"])
+    other_eos.eos_token = "<|endoftext|>"
+    splits.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    found = {tokenizer_fingerprint(t) for t in (longer, other_eos, splits)}
+    assert len(found | {plain}) == 4
+    # padding is how a tokenizer is called, not what it is
+    padded = toy_tokenizer()
+    padded(["a", "bc"], padding=True)
+    assert tokenizer_fingerprint(padded) == plain

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from specforge_core.config import TrainConfig
+from specforge_core.errors import ConfigError
+from specforge_core.train.optim import (
+    build_optimizers,
+    lr_factor,
+    scale_gradients,
+    set_learning_rate,
+)
+from specforge_core.types import Draft
+
+
+def test_warmup_is_linear_and_reaches_the_peak() -> None:
+    config = TrainConfig(schedule="constant", warmup_ratio=0.1)
+    factors = [lr_factor(step, 100, config) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert factors[10:] == [1.0] * 90
+
+
+def test_cosine_ends_at_the_minimum() -> None:
+    config = TrainConfig(schedule="cosine", warmup_ratio=0.0, min_lr_ratio=0.1)
+    assert lr_factor(0, 101, config) == 1.0
+    assert lr_factor(50, 101, config) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert lr_factor(25, 101, config) == pytest.approx(0.1 + 0.45 * (1 + math.sqrt(0.5)))
+    assert lr_factor(100, 101, config) == pytest.approx(0.1)
+
+
+def test_wsd_stays_then_falls_linearly() -> None:
+    config = TrainConfig(schedule="wsd", warmup_ratio=0.0, decay_ratio=0.2, min_lr_ratio=0.5)
+    assert lr_factor(80, 101, config) == pytest.approx(1.0)
+    assert lr_factor(90, 101, config) == pytest.approx(0.75)
+    assert lr_factor(100, 101, config) == pytest.approx(0.5)
+
+
+def test_only_matrices_are_decayed_and_muon_takes_those_of_the_shard_units() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "layer": nn.Linear(4, 4)})
+    draft = Draft(model, (model["layer"],))
+    (adamw,) = build_optimizers(draft, TrainConfig(weight_decay=0.5))
+    decay = {p.ndim: g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
+    assert decay == {2: 0.5, 1: 0.0}
+    _, muon = build_optimizers(draft, TrainConfig(optimizer="muon"))
+    assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model["layer"].weight)]
+
+
+def test_muon_without_hidden_matrices_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no matrix in its shard units"):
+        build_optimizers(Draft(nn.Linear(4, 4)), TrainConfig(optimizer="muon"))
+
+
+def test_learning_rates_and_gradients_are_scaled() -> None:
+    model = nn.Linear(3, 1)
+    (adamw,) = build_optimizers(Draft(model), TrainConfig(learning_rate=0.5))
+    for _ in range(2):  # from the peak each time, not from the last value
+        set_learning_rate([adamw], 0.1)
+    assert {g["lr"] for g in adamw.param_groups} == {0.05}
+    model(torch.ones(1, 3)).sum().backward()
+    scale_gradients(model, 4.0)
+    assert torch.equal(model.weight.grad, torch.full((1, 3), 4.0))

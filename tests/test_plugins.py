@@ -1,0 +1,174 @@
+"""Discovery and loading, always through real entry-point metadata."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from specforge_core import plugins
+from specforge_core.errors import PluginError
+from specforge_core.listing import check_strategy, list_strategies
+from specforge_core.strategy import Strategy
+from specforge_core.testing.plugin import FakeSite
+
+GOOD = """
+from specforge_core import hookimpl
+from specforge_core.config import StrategyConfig
+class GoodConfig(StrategyConfig):
+    block_size: int = 16
+@hookimpl
+def specforge_config(): return GoodConfig
+@hookimpl
+def specforge_adapter(config, target): return "adapter"
+@hookimpl
+def specforge_draft(config): return "draft"
+@hookimpl
+def specforge_train_step(config): return "NAME-step"
+"""
+
+
+def states() -> dict[str, str]:
+    return {row["name"]: row["state"] for row in list_strategies()}
+
+
+def test_listing_imports_nothing_and_survives_a_broken_plugin(env: FakeSite) -> None:
+    env.strategy("good", GOOD)
+    env.strategy("raises", "1 / 0")
+    env.dist("specforge-gone", "1.0", {"specforge.strategies": {"gone": "specforge_gone"}})
+    found = states()
+    assert found["good"] == "ok"
+    assert found["raises"] == "ok"  # only an import could tell
+    assert "there is no module 'specforge_gone'" in found["gone"]
+    assert "specforge_good" not in sys.modules
+    assert "specforge_raises" not in sys.modules
+
+
+def test_a_module_that_fails_to_import_breaks_only_its_own_run(env: FakeSite) -> None:
+    env.strategy("good", GOOD)
+    env.strategy("raises", "1 / 0")
+    assert Strategy.load("good").train_step(None) == "NAME-step"  # type: ignore[arg-type]
+    with pytest.raises(PluginError) as error:
+        Strategy.load("raises")
+    assert "raises (specforge-raises 0.1.0) could not be imported from 'specforge_raises'" in str(
+        error.value
+    )
+    assert "ZeroDivisionError" in str(error.value)
+
+
+def test_only_the_chosen_strategy_is_imported(env: FakeSite) -> None:
+    env.strategy("one", GOOD)
+    env.strategy("two", GOOD)
+    Strategy.load("two")
+    assert "specforge_one" not in sys.modules
+
+
+def test_two_runs_in_one_process_do_not_mix(env: FakeSite) -> None:
+    env.strategy("one", GOOD.replace("NAME", "one"))
+    env.strategy("two", GOOD.replace("NAME", "two"))
+    a, b = Strategy.load("one"), Strategy.load("two")
+    steps = [s.train_step(None) for s in (a, b, a)]  # type: ignore[arg-type]
+    assert steps == ["one-step", "two-step", "one-step"]
+
+
+def test_a_missing_strategy_says_what_is_installed(env: FakeSite) -> None:
+    env.strategy("good", GOOD)
+    with pytest.raises(PluginError) as error:
+        Strategy.load("absent")
+    assert "strategy 'absent' is not installed" in str(error.value)
+    assert "good" in str(error.value)
+    assert "pip install specforge-absent" in str(error.value)
+
+
+def test_two_packages_with_one_name_break_only_that_name(env: FakeSite) -> None:
+    env.strategy("good", GOOD)
+    env.strategy("twice", GOOD)
+    env.dist("acme-twice", "2.0", {"specforge.strategies": {"twice": "acme"}})
+    assert states()["good"] == "ok"
+    assert states()["twice"].startswith("duplicate: 2 packages provide 'twice'")
+    Strategy.load("good")
+    with pytest.raises(PluginError, match=r"acme-twice 2\.0.*Uninstall all but one"):
+        Strategy.load("twice")
+
+
+def test_a_misspelled_hook_is_named(env: FakeSite) -> None:
+    env.strategy("typo", GOOD + "\n@hookimpl\ndef specforge_colate(config): ...\n")
+    with pytest.raises(PluginError, match="unknown hook 'specforge_colate'"):
+        Strategy.load("typo")
+
+
+def test_a_wrong_argument_is_named(env: FakeSite) -> None:
+    env.strategy("args", GOOD.replace("specforge_draft(config)", "specforge_draft(cfg)"))
+    with pytest.raises(PluginError, match="does not fit the hook specs") as error:
+        Strategy.load("args")
+    assert "'cfg'" in str(error.value)
+
+
+def test_a_missing_required_hook_is_named(env: FakeSite) -> None:
+    source = GOOD.replace('@hookimpl\ndef specforge_draft(config): return "draft"', "")
+    env.strategy("partly", source)
+    with pytest.raises(PluginError, match="does not implement specforge_draft"):
+        Strategy.load("partly")
+
+
+def test_a_plugin_that_pins_another_core_is_incompatible(env: FakeSite) -> None:
+    env.strategy("old", GOOD, requires=["specforge-core>=7,<8"])
+    assert states()["old"].startswith("incompatible: old (specforge-old 0.1.0) needs")
+    with pytest.raises(PluginError, match=r"needs specforge-core<8,>=7, but 0\.1"):
+        Strategy.load("old")
+
+
+def test_a_cross_cutting_plugin_wraps_a_strategy_hook_and_can_be_disabled(
+    env: FakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env.strategy("good", GOOD.replace("NAME", "good"))
+    source = """
+    from specforge_core import hookimpl
+    @hookimpl(wrapper=True)
+    def specforge_train_step(config):
+        step = yield
+        return f"timed({step})"
+    """
+    group = {"specforge.plugins": {"timing": "specforge_timing"}}
+    env.dist("specforge-timing", "0.1", group, module="specforge_timing", source=source)
+    assert Strategy.load("good").train_step(None) == "timed(good-step)"  # type: ignore[arg-type]
+    monkeypatch.setenv(plugins.DISABLE_ENV, "timing")
+    assert Strategy.load("good").train_step(None) == "good-step"  # type: ignore[arg-type]
+
+
+def test_a_strategy_inherits_hooks_by_importing_them(env: FakeSite) -> None:
+    env.strategy("base", GOOD.replace("NAME", "base"))
+    env.strategy(
+        "child",
+        """
+        from specforge_base import specforge_adapter, specforge_config, specforge_draft
+        from specforge_core import hookimpl
+        @hookimpl
+        def specforge_train_step(config): return "child-step"
+        """,
+    )
+    child = Strategy.load("child")
+    assert child.train_step(None) == "child-step"  # type: ignore[arg-type]
+    assert child.adapter(None, None) == "adapter"  # type: ignore[arg-type]
+
+
+def test_check_refuses_a_default_in_a_hook(env: FakeSite) -> None:
+    env.strategy("lax", GOOD.replace("specforge_draft(config)", "specforge_draft(config=None)"))
+    with pytest.raises(PluginError, match="specforge_draft gives a default to config"):
+        list(check_strategy("lax"))
+
+
+def test_check_prints_hooks_and_options(env: FakeSite) -> None:
+    env.strategy("good", GOOD)
+    text = "\n".join(check_strategy("good"))
+    assert "good: ok (specforge-good 0.1.0)" in text
+    assert "specforge_train_step" in text
+    assert "block_size: int = 16" in text
+
+
+def test_an_unknown_target_engine_names_the_package_to_install(env: FakeSite) -> None:
+    from specforge_core.config import TargetConfig
+
+    env.strategy("good", GOOD)
+    with pytest.raises(PluginError, match="target.engine 'warp' is not provided"):
+        Strategy.load("good").target_engine(TargetConfig(path="x", engine="warp"))

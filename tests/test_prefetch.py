@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from specforge_core.data.order import epoch_order
+from specforge_core.data.prefetch import Prefetcher
+
+
+def test_items_come_in_order_and_end() -> None:
+    items = Prefetcher(iter(range(50)), 3)
+    assert list(items) == list(range(50))
+    assert list(items) == []
+
+
+def test_an_error_arrives_where_its_item_would() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise ValueError("bad sample")
+
+    items = Prefetcher(broken(), 2)
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="bad sample"):
+        next(items)
+    with pytest.raises(StopIteration):
+        next(items)
+
+
+def test_no_more_than_depth_items_are_made_ahead_and_close_ends_the_thread() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for i in range(1000):
+            made.append(i)
+            yield i
+
+    items = Prefetcher(source(), 4)
+    next(items)
+    time.sleep(0.3)
+    assert len(made) <= 1 + 4 + 1  # taken, waiting, in the thread's hand
+    items.close()
+    assert not any(t.name == "specforge-prefetch" for t in threading.enumerate())
+
+
+def test_an_epoch_is_a_permutation_and_epochs_differ() -> None:
+    first, second = epoch_order(100, 3, 0), epoch_order(100, 3, 1)
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert first != second
+    assert first == epoch_order(100, 3, 0)
+    assert first != epoch_order(100, 4, 0)

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specforge_core.config import DataConfig
+from specforge_core.data.prompts import PromptSet, load_prompts
+from specforge_core.errors import DataError
+from specforge_core.testing.toy import toy_tokenizer, write_conversations
+
+TOKENIZER = toy_tokenizer()
+VOCAB = len(TOKENIZER)
+
+
+def write(path: Path, *chats: list[str] | str) -> Path:
+    """Write one conversation a list, user and assistant taking turns, or a raw line."""
+    lines = []
+    for chat in chats:
+        if isinstance(chat, str):
+            lines.append(chat)
+            continue
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(chat)]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def load(path: Path, **options: Any) -> PromptSet:
+    return load_prompts(DataConfig(train=(path,), **options), TOKENIZER, VOCAB)
+
+
+def test_prompts_are_the_tokenized_conversations(tmp_path: Path) -> None:
+    prompts = load(write(tmp_path / "d.jsonl", ["Hi", "Hello"], ["a", "b", "c", "d"]))
+
+    assert [p.index for p in prompts] == [0, 1] == [prompts[0].index, prompts[-1].index]
+    assert prompts.lengths == [len(p.input_ids) for p in prompts]
+    assert prompts.num_tokens == sum(prompts.lengths)
+    assert prompts.num_skipped == 0
+    first = prompts[0]
+    assert first.input_ids.dtype == first.loss_mask.dtype == torch.int64
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    assert TOKENIZER.decode(first.input_ids) == text
+    assert TOKENIZER.decode(first.input_ids[first.loss_mask.bool()]) == "Hello<|im_end|>"
+    assert [p.index for p in prompts[:5]] == [0, 1]
+    with pytest.raises(IndexError):
+        prompts[2]
+
+
+def test_token_counts_are_of_supervised_tokens(tmp_path: Path) -> None:
+    counts = load(write(tmp_path / "d.jsonl", ["aaaa", "ab"], ["x", "b"])).token_counts(VOCAB)
+    a, b = (TOKENIZER.convert_tokens_to_ids(c) for c in "ab")
+    assert counts.shape == (VOCAB,)
+    assert counts.dtype == torch.int64
+    assert [int(counts[i]) for i in (a, b, TOKENIZER.eos_token_id)] == [1, 2, 2]
+    assert int(counts.sum()) == 5
+
+
+def test_storage_is_flat_and_small(tmp_path: Path) -> None:
+    prompts = load(write_conversations(tmp_path / "d.jsonl", 50, turns=3))
+    assert len(pickle.dumps(prompts)) < 6 * prompts.num_tokens
+
+
+def test_template_that_rewrites_history_gives_several_prompts(tmp_path: Path) -> None:
+    """The index is the place in the set, not the conversation."""
+    tokenizer = toy_tokenizer()
+    assert isinstance(tokenizer.chat_template, str)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m['content'] }}",
+        "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% else %}-{% endif %}",
+    )
+    path = write(tmp_path / "d.jsonl", ["q", "a", "r", "b"], ["x", "y"])
+    prompts = load_prompts(DataConfig(train=(path,)), tokenizer, VOCAB)
+    answers = [TOKENIZER.decode(p.input_ids[p.loss_mask.bool()]) for p in prompts]
+    assert answers == ["a<|im_end|>", "b<|im_end|>", "y<|im_end|>"]
+    assert [p.index for p in prompts] == [0, 1, 2]
+
+
+def test_too_long(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", ["Hi", "x" * 100], ["Hi", "Hello"], ["x" * 100, "Hi"])
+
+    cut = load(path, max_length=80)
+    assert cut.lengths == [80, load(path).lengths[1]]
+    assert cut.num_skipped == 1  # the third is cut before its answer starts
+
+    skipped = load(path, max_length=80, too_long="skip")
+    assert (len(skipped), skipped.num_skipped) == (1, 2)
+
+    length = load(path).lengths[0]
+    with pytest.raises(DataError) as error:
+        load(path, max_length=80, too_long="raise", on_error="skip")
+    assert f"d.jsonl:1: {length} tokens, longer than data.max_length=80" in str(error.value)
+    assert f"Try: data.max_length={length}, or data.too_long=truncate" in str(error.value)
+
+    with pytest.raises(DataError, match=r"none of 3 conversations has an answer within .*=10 tok"):
+        load(path, max_length=10)
+
+
+def test_bad_line_raises_or_is_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", ["Hi", "Hello"], "{", ["Hi"])
+    with pytest.raises(DataError, match=r"d\.jsonl:2 is not a line of JSON"):
+        load(path)
+    prompts = load(path, on_error="skip")
+    assert (len(prompts), prompts.num_skipped) == (1, 2)
+    with pytest.raises(DataError, match=r"every conversation .* was skipped, .*d\.jsonl:1 is not"):
+        load(write(tmp_path / "d.jsonl", "{"), on_error="skip")
+
+
+def test_conversation_the_template_refuses_is_named(tmp_path: Path) -> None:
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('not today') }}"
+    path = write(tmp_path / "d.jsonl", ["Hi", "Hello"])
+    with pytest.raises(DataError, match=r"d\.jsonl:1: the chat template refuses .*: not today"):
+        load_prompts(DataConfig(train=(path,)), tokenizer, VOCAB)
+
+
+def test_missing_template_is_not_skipped_line_by_line(tmp_path: Path) -> None:
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = None
+    path = write(tmp_path / "d.jsonl", ["Hi", "Hello"])
+    with pytest.raises(DataError, match="has no chat template"):
+        load_prompts(DataConfig(train=(path,), on_error="skip"), tokenizer, VOCAB)
+
+
+def test_token_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", ["Hi", "Hello"])
+    with pytest.raises(DataError) as error:
+        load_prompts(DataConfig(train=(path,), on_error="skip"), TOKENIZER, 200)
+    largest = int(load(path)[0].input_ids.max())
+    assert f"token id {largest} is beyond the target's vocabulary of 200" in str(error.value)
+
+
+def test_limit(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", ["a", "b"], ["c", "d"], "not read")
+    assert len(load(path, limit=2)) == 2

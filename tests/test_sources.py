@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specforge_core.data.sources import Conversation, read_conversations
+from specforge_core.errors import DataError
+
+OPENAI = {
+    "id": "a",
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ],
+}
+SHAREGPT = {
+    "id": "b",
+    "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+}
+
+
+def write(path: Path, *lines: str | dict[str, Any]) -> Path:
+    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    return path
+
+
+def read(path: Path, **options: Any) -> list[Conversation]:
+    return list(read_conversations([path], **options))
+
+
+def test_both_formats_become_openai_messages(tmp_path: Path) -> None:
+    mixed = {
+        "conversations": [
+            {"role": "user", "content": [{"type": "text", "text": "1"}, {"text": "2"}]},
+            {"role": "assistant", "content": "x", "reasoning_content": "why", "name": "bot"},
+        ]
+    }
+    first, second, third = read(write(tmp_path / "d.jsonl", OPENAI, "", SHAREGPT, mixed))
+
+    assert list(first.messages) == OPENAI["messages"]
+    assert second.messages == (
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    )
+    assert third.messages == (
+        {"role": "user", "content": "12"},
+        {"role": "assistant", "content": "x", "reasoning_content": "why"},
+    )
+    assert [c.where for c in (first, second)] == ["d.jsonl:1", "d.jsonl:3"]
+    assert first.row["id"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [', "d.jsonl:2 is not a line of JSON"),
+        ('[{"messages": []}]', "d.jsonl:2: expected an object, found list"),
+        ('{"text": "hello"}', "needs a list 'messages' or 'conversations', has the keys 'text'"),
+        (
+            {"messages": [{"role": "narrator", "content": "x"}]},
+            "d.jsonl:2: message 1 has the role 'narrator'; known are assistant, bard",
+        ),
+        ({"messages": [{"role": "user", "content": None}]}, "must be text, found None"),
+        ({"messages": ["hello"]}, "message 1 is not an object: 'hello'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "part of type 'image_url'; only text is supported",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            "message 1 has 'tool_calls', which are not supported",
+        ),
+        ({"tools": [{}], "messages": []}, "'tools' are not supported"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "is not valid Unicode"),
+        ({"messages": OPENAI["messages"][:2]}, "has no assistant turn, so nothing to train on"),
+    ],
+)
+def test_bad_line_is_named_or_skipped(
+    tmp_path: Path, line: str | dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path / "d.jsonl", OPENAI, line, SHAREGPT)
+
+    with pytest.raises(DataError) as error:
+        read(path)
+
+    assert message in str(error.value)
+    assert "d.jsonl:2" in str(error.value)
+    assert "data.on_error=skip" in str(error.value)
+    assert [c.row["id"] for c in read(path, on_error="skip")] == ["a", "b"]
+
+
+def test_json_array_file_says_how_to_convert(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", "[", json.dumps(OPENAI), "]")
+    with pytest.raises(DataError, match=r"d\.json:1 is not a line of JSON .* Try: jq -c"):
+        read(path)
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"messages": "\xff"}\n')
+    with pytest.raises(DataError, match=r"d\.jsonl:1 is not a line of JSON"):
+        read(path)
+
+
+def test_prompts_need_a_user_turn_only(tmp_path: Path) -> None:
+    prompt = {"messages": [{"role": "user", "content": "Hi"}]}
+    path = write(tmp_path / "d.jsonl", prompt)
+    assert len(read(path, need_answer=False)) == 1
+
+    path = write(tmp_path / "d.jsonl", {"messages": [{"role": "system", "content": "Hi"}]})
+    with pytest.raises(DataError, match=r"d\.jsonl:1: the conversation has no user turn to answer"):
+        read(path, need_answer=False)
+
+
+def test_missing_file_stops_before_the_first_line(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.jsonl", OPENAI)
+    with pytest.raises(DataError, match=r"missing\.jsonl' does not exist\. .*Try: data\.train="):
+        next(read_conversations([good, tmp_path / "missing.jsonl"], on_error="skip"))
+
+
+def test_empty_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no conversations in .*d\.jsonl\. Try: data\.train="):
+        read(write(tmp_path / "d.jsonl", ""))
+    with pytest.raises(DataError, match=r"data\.train \(which names no file\)"):
+        list(read_conversations([]))
+    with pytest.raises(DataError, match=r"every conversation .* was skipped, .*d\.jsonl:1 is not"):
+        read(write(tmp_path / "d.jsonl", "{", "}"), on_error="skip")
+
+
+def test_limit_counts_good_lines_over_all_files(tmp_path: Path) -> None:
+    one = write(tmp_path / "1.jsonl", "{", OPENAI, OPENAI)
+    two = write(tmp_path / "2.jsonl", SHAREGPT, "not read any more")
+    found = list(read_conversations([one, two], on_error="skip", limit=3))
+    assert [c.where for c in found] == ["1.jsonl:2", "1.jsonl:3", "2.jsonl:1"]

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from specforge_core.capture.hf import TransformersEngine, load_target_info
+from specforge_core.capture.weights import embedding_scale, load_target_tensors
+from specforge_core.config import TargetConfig
+from specforge_core.errors import CaptureError
+from specforge_core.types import CaptureSpec, Prompt, TargetInfo
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NAMES = ("embed_tokens", "lm_head", "final_norm")
+
+
+def save(path: Path, family: str, *, shard: str = "5GB", **extra: Any) -> TargetInfo:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **extra})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name or "ln_f" in name:
+                weight.normal_()  # a fresh model's norms are all alike
+    model.save_pretrained(path, max_shard_size=shard)
+    return load_target_info(TargetConfig(path=str(path)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Gemma2", "SmolLM3", "GPT2"])
+def test_tensors_are_those_of_the_loaded_model(family: str, tied: bool, tmp_path: Path):
+    info = save(tmp_path, family, tie_word_embeddings=tied)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = load_target_tensors(info, NAMES)
+    norm = getattr(model.get_decoder(), "ln_f" if family == "GPT2" else "norm")
+    assert torch.equal(found["embed_tokens"], model.get_input_embeddings().weight)
+    assert torch.equal(found["lm_head"], model.get_output_embeddings().weight)
+    assert torch.equal(found["final_norm"], norm.weight)
+    assert torch.equal(found["embed_tokens"], found["lm_head"]) == tied
+
+
+def test_a_sharded_checkpoint_is_read_through_its_index(tmp_path: Path):
+    whole = save(tmp_path / "whole", "Llama", tie_word_embeddings=False)
+    parts = save(tmp_path / "parts", "Llama", tie_word_embeddings=False, shard="20KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    found, expected = load_target_tensors(parts, NAMES), load_target_tensors(whole, NAMES)
+    assert all(torch.equal(found[name], expected[name]) for name in NAMES)
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path):
+    info = save(tmp_path, "Llama", tie_word_embeddings=False)
+    assert list(load_target_tensors(info, ["final_norm"])) == ["final_norm"]
+
+
+def test_a_multimodal_checkpoint_gives_its_text_models_tensors(tmp_path: Path):
+    info = save(tmp_path, "Llama", tie_word_embeddings=False)
+    file = tmp_path / "model.safetensors"
+    weights = {f"model.language_{key}": value for key, value in load_file(file).items()}
+    weights["lm_head.weight"] = weights.pop("model.language_lm_head.weight")
+    weights["visual.norm.weight"] = torch.zeros(8)
+    weights["visual.embed_tokens.weight"] = torch.zeros(8, 8)
+    save_file(weights, file)
+    found = load_target_tensors(info, NAMES)
+    assert torch.equal(found["final_norm"], weights["model.language_model.norm.weight"])
+    assert torch.equal(found["embed_tokens"], weights["model.language_model.embed_tokens.weight"])
+
+
+def test_a_missing_head_that_is_not_tied_is_an_error(tmp_path: Path):
+    info = save(tmp_path, "Llama", tie_word_embeddings=False)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["lm_head.weight"]
+    save_file(weights, file)
+    with pytest.raises(CaptureError, match="no lm_head in the weights of target"):
+        load_target_tensors(info, ["lm_head"])
+
+
+def test_a_missing_shard_is_an_error(tmp_path: Path):
+    info = save(tmp_path, "Llama", shard="20KB")
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(CaptureError, match=r"lacks model-00002.*Download it again"):
+        load_target_tensors(info, ["final_norm"])
+
+
+def test_weights_of_another_format_are_an_error(tmp_path: Path):
+    info = save(tmp_path, "Llama")
+    shutil.move(tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin")
+    with pytest.raises(CaptureError, match=r"has no model\.safetensors.*save_pretrained"):
+        load_target_tensors(info, ["lm_head"])
+
+
+def test_a_tensor_of_another_shape_is_an_error(tmp_path: Path):
+    info = save(tmp_path, "Llama", tie_word_embeddings=False)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "lm_head.weight": torch.zeros(97, 16)}, file)
+    with pytest.raises(CaptureError, match=r"shape \[97, 16\].*hidden size 32"):
+        load_target_tensors(info, ["lm_head"])
+
+
+def test_a_quantised_head_is_an_error(tmp_path: Path):
+    info = save(tmp_path, "Llama", tie_word_embeddings=False)
+    file = tmp_path / "model.safetensors"
+    head = torch.zeros(97, 32, dtype=torch.float8_e4m3fn)
+    save_file({**load_file(file), "lm_head.weight": head}, file)
+    with pytest.raises(CaptureError, match=r"lm_head\.weight.*quantised \(torch\.float8_e4m3fn\)"):
+        load_target_tensors(info, ["lm_head"])
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        ("Llama", {}),
+        ("Gemma", {}),
+        ("Gemma2", {"query_pre_attn_scalar": 8}),
+        ("Gemma3Text", {"query_pre_attn_scalar": 8}),
+        ("Granite", {"embedding_multiplier": 6.0}),
+    ],
+)
+def test_scaled_embeddings_are_what_the_first_layer_sees(
+    family: str, extra: dict[str, Any], tmp_path: Path
+):
+    info = save(tmp_path, family, **extra)
+    engine = TransformersEngine.load(TargetConfig(path=str(tmp_path), device="cpu"))
+    ids = torch.tensor([3, 50, 96])
+    (capture,) = engine.capture([Prompt(0, ids, ids)], CaptureSpec((-1,), "none", {}))
+    embedded = load_target_tensors(info, ["embed_tokens"])["embed_tokens"][ids]
+    torch.testing.assert_close(capture.hidden_states[-1], embedded * embedding_scale(info))
