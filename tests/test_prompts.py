@@ -138,3 +138,10 @@ def test_token_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
 def test_limit(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", ["a", "b"], ["c", "d"], "not read")
     assert len(load(path, limit=2)) == 2
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.train names no file\. Try: data\.train="):
+        load_prompts(DataConfig(), TOKENIZER, VOCAB)
+    with pytest.raises(DataError, match="no conversations in"):
+        load(write(tmp_path / "d.jsonl", ""))

@@ -1,0 +1,1 @@
+"""From files of conversations to tokenized prompts, and from captures to batches."""

@@ -1,0 +1,189 @@
+"""Answers written by the target itself, so that a draft learns to predict that target.
+
+Batches are planned over all prompts, done or not, and draws are seeded by
+batch: a run that was killed and resumed writes what one run would have.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config import RunConfig
+from ..errors import DataError
+from ..progress import track
+from .chat import chat_template, encode_prompt, load_tokenizer
+from .journal import Journal
+from .respond import Responder, Task
+from .sources import Conversation, Message, nothing_left, scan
+
+
+@dataclass(frozen=True, slots=True)
+class RegenerateReport:
+    """What one call did."""
+
+    output: Path
+    num_prompts: int
+    num_written: int  # conversations, by this call
+    num_before: int  # conversations and dropped prompts found on resuming
+    dropped: Mapping[str, int]  # reason -> prompts, by this call
+    num_skipped: int  # bad lines, with data.on_error=skip
+    num_tokens: int  # in the answers
+    seconds: float
+
+    def __str__(self) -> str:
+        dropped = "".join(f", {count} dropped ({why})" for why, count in self.dropped.items())
+        before = f", {self.num_before} were there before" if self.num_before else ""
+        skipped = f", {self.num_skipped} bad lines skipped" if self.num_skipped else ""
+        rate = self.num_tokens / self.seconds if self.seconds else 0.0
+        return (
+            f"{self.output}: {self.num_written} of {self.num_prompts} prompts answered"
+            f"{dropped}{before}{skipped}; {self.num_tokens:,} tokens, {rate:.1f} tokens/s"
+        )
+
+
+def regenerate(run: RunConfig, output: Path) -> RegenerateReport:
+    """Answer the user turns of `regenerate.prompts` and append the conversations to `output`.
+
+    A row is {"id", "messages", the prompt row's other fields, "model", "sampling"}.
+    Calling it again goes on where it stopped; prompts whose first answer was not
+    kept are remembered in `output`.dropped.  Raises DataError for bad prompts, and
+    for an output of another model or sampling; what was written stays.
+    """
+    start = time.perf_counter()
+    tokenizer = load_tokenizer(run.target)
+    tasks, num_skipped = read_tasks(run, tokenizer)
+    origin = _origin(run)
+    told = Counter[str]()
+    written = num_tokens = 0
+    with (
+        Journal(output) as answers,
+        Journal(output.with_name(output.name + ".dropped")) as refused,
+        track("answering prompts", len(tasks)) as progress,
+    ):
+        done = _ids(answers, origin)
+        if done:
+            done |= _ids(refused, origin)
+        else:
+            refused.clear()  # of an output that was taken away
+        progress.advance(before := sum(task.id in done for task in tasks))
+        batches = [batch for batch in plan(tasks, run) if any(t.id not in done for t in batch)]
+        responder = Responder(run, tokenizer) if batches else None
+        for batch in batches:
+            assert responder is not None
+            chats = [chat for chat in responder.answer(batch) if chat.task.id not in done]
+            kept = [chat for chat in chats if chat.messages]
+            lost = [chat for chat in chats if not chat.messages]
+            answers.append(
+                {"id": c.task.id, "messages": c.messages, **c.task.metadata, **origin} for c in kept
+            )
+            refused.append({"id": c.task.id, "reason": c.dropped, **origin} for c in lost)
+            told.update(str(chat.dropped) for chat in lost)
+            written, num_tokens = written + len(kept), responder.num_tokens
+            progress.advance(len(chats), f"{num_tokens / responder.seconds:.1f} tokens/s")
+    seconds = time.perf_counter() - start
+    return RegenerateReport(
+        output, len(tasks), written, before, told, num_skipped, num_tokens, seconds
+    )
+
+
+def read_tasks(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], int]:
+    """Read all prompts, and count the bad lines skipped."""
+    chat_template(tokenizer)
+    tasks: dict[str, Task] = {}
+    skipped = 0
+    first_bad: DataError | None = None
+    files = run.regenerate.prompts
+    if not files:
+        raise DataError("regenerate.prompts names no file. Try: regenerate.prompts=[PROMPTS.jsonl]")
+    for found in scan(files, need_answer=False):
+        try:
+            task = _task(found, run, tokenizer)
+        except DataError as exc:
+            if run.data.on_error == "raise":
+                raise
+            skipped, first_bad = skipped + 1, first_bad or exc
+            continue
+        if task.id in tasks:
+            raise DataError(
+                f"{task.where} has the id {task.id!r} of {tasks[task.id].where}; ids tell what is "
+                "done. Give every prompt its own id"
+            )
+        tasks[task.id] = task
+        if len(tasks) == run.data.limit:
+            break
+    if not tasks:
+        raise nothing_left(files, first_bad)
+    return list(tasks.values()), skipped
+
+
+def _task(
+    found: Conversation | DataError, run: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> Task:
+    if isinstance(found, DataError):
+        raise found
+    turns: list[tuple[Message, ...]] = []
+    asked: list[Message] = []
+    for message in found.messages:
+        if message["role"] == "tool":
+            raise DataError(
+                f"{found.where}: a tool's answer cannot be regenerated. "
+                "Take the line out, or set data.on_error=skip"
+            )
+        if message["role"] != "assistant":  # the target writes its own
+            asked.append(message)
+        if message["role"] == "user":
+            turns.append(tuple(asked))
+            asked = []
+    metadata = {k: v for k, v in found.row.items() if k not in ("id", "messages", "conversations")}
+    try:
+        length = len(encode_prompt(tokenizer, turns[0], run.data.chat_template_kwargs))
+    except DataError as exc:
+        raise DataError(f"{found.where}: {exc}") from exc
+    return Task(str(found.row.get("id", found.where)), found.where, tuple(turns), metadata, length)
+
+
+def plan(tasks: Sequence[Task], run: RunConfig) -> Iterator[list[Task]]:
+    """Yield batches of like lengths, the longest first: what does not fit in memory shows early."""
+    ordered = sorted(tasks, key=lambda task: -task.length)
+    size = run.regenerate.batch_size
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def _origin(run: RunConfig) -> dict[str, Any]:
+    """Return what every row says about where its answers come from."""
+    target = run.target
+    name = Path(target.path).resolve().name if Path(target.path).is_dir() else target.path
+    sampling = {
+        **run.regenerate.model_dump(exclude={"prompts", "batch_size"}),
+        "chat_template_kwargs": run.data.chat_template_kwargs,
+        "dtype": target.dtype,
+    }
+    model = f"{name}@{target.revision}" if target.revision else name
+    # as it reads back from the file
+    found: dict[str, Any] = json.loads(
+        json.dumps({"model": model, "sampling": sampling}, default=str)
+    )
+    return found
+
+
+def _ids(journal: Journal, origin: Mapping[str, Any]) -> set[str]:
+    """Return the ids in a file; DataError where a row has another origin."""
+    ids = set()
+    for row in journal.rows():
+        for key, value in origin.items():
+            if row.get(key) != value:
+                raise DataError(
+                    f"{str(journal.path)!r} was written with {key} {row.get(key)!r}, this run has "
+                    f"{value!r}. Set it back, or try: -o OTHER.jsonl"
+                )
+        ids.add(str(row["id"]))
+    return ids

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specforge_core.config import DataConfig, RegenerateConfig, RunConfig, StrategyConfig
+from specforge_core.config import TargetConfig as Target
+from specforge_core.data.regenerate import regenerate
+from specforge_core.errors import DataError
+
+KILLED = """
+import sys
+from pathlib import Path
+from specforge_core.config import RunConfig
+from specforge_core.data.regenerate import regenerate
+regenerate(RunConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def talker(toy_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a target that stops at one in eight tokens."""
+    path = tmp_path_factory.mktemp("talker") / "toy-target"
+    shutil.copytree(toy_target, path)
+    stops = {"eos_token_id": list(range(2, 258, 8)), "pad_token_id": 2}
+    (path / "generation_config.json").write_text(json.dumps(stops))
+    return path
+
+
+def write(path: Path, *rows: dict[str, Any] | str) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def ask(name: str, *questions: str, **metadata: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question} for question in questions]
+    return {"id": name, "messages": messages, **metadata}
+
+
+def make_run(
+    target: Path, prompts: Path, *, data: dict[str, Any] | None = None, **options: Any
+) -> RunConfig:
+    settings = {"max_new_tokens": 24, "batch_size": 4, **options}
+    return RunConfig(
+        target=Target(path=str(target), device="cpu", dtype="float32"),
+        strategy=StrategyConfig(name="none"),
+        data=DataConfig(**(data or {})),
+        regenerate=RegenerateConfig(prompts=(prompts,), **settings),
+    )
+
+
+def lines(path: Path) -> list[str]:
+    return sorted(path.read_text().splitlines())
+
+
+def test_rows_hold_the_targets_answers_and_the_prompts_fields(talker: Path, tmp_path: Path) -> None:
+    sharegpt = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "SOMEBODY ELSE WROTE THIS"},
+        {"from": "human", "value": "And now?"},
+    ]
+    prompts = write(
+        tmp_path / "p.jsonl",
+        ask("a", "Hi", "Why?", category="chat", licence="MIT", model="of the prompt"),
+        {"conversations": sharegpt},
+    )
+    output = tmp_path / "new" / "out.jsonl"
+
+    report = regenerate(make_run(talker, prompts, keep_unfinished=True), output)
+
+    by_id = {row["id"]: row for row in map(json.loads, lines(output))}
+    assert set(by_id) == {"a", "p.jsonl:2"}
+    row = by_id["a"]
+    assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * 2
+    assert (row["category"], row["licence"], row["model"]) == ("chat", "MIT", "toy-target")
+    assert row["sampling"]["temperature"] == 0.0
+    assert row["sampling"]["max_new_tokens"] == 24
+    roles = [m["role"] for m in by_id["p.jsonl:2"]["messages"]]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert "SOMEBODY" not in output.read_text()
+    assert "conversations" not in by_id["p.jsonl:2"]
+    assert f"{output}: 2 of 2 prompts answered; {report.num_tokens} tokens" in str(report)
+    assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_resuming_writes_what_one_run_would_have(
+    talker: Path, tmp_path: Path, temperature: float
+) -> None:
+    """Whatever a killed process left: whole batches, half a batch, half a line."""
+    rows = [ask(str(i), "word " * (1 + i * 5 % 7), "more") for i in range(10)]
+    run = make_run(talker, write(tmp_path / "p.jsonl", *rows), temperature=temperature)
+    whole = tmp_path / "whole.jsonl"
+    report = regenerate(run, whole)
+    dropped = whole.with_name("whole.jsonl.dropped")
+    assert report.num_written + sum(report.dropped.values()) == 10
+    assert report.num_written > 4
+    assert report.dropped
+
+    data = whole.read_bytes()
+    for fraction in (0.0, 0.1, 0.5, 0.9, 1.0):
+        output = tmp_path / f"{fraction}.jsonl"
+        output.write_bytes(data[: int(len(data) * fraction)])
+        shutil.copy(dropped, output.with_name(output.name + ".dropped"))
+        again = regenerate(run, output)
+        assert lines(output) == lines(whole)
+        assert lines(output.with_name(output.name + ".dropped")) == lines(dropped)
+        assert again.num_written + again.num_before + sum(again.dropped.values()) == 10
+        assert (again.num_tokens == 0) == (fraction == 1.0)
+
+
+@pytest.mark.slow
+def test_kill_9(talker: Path, tmp_path: Path) -> None:
+    rows = [ask(str(i), "word " * (i % 7), "more", "and more") for i in range(200)]
+    prompts = write(tmp_path / "p.jsonl", *rows)
+    run = make_run(talker, prompts, max_new_tokens=64, temperature=1.0)
+    output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    for kills in range(2):
+        before = output.stat().st_size if output.exists() else 0
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, run.model_dump_json(), str(output)],
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not (output.exists() and output.stat().st_size > before):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"finished before kill {kills}"
+    regenerate(run, output)
+    regenerate(run, whole)
+    assert lines(output) == lines(whole)
+
+
+def test_dropped_prompts_are_listed_with_the_reason(toy_target: Path, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "p.jsonl", ask("a", "Hi"), ask("b", "x" * 100), ask("c", "Hey"))
+    output = tmp_path / "out.jsonl"
+    report = regenerate(
+        make_run(toy_target, prompts, data={"max_length": 90}, max_new_tokens=2), output
+    )
+    assert report.dropped == {"unfinished": 2, "too long": 1}
+    assert "0 of 3 prompts answered, 1 dropped (too long), 2 dropped (unfinished)" in str(report)
+    rows = map(json.loads, lines(tmp_path / "out.jsonl.dropped"))
+    reasons = {row["id"]: row["reason"] for row in rows}
+    assert reasons == {"a": "unfinished", "b": "too long", "c": "unfinished"}
+    assert not output.exists()
+
+
+def test_output_of_another_run_is_refused(talker: Path, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "p.jsonl", ask("a", "Hi"), ask("b", "Hey"))
+    output = tmp_path / "out.jsonl"
+    regenerate(make_run(talker, prompts, keep_unfinished=True), output)
+    before = output.read_text()
+
+    other = tmp_path / "other-target"
+    shutil.copytree(talker, other)
+    cases = [
+        (make_run(talker, prompts, keep_unfinished=True, temperature=0.7), "with sampling {"),
+        (make_run(other, prompts, keep_unfinished=True), "with model 'toy-target', this run has"),
+    ]
+    for run, message in cases:
+        with pytest.raises(DataError) as error:
+            regenerate(run, output)
+        assert message in str(error.value)
+        assert "try: -o OTHER.jsonl" in str(error.value)
+    assert output.read_text() == before
+
+
+def test_bad_prompts(talker: Path, tmp_path: Path) -> None:
+    path, output = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    tool = {"messages": [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "4"}]}
+    cases: list[tuple[list[dict[str, Any] | str], str]] = [
+        (["{"], "p.jsonl:1 is not a line of JSON"),
+        ([tool], "p.jsonl:1: a tool's answer cannot be regenerated"),
+        ([ask("a", "x"), ask("a", "y")], "p.jsonl:2 has the id 'a' of p.jsonl:1"),
+        ([""], "no conversations in"),
+    ]
+    for rows, message in cases:
+        with pytest.raises(DataError) as error:
+            regenerate(make_run(talker, write(path, *rows)), output)
+        assert message in str(error.value)
+    run = make_run(talker, path)
+    empty = run.model_copy(update={"regenerate": RegenerateConfig()})
+    with pytest.raises(DataError, match=r"Try: regenerate\.prompts=\[PROMPTS\.jsonl\]"):
+        regenerate(empty, output)
+    assert [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
+
+    write(path, "{", tool, ask("a", "Hi"), ask("b", "Hey"), ask("c", "not reached"))
+    data = {"on_error": "skip", "limit": 2}
+    report = regenerate(make_run(talker, path, data=data, keep_unfinished=True), output)
+    assert (report.num_prompts, report.num_skipped) == (2, 2)
+    assert "2 bad lines skipped" in str(report)
+    assert [json.loads(line)["id"] for line in lines(output)] == ["a", "b"]
