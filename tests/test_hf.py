@@ -253,7 +253,5 @@ def test_a_checkpoint_that_lacks_weights_is_a_config_error(llama: TargetConfig, 
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ConfigError, match=r"lacks 1 of its weights, such as model\.layers\.1\.mlp\.up_proj"
-    ):
+    with pytest.raises(ConfigError, match=r"lacks 1 of its weights, such as model\.layers\.1\.mlp"):
         TransformersEngine.load(TargetConfig(path=str(tmp_path)))

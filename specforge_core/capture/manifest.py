@@ -64,6 +64,8 @@ class CaptureManifest(Frozen):
     shards: tuple[Shard, ...] = ()
     num_skipped: int = 0  # prompts the strategy's adapter turned down
     token_counts: str | None = None  # file with the supervised-token counts, [V] int64
+    prompts: str | None = None  # fingerprint of the prompts in capture order, to resume safely
+    num_prompts: int | None = None
 
     @property
     def num_samples(self) -> int:
@@ -81,7 +83,7 @@ class CaptureManifest(Frozen):
         """
         path = directory / MANIFEST
         try:
-            return cls.model_validate_json(path.read_bytes())
+            manifest = cls.model_validate_json(path.read_bytes())
         except FileNotFoundError as exc:
             raise CaptureError(
                 f"{directory} has no {MANIFEST}: it is not a capture. "
@@ -91,12 +93,22 @@ class CaptureManifest(Frozen):
             raise CaptureError(
                 f"{path} cannot be read: {exc}. Capture again into an empty directory"
             ) from exc
+        if manifest.format_version != FORMAT_VERSION:
+            raise CaptureError(
+                f"{path} is of format {manifest.format_version}, and this version reads format "
+                f"{FORMAT_VERSION}. Try: pip install -U specforge-core"
+            )
+        return manifest
 
     def write(self, directory: Path) -> None:
         """Replace the directory's manifest: the old or the new one is there, never half of one."""
         beside = directory / f".{MANIFEST}.tmp"
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(directory / MANIFEST)
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                file.write(self.model_dump_json(indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(directory / MANIFEST)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise

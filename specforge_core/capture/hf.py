@@ -1,0 +1,287 @@
+"""The target in this process, through transformers: its states are tapped by forward hooks.
+
+Shapes: B sequences, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..config import TargetConfig
+from ..errors import CaptureError, ConfigError
+from ..types import CaptureSpec, Prompt, TargetCapture, TargetInfo
+from .batching import group_by_length
+
+LAYER_LISTS = ("layers", "h", "blocks")
+FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm")
+
+
+def load_target_info(target: TargetConfig) -> TargetInfo:
+    """Read the target's config; no weights.
+
+    Raises ConfigError when there is no such target, or it is no decoder-only model.
+    """
+    config = _load(AutoConfig, target)
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False) or getattr(
+        text, "use_bidirectional_attention", None
+    ) in (
+        True,
+        "all",
+    ):
+        raise ConfigError(
+            f"target {target.path!r} ({config.model_type}) is not a causal decoder-only model: "
+            "its states depend on later tokens. Choose another target.path"
+        )
+    as_dict = text.to_dict()
+    # a multimodal config says outside of its text section whether the head is tied
+    as_dict["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", False))
+    try:
+        sizes = (text.hidden_size, text.num_hidden_layers, text.vocab_size)
+    except AttributeError as exc:
+        raise ConfigError(
+            f"target {target.path!r} ({config.model_type}) is no language model: {exc}. "
+            "Choose another target.path"
+        ) from exc
+    revision = getattr(config, "_commit_hash", None) or target.revision
+    return TargetInfo(target.path, revision, *sizes, config=as_dict)
+
+
+def _load(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:
+    """Call `from_pretrained`, turning what users get wrong into a ConfigError."""
+    path = Path(target.path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"target.path {target.path!r} has no config.json: it is not a saved model. "
+            "Try: target.path=DIRECTORY_OF_A_MODEL"
+        )
+    try:
+        return auto.from_pretrained(
+            target.path,
+            revision=target.revision,
+            trust_remote_code=target.trust_remote_code,
+            **kwargs,
+        )
+    except (OSError, ValueError, KeyError) as exc:
+        reason = str(exc).strip().splitlines()[0]
+        revision = f" at revision {target.revision!r}" if target.revision else ""
+        raise ConfigError(
+            f"target.path {target.path!r}{revision} cannot be loaded: {reason}. "
+            "Try: target.path=DIRECTORY or a Hugging Face id, and `hf auth login` if it is gated"
+        ) from exc
+
+
+class _Enough(Exception):
+    """Ends a forward pass once everything asked for has been seen."""
+
+
+@dataclass(slots=True)
+class Taps:
+    """What `tap_states` saw in the last forward pass."""
+
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, H]
+    final: Tensor | None = None  # [B, T, H]
+
+
+@contextmanager
+def tap_states(model: nn.Module, spec: CaptureSpec, *, stop: bool) -> Iterator[Taps]:
+    """Collect the states that `spec` asks for from one forward pass inside the `with` block.
+
+    With `stop`, the pass ends after the last layer needed, and the block with it:
+    its result is only in the Taps.  Raises CaptureError when the model's layers
+    are not found, do not fit `spec`, or did not run.
+    """
+    parts = find_parts(model)
+    taps = Taps()
+    wanted = set(spec.layers)
+    last = len(parts.layers) - 1
+    if wrong := sorted(i for i in wanted if not -1 <= i <= last):
+        raise CaptureError(
+            f"layers {wrong} are not in the target: it has layers 0 to {last}, and -1 is the "
+            "embedding output. Change the strategy's layers"
+        )
+    if spec.final == "post_norm" and parts.norm is None:
+        raise CaptureError(
+            f"no final norm found in {type(model).__name__} (looked for {', '.join(FINAL_NORMS)}). "
+            "Choose a strategy that needs no normed final state, or another target.engine"
+        )
+    deepest = last if spec.final != "none" else max(wanted, default=-1)
+
+    def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        taps.hidden_states[-1] = _hidden(args[0] if args else kwargs["hidden_states"])
+        if stop and deepest == -1:
+            raise _Enough
+
+    def see_layer(index: int, output: Any) -> None:
+        if index in wanted:
+            taps.hidden_states[index] = _hidden(output)
+        if index == last and spec.final == "pre_norm":
+            taps.final = _hidden(output)
+        if stop and index == deepest and spec.final != "post_norm":
+            raise _Enough
+
+    def see_norm(_: nn.Module, __: Any, output: Any) -> None:
+        taps.final = _hidden(output)
+        if stop:
+            raise _Enough
+
+    handles = []
+    if -1 in {*wanted, deepest}:
+        handles.append(parts.layers[0].register_forward_pre_hook(see_input, with_kwargs=True))
+    for index in sorted({*wanted, deepest} - {-1}):
+        hook = lambda _, __, output, index=index: see_layer(index, output)  # noqa: E731
+        handles.append(parts.layers[index].register_forward_hook(hook))
+    if spec.final == "post_norm":
+        assert parts.norm is not None
+        handles.append(parts.norm.register_forward_hook(see_norm))
+    try:
+        yield taps
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if wanted - set(taps.hidden_states) or (spec.final != "none" and taps.final is None):
+        raise CaptureError(
+            f"{type(model).__name__} did not run the layers asked for: {sorted(wanted)}, "
+            f"final {spec.final}. Choose another target.engine"
+        )
+
+
+def _hidden(output: Any) -> Tensor:
+    tensor = output[0] if isinstance(output, tuple) else output
+    if not isinstance(tensor, Tensor) or tensor.ndim != 3:
+        shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise CaptureError(
+            f"a decoder layer put out {shape} where [batch, tokens, hidden] was expected. "
+            "Choose another target.engine"
+        )
+    return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Where a causal language model keeps its decoder."""
+
+    decoder: nn.Module  # runs everything but the LM head
+    layers: nn.ModuleList
+    norm: nn.Module | None
+
+
+def find_parts(model: Any) -> Parts:
+    """Find the decoder, its list of layers and its final norm; CaptureError when there are none."""
+    decoder = model.get_decoder()
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = next((getattr(decoder, n) for n in LAYER_LISTS if hasattr(decoder, n)), None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) != count:
+        raise CaptureError(
+            f"the {count} decoder layers of {type(model).__name__} are not where they are looked "
+            f"for ({', '.join(LAYER_LISTS)} of {type(decoder).__name__}). "
+            "Choose another target.engine"
+        )
+    norm = next((getattr(decoder, n) for n in FINAL_NORMS if hasattr(decoder, n)), None)
+    return Parts(decoder, layers, norm)
+
+
+class TransformersEngine:
+    """A TargetEngine in this process.  Its captures are slices of one padded batch."""
+
+    def __init__(self, model: Any, info: TargetInfo, batch_tokens: int) -> None:
+        self.model = model
+        self.info = info
+        self._decoder: Any = find_parts(model).decoder
+        self._batch_tokens = batch_tokens
+
+    @classmethod
+    def load(cls, target: TargetConfig) -> TransformersEngine:
+        """Load the target's weights onto its device; ConfigError when that fails."""
+        info = load_target_info(target)
+        pinned = target.model_copy(update={"revision": info.revision})  # the branch may move on
+        model, report = _load(
+            AutoModelForCausalLM, pinned, dtype=target.dtype, output_loading_info=True
+        )
+        # transformers would go on with random weights
+        if missing := sorted(report["missing_keys"]):
+            raise ConfigError(
+                f"target.path {target.path!r} lacks {len(missing)} of its weights, such as "
+                f"{missing[0]}. Download it again, or choose another target.path"
+            )
+        model.eval().requires_grad_(False)
+        return cls(model.to(pick_device(target.device)), info, target.batch_tokens)
+
+    @torch.no_grad()  # not inference_mode: a draft trains on these tensors
+    def capture(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> Iterator[TargetCapture]:
+        """Yield one capture per prompt, batched by length: not in the prompts' order.
+
+        Raises CaptureError for token ids the target lacks and for non-finite states.
+        """
+        for batch in group_by_length([len(p.input_ids) for p in prompts], self._batch_tokens):
+            yield from self._run([prompts[i] for i in batch], spec)
+
+    def _run(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> list[TargetCapture]:
+        for prompt in prompts:
+            low, high = int(prompt.input_ids.min()), int(prompt.input_ids.max())
+            if low < 0 or high >= self.info.vocab_size:
+                raise CaptureError(
+                    f"prompt {prompt.index} has token ids {low} to {high}, the target's vocabulary "
+                    f"is 0 to {self.info.vocab_size - 1}. Use the target's own tokenizer"
+                )
+        device = self.model.device
+        # padding on the right needs no attention mask: no token sees a later one
+        ids = pad_sequence([p.input_ids for p in prompts], batch_first=True).to(device)
+        masks = pad_sequence([p.loss_mask for p in prompts], batch_first=True).to(device)
+        with tap_states(self.model, spec, stop=True) as taps:
+            self._decoder(input_ids=ids, use_cache=False)
+        captures = []
+        for row, prompt in enumerate(prompts):
+            end = len(prompt.input_ids)
+            states = {layer: taps.hidden_states[layer][row, :end] for layer in spec.layers}
+            final = None if taps.final is None else taps.final[row, :end]
+            captures.append(
+                TargetCapture(prompt.index, ids[row, :end], masks[row, :end], states, final)
+            )
+        _check_finite(captures, taps)
+        return captures
+
+    def close(self) -> None:
+        """Drop the model, so that its memory can be used again."""
+        self.model = self._decoder = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _check_finite(captures: Sequence[TargetCapture], taps: Taps) -> None:
+    """Raise CaptureError naming the first prompt whose states hold a NaN or infinity."""
+    states = [*taps.hidden_states.values(), *([] if taps.final is None else [taps.final])]
+    # one sum per tensor and one look at the device, since a sum of finite parts can only
+    # overflow, never hide one; the exact check runs when it fails
+    if bool(torch.stack([s.sum(dtype=torch.float32) for s in states]).isfinite().all()):
+        return
+    for capture in captures:
+        named = {f"layer {i}": s for i, s in capture.hidden_states.items()}
+        if capture.final is not None:
+            named["the final state"] = capture.final
+        for name, state in named.items():
+            if bad := int((~state.isfinite()).any(-1).sum()):
+                raise CaptureError(
+                    f"prompt {capture.index}: {name} is not finite at {bad} of {len(state)} tokens "
+                    f"({state.dtype}). Try: target.dtype=float32"
+                )
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` is this rank's GPU, or the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

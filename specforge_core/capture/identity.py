@@ -1,0 +1,150 @@
+"""What a capture is of: made once from a run, compared whenever a capture is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import RunConfig
+from ..data.chat import template_fingerprint, tokenizer_fingerprint
+from ..errors import CaptureError
+from ..plugins import CORE
+from ..strategy import Strategy
+from ..types import CaptureSpec, TargetInfo
+from .manifest import CaptureIdentity
+from .safefile import read_header
+from .weights import fetch, tensor_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLED_TENSORS = 256
+SAMPLED_BYTES = 1024
+VOLATILE = ("transformers_version", "_name_or_path", "_commit_hash")  # change without the model
+
+AGAIN = "or capture again into another data.capture_dir"
+# field -> how it is called in the error, and what can be done about it
+MUST_AGREE = {
+    "strategy": ("strategy", f"Name that strategy in the config, {AGAIN}"),
+    "spec_version": (
+        "version of the strategy's capture format",
+        f"Install the strategy version that captured, {AGAIN}",
+    ),
+    "layers": ("captured layers", f"Set the strategy's layers to those of the capture, {AGAIN}"),
+    "final": ("final hidden state", f"Set the strategy's options to the capture's, {AGAIN}"),
+    "fields": ("stored fields", f"Set the strategy's options to the capture's, {AGAIN}"),
+    "hidden_size": ("target's hidden size", f"Set target.path to the captured one, {AGAIN}"),
+    "num_layers": ("target's layers", f"Set target.path to the captured one, {AGAIN}"),
+    "vocab_size": ("target's vocabulary", f"Set target.path to the captured one, {AGAIN}"),
+    "target_fingerprint": (
+        "target's weights or config",
+        f"Set target.path and target.revision to the captured ones, {AGAIN}",
+    ),
+    "tokenizer_fingerprint": ("tokenizer", f"Use the tokenizer of the capture, {AGAIN}"),
+    "chat_template_fingerprint": (
+        "chat template or data.chat_template_kwargs",
+        f"Use the template and arguments of the capture, {AGAIN}",
+    ),
+    "max_length": ("data.max_length", f"Set data.max_length to the capture's, {AGAIN}"),
+}
+
+
+def capture_identity(
+    run: RunConfig,
+    strategy: Strategy,
+    info: TargetInfo,
+    spec: CaptureSpec,
+    tokenizer: PreTrainedTokenizerBase,
+) -> CaptureIdentity:
+    """Return the identity of what this run captures; reads a little of the target's weights."""
+    return CaptureIdentity(
+        strategy=strategy.name,
+        strategy_package=strategy.package,
+        core_version=version(CORE),
+        spec_version=spec.version,
+        layers=spec.layers,
+        final=spec.final,
+        fields={name: (field.shape, field.dtype) for name, field in spec.fields.items()},
+        target=info.name_or_path,
+        target_revision=info.revision,
+        target_fingerprint=target_fingerprint(info),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        chat_template_fingerprint=template_fingerprint(tokenizer, run.data.chat_template_kwargs),
+        hidden_size=info.hidden_size,
+        num_layers=info.num_layers,
+        vocab_size=info.vocab_size,
+        max_length=run.data.max_length,
+    )
+
+
+def target_fingerprint(info: TargetInfo) -> str:
+    """Hash the target's config.json, every tensor's name and shape, and bytes of some of them.
+
+    Where the files are, and how the weights are split over them, does not matter.
+    """
+    digest = hashlib.sha256()
+    if (path := fetch(info, "config.json")) is not None:
+        config: dict[str, Any] = json.loads(path.read_bytes())
+        kept = {key: value for key, value in config.items() if key not in VOLATILE}
+        digest.update(json.dumps(kept, sort_keys=True).encode())
+    files = tensor_files(info)
+    every = max(1, len(files) // SAMPLED_TENSORS)
+    sampled = set(sorted(files)[::every])
+    pieces: dict[str, bytes] = {}
+    for path in sorted(set(files.values())):
+        pieces |= _pieces(path, sampled)
+    for name in sorted(pieces):
+        digest.update(pieces[name])
+    return digest.hexdigest()
+
+
+def _pieces(path: Path, sampled: Iterable[str]) -> dict[str, bytes]:
+    """Return what is hashed of each tensor of a file."""
+    pieces = {}
+    with path.open("rb") as file:
+        for name, entry in read_header(file).items():
+            pieces[name] = f"{name} {entry.code} {entry.shape}".encode()
+            if name in sampled:
+                middle = entry.start + (entry.end - entry.start) // 2
+                file.seek(middle)
+                pieces[name] += file.read(min(SAMPLED_BYTES, entry.end - middle))
+    return pieces
+
+
+def check_identity(
+    found: CaptureIdentity, expected: CaptureIdentity, directory: Path, *, resume: bool = False
+) -> None:
+    """Raise CaptureError when a capture is not what the run expects, naming fields and values.
+
+    A run may train on longer samples than it needs (they are cut), but must not
+    `resume` a capture with another length.
+    """
+    wrong = [name for name in MUST_AGREE if getattr(found, name) != getattr(expected, name)]
+    if not resume and found.max_length > expected.max_length:
+        wrong = [name for name in wrong if name != "max_length"]
+    if not wrong:
+        return
+    lines = "".join(
+        f"\n  {MUST_AGREE[name][0]}: {_show(found, name)} in the capture, "
+        f"{_show(expected, name)} in this run"
+        for name in wrong
+    )
+    raise CaptureError(
+        f"the capture in {directory} does not fit this run:{lines}\n{MUST_AGREE[wrong[0]][1]}"
+    )
+
+
+def _show(identity: CaptureIdentity, name: str) -> str:
+    value = getattr(identity, name)
+    if name == "target_fingerprint":
+        revision = f" at revision {identity.target_revision}" if identity.target_revision else ""
+        return f"{identity.target}{revision} ({value[:12]})"
+    if name == "fields":
+        return str({key: f"{dtype} {list(shape)}" for key, (shape, dtype) in value.items()})
+    if name.endswith("_fingerprint"):
+        return str(value[:12])
+    return str(list(value)) if isinstance(value, tuple) else repr(value)

@@ -1,0 +1,67 @@
+"""What one sample must look like: names, dtypes and shapes, as the spec promises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..types import Field, Problem, Sample
+
+
+def is_ragged(field: Field) -> bool:
+    """Say whether a field has a token axis."""
+    return field.shape[:1] == (None,)
+
+
+def num_tokens(fields: Mapping[str, Field], sample: Sample) -> int:
+    """Return a sample's length in tokens; 1 when no field has a token axis."""
+    return next((len(sample[n]) for n, field in fields.items() if is_ragged(field)), 1)
+
+
+def layout_problems(fields: Mapping[str, Field], sample: Sample) -> list[Problem]:
+    """Compare a sample's names, dtypes and shapes with what the spec promises."""
+    problems = [
+        Problem(f"field {name!r}", "is not in the sample. Return it from the strategy's adapter")
+        for name in fields.keys() - sample.keys()
+    ]
+    problems += [
+        Problem(f"field {name!r}", "is not in the capture spec. Declare it in CaptureSpec.fields")
+        for name in sample.keys() - fields.keys()
+    ]
+    lengths = {}
+    for name in fields.keys() & sample.keys():
+        field, tensor = fields[name], sample[name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype != field.dtype:
+            problems.append(
+                Problem(
+                    f"field {name!r}",
+                    f"is {dtype}, the spec says {field.dtype}. Cast it in the strategy's adapter",
+                )
+            )
+        fits = tensor.ndim == len(field.shape) and all(
+            want in (None, have) for want, have in zip(field.shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            want = [n if n is not None else "tokens" for n in field.shape]
+            problems.append(
+                Problem(f"field {name!r}", f"has shape {list(tensor.shape)}, the spec says {want}")
+            )
+        elif is_ragged(field):
+            lengths[name] = len(tensor)
+    if len(set(lengths.values())) > 1:
+        listing = ", ".join(f"{name} {length}" for name, length in sorted(lengths.items()))
+        problems.append(Problem("sample", f"fields differ in their number of tokens: {listing}"))
+    return sorted(problems, key=str)
+
+
+def non_finite(sample: Sample) -> list[str]:
+    """Return the fields that hold a NaN or an infinity."""
+    floating = {name: tensor for name, tensor in sample.items() if tensor.is_floating_point()}
+    # the sum needs no memory; only an overflow makes it wrong, which the exact test settles
+    return [
+        name
+        for name, tensor in sorted(floating.items())
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all()
+    ]

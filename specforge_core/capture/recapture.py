@@ -1,0 +1,144 @@
+"""Capture one stored sample again, and compare its values.
+
+A wrong layer, a missing norm or other weights give states of the right shape
+that no training loss complains about, so the values themselves are compared:
+with a tolerance, and with what the likely mistakes would have given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from ..types import (
+    Adapter,
+    CaptureSpec,
+    FinalState,
+    Problem,
+    Prompt,
+    Sample,
+    TargetCapture,
+    TargetEngine,
+)
+
+OTHER: dict[FinalState, FinalState] = {"pre_norm": "post_norm", "post_norm": "pre_norm"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """One prompt's states, the neighbours of what the spec asks for included."""
+
+    base: TargetCapture  # its hidden_states hold the neighbouring layers too
+    spec: CaptureSpec
+    finals: dict[FinalState, Tensor | None]  # [T, H] each
+
+    @classmethod
+    def of(cls, engine: TargetEngine, spec: CaptureSpec, prompt: Prompt) -> Fresh:
+        """Run the target on the prompt alone."""
+        near = {i + step for i in spec.layers for step in (-1, 0, 1)}
+        layers = tuple(sorted(i for i in near if -1 <= i < engine.info.num_layers))
+        (base,) = engine.capture([prompt], replace(spec, layers=layers))
+        finals: dict[FinalState, Tensor | None] = {spec.final: base.final}
+        if spec.final in OTHER:
+            other = OTHER[spec.final]
+            (again,) = engine.capture([prompt], replace(spec, layers=(), final=other))
+            finals[other] = again.final
+        return cls(base, spec, finals)
+
+    def capture(self, swap: tuple[int, int] | None = None, other: bool = False) -> TargetCapture:
+        """Return what the spec asks for; with layer `swap[1]` in the place of `swap[0]`, if given.
+
+        With `other`, the final state is normed where it should not be, or not where it should.
+        """
+        every = self.base.hidden_states
+        states = {i: every[swap[1] if swap and swap[0] == i else i] for i in self.spec.layers}
+        final = self.finals[OTHER[self.spec.final] if other else self.spec.final]
+        return replace(self.base, hidden_states=states, final=final)
+
+    def mistakes(self) -> Iterator[tuple[str, TargetCapture]]:
+        """Yield the likely mistakes: what each would be called, and would have captured."""
+        for layer in self.spec.layers:
+            for wrong in (layer - 1, layer + 1):
+                if wrong in self.base.hidden_states:
+                    text = f"layer {layer} looks like the output of layer {wrong}"
+                    yield text, self.capture(swap=(layer, wrong))
+        if self.spec.final in OTHER:
+            text = f"the final state looks like {OTHER[self.spec.final]}, not {self.spec.final}"
+            yield text, self.capture(other=True)
+
+
+def compare(fresh: Fresh, adapter: Adapter, stored: Sample) -> list[Problem]:
+    """Return how a stored sample differs from what its prompt gives now."""
+    expected = adapter(fresh.capture())
+    if expected is None:
+        return [Problem("sample", "is stored, but the strategy now skips its prompt")]
+    problems = [*_differing(stored, expected)]
+    if problems:
+        return problems
+    floating = [name for name in stored if stored[name].is_floating_point()]
+    if not floating:
+        return []
+    errors = _errors(stored, expected, floating)
+    # noise adds to every layer's error, so only the right state can be the nearest one
+    total = sum(e * e for e in errors)
+    for text, capture in fresh.mistakes():
+        sample = adapter(capture)
+        if sample is not None and sum(e * e for e in _errors(stored, sample, floating)) < total:
+            problems.append(Problem("values", f"{text}. Capture again with a corrected engine"))
+    limit = _tolerance(stored, fresh, floating)
+    if not problems and not median(errors) <= limit:
+        problems.append(
+            Problem(
+                "values",
+                f"differ from a fresh capture by {median(errors):.1%} (at most {limit:.1%} is "
+                "rounding): another revision or dtype of the target? Capture again",
+            )
+        )
+    return problems
+
+
+def _differing(stored: Sample, expected: Sample) -> Iterator[Problem]:
+    """Compare what must be equal: shapes, and whole numbers."""
+    if stored.keys() != expected.keys():
+        have, want = ", ".join(sorted(stored)), ", ".join(sorted(expected))
+        yield Problem("sample", f"has the fields {have}, a fresh capture {want}. Capture again")
+    for name in sorted(stored.keys() & expected.keys()):
+        old, new = stored[name], expected[name].cpu()
+        if old.shape != new.shape:
+            detail = f"has shape {list(old.shape)}, a fresh capture {list(new.shape)}"
+        elif not old.is_floating_point() and not torch.equal(old, new):
+            detail = f"differs from a fresh capture at {int((old != new).sum())} places"
+        else:
+            continue
+        why = "another chat template, tokenizer, data or data.max_length?"
+        yield Problem(f"field {name!r}", f"{detail}: {why} Capture again, or correct the config")
+
+
+def _errors(stored: Sample, expected: Sample, names: list[str]) -> list[float]:
+    """Return every token's (or whole field's) distance from `expected`, over its norm."""
+    errors: list[float] = []
+    for name in names:
+        old, new = stored[name].double(), expected[name].cpu().double()
+        rows = (len(new), -1) if new.ndim > 1 else (1, -1)
+        old, new = old.reshape(rows), new.reshape(rows)
+        scale = new.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        errors += ((old - new).norm(dim=1) / scale).tolist()
+    return errors
+
+
+def _tolerance(stored: Sample, fresh: Fresh, names: list[str]) -> float:
+    """Return the relative error that rounding explains.
+
+    A batch of another shape moves bfloat16 states by 1 to 2 %, some layers on;
+    neighbouring layers differ by 10 % and more.
+    """
+    states = [
+        *fresh.base.hidden_states.values(),
+        *(s for s in fresh.finals.values() if s is not None),
+    ]
+    dtypes = {stored[name].dtype for name in names} | {state.dtype for state in states}
+    return max(1e-3, *(8 * torch.finfo(dtype).eps for dtype in dtypes))

@@ -1,0 +1,208 @@
+"""Write samples to a capture directory, so that a kill at any moment loses and doubles nothing.
+
+A shard counts once the manifest names it.  What a killed writer had not yet
+listed there is captured again by the next one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ..errors import CaptureError
+from ..types import Sample
+from .identity import check_identity
+from .layout import is_ragged, layout_problems, num_tokens
+from .manifest import MANIFEST, CaptureIdentity, CaptureManifest, Shard
+from .safefile import write_file
+from .store import INDEX, OFFSETS, SKIPPED, ShardReader
+
+TOKEN_COUNTS = "token_counts.safetensors"
+LOCK = ".lock"
+
+
+class ShardWriter:
+    """Appends samples to a capture directory, or goes on with one that was left unfinished.
+
+    `done` holds the indices of all prompts stored or skipped by finished shards.
+    A full shard is written in the background while the next one fills, so up to
+    two shards are in memory.  Use as a context manager; leaving it by an error
+    keeps the finished shards and drops the unfinished one.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        identity: CaptureIdentity,
+        shard_tokens: int,
+        *,
+        prompts: str | None = None,
+        num_prompts: int | None = None,
+    ) -> None:
+        """Lock the directory and read what is there; nothing is written yet.
+
+        `prompts` is a fingerprint of the prompts in their order.  Raises CaptureError
+        when the directory holds another capture, is being written, or is not writable.
+        """
+        self.directory = directory
+        self.manifest = CaptureManifest(identity=identity, prompts=prompts, num_prompts=num_prompts)
+        self.done: set[int] = set()
+        self._fields = dict(identity.spec().fields)
+        self._shard_tokens = shard_tokens
+        self._rows: list[tuple[int, Sample]] = []
+        self._skipped: list[int] = []
+        self._tokens = 0
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (directory / LOCK).open("a")
+        except OSError as exc:
+            raise CaptureError(
+                f"data.capture_dir {str(directory)!r} cannot be written: {exc.strerror}. "
+                "Try: data.capture_dir=ANOTHER_DIRECTORY"
+            ) from exc
+        try:
+            self._take_over(identity)
+        except BaseException:
+            self._lock.close()
+            raise
+        self._pool = ThreadPoolExecutor(1, "specforge-shards")
+        self._writing: Future[None] | None = None
+
+    def _take_over(self, identity: CaptureIdentity) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise CaptureError(
+                f"another process is capturing into {self.directory}. Wait for it, or give "
+                "another data.capture_dir"
+            ) from exc
+        except OSError:  # a file system without locks
+            pass
+        if not (self.directory / MANIFEST).exists():
+            if found := next(self.directory.glob("shard-*"), None):
+                raise CaptureError(
+                    f"{self.directory} has {found.name} but no {MANIFEST}: it is not clear what it "
+                    "is of. Give an empty data.capture_dir"
+                )
+            return
+        manifest = CaptureManifest.read(self.directory)
+        check_identity(manifest.identity, identity, self.directory, resume=True)
+        if manifest.prompts != self.manifest.prompts:
+            raise CaptureError(
+                f"the capture in {self.directory} was begun with other prompts, or another order "
+                f"of them ({manifest.num_prompts} prompts then, {self.manifest.num_prompts} now). "
+                "Give the same data and train.seed to go on with it, or another data.capture_dir"
+            )
+        self.done.update(ShardReader(self.directory, manifest).handled())
+        self.manifest = manifest
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        self._lock.close()
+
+    def begin(self, token_counts: Tensor | None = None) -> None:
+        """Make the manifest visible, so that a trainer can follow; counts are [V] int64."""
+        if token_counts is None:
+            self._save_manifest()
+            return
+        self._guard(TOKEN_COUNTS, {"token_counts": [token_counts]})
+        self._save_manifest(token_counts=TOKEN_COUNTS)
+
+    def add(self, index: int, sample: Sample) -> None:
+        """Store the sample of prompt `index`; its tensors are on the CPU and not changed later.
+
+        Raises CaptureError when it does not fit the spec, or the disk is full.
+        """
+        if problems := layout_problems(self._fields, sample):
+            raise CaptureError(f"prompt {index}: {problems[0]}")
+        self._rows.append((index, sample))
+        self._tokens += num_tokens(self._fields, sample)
+        if self._tokens >= self._shard_tokens:
+            self._flush()
+        elif self._writing is not None and self._writing.done():
+            self._wait()
+
+    def skip(self, index: int) -> None:
+        """Remember that the strategy turned prompt `index` down."""
+        self._skipped.append(index)
+
+    def close(self, token_counts: Tensor | None = None) -> CaptureManifest:
+        """Write what is left and mark the capture complete; CaptureError if there is no sample."""
+        if self._rows:
+            self._flush()
+        self._wait()
+        if not self.manifest.shards:
+            raise CaptureError(
+                f"the strategy skipped all {len(self._skipped)} prompts (too short, or nothing "
+                "supervised), so there is nothing to store. Check data.train and data.max_length"
+            )
+        if token_counts is not None:
+            self.begin(token_counts)
+        skipped = self.manifest.num_skipped + len(self._skipped)
+        self._save_manifest(complete=True, num_skipped=skipped)
+        return self.manifest
+
+    def _flush(self) -> None:
+        self._wait()
+        rows, skipped = self._rows, self._skipped
+        self._rows, self._skipped, self._tokens = [], [], 0
+        if not (self.directory / MANIFEST).exists():
+            self._save_manifest()
+        self._writing = self._pool.submit(self._write, rows, skipped)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, rows: list[tuple[int, Sample]], skipped: list[int]) -> None:
+        lengths = [num_tokens(self._fields, sample) for _, sample in rows]
+        columns = {
+            name: [s[name] if is_ragged(field) else s[name][None] for _, s in rows]
+            for name, field in self._fields.items()
+        }
+        columns[OFFSETS] = [torch.tensor([0, *accumulate(lengths)])]
+        columns[INDEX] = [torch.tensor([index for index, _ in rows])]
+        columns[SKIPPED] = [torch.tensor(skipped, dtype=torch.int64)]
+        file = f"shard-{len(self.manifest.shards):05d}.safetensors"
+        size = self._guard(file, columns)
+        shard = Shard(file=file, num_samples=len(rows), num_tokens=sum(lengths), num_bytes=size)
+        self._save_manifest(
+            shards=(*self.manifest.shards, shard),
+            num_skipped=self.manifest.num_skipped + len(skipped),
+        )
+
+    def _guard(self, file: str, columns: dict[str, list[Tensor]]) -> int:
+        try:
+            return write_file(self.directory / file, columns)
+        except OSError as exc:
+            raise self._failed(file, exc) from exc
+
+    def _save_manifest(self, **update: object) -> None:
+        manifest = self.manifest.model_copy(update=update)
+        try:
+            manifest.write(self.directory)
+        except OSError as exc:
+            raise self._failed(MANIFEST, exc) from exc
+        self.manifest = manifest
+
+    def _failed(self, file: str, exc: OSError) -> CaptureError:
+        return CaptureError(
+            f"{self.directory / file} cannot be written: {exc.strerror}. "
+            f"{self.manifest.num_samples} samples in {len(self.manifest.shards)} shards are safe. "
+            "Make room there, then run the same command again to go on"
+        )
