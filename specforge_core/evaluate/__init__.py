@@ -1,0 +1,1 @@
+"""Lossless speculative decoding with a draft: the loop, its counts, and the report of a run."""

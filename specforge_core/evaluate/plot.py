@@ -1,0 +1,82 @@
+"""Plots of a run: acceptance by draft position, and the loss curve.
+
+Figures are drawn without pyplot, so no window system and no global state is touched.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ..errors import CheckpointError
+from ..export.writer import write_file
+from .report import EvalReport, SetReport
+
+MARKERS = "osD^vPX"
+
+
+def plot_acceptance(report: EvalReport, png: Path) -> None:
+    """Draw the part of the drafted tokens accepted at each position, a line per prompt set."""
+    figure, axes = _figure()
+    sets: Mapping[str, SetReport] = report.per_set
+    for number, (name, found) in enumerate(sets.items()):
+        length = found.acceptance_length
+        label = name if length is None else f"{name}: {length:.2f} tokens per verification"
+        marker = MARKERS[number % len(MARKERS)]
+        places = range(1, len(found.per_position) + 1)
+        axes.plot(places, found.per_position, marker=marker, markersize=5, label=label)
+    axes.set_title(f"{report.strategy} on {Path(report.target).name}")
+    axes.set_xlabel("position in the draft")
+    axes.set_ylabel("accepted, of those drafted there")
+    highest = max((rate for found in sets.values() for rate in found.per_position), default=0.0)
+    axes.set_ylim(0, min(1.02, 1.15 * highest) or 1.02)
+    axes.legend(frameon=False)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _save(figure, png)
+
+
+def plot_loss(metrics: Path, png: Path) -> None:
+    """Draw the loss of a run's metrics.jsonl over its steps.
+
+    Raises CheckpointError when the file is missing or holds no losses.
+    """
+    steps, losses = _losses(metrics)
+    figure, axes = _figure()
+    axes.plot(steps, losses, marker="o" if len(steps) < 30 else "", markersize=3)
+    axes.set_title(f"training loss: {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _save(figure, png)
+
+
+def _losses(metrics: Path) -> tuple[list[int], list[float]]:
+    try:
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{metrics} cannot be read: {exc}. Try: specforge train") from exc
+    found = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    if not found:
+        raise CheckpointError(f"{metrics} holds no losses yet. Try: specforge train")
+    return [step for step, _ in found], [loss for _, loss in found]
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4.2), dpi=140, layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, png: Path) -> None:
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    write_file(png, data.getvalue())

@@ -1,0 +1,201 @@
+"""`specforge eval`: measure a draft on prompt sets, by lossless decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..capture.hf import TransformersEngine, load_target_info
+from ..config import RunConfig
+from ..data.chat import encode_prompt, load_tokenizer
+from ..data.sources import Conversation, Message, read_conversations
+from ..errors import ConfigError, DataError
+from ..export.writer import write_file
+from ..progress import track
+from ..strategy import Strategy
+from ..types import CaptureSpec, Draft, Proposer, Sampling, TargetInfo
+from .decode import Limits, generate, generate_plain, limits
+from .lossless import first_difference, reference
+from .plot import plot_acceptance
+from .report import EvalReport, PromptResult, Setup, summarize
+
+REPORT = "eval/report.json"
+PLOT = "eval/acceptance.png"
+
+
+@dataclass(frozen=True, slots=True)
+class EvalPrompt:
+    """One tokenized prompt, up to the place where the target answers."""
+
+    where: str
+    input_ids: tuple[int, ...]
+
+
+def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
+    """Decode every prompt of `run.eval.prompts` with a draft, and write the report.
+
+    Writes report.json and acceptance.png under `run.output_dir`/eval.  The draft
+    is moved to the target's device and `run.eval.dtype`, in place.  Raises
+    ConfigError and DataError before the target is loaded.
+    """
+    info = load_target_info(run.target)
+    sets = load_prompt_sets(run, load_tokenizer(run.target), info)
+    _make_directory(run.output_dir / Path(REPORT).parent)
+    options = run.eval
+    engine = TransformersEngine.load(run.target.model_copy(update={"dtype": options.dtype}))
+    try:
+        spec = strategy.adapter(run.strategy, engine.info).spec
+        proposer = _proposer(run, strategy, draft, engine)
+        most = min(proposer.max_tokens, options.max_draft_tokens or proposer.max_tokens)
+        bench = _Bench(
+            engine.model, proposer, spec, limits(engine.model, options.max_new_tokens), most, run
+        )
+        results = bench.run_sets(sets)
+        dtype = str(engine.model.dtype).removeprefix("torch.")
+        device = _device_name(engine.model.device)
+    finally:
+        engine.close()
+    setup = Setup(
+        strategy=strategy.name,
+        target=run.target.path,
+        temperature=options.temperature,
+        dtype=dtype,
+        device=device,
+        max_new_tokens=options.max_new_tokens,
+        max_draft_tokens=most,
+    )
+    report = summarize(setup, results)
+    write_file(run.output_dir / REPORT, report.to_json().encode())
+    plot_acceptance(report, run.output_dir / PLOT)
+    return report
+
+
+def load_prompt_sets(
+    run: RunConfig, tokenizer: PreTrainedTokenizerBase, info: TargetInfo
+) -> dict[str, list[EvalPrompt]]:
+    """Tokenize the prompt sets; a prompt is a conversation up to its first user turn.
+
+    Raises ConfigError when there is none or a file is missing, DataError for a
+    bad line and for a prompt that does not fit the target.
+    """
+    if not run.eval.prompts:
+        raise ConfigError("eval.prompts names no prompt set. Try: eval.prompts.chat=FILE.jsonl")
+    for name, path in run.eval.prompts.items():
+        if not path.is_file():
+            raise ConfigError(
+                f"eval.prompts.{name}: {str(path)!r} does not exist. "
+                f"Try: eval.prompts.{name}=FILE.jsonl"
+            )
+    sets = {}
+    for name, path in run.eval.prompts.items():
+        found = read_conversations(
+            [path], on_error=run.data.on_error, limit=run.eval.limit, need_answer=False
+        )
+        sets[name] = [_tokenize(conversation, run, tokenizer, info) for conversation in found]
+    return sets
+
+
+def _tokenize(
+    conversation: Conversation, run: RunConfig, tokenizer: PreTrainedTokenizerBase, info: TargetInfo
+) -> EvalPrompt:
+    ids = encode_prompt(tokenizer, first_turn(conversation.messages), run.data.chat_template_kwargs)
+    positions = info.config.get("max_position_embeddings")
+    if positions is not None and len(ids) >= positions:
+        raise DataError(
+            f"{conversation.where}: a prompt of {len(ids)} tokens leaves no room for an answer in "
+            f"the target's {positions} positions. Shorten or remove it"
+        )
+    if max(ids) >= info.vocab_size:
+        raise DataError(
+            f"{conversation.where}: token {max(ids)} is beyond the target's vocabulary of "
+            f"{info.vocab_size}: the tokenizer is another model's. Check target.path"
+        )
+    return EvalPrompt(conversation.where, tuple(ids))
+
+
+def first_turn(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return the messages up to the first user turn, that one included."""
+    roles = [message["role"] for message in messages]
+    return messages[: roles.index("user") + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """The target and a proposer, ready to answer prompts."""
+
+    model: Any
+    proposer: Proposer
+    spec: CaptureSpec
+    limits: Limits
+    max_draft_tokens: int
+    run: RunConfig
+
+    def run_sets(self, sets: Mapping[str, list[EvalPrompt]]) -> dict[str, list[PromptResult]]:
+        """Answer every prompt, first one for warm-up that does not count."""
+        total = sum(map(len, sets.values()))
+        first = next(prompts[0] for prompts in sets.values())
+        self._answer(first, Limits(2, self.limits.eos), seed=0)
+        results: dict[str, list[PromptResult]] = {}
+        with track("eval", total) as tracker:
+            for name, prompts in sets.items():
+                results[name] = []
+                for prompt in prompts:
+                    # seeded by place: a set's answers do not depend on the other sets
+                    seed = self.run.eval.seed * 1_000_003 + len(results[name])
+                    results[name].append(self._answer(prompt, self.limits, seed))
+                    tracker.advance(note=name)
+        return results
+
+    def _answer(self, prompt: EvalPrompt, limits: Limits, seed: int) -> PromptResult:
+        temperature = self.run.eval.temperature
+        sampling = Sampling(temperature, torch.Generator().manual_seed(seed))
+        answer = generate(
+            self.model,
+            self.proposer,
+            self.spec,
+            prompt.input_ids,
+            limits,
+            sampling,
+            self.max_draft_tokens,
+        )
+        if not self.run.eval.compare:
+            return PromptResult(prompt.where, answer, None, None)
+        if temperature:
+            alone = generate_plain(self.model, prompt.input_ids, limits, sampling)
+            return PromptResult(prompt.where, answer, alone, None)
+        # also the baseline of the speed-up: as fast as generate_plain, and run anyway
+        alone = reference(self.model, prompt.input_ids, limits)
+        difference = first_difference(self.model, prompt.input_ids, answer.tokens, alone.tokens)
+        return PromptResult(prompt.where, answer, alone, difference)
+
+
+def _proposer(
+    run: RunConfig, strategy: Strategy, draft: Draft, engine: TransformersEngine
+) -> Proposer:
+    for module in (draft.model, draft.frozen):
+        if module is not None:
+            module.to(device=engine.model.device, dtype=engine.model.dtype).eval()
+    return strategy.proposer(run.strategy, draft, engine.info)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _make_directory(path: Path) -> None:
+    """Create the report's directory before the long part, so that it cannot fail after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as exc:
+        raise ConfigError(
+            f"output_dir {str(path.parent)!r} cannot be written: {exc.strerror}. "
+            "Try: output_dir=DIRECTORY"
+        ) from exc

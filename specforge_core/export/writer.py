@@ -1,0 +1,236 @@
+"""Write and read exported drafts: config.json, safetensors weights, provenance.json.
+
+An export appears whole or not at all: it is written beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import CheckpointError, PluginError
+from ..types import Export
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PROVENANCE = "provenance.json"
+SHARD_BYTES = 5_000_000_000
+PACKAGES = ("specforge-core", "torch", "transformers", "safetensors")
+
+
+def write_export(
+    export: Export,
+    directory: Path,
+    provenance: Mapping[str, Any],
+    *,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write an export as a new directory.
+
+    `provenance` says where the draft comes from: strategy, target, revision,
+    layers, fingerprints; the versions of the packages are added.  An existing
+    directory is replaced only with `force`, and only when all of its files are an
+    export's.  Raises CheckpointError when the directory is taken or cannot be
+    written, PluginError when what the strategy returned cannot be saved.
+    """
+    directory = directory.resolve()
+    check_place(directory, force=force)
+    weights = _plain(export.weights)
+    texts = {
+        CONFIG: _json(export.config, CONFIG),
+        PROVENANCE: _json({**provenance, "packages": _versions()}, PROVENANCE),
+    }
+    beside = directory.with_name(f".{directory.name}.tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # left by a killed export
+        beside.mkdir(parents=True)
+        for name, text in texts.items():
+            write_file(beside / name, text.encode())
+        _write_weights(weights, beside, shard_bytes)
+        _put(beside, directory)
+    except (OSError, SafetensorError) as exc:
+        raise CheckpointError(
+            f"the export could not be written to {directory}: {exc}. "
+            "Free some space, or choose another place with -o"
+        ) from exc
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_place(directory: Path, *, force: bool) -> None:
+    """Raise CheckpointError unless an export may be written here."""
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file. Choose another place with -o")
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    strange = sorted(name for name in names if not _is_ours(name))
+    if strange or (names and PROVENANCE not in names):
+        found = strange[0] if strange else f"no {PROVENANCE}"
+        raise CheckpointError(
+            f"{directory} is not empty and not an export ({found}). Choose another place with -o"
+        )
+    if names and not force:
+        raise CheckpointError(
+            f"{directory} already holds an export. Replace it with --force, or choose another -o"
+        )
+
+
+def read_export(directory: Path) -> Export:
+    """Read a directory's config and weights; only safetensors files are opened.
+
+    Raises CheckpointError when something is missing, damaged or does not agree.
+    """
+    config = _read_json(directory, CONFIG)
+    if (directory / INDEX).is_file():
+        weight_map = _read_json(directory, INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{directory / INDEX} has no weight_map. Export again")
+        files = sorted({Path(str(name)).name for name in weight_map.values()})
+        weights: dict[str, Tensor] = {}
+        for name in files:
+            weights |= _read_weights(directory / name)
+        if missing := sorted(weight_map.keys() - weights.keys()):
+            raise CheckpointError(
+                f"{directory} lacks tensor {missing[0]!r}, which {INDEX} lists. Export again"
+            )
+        return Export(config, weights)
+    pickled = sorted(path.name for path in directory.glob("*.bin"))
+    if pickled and not (directory / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{directory} holds its weights as {pickled[0]}, a pickle, which can run code and is "
+            f"never read. Convert it to {WEIGHTS} first"
+        )
+    return Export(config, _read_weights(directory / WEIGHTS))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace a file: the old or the new one is there, never half of one."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that can be saved: on the CPU, contiguous, none sharing memory."""
+    if not weights:
+        raise PluginError("the strategy's export has no weights. Its specforge_export is wrong")
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"tensor {name!r} holds values that are not finite: this draft cannot serve. "
+                "Export an earlier checkpoint"
+            )
+        saved = tensor.detach().cpu().contiguous()
+        place = saved.untyped_storage().data_ptr()
+        plain[name] = saved.clone() if place in seen else saved
+        seen.add(place)
+    return plain
+
+
+def _write_weights(weights: Mapping[str, Tensor], directory: Path, shard_bytes: int) -> None:
+    shards = list(_shards(weights, shard_bytes))
+    if len(shards) == 1:
+        _write_shard(shards[0], directory / WEIGHTS)
+        return
+    stem = WEIGHTS.removesuffix(".safetensors")
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(shard, directory / name)
+        weight_map |= dict.fromkeys(shard, name)
+    size = sum(tensor.nbytes for tensor in weights.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_file(directory / INDEX, _json(index, INDEX).encode())
+
+
+def _shards(weights: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Split into parts of at most `shard_bytes`; a larger tensor is a part by itself."""
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in weights.items():
+        if part and size + tensor.nbytes > shard_bytes:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    yield part
+
+
+def _write_shard(weights: dict[str, Tensor], path: Path) -> None:
+    save_file(weights, path, metadata={"format": "pt"})
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _put(beside: Path, directory: Path) -> None:
+    """Rename the finished directory into place; an old one leaves only then."""
+    if not directory.exists():
+        beside.rename(directory)
+        return
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    directory.rename(old)
+    try:
+        beside.rename(directory)
+    except OSError:
+        old.rename(directory)
+        raise
+    shutil.rmtree(old)
+
+
+def _is_ours(name: str) -> bool:
+    weights = name.startswith("model") and name.endswith(".safetensors")
+    return weights or name in (CONFIG, INDEX, PROVENANCE)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def _json(value: Mapping[str, Any], file: str) -> str:
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as exc:
+        raise PluginError(f"{file} of the export is not JSON: {exc}") from exc
+
+
+def _read_json(directory: Path, name: str) -> dict[str, Any]:
+    path = directory / name
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise CheckpointError(
+            f"{directory} is not an exported draft: {name} cannot be read ({exc.strerror}). "
+            "Try: specforge export --checkpoint OUTPUT_DIR -o DIR"
+        ) from exc
+    except ValueError as exc:
+        raise CheckpointError(f"{path} is damaged: {exc}. Export again") from exc
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold an object. Export again")
+    return value
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError as exc:
+        raise CheckpointError(f"{path} is missing. Export again") from exc
+    except (OSError, SafetensorError) as exc:
+        raise CheckpointError(f"{path} is damaged: {exc}. Export again") from exc
+    return found
