@@ -1,0 +1,126 @@
+"""DFlash: drafts a whole block of tokens at once, reading the target's states in every layer."""
+
+from __future__ import annotations
+
+import torch
+
+from specforge_core.hookspecs import hookimpl
+from specforge_core.types import (
+    Adapter,
+    CaptureSpec,
+    Draft,
+    Export,
+    Problem,
+    Proposer,
+    Sample,
+    TargetInfo,
+    TrainStep,
+    Transform,
+)
+
+from .adapter import DFlashAdapter, DFlashTransform, mask_token_occurs
+from .config import DFlashConfig, draft_shape
+from .export import export_draft, load_export
+from .mask_token import mask_token
+from .model import DFlashModel, Frozen
+from .proposer import DFlashProposer
+from .step import DFlashStep
+
+
+@hookimpl
+def specforge_config() -> type[DFlashConfig]:
+    """Block, objective and shape of the draft."""
+    return DFlashConfig
+
+
+@hookimpl
+def specforge_adapter(config: DFlashConfig, target: TargetInfo) -> Adapter:
+    """Capture the chosen layers' outputs, side by side."""
+    return DFlashAdapter.build(config, target)
+
+
+@hookimpl
+def specforge_verify_capture(config: DFlashConfig, sample: Sample) -> list[Problem]:
+    """Report a mask token named in the config that occurs in the text."""
+    token = config.mask_token_id
+    if token is None or not bool((sample["input_ids"] == token).any()):
+        return []
+    return [Problem("input_ids", mask_token_occurs(token, "the sample"))]
+
+
+@hookimpl
+def specforge_transform(spec: CaptureSpec, max_length: int) -> Transform:
+    """Cut samples to `max_length`; drop those in which no block can start."""
+    return DFlashTransform(spec, max_length)
+
+
+@hookimpl
+def specforge_draft(config: DFlashConfig, target: TargetInfo) -> Draft:
+    """Build the draft around the target's own embedding and head."""
+    from specforge_core.capture.weights import embedding_scale, load_target_tensors
+
+    tied = bool(target.config.get("tie_word_embeddings"))
+    tensors = load_target_tensors(
+        target, ("embed_tokens",) if tied else ("embed_tokens", "lm_head")
+    )
+    rows = {name: tensor[: target.vocab_size] for name, tensor in tensors.items()}  # no padding
+    return build_draft(
+        config,
+        target,
+        rows["embed_tokens"],
+        rows["embed_tokens" if tied else "lm_head"],
+        scale=embedding_scale(target),
+        mask_token_id=mask_token(config, target),
+    )
+
+
+def build_draft(
+    config: DFlashConfig,
+    target: TargetInfo,
+    embed_tokens: torch.Tensor,
+    lm_head: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    mask_token_id: int,
+    device: str = "cpu",
+) -> Draft:
+    """Build the draft from the target's embedding and head, both [V, H], wherever they are from.
+
+    The weights are float32 on `device`, the same for the same seed.
+    """
+    shape = draft_shape(config, target, mask_token_id)
+    with torch.device("meta"):
+        model = DFlashModel(shape, config.attention)
+    model.to_empty(device="cpu")
+    model.init_weights(config.seed)
+    model.to(device)
+    frozen = Frozen(embed_tokens, lm_head, scale, shape.softcap)
+    return Draft(model, tuple(model.layers), frozen)
+
+
+@hookimpl
+def specforge_train_step(config: DFlashConfig) -> TrainStep:
+    """Fill blocks at random anchors, weighted towards their beginnings."""
+    return DFlashStep(config)
+
+
+@hookimpl
+def specforge_proposer(config: DFlashConfig, draft: Draft) -> Proposer:
+    """Draft one block at a time, with the context's keys and values cached."""
+    assert isinstance(draft.model, DFlashModel)
+    assert isinstance(draft.frozen, Frozen)
+    return DFlashProposer(config, draft.model, draft.frozen)
+
+
+@hookimpl
+def specforge_export(
+    config: DFlashConfig, draft: Draft, target: TargetInfo, format: str
+) -> Export | None:
+    """Write the published layout: formats hf, sglang, vllm."""
+    return export_draft(config, draft.model, target, format)
+
+
+@hookimpl
+def specforge_import(config: DFlashConfig, draft: Draft, export: Export) -> bool:
+    """Read the published layout back, refusing what was made for another draft."""
+    return load_export(config, draft.model, export)

@@ -1,0 +1,218 @@
+"""The options of the DFlash strategy, and what they come to for one target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from specforge_core.config import StrategyConfig
+from specforge_core.errors import ConfigError
+from specforge_core.types import TargetInfo
+
+LayerType: TypeAlias = Literal["full_attention", "sliding_attention"]
+LabelLayout: TypeAlias = Literal["same_position", "next_token"]
+
+# Keys that make one frequency table, the same at every length; others need more than a table.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+ROPE_KEYS = (
+    *("rope_type", "rope_theta", "factor", "original_max_position_embeddings"),
+    *("low_freq_factor", "high_freq_factor", "attention_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+)
+# Factors on logits that this package does not reproduce.
+UNSUPPORTED_FACTORS = ("logit_scale", "logits_scaling")
+
+
+class DFlashConfig(StrategyConfig):
+    """The `strategy:` section of a DFlash run."""
+
+    block_size: int = Field(16, ge=2, description="Slots of one block, the known token included.")
+    num_layers: int = Field(5, gt=0, description="Layers of the draft.")
+    layers: tuple[int, ...] | None = Field(
+        None, description="Target layers whose outputs are read; the published formula if not set."
+    )
+    num_capture_layers: int | None = Field(
+        None, gt=0, description="How many layers the formula picks; num_layers if not set."
+    )
+    num_anchors: int = Field(512, gt=0, description="Blocks trained per sample, at most.")
+    label_layout: LabelLayout = Field(
+        "same_position", description="Slot k predicts token a+k (k >= 1), or a+k+1 (k >= 0)."
+    )
+    weighting: Literal["decay", "dpace", "dpace_confidence", "dpace_continuation"] = Field(
+        "decay", description="How slots are weighted within their block."
+    )
+    decay_gamma: float | None = Field(
+        None, gt=0, description="Decay of the slots' weights; 7, 5, 4 for blocks of 16, 10, 8."
+    )
+    dpace_alpha: float = Field(0.5, ge=0, le=1, description="Smoothing of D-PACE's confidence.")
+    mask_token_id: int | None = Field(
+        None, ge=0, description="Stands for the tokens to draft; an unused one if not set."
+    )
+    sliding_window: int | None = Field(None, gt=0, description="Positions a sliding layer sees.")
+    layer_types: tuple[LayerType, ...] | None = Field(
+        None, description="One per draft layer; all sliding if only sliding_window is set."
+    )
+    attention: Literal["auto", "flex", "eager"] = Field("auto", description="auto: flex on a GPU.")
+    head_chunk: int = Field(1024, gt=0, description="Rows whose logits exist at a time.")
+    num_heads: int | None = Field(None, gt=0, description="As the target's if not set.")
+    num_kv_heads: int | None = Field(None, gt=0, description="As the target's if not set.")
+    head_dim: int | None = Field(None, gt=0, multiple_of=2, description="As the target's.")
+    intermediate_size: int | None = Field(None, gt=0, description="As the target's if not set.")
+    rope_theta: float | None = Field(None, gt=0, description="Plain RoPE, not the target's.")
+    export_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of weights.")
+    seed: int = Field(0, ge=0, description="Of the draft's first weights.")
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> DFlashConfig:
+        if self.layer_types is not None:
+            if len(self.layer_types) != self.num_layers:
+                raise ValueError(
+                    f"layer_types names {len(self.layer_types)} layers, num_layers is "
+                    f"{self.num_layers}: give one type per layer"
+                )
+            if "sliding_attention" in self.layer_types and self.sliding_window is None:
+                raise ValueError("layer_types has sliding_attention: set sliding_window")
+        if self.decay_gamma is not None and self.weighting != "decay":
+            raise ValueError(
+                f"decay_gamma has no effect with weighting {self.weighting!r}: remove one of them"
+            )
+        return self
+
+    @property
+    def first_slot(self) -> int:
+        """The first slot that is trained and drafted from."""
+        return 1 if self.label_layout == "same_position" else 0
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens one block drafts: one fewer than its slots where slot 0 predicts nothing."""
+        return self.block_size - self.first_slot
+
+    @property
+    def gamma(self) -> float:
+        """The decay constant: lines through the published 4, 5 and 7 at blocks of 8, 10, 16."""
+        if self.decay_gamma is not None:
+            return self.decay_gamma
+        return self.block_size / 2 if self.block_size <= 10 else 5 + (self.block_size - 10) / 3
+
+
+@dataclass(frozen=True, slots=True)
+class DraftShape:
+    """Everything about a draft's structure, resolved against one target."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    max_positions: int
+    rope: Mapping[str, Any]
+    block_size: int
+    capture_layers: tuple[int, ...]
+    layer_types: tuple[LayerType, ...]
+    sliding_window: int | None
+    mask_token_id: int
+    vocab_size: int
+    softcap: float | None
+    init_std: float
+
+
+def draft_shape(config: DFlashConfig, target: TargetInfo, mask_token_id: int) -> DraftShape:
+    """Resolve the options against the target.  Raises ConfigError when they do not fit it."""
+    found = target.config
+    for name in UNSUPPORTED_FACTORS:
+        if found.get(name) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"target {target.name_or_path!r} has {name}={found[name]}, which DFlash drafts "
+                "do not apply. Try: another target.path"
+            )
+    heads = config.num_heads or int(found["num_attention_heads"])
+    kv_heads = config.num_kv_heads or int(found.get("num_key_value_heads") or heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"{heads} attention heads cannot share {kv_heads} key/value heads. "
+            "Try: strategy.num_kv_heads, a divisor of strategy.num_heads"
+        )
+    types = config.layer_types or (
+        ("sliding_attention" if config.sliding_window else "full_attention",) * config.num_layers
+    )
+    return DraftShape(
+        hidden_size=target.hidden_size,
+        num_layers=config.num_layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=config.head_dim or int(found.get("head_dim") or target.hidden_size // heads),
+        intermediate_size=config.intermediate_size or int(found["intermediate_size"]),
+        rms_norm_eps=float(found.get("rms_norm_eps") or 1e-6),
+        max_positions=int(found.get("max_position_embeddings") or 32768),
+        rope=draft_rope(config, found),
+        block_size=config.block_size,
+        capture_layers=capture_layers(config, target.num_layers),
+        layer_types=types,
+        sliding_window=config.sliding_window if "sliding_attention" in types else None,
+        mask_token_id=mask_token_id,
+        vocab_size=target.vocab_size,
+        softcap=found.get("final_logit_softcapping"),
+        init_std=float(found.get("initializer_range") or 0.02),
+    )
+
+
+def capture_layers(config: DFlashConfig, num_layers: int) -> tuple[int, ...]:
+    """Return the target layers to read, counted from 0 by their outputs.
+
+    The last layer is not allowed: engines disagree on whether its output is normed,
+    and those that read the input of the next layer cannot read it at all.
+    """
+    if config.layers is not None:
+        ids = config.layers
+        if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > num_layers - 2:
+            raise ConfigError(
+                f"strategy.layers {list(ids)} must increase within 0..{num_layers - 2} "
+                f"for a target of {num_layers} layers"
+            )
+        return ids
+    count = config.num_capture_layers or config.num_layers
+    if num_layers < 4:
+        raise ConfigError(
+            f"a target of {num_layers} layers is too small for the default layers. "
+            "Try: strategy.layers=[0]"
+        )
+    if count == 1:
+        return (num_layers // 2,)
+    span = num_layers - 4  # from layer 1 to layer n-3
+    ids = tuple(round(1 + i * span / (count - 1)) for i in range(count))
+    if len(set(ids)) != count:
+        raise ConfigError(
+            f"{count} default layers of a target of {num_layers} would be {list(ids)}, "
+            f"some of them twice. Try: strategy.num_capture_layers={min(count - 1, span + 1)}"
+        )
+    return ids
+
+
+def draft_rope(config: DFlashConfig, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the draft's rope parameters: the target's, always over the whole head.
+
+    partial_rotary_factor is left out, since engines rotate a draft's whole head, and so
+    are the sections of multimodal RoPE, which is plain RoPE on text.
+    """
+    if config.rope_theta is not None:
+        return {"rope_type": "default", "rope_theta": config.rope_theta}
+    given = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    if isinstance(given.get("full_attention"), Mapping):  # one set per layer type
+        given = given["full_attention"]
+    rope = {key: given[key] for key in ROPE_KEYS if given.get(key) is not None}
+    rope.setdefault("rope_type", given.get("type", "default"))
+    if rope["rope_type"] in ("mrope", "default"):
+        rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta")}
+    if rope["rope_type"] not in STATIC_ROPE:
+        raise ConfigError(
+            f"the target's rope_type {rope['rope_type']!r} changes with the length, which engines "
+            "do not follow in a draft. Try: strategy.rope_theta=10000"
+        )
+    rope["rope_theta"] = float(rope.get("rope_theta") or found.get("rope_theta") or 10000.0)
+    return rope

@@ -1,0 +1,147 @@
+"""The published checkpoint layout, written for engines and read back.
+
+Formats: `hf` (the published layout), `sglang` and `vllm` (the same files, refused where
+the engine would serve something else than was trained).  Layer ids count outputs from 0;
+vLLM adds its own 1 to `dflash_config.target_layer_ids`, so all three write the same ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from specforge_core.errors import CheckpointError, ConfigError
+from specforge_core.types import Export, TargetInfo
+
+from .config import DFlashConfig, DraftShape
+from .model import DFlashModel
+
+ARCHITECTURE = "DFlashDraftModel"
+FORMATS = ("hf", "sglang", "vllm")
+
+
+def export_draft(
+    config: DFlashConfig, model: nn.Module, target: TargetInfo, format: str
+) -> Export | None:
+    """Return the files' contents; None for a format this package does not know."""
+    if format not in FORMATS:
+        return None
+    assert isinstance(model, DFlashModel)
+    if format != "hf" and config.label_layout != "same_position":
+        raise ConfigError(
+            f"{format} serves DFlash blocks whose slot k holds token a+k, and this draft was "
+            f"trained with label_layout {config.label_layout!r}: nothing would be accepted. "
+            "Try: --format hf, or train with strategy.label_layout=same_position"
+        )
+    dtype: torch.dtype = getattr(torch, config.export_dtype)
+    weights = {
+        name: value.detach().to(device="cpu", dtype=dtype).contiguous()
+        for name, value in model.state_dict().items()
+    }
+    return Export(export_config(config, model.shape, target), weights)
+
+
+def export_config(config: DFlashConfig, shape: DraftShape, target: TargetInfo) -> dict[str, Any]:
+    """Return config.json."""
+    scaling = {k: v for k, v in shape.rope.items() if k != "rope_theta"}
+    sliding = shape.sliding_window is not None
+    out: dict[str, Any] = {
+        "architectures": [ARCHITECTURE],
+        "model_type": "qwen3",
+        "block_size": shape.block_size,
+        "dflash_config": {
+            "block_size": shape.block_size,
+            "mask_token_id": shape.mask_token_id,
+            "target_layer_ids": list(shape.capture_layers),
+            # not part of the published layout: says what a wrong guess would silently break
+            "label_layout": config.label_layout,
+            "sample_from_anchor": config.first_slot == 0,
+            "num_draft_tokens": config.num_draft_tokens,
+        },
+        "num_target_layers": target.num_layers,
+        "num_hidden_layers": shape.num_layers,
+        "layer_types": list(shape.layer_types),
+        # sliding layers: causal in the block, sliding_window - 1 positions to the left
+        "sliding_window": shape.sliding_window,
+        "use_sliding_window": sliding,
+        "max_window_layers": shape.layer_types.index("sliding_attention")
+        if sliding
+        else shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.rms_norm_eps,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": shape.init_std,
+        "max_position_embeddings": shape.max_positions,
+        "rope_theta": shape.rope["rope_theta"],
+        "rope_scaling": None if shape.rope["rope_type"] == "default" else scaling,
+        "rope_parameters": dict(shape.rope),
+        "tie_word_embeddings": False,
+        "vocab_size": shape.vocab_size,
+        "dtype": config.export_dtype,
+    }
+    if shape.softcap is not None:
+        out["final_logit_softcapping"] = shape.softcap
+    return out
+
+
+def load_export(config: DFlashConfig, model: nn.Module, export: Export) -> bool:
+    """Load an export into `model`.  Raises CheckpointError when it was made for another draft."""
+    assert isinstance(model, DFlashModel)
+    if ARCHITECTURE not in export.config.get("architectures", ()):
+        return False
+    _check(config, model.shape, export.config)
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in export.weights.items()}
+    for name in sorted(own.keys() | given.keys()):
+        if own.get(name) != given.get(name):
+            raise CheckpointError(
+                f"export tensor {name!r} has shape {given.get(name, 'none')}, this draft needs "
+                f"{own.get(name, 'no such tensor')}. Check strategy.* against its config.json"
+            )
+    model.load_state_dict(dict(export.weights))
+    return True
+
+
+def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) -> None:
+    """Compare everything that would load without an error and then be accepted nowhere."""
+    nested: Mapping[str, Any] = given.get("dflash_config") or {}
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", given.get("rope_theta"))
+    layers = nested.get("target_layer_ids", given.get("target_layer_ids"))
+    depth = int(given.get("num_hidden_layers", shape.num_layers))
+    types = given.get("layer_types") or ["full_attention"] * depth
+    pairs = {
+        "block_size": (nested.get("block_size", given.get("block_size", 16)), shape.block_size),
+        "layers": (layers, list(shape.capture_layers)),
+        # published checkpoints have no such field, and all are of this layout
+        "label_layout": (nested.get("label_layout", "same_position"), config.label_layout),
+        "mask_token_id": (nested.get("mask_token_id"), shape.mask_token_id),
+        "num_layers": (depth, shape.num_layers),
+        "layer_types": (list(types), list(shape.layer_types)),
+        "sliding_window": (
+            given.get("sliding_window") if "sliding_attention" in types else None,
+            shape.sliding_window,
+        ),
+        "num_heads": (given.get("num_attention_heads"), shape.num_heads),
+        "head_dim": (given.get("head_dim"), shape.head_dim),
+        "rope_theta": (theta, shape.rope["rope_theta"]),
+    }
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise CheckpointError(
+                f"the export has {name} {theirs}, this run {ours}. Try: strategy.{name}={theirs}"
+            )
+    if rope.get("rope_type", "default") != shape.rope["rope_type"]:
+        raise CheckpointError(
+            f"the export has rope_type {rope.get('rope_type')!r}, this run "
+            f"{shape.rope['rope_type']!r}. Try the target it was trained for: target.path"
+        )

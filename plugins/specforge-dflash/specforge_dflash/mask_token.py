@@ -1,0 +1,85 @@
+"""Which token stands for "not drafted yet": one that never occurs in text.
+
+The rule, when `strategy.mask_token_id` is not set:
+
+1. the first embedding row above every token of the tokenizer (many vocabularies are
+   padded; the published drafts use this row too), else the highest row in a gap;
+2. where every row is a token: the tokenizer's own mask token; else the lowest special
+   token named reserved or unused; else the highest special token.  Tokens with a role
+   (any `*_token_id` of the config or tokenizer) or part of the chat template are never taken.
+
+Whatever is chosen, data in which it occurs is an error.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from specforge_core.errors import ConfigError
+from specforge_core.types import TargetInfo
+
+from .config import DFlashConfig
+
+REMEDY = "Try: strategy.mask_token_id=ID, a token that never occurs in your data"
+ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id")
+
+
+def mask_token(config: DFlashConfig, target: TargetInfo) -> int:
+    """Return the mask token's id.  Raises ConfigError when none can be chosen safely."""
+    if config.mask_token_id is None:
+        taken = [v for k, v in target.config.items() if k.endswith("_token_id")]
+        flat = tuple(i for v in taken for i in (v if isinstance(v, list | tuple) else [v]))
+        return _choose(
+            target.name_or_path,
+            target.revision,
+            target.vocab_size,
+            frozenset(i for i in flat if isinstance(i, int)),
+        )
+    if config.mask_token_id >= target.vocab_size:
+        raise ConfigError(
+            f"strategy.mask_token_id {config.mask_token_id} is no row of the target's "
+            f"{target.vocab_size} embeddings. Try: strategy.mask_token_id={target.vocab_size - 1}"
+        )
+    return config.mask_token_id
+
+
+@lru_cache(maxsize=8)
+def _choose(path: str, revision: str | None, vocab_size: int, roles: frozenset[int]) -> int:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as exc:
+        raise ConfigError(
+            f"no tokenizer found beside target {path!r} to choose a mask token with. {REMEDY}"
+        ) from exc
+    return choose(tokenizer, vocab_size, roles)
+
+
+def choose(tokenizer: Any, vocab_size: int, roles: frozenset[int]) -> int:
+    """Apply the rule above to a transformers tokenizer and `vocab_size` embedding rows."""
+    used: set[int] = set(tokenizer.get_vocab().values())
+    first = max(used, default=-1) + 1
+    if first < vocab_size:
+        return first
+    if free := set(range(vocab_size)) - used:
+        return max(free)
+    template = tokenizer.chat_template or ""
+    text = template if isinstance(template, str) else " ".join(template.values())
+    roles |= {i for role in ROLES if (i := getattr(tokenizer, role)) is not None}
+    special: dict[int, str] = {
+        i: str(token.content)
+        for i, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and i not in roles and i < vocab_size and token.content not in text
+    }
+    if tokenizer.mask_token_id in special:
+        return int(tokenizer.mask_token_id)
+    for i, content in special.items():
+        if "reserved" in content or "unused" in content:
+            return i
+    if special:
+        return max(special)
+    raise ConfigError(
+        f"every one of the {vocab_size} embedding rows is a token that may occur. {REMEDY}"
+    )

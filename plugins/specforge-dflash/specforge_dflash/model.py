@@ -1,0 +1,264 @@
+"""The DFlash draft: layers over block slots that read the target's states in every layer.
+
+Parameter names are those of the published checkpoints.  Shapes: b samples, S context
+tokens, A blocks, B slots of a block, N = A*B, H hidden size, K captured layers, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import EagerMask, Mask, attend, block_mask
+from .config import DraftShape, LayerType
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines, [b or 1, 1, positions, d/2] float32
+
+
+class Geometry:
+    """Positions and visibility, shared by all layers.
+
+    No dataclass: FSDP's mixed precision would cast the tensors in one, and RoPE needs float32.
+    """
+
+    def __init__(
+        self, context_rope: Rope, block_rope: Rope, masks: Mapping[LayerType, Mask]
+    ) -> None:
+        self.context_rope = context_rope
+        self.block_rope = block_rope
+        self.masks = masks
+
+
+class LayerCache:
+    """One layer's keys and values of the context so far, for drafting."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._stored: Tensor | None = None  # [2, b, v, capacity, d]
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [b, v, new, d] and return all of it."""
+        start, end = self.length, self.length + k.shape[2]
+        if self._stored is None or self._stored.shape[3] < end:
+            grown = k.new_empty(2, *k.shape[:2], max(256, 2 * end), k.shape[3])
+            if self._stored is not None:
+                grown[:, :, :, :start] = self._stored[:, :, :, :start]
+            self._stored = grown
+        self._stored[0, :, :, start:end] = k
+        self._stored[1, :, :, start:end] = v
+        self.length = end
+        return self._stored[0, :, :, :end], self._stored[1, :, :, :end]
+
+
+class Rotary:
+    """RoPE over the whole head.  No module: a table must not follow the weights' dtype."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        from transformers import Qwen3Config
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+        config = Qwen3Config(
+            hidden_size=shape.hidden_size,
+            num_attention_heads=shape.num_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=shape.max_positions,
+            rope_parameters=dict(shape.rope),
+        )
+        with torch.device("cpu"):
+            table = Qwen3RotaryEmbedding(config)
+        self._frequencies: Tensor = table.inv_freq.float()  # [d/2]
+        self._scale = float(table.attention_scaling)
+
+    def __call__(self, positions: Tensor) -> Rope:
+        """Return cosines and sines for positions [b or 1, n]."""
+        if self._frequencies.device != positions.device:
+            self._frequencies = self._frequencies.to(positions.device)
+        angles = positions[:, None, :, None].float() * self._frequencies
+        return angles.cos() * self._scale, angles.sin() * self._scale
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate [b, heads, n, d] in float32, halves paired."""
+    cos, sin = rope
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class BlockAttention(nn.Module):
+    """Queries from the slots; keys and values from context and slots by one projection."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        wide, narrow = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.hidden_size, wide, bias=False)
+        self.k_proj = nn.Linear(shape.hidden_size, narrow, bias=False)
+        self.v_proj = nn.Linear(shape.hidden_size, narrow, bias=False)
+        self.o_proj = nn.Linear(wide, shape.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        context: Tensor,
+        geometry: Geometry,
+        mask: Mask,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """Return [b, N, H] for normed slots [b, N, H] and context [b, S, H]."""
+        q = rotate(self.q_norm(self._heads(self.q_proj(hidden))), geometry.block_rope)
+        block_kv = self._keys_values(hidden, geometry.block_rope)
+        context_kv = self._keys_values(context, geometry.context_rope)
+        if cache is not None:
+            context_kv = cache.extend(*context_kv)
+        out = attend(q, context_kv, block_kv, mask)
+        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+    def _keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        k = rotate(self.k_norm(self._heads(self.k_proj(x))), rope)
+        return k, self._heads(self.v_proj(x))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        heads = x.shape[-1] // self.head_dim
+        return x.view(*x.shape[:-1], heads, self.head_dim).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class BlockLayer(nn.Module):
+    """One pre-norm layer; the context goes to attention as it is."""
+
+    def __init__(self, shape: DraftShape, index: int) -> None:
+        super().__init__()
+        self.layer_type = shape.layer_types[index]
+        self.input_layernorm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.self_attn = BlockAttention(shape)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.mlp = MLP(shape)
+
+    def forward(
+        self, hidden: Tensor, context: Tensor, geometry: Geometry, cache: LayerCache | None
+    ) -> Tensor:
+        """Return [b, N, H] for slots [b, N, H]."""
+        mask = geometry.masks[self.layer_type]
+        hidden = hidden + self.self_attn(
+            self.input_layernorm(hidden), context, geometry, mask, cache
+        )
+        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return out
+
+
+class DFlashModel(nn.Module):
+    """The trained part: everything but the target's embedding and head."""
+
+    def __init__(self, shape: DraftShape, attention: Literal["auto", "flex", "eager"]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.attention = attention
+        self.rotary = Rotary(shape)
+        width = shape.hidden_size
+        self.fc = nn.Linear(len(shape.capture_layers) * width, width, bias=False)
+        self.hidden_norm = nn.RMSNorm(width, eps=shape.rms_norm_eps)
+        self.layers = nn.ModuleList(BlockLayer(shape, i) for i in range(shape.num_layers))
+        self.norm = nn.RMSNorm(width, eps=shape.rms_norm_eps)
+
+    def init_weights(self, seed: int) -> None:
+        """Fill the weights from `seed` alone, so that every rank has the same."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=self.shape.init_std, generator=generator)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def forward(
+        self,
+        features: Tensor,
+        embeddings: Tensor,
+        anchors: Tensor,
+        keep: Tensor,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """Return the slots' final states [b, N, H], normed.
+
+        features [b, S, K*H] are the target's captured states, embeddings [b, A, B, H] the
+        slots' inputs, anchors and keep [b, A].  With caches, one per layer,
+        `features` are those of the tokens since the last call, and all before are context too.
+        """
+        dtype = self.fc.weight.dtype
+        context = self.hidden_norm(self.fc(features.to(dtype)))
+        hidden = embeddings.flatten(1, 2).to(dtype)
+        geometry = self._geometry(features, anchors, keep, caches)
+        for i, layer in enumerate(self.layers):
+            hidden = layer(hidden, context, geometry, None if caches is None else caches[i])
+        out: Tensor = self.norm(hidden)
+        return out
+
+    def _geometry(
+        self,
+        features: Tensor,
+        anchors: Tensor,
+        keep: Tensor,
+        caches: Sequence[LayerCache] | None,
+    ) -> Geometry:
+        device, block = features.device, self.shape.block_size
+        start = 0 if caches is None else caches[0].length
+        end = start + features.shape[1]
+        slots = (anchors[..., None] + torch.arange(block, device=device)).flatten(1)
+        context = torch.arange(start, end, device=device)[None]
+        limits = anchors.masked_fill(~keep, 0)
+        use_flex = self.attention == "flex" or (self.attention == "auto" and features.is_cuda)
+        build = block_mask if use_flex and caches is None else EagerMask.build
+        windows: dict[LayerType, int | None] = {
+            "full_attention": None,
+            "sliding_attention": self.shape.sliding_window,
+        }
+        return Geometry(
+            self.rotary(context),
+            self.rotary(slots),
+            {kind: build(limits, end, block, windows[kind]) for kind in self.shape.layer_types},
+        )
+
+
+class Frozen(nn.Module):
+    """The target's embedding and head: read, never trained, never saved."""
+
+    def __init__(
+        self, embed_tokens: Tensor, lm_head: Tensor, scale: float, softcap: float | None
+    ) -> None:
+        super().__init__()
+        tied = lm_head is embed_tokens
+        self.embed_tokens = nn.Parameter(embed_tokens, requires_grad=False)
+        self.lm_head = (
+            self.embed_tokens if tied else nn.Parameter(lm_head, requires_grad=False)
+        )  # one parameter stays one when moved or cast
+        self.scale = scale
+        self.softcap = softcap
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the target's embeddings of `ids`, scaled as it scales them."""
+        out = F.embedding(ids, self.embed_tokens)
+        return out if self.scale == 1.0 else out * self.scale
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits over the target's vocabulary."""
+        out = F.linear(hidden.to(self.lm_head.dtype), self.lm_head).float()
+        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)

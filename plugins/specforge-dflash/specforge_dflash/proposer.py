@@ -1,0 +1,65 @@
+"""Drafts one block after the verified tokens, for evaluation and as a reference for serving."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specforge_core.types import Proposal, Sampling, TargetCapture
+
+from .config import DFlashConfig
+from .model import DFlashModel, Frozen, LayerCache
+
+
+class DFlashProposer:
+    """Keeps the context's keys and values; a block's own are never kept."""
+
+    def __init__(self, config: DFlashConfig, model: DFlashModel, frozen: Frozen) -> None:
+        self._config = config
+        self._model = model
+        self._frozen = frozen
+        self._caches = [LayerCache() for _ in model.layers]
+        self._pending: list[Tensor] = []  # features [n, K*H] not in the cache yet
+
+    @property
+    def max_tokens(self) -> int:
+        return self._config.num_draft_tokens
+
+    def start(self, prefix: TargetCapture, /) -> None:
+        self._caches = [LayerCache() for _ in self._model.layers]
+        self._pending = []
+        self.accept(prefix)
+
+    def accept(self, accepted: TargetCapture, /) -> None:
+        layers = self._model.shape.capture_layers
+        self._pending.append(torch.cat([accepted.hidden_states[i] for i in layers], dim=-1))
+
+    @torch.no_grad()
+    def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
+        logits = self.block_logits(last_token)[:max_tokens]
+        if sampling.temperature == 0:
+            return Proposal(logits.argmax(dim=-1), None)
+        probs = torch.softmax(logits / sampling.temperature, dim=-1)
+        drawn = torch.multinomial(probs.cpu(), 1, generator=sampling.generator).squeeze(1)
+        return Proposal(drawn.to(probs.device), probs)
+
+    @torch.no_grad()
+    def block_logits(self, last_token: int) -> Tensor:
+        """Return logits [max_tokens, V] float32 for the tokens after `last_token`."""
+        device = self._frozen.embed_tokens.device
+        shape = self._model.shape
+        block = torch.full((1, 1, shape.block_size), shape.mask_token_id, device=device)
+        block[..., 0] = last_token
+        width = self._model.fc.in_features
+        new = [f.to(device) for f in self._pending] or [torch.empty(0, width, device=device)]
+        features = torch.cat(new)[None]
+        self._pending = []
+        anchor = torch.full((1, 1), self._caches[0].length + features.shape[1], device=device)
+        hidden = self._model(
+            features,
+            self._frozen.embed(block),
+            anchor,
+            torch.ones_like(anchor, dtype=torch.bool),
+            self._caches,
+        )
+        return self._frozen.logits(hidden[0, self._config.first_slot :])

@@ -1,0 +1,113 @@
+"""The training objective: blocks are filled in one pass, each slot from what came before it.
+
+Shapes: b samples, A blocks of each, D slots that draft, M = b*A blocks in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specforge_core.ops.linear_cross_entropy import linear_cross_entropy
+from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
+
+from .anchors import Blocks, draw_blocks
+from .config import DFlashConfig
+from .model import DFlashModel, Frozen
+
+SLOTS_SHOWN = 4  # slots whose accuracy is a metric of its own
+
+
+@dataclass(frozen=True, slots=True)
+class DFlashStep:
+    """Loss and metrics of one micro-batch."""
+
+    config: DFlashConfig
+
+    def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
+        frozen, model = draft.frozen, draft.model
+        assert isinstance(frozen, Frozen)
+        assert isinstance(model, DFlashModel)
+        blocks = draw_blocks(
+            self.config,
+            model.shape.mask_token_id,
+            batch["input_ids"],
+            batch["loss_mask"],
+            ctx.generator,
+        )
+        losses, hits, valid = self._slots(model, frozen, batch["hidden_states"], blocks)
+        weights, total = slot_weights(self.config, losses.detach(), valid)
+        return StepOutput((weights * losses).sum(), total, _metrics(losses.detach(), hits, valid))
+
+    def _slots(
+        self, model: DFlashModel, frozen: Frozen, features: Tensor, blocks: Blocks
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return losses (0 where not valid), hits and validity of the M blocks, all [M, D]."""
+        first = self.config.first_slot
+        valid = blocks.valid.flatten(0, 1)
+        rows = valid.flatten().nonzero().squeeze(1)  # before the model: it waits for the device
+        labels = blocks.labels.flatten()[rows]
+
+        hidden = model(features, frozen.embed(blocks.input_ids), blocks.anchors, blocks.keep)
+        drafting = hidden.view(*blocks.input_ids.shape, -1)[:, :, first:].flatten(0, 2)
+        row_losses, best = linear_cross_entropy(
+            drafting[rows],
+            frozen.lm_head,
+            labels,
+            softcap=frozen.softcap,
+            chunk=self.config.head_chunk,
+        )
+        losses = row_losses.new_zeros(valid.numel()).index_put((rows,), row_losses)
+        hits = torch.zeros_like(valid).flatten().index_put((rows,), best == labels)
+        return losses.view(valid.shape), hits.view(valid.shape), valid
+
+
+def slot_weights(config: DFlashConfig, losses: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each slot's weight [M, D] and what the summed loss is divided by.
+
+    decay: w_k = exp(-k / gamma), k = 0 at the first slot that drafts; divided by the sum
+    of the weights.  D-PACE: with q_k = exp(-loss_k), s_k = (1 - alpha) q_k + alpha and
+    P_k = s_0 ... s_k (slots that are not valid have s = 1 and weight 0),
+        dpace               w_k = P_k + P_{k+1} + ...
+        dpace_confidence    w_k = P_k
+        dpace_continuation  w_k = (P_k + P_{k+1} + ...) / P_k
+    divided by the number of valid slots, which keeps the loss near a cross-entropy.
+    """
+    mask = valid.float()
+    if config.weighting == "decay":
+        slots = torch.arange(valid.shape[1], device=valid.device)
+        weights = mask * torch.exp(-slots / config.gamma)
+        return weights, weights.sum()
+    alpha = config.dpace_alpha
+    smoothed = (1 - alpha) * torch.exp(-losses) + alpha
+    prefix = torch.where(valid, smoothed, 1.0).cumprod(dim=1)
+    suffix = (mask * prefix).flip(1).cumsum(dim=1).flip(1)
+    weights = {
+        "dpace": suffix,
+        "dpace_confidence": prefix,
+        # never over zero: prefixes shrink by at least alpha, or alpha is 0 and q underflowed
+        "dpace_continuation": suffix / prefix.clamp(min=1e-30),
+    }[config.weighting]
+    return mask * weights, mask.sum()
+
+
+def _metrics(losses: Tensor, hits: Tensor, valid: Tensor) -> dict[str, Ratio]:
+    """Return cross-entropy, accuracy by slot, and what a block would get accepted.
+
+    The accepted length counts the verified token too: 1 + the hits before the first
+    miss, over the blocks with a valid slot; a block ends at its first slot that is not.
+    """
+    slots = valid.sum(0).float()
+    right = (hits & valid).sum(0).float()
+    prefix = (hits & valid).cumprod(dim=1).sum(1)
+    blocks = valid.any(1)
+    metrics = {
+        "cross_entropy": Ratio(losses.sum(), slots.sum()),
+        "accuracy": Ratio(right.sum(), slots.sum()),
+        "acceptance_length": Ratio(((1 + prefix) * blocks).sum().float(), blocks.sum().float()),
+    }
+    for k in range(min(SLOTS_SHOWN, valid.shape[1])):
+        metrics[f"accuracy_{k + 1}"] = Ratio(right[k], slots[k])
+    return metrics

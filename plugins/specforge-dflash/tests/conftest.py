@@ -1,0 +1,173 @@
+"""A tiny draft around random target tensors, and the method written out plainly in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from specforge_dflash import DFlashConfig, build_draft
+from specforge_dflash.model import DFlashModel, Frozen
+from torch import Tensor
+
+from specforge_core.types import Draft, StepContext, TargetInfo
+
+VOCAB, HIDDEN, LAYERS = 41, 24, 8
+MASK = 40
+TARGET_CONFIG: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 40,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5},
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    config: DFlashConfig
+    target: TargetInfo
+    draft: Draft
+
+    @property
+    def model(self) -> DFlashModel:
+        assert isinstance(self.draft.model, DFlashModel)
+        return self.draft.model
+
+    @property
+    def frozen(self) -> Frozen:
+        assert isinstance(self.draft.frozen, Frozen)
+        return self.draft.frozen
+
+
+def make_config(**options: Any) -> DFlashConfig:
+    defaults: dict[str, Any] = {"name": "dflash", "num_layers": 2, "block_size": 4}
+    return DFlashConfig.model_validate({**defaults, "mask_token_id": MASK, **options})
+
+
+def make_target(**overrides: Any) -> TargetInfo:
+    return TargetInfo("tiny", None, HIDDEN, LAYERS, VOCAB, {**TARGET_CONFIG, **overrides})
+
+
+def make_tiny(softcap: float | None = None, scale: float = 1.0, **options: Any) -> Tiny:
+    config = make_config(**options)
+    target = make_target(final_logit_softcapping=softcap)
+    gen = torch.Generator().manual_seed(1)
+    embed = torch.randn(VOCAB, HIDDEN, generator=gen)
+    head = torch.randn(VOCAB, HIDDEN, generator=gen)
+    draft = build_draft(config, target, embed, head, scale=scale, mask_token_id=MASK)
+    for name, weight in draft.model.named_parameters():  # norms of ones would hide their order
+        if "norm" in name:
+            weight.data += 0.3 * torch.randn(weight.shape, generator=gen)
+    return Tiny(config, target, draft)
+
+
+def make_batch(lengths: tuple[int, ...] = (19, 11), layers: int = 2, seed: int = 2) -> Any:
+    """Ragged samples, right-padded with zeros; part of each is supervised."""
+    gen = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    ids = torch.randint(1, MASK, (len(lengths), longest), generator=gen)
+    mask = (torch.rand(len(lengths), longest, generator=gen) < 0.7).to(torch.uint8)
+    features = torch.randn(len(lengths), longest, layers * HIDDEN, generator=gen)
+    mask[:, 3:5] = 1
+    for row, length in enumerate(lengths):
+        for tensor in (ids, mask, features):
+            tensor[row, length:] = 0
+    return {"input_ids": ids, "loss_mask": mask, "hidden_states": features}
+
+
+def make_context(seed: int = 0) -> StepContext:
+    return StepContext(0, 1, torch.Generator().manual_seed(seed))
+
+
+# ---- the method, one block at a time, one head at a time -------------------
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def rope(x: Tensor, positions: Tensor, theta: float = 1000.0) -> Tensor:
+    half = x.shape[-1] // 2
+    freq = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = positions.double()[:, None] * freq
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat(
+        [x[:, :half] * cos - x[:, half:] * sin, x[:, half:] * cos + x[:, :half] * sin], -1
+    )
+
+
+def block_states(
+    weights: dict[str, Tensor], tiny: Tiny, features: Tensor, slots: Tensor, anchor: int
+) -> Tensor:
+    """Final states [B, H] of one block with inputs `slots` [B, H], in float64."""
+    shape = tiny.model.shape
+    block, d = shape.block_size, shape.head_dim
+    group = shape.num_heads // shape.num_kv_heads
+    context = norm(features[:anchor] @ weights["fc.weight"].t(), weights["hidden_norm.weight"])
+    positions = torch.arange(anchor + block)
+    x = slots
+    for i in range(shape.num_layers):
+        p = {k.removeprefix(f"layers.{i}."): v for k, v in weights.items()}
+        h = norm(x, p["input_layernorm.weight"])
+        both = torch.cat([context, h])
+        window = shape.sliding_window if shape.layer_types[i] == "sliding_attention" else None
+        heads = []
+        for head in range(shape.num_heads):
+            q_rows = slice(head * d, head * d + d)
+            kv_rows = slice(head // group * d, head // group * d + d)
+            q = norm(h @ p["self_attn.q_proj.weight"][q_rows].t(), p["self_attn.q_norm.weight"])
+            k = norm(both @ p["self_attn.k_proj.weight"][kv_rows].t(), p["self_attn.k_norm.weight"])
+            v = both @ p["self_attn.v_proj.weight"][kv_rows].t()
+            scores = rope(q, positions[anchor:]) @ rope(k, positions).t() / math.sqrt(d)
+            if window is not None:
+                back = positions[anchor:, None] - positions
+                scores = scores.masked_fill((back < 0) | (back >= window), float("-inf"))
+            heads.append(scores.softmax(-1) @ v)
+        x = x + torch.cat(heads, -1) @ p["self_attn.o_proj.weight"].t()
+        h = norm(x, p["post_attention_layernorm.weight"])
+        gate = torch.nn.functional.silu(h @ p["mlp.gate_proj.weight"].t())
+        x = x + (gate * (h @ p["mlp.up_proj.weight"].t())) @ p["mlp.down_proj.weight"].t()
+    return norm(x, weights["norm.weight"])
+
+
+def block_logits(
+    weights: dict[str, Tensor], tiny: Tiny, features: Tensor, token: int, anchor: int
+) -> Tensor:
+    """Logits [B, V] of the block that starts with `token` at `anchor`, in float64."""
+    ids = torch.full((tiny.config.block_size,), MASK)
+    ids[0] = token
+    slots = tiny.frozen.embed_tokens.double()[ids] * tiny.frozen.scale
+    states = block_states(weights, tiny, features.double(), slots, anchor)
+    logits = states @ tiny.frozen.lm_head.double().t()
+    cap = tiny.frozen.softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def weights64(tiny: Tiny) -> dict[str, Tensor]:
+    return {k: v.detach().double().requires_grad_() for k, v in tiny.model.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Kit:
+    """The functions above, for tests."""
+
+    config: Callable[..., DFlashConfig] = make_config
+    target: Callable[..., TargetInfo] = make_target
+    tiny: Callable[..., Tiny] = make_tiny
+    batch: Callable[..., Any] = make_batch
+    context: Callable[..., StepContext] = make_context
+    logits64: Callable[..., Tensor] = block_logits
+    weights64: Callable[[Tiny], dict[str, Tensor]] = weights64
+
+
+@pytest.fixture(scope="session")
+def kit() -> Kit:
+    return Kit()

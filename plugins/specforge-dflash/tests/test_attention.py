@@ -1,0 +1,158 @@
+"""Both attention paths against a plain softmax over a dense mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from specforge_dflash.attention import TILE, EagerMask, attend, block_mask
+from torch import Tensor
+
+from specforge_core.errors import ConfigError
+
+# flex attention without compilation is the reference itself; it warns that it is slow
+pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CASES = [
+    # anchors of each sample, context, block, window
+    ([[0, 3, 7]], 9, 4, None),
+    ([[0, 3, 7], [2, 5, 0]], 9, 4, None),
+    ([[1, 4, 8]], 9, 4, 3),
+    ([[1, 4, 30], [9, 0, 0]], 31, 5, 8),
+    ([sorted(range(3, 300, 11))], 301, 16, None),
+    ([sorted(range(3, 300, 11))], 301, 16, 40),
+    ([[5, 130, 260, 400], [1, 2, 3, 4]], 512, 64, 100),
+]
+
+
+def dense(limits: Tensor, context: int, block: int, window: int | None) -> Tensor:
+    """[b, N, S + N] bool, from the definition."""
+    b, count = limits.shape
+    out = torch.zeros(b, count * block, context + count * block, dtype=torch.bool)
+    for row in range(b):
+        for i in range(count):
+            anchor = int(limits[row, i])
+            for k in range(block):
+                seen = out[row, i * block + k]
+                for j in range(anchor):
+                    seen[j] = window is None or anchor + k - j < window
+                for other in range(block):
+                    inside = window is None or 0 <= k - other < window
+                    seen[context + i * block + other] = inside
+    return out
+
+
+def plain(
+    q: Tensor, ctx: tuple[Tensor, Tensor], blk: tuple[Tensor, Tensor], seen: Tensor
+) -> Tensor:
+    group = q.shape[1] // ctx[0].shape[1]
+    k, v = (torch.cat([a, b], 2).repeat_interleave(group, 1) for a, b in zip(ctx, blk, strict=True))
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1) @ v
+
+
+def inputs(
+    limits: Tensor, context: int, block: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    gen = torch.Generator().manual_seed(context)
+    b, slots = len(limits), limits.shape[1] * block
+    shapes = [(4, slots), (2, context), (2, context), (2, slots), (2, slots)]
+    return tuple(
+        torch.randn(b, heads, n, 16, generator=gen, dtype=torch.float64)
+        .to(device, dtype)
+        .requires_grad_()
+        for heads, n in shapes
+    )
+
+
+@pytest.mark.parametrize(("anchors", "context", "block", "window"), CASES)
+def test_eager_equals_a_dense_softmax_with_its_gradients(
+    anchors: list[list[int]], context: int, block: int, window: int | None
+) -> None:
+    limits = torch.tensor(anchors)
+    mine = inputs(limits, context, block, torch.float32)
+    q, kc, vc, kb, vb = mine
+    mask = EagerMask.build(limits, context, block, window)
+    out = attend(q, (kc, vc), (kb, vb), mask)
+    exact = inputs(limits, context, block, torch.float64)
+    q, kc, vc, kb, vb = exact
+    want = plain(q, (kc, vc), (kb, vb), dense(limits, context, block, window))
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-4)
+    wave = torch.sin(torch.arange(want.numel())).view(want.shape)
+    (out * wave).sum().backward()
+    (want * wave).sum().backward()
+    for a, b in zip(mine, exact, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("anchors", "context", "block", "window"), CASES)
+def test_flex_equals_eager(
+    anchors: list[list[int]], context: int, block: int, window: int | None
+) -> None:
+    limits = torch.tensor(anchors)
+    with torch.no_grad():
+        q, kc, vc, kb, vb = (x.detach() for x in inputs(limits, context, block, torch.float32))
+        flex = attend(q, (kc, vc), (kb, vb), block_mask(limits, context, block, window))
+        eager = attend(q, (kc, vc), (kb, vb), EagerMask.build(limits, context, block, window))
+    torch.testing.assert_close(flex, eager, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("anchors", "context", "block", "window"), CASES)
+def test_tiles_skipped_are_empty_and_tiles_unmasked_are_full(
+    anchors: list[list[int]], context: int, block: int, window: int | None
+) -> None:
+    limits = torch.tensor(anchors)
+    mask = block_mask(limits, context, block, window)
+    seen = dense(limits, context, block, window)
+    rows, columns = (-n % TILE for n in seen.shape[1:])
+    # beyond the end nothing is asked: a tile may be called full or empty whatever is there
+    for fill, skipped in ((False, True), (True, False)):
+        tiles = torch.nn.functional.pad(seen, (0, columns, 0, rows), value=fill)
+        tiles = tiles.unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE))
+        listed = set()
+        for kind in ("kv", "full_kv"):
+            nums = getattr(mask, f"{kind}_num_blocks")
+            indices = getattr(mask, f"{kind}_indices")
+            for b, _, i in torch.cartesian_prod(*map(torch.arange, nums.shape)).tolist():
+                for j in indices[b, 0, i, : nums[b, 0, i]].tolist():
+                    listed.add((b, i, j))
+                    if kind == "full_kv" and not skipped:
+                        assert tiles[b, i, :, j].all()
+        if skipped:
+            some = tiles.any(4).any(2)
+            wanted = {tuple(place) for place in some.nonzero().tolist()}
+            assert wanted <= listed
+            # at most the tiles a block straddles are computed in vain
+            assert len(listed - wanted) <= 2 * tiles.shape[1] * len(limits)
+
+
+@CUDA
+@pytest.mark.gpu
+@pytest.mark.parametrize(("anchors", "context", "block", "window"), CASES)
+def test_flex_equals_a_dense_softmax_on_a_gpu(
+    anchors: list[list[int]], context: int, block: int, window: int | None
+) -> None:
+    limits = torch.tensor(anchors)
+    mine = inputs(limits, context, block, torch.float32, "cuda")
+    q, kc, vc, kb, vb = mine
+    out = attend(q, (kc, vc), (kb, vb), block_mask(limits.cuda(), context, block, window))
+    exact = inputs(limits, context, block, torch.float64)
+    q, kc, vc, kb, vb = exact
+    want = plain(q, (kc, vc), (kb, vb), dense(limits, context, block, window))
+    torch.testing.assert_close(out.double().cpu(), want, atol=5e-3, rtol=5e-3)
+    wave = torch.sin(torch.arange(want.numel())).view(want.shape)
+    (out * wave.cuda()).sum().backward()
+    (want * wave).sum().backward()
+    for a, b in zip(mine, exact, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        error = (a.grad.double().cpu() - b.grad).norm() / b.grad.norm()
+        assert error < 5e-3  # the matrix units round float32 to 10 bits
+
+
+def test_flex_on_a_cpu_says_that_it_cannot_train() -> None:
+    limits = torch.tensor([[0, 3]])
+    q, kc, vc, kb, vb = inputs(limits, 9, 4, torch.float32)
+    with pytest.raises(ConfigError, match=r"no backward pass on a CPU. Try: strategy.attention"):
+        attend(q, (kc, vc), (kb, vb), block_mask(limits, 9, 4, None))

@@ -1,0 +1,224 @@
+"""The published layout key by key, and every mismatch that would load and then fail silently."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from specforge_dflash.export import export_draft, load_export
+
+from specforge_core.errors import CheckpointError, ConfigError
+from specforge_core.types import Export
+
+
+def export(tiny: Any, format: str = "hf") -> Export:
+    made = export_draft(tiny.config, tiny.model, tiny.target, format)
+    assert made is not None
+    return made
+
+
+def test_config_of_a_full_attention_draft(kit: Any) -> None:
+    made = export(kit.tiny(), "sglang")
+    assert made.config == {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "block_size": 4,
+        "dflash_config": {
+            "block_size": 4,
+            "mask_token_id": 40,
+            "target_layer_ids": [1, 5],  # outputs of layers, from 0
+            "label_layout": "same_position",
+            "sample_from_anchor": False,
+            "num_draft_tokens": 3,  # not the number of slots
+        },
+        "num_target_layers": 8,
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "full_attention"],
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "max_window_layers": 2,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.2,
+        "max_position_embeddings": 256,
+        "rope_theta": 1000.0,
+        "rope_scaling": None,
+        # the target rotates half of each head; engines rotate all of a draft's
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+        "tie_word_embeddings": False,  # although the target's is true
+        "vocab_size": 41,
+        "dtype": "bfloat16",
+    }
+    json.dumps(made.config)
+
+
+def test_config_of_a_sliding_draft(kit: Any) -> None:
+    types = ["full_attention", "sliding_attention"]
+    made = export(kit.tiny(sliding_window=6, layer_types=types, softcap=30.0)).config
+    assert made["layer_types"] == types
+    assert (made["sliding_window"], made["use_sliding_window"]) == (6, True)
+    assert made["max_window_layers"] == 1
+    assert made["final_logit_softcapping"] == 30.0
+
+
+def test_transformers_reads_the_config_as_a_qwen3(kit: Any) -> None:
+    from transformers import Qwen3Config
+
+    found = Qwen3Config(**export(kit.tiny()).config)
+    assert (found.head_dim, found.rope_parameters["rope_theta"]) == (8, 1000.0)
+    assert found.dflash_config["target_layer_ids"] == [1, 5]
+
+
+def test_tensors_are_the_published_ones(kit: Any) -> None:
+    weights = export(kit.tiny()).weights
+    layer = {
+        "self_attn.q_proj.weight": (32, 24),
+        "self_attn.k_proj.weight": (16, 24),
+        "self_attn.v_proj.weight": (16, 24),
+        "self_attn.o_proj.weight": (24, 32),
+        "self_attn.q_norm.weight": (8,),
+        "self_attn.k_norm.weight": (8,),
+        "input_layernorm.weight": (24,),
+        "post_attention_layernorm.weight": (24,),
+        "mlp.gate_proj.weight": (40, 24),
+        "mlp.up_proj.weight": (40, 24),
+        "mlp.down_proj.weight": (24, 40),
+    }
+    want = {f"layers.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
+    want |= {"fc.weight": (24, 48), "hidden_norm.weight": (24,), "norm.weight": (24,)}
+    assert {name: tuple(value.shape) for name, value in weights.items()} == want
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_reloading_reproduces_the_logits_bit_for_bit(kit: Any, dtype: str) -> None:
+    tiny = kit.tiny(export_dtype=dtype)
+    made = export(tiny)
+    other = kit.tiny(export_dtype=dtype, seed=9)
+    batch = kit.batch()
+    anchors, keep = torch.tensor([[2, 9], [1, 4]]), torch.ones(2, 2, dtype=torch.bool)
+    slots = tiny.frozen.embed(torch.full((2, 2, 4), 40))
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        states = model.to(getattr(torch, dtype))(batch["hidden_states"], slots, anchors, keep)
+        return tiny.frozen.logits(states)
+
+    before = logits(other.model)
+    other.model.float()
+    assert load_export(other.config, other.model, made)
+    assert torch.equal(logits(other.model), logits(tiny.model))
+    assert not torch.equal(before, logits(other.model))
+    again = export(other)
+    assert again.config == made.config
+    assert all(torch.equal(again.weights[name], value) for name, value in made.weights.items())
+
+
+@pytest.mark.parametrize("format", ["sglang", "vllm"])
+def test_engines_that_read_slots_by_position_refuse_the_shifted_layout(
+    kit: Any, format: str
+) -> None:
+    tiny = kit.tiny(label_layout="next_token")
+    with pytest.raises(ConfigError, match=rf"{format} serves .*label_layout 'next_token': nothing"):
+        export(tiny, format)
+    nested = export(tiny).config["dflash_config"]
+    assert (nested["label_layout"], nested["sample_from_anchor"]) == ("next_token", True)
+    assert nested["num_draft_tokens"] == 4
+
+
+def test_all_formats_write_the_same_layer_ids(kit: Any) -> None:
+    """vLLM adds 1 to these itself; a top-level field of its own would be taken as it is."""
+    made = export(kit.tiny(), "vllm").config
+    assert made["dflash_config"]["target_layer_ids"] == [1, 5]
+    assert "eagle_aux_hidden_state_layer_ids" not in made
+
+
+def test_an_unknown_format_is_left_to_the_core(kit: Any) -> None:
+    tiny = kit.tiny()
+    assert export_draft(tiny.config, tiny.model, tiny.target, "gguf") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 8}, r"has block_size 4, this run 8. Try: strategy.block_size=4"),
+        ({"layers": [2, 6]}, r"has layers \[1, 5\], this run \[2, 6\]"),
+        ({"label_layout": "next_token"}, "has label_layout same_position, this run next_token"),
+        ({"num_layers": 3, "num_capture_layers": 2}, "has num_layers 2, this run 3"),
+        ({"sliding_window": 4}, r"has layer_types \['full_attention'"),
+        ({"num_heads": 2}, "has num_heads 4, this run 2"),
+        ({"head_dim": 4}, "has head_dim 8, this run 4"),
+        ({"rope_theta": 5.0}, "has rope_theta 1000.0, this run 5.0"),
+        ({"intermediate_size": 48}, r"'layers.0.mlp.down_proj.weight' has shape \(24, 40\)"),
+        ({"num_kv_heads": 1}, r"'layers.0.self_attn.k_proj.weight' has shape \(16, 24\)"),
+    ],
+)
+def test_exports_of_another_draft_are_refused(
+    kit: Any, options: dict[str, Any], message: str
+) -> None:
+    made, other = export(kit.tiny()), kit.tiny(**options)
+    before = {name: value.clone() for name, value in other.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        load_export(other.config, other.model, made)
+    assert all(torch.equal(value, before[n]) for n, value in other.model.state_dict().items())
+
+
+def test_another_window_is_refused(kit: Any) -> None:
+    made, other = export(kit.tiny(sliding_window=6)), kit.tiny(sliding_window=4)
+    with pytest.raises(CheckpointError, match="has sliding_window 6, this run 4"):
+        load_export(other.config, other.model, made)
+
+
+def test_another_mask_token_is_refused(kit: Any) -> None:
+    tiny = kit.tiny()
+    made = export(tiny)
+    nested = {**made.config["dflash_config"], "mask_token_id": 39}
+    with pytest.raises(CheckpointError, match=r"mask_token_id 39, this run 40. Try: strategy.mask"):
+        load_export(
+            tiny.config, tiny.model, replace(made, config={**made.config, "dflash_config": nested})
+        )
+
+
+def test_missing_and_unknown_tensors_are_refused(kit: Any) -> None:
+    tiny = kit.tiny()
+    made = export(tiny)
+    fewer = {k: v for k, v in made.weights.items() if k != "norm.weight"}
+    with pytest.raises(CheckpointError, match=r"'norm.weight' has shape none.* needs \(24,\)"):
+        load_export(tiny.config, tiny.model, replace(made, weights=fewer))
+    more = {**made.weights, "mask_hidden": torch.zeros(24)}
+    with pytest.raises(CheckpointError, match=r"'mask_hidden' .* no such tensor"):
+        load_export(tiny.config, tiny.model, replace(made, weights=more))
+
+
+def test_fc_of_other_layers_is_refused(kit: Any) -> None:
+    """The one mismatch engines notice themselves."""
+    tiny = kit.tiny()
+    made = export(tiny)
+    weights = {**made.weights, "fc.weight": torch.zeros(24, 72)}
+    with pytest.raises(CheckpointError, match=r"'fc.weight' has shape \(24, 72\)"):
+        load_export(tiny.config, tiny.model, replace(made, weights=weights))
+
+
+def test_the_oldest_published_layout_is_read(kit: Any) -> None:
+    """Block size and layers at the top level, rope_theta alone, no layout flag."""
+    tiny = kit.tiny()
+    made = export(tiny)
+    old = {k: v for k, v in made.config.items() if k not in ("rope_parameters", "layer_types")}
+    old["dflash_config"] = {"mask_token_id": 40}
+    old["target_layer_ids"] = [1, 5]
+    assert load_export(tiny.config, tiny.model, replace(made, config=old))
+
+
+def test_exports_of_other_strategies_are_not_ours(kit: Any) -> None:
+    tiny = kit.tiny()
+    foreign = Export({"architectures": ["LlamaForCausalLM"]}, {})
+    assert not load_export(tiny.config, tiny.model, foreign)
