@@ -143,11 +143,17 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
 def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Measure acceptance by real, lossless speculative decoding."""
     run, strategy = _load(config, overrides)
+    from .evaluate.report import render
     from .evaluate.run import evaluate as run_evaluate
     from .restore import restore
 
     report = run_evaluate(run, strategy, restore(run, strategy, draft).draft)
-    click.echo(report.to_json() if as_json else report.to_text())
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+        return
+    from rich.console import Console
+
+    Console().print(render(report))
 
 
 @cli.command()

@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import ConfigError
 from .strategy import Strategy
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def _expand(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 class Section(BaseModel):
@@ -34,7 +46,9 @@ class StrategyConfig(Section):
 class TargetConfig(Section):
     """The model that drafts are trained for, and what runs it."""
 
-    path: str = Field(description="Directory or Hugging Face id of the target model.")
+    path: Annotated[str, AfterValidator(_expand)] = Field(
+        description="Directory or Hugging Face id of the target model."
+    )
     revision: str | None = Field(None, description="Revision of a Hugging Face id.")
     engine: str = Field("transformers", description="What runs the target.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is the checkpoint's own.")

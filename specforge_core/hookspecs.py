@@ -58,17 +58,17 @@ def specforge_config() -> type[StrategyConfig] | None:
 
 
 @hookspec(firstresult=True)
+def specforge_adapter(config: StrategyConfig, target: TargetInfo) -> Adapter | None:
+    """Say what to capture from the target, and how to store it.  Required."""
+
+
+@hookspec(firstresult=True)
 def specforge_target_engine(target: TargetConfig) -> TargetEngine | None:
     """Load the target; None when `target.engine` is not the name of this engine.
 
     Called by capture, online training and verification.  Default:
     `transformers`, in process.
     """
-
-
-@hookspec(firstresult=True)
-def specforge_adapter(config: StrategyConfig, target: TargetInfo) -> Adapter | None:
-    """Say what to capture from the target, and how to store it.  Required."""
 
 
 @hookspec

@@ -30,8 +30,9 @@ MT_BENCH = "fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl"
 def inside(package: str, file: str) -> Path:
     """Return the path of a file in an installed package, without importing it."""
     spec = find_spec(package)
-    assert spec is not None and spec.submodule_search_locations is not None, package
-    return Path(next(iter(spec.submodule_search_locations))) / file
+    folders = spec.submodule_search_locations if spec is not None else None
+    assert folders, f"{package} is not installed"
+    return Path(next(iter(folders))) / file
 
 
 def row(id: str, category: str, source: str, licence: str, turns: list[str]) -> Row:

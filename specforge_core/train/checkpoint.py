@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -85,7 +85,7 @@ def save(
     dist.barrier()
     tensors = {k: v for k, v in _collect(model, optimizers).items() if isinstance(v, Tensor)}
     try:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), True))
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
         if main:
             text = json.dumps(asdict(state), indent=1)
             with (beside / STATE).open("w", encoding="utf-8") as file:
@@ -99,8 +99,11 @@ def save(
     except (OSError, dcp.CheckpointException) as exc:
         if main:
             shutil.rmtree(beside, ignore_errors=True)
+        cause = _cause(exc)
+        if not isinstance(cause, OSError | SafetensorError):
+            raise
         raise RunError(
-            f"checkpoint {final} could not be written: {_cause(exc)}. The checkpoints before it "
+            f"checkpoint {final} could not be written: {cause}. The checkpoints before it "
             "are whole; free space and start the same command again"
         ) from exc
     dist.barrier()
@@ -208,10 +211,10 @@ def _under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _cause(exc: BaseException) -> str:
+def _cause(exc: BaseException) -> BaseException:
     """Return the first real error inside DCP's exception, which wraps one of each rank."""
     failures = getattr(exc, "failures", None)
-    if failures:
-        first = next(iter(failures.values()))
-        exc = first[0] if isinstance(first, tuple) else first
-    return f"{type(exc).__name__}: {exc}"
+    if not failures:
+        return exc
+    first = next(iter(failures.values()))
+    return first[0] if isinstance(first, tuple) else first

@@ -126,14 +126,14 @@ def _offline(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
 
 
 def _online(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
-    tokenizer = load_tokenizer(run.target)
-    prompts = load_prompts(run.data, tokenizer, load_target_info(run.target).vocab_size)
-    engine = strategy.target_engine(run.target)
-    target = engine.info
+    target = load_target_info(run.target)
     adapter = strategy.adapter(run.strategy, target)
+    tokenizer = load_tokenizer(run.target)
+    prompts = load_prompts(run.data, tokenizer, target.vocab_size)
     identity = capture_identity(run, strategy, target, adapter.spec, tokenizer)
     manifest = CaptureManifest(identity=identity)
     check = partial(check_first, run, strategy, adapter.spec, manifest)
+    engine = strategy.target_engine(run.target)
     return Feed(
         source=OnlineSource(
             engine, CheckedAdapter(adapter, check), prompts, share, run.capture.window

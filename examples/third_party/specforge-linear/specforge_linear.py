@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import Field as Option
+from torch import Tensor, nn
+
 from specforge_core import hookimpl
 from specforge_core.config import StrategyConfig
 from specforge_core.types import (
@@ -31,7 +33,6 @@ from specforge_core.types import (
     TargetInfo,
     TrainStep,
 )
-from torch import Tensor, nn
 
 
 class LinearConfig(StrategyConfig):
@@ -53,6 +54,19 @@ class LinearAdapter:
             "loss_mask": capture.loss_mask,
             "hidden": capture.hidden_states[layer].bfloat16(),
         }
+
+
+class Head(nn.Module):
+    """A linear layer over the vocabulary."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(vocab_size, hidden_size) / hidden_size**0.5)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., V]; the sum is a new tensor, as FSDP2 wants of an output."""
+        return hidden @ self.weight.T + self.bias
 
 
 def train_step(draft: Draft, batch: Batch, ctx: StepContext) -> StepOutput:
@@ -85,8 +99,8 @@ class LinearProposer:
     @torch.no_grad()
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling) -> Proposal:
         """Draft the most likely token."""
-        weight = next(self.model.parameters())
-        logits: Tensor = self.model(self.state.to(weight.dtype))
+        dtype = next(self.model.parameters()).dtype
+        logits: Tensor = self.model(self.state.to(dtype))
         return Proposal(logits.argmax(-1, keepdim=True), None)
 
 
@@ -107,7 +121,7 @@ def specforge_adapter(config: LinearConfig, target: TargetInfo) -> Adapter:
 @hookimpl
 def specforge_draft(target: TargetInfo) -> Draft:
     """Build the layer."""
-    return Draft(nn.Linear(target.hidden_size, target.vocab_size))
+    return Draft(Head(target.hidden_size, target.vocab_size))
 
 
 @hookimpl

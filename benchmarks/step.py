@@ -1,0 +1,391 @@
+"""Time one DFlash training step (forward and backward) against its floor by arithmetic.
+
+python benchmarks/step.py --case D1            an H100, bfloat16, Qwen3-8B shapes
+python benchmarks/step.py --case D1 --small    the same code on a CPU, in seconds
+
+Nothing is downloaded: target tensors and features are random.  Correctness comes first:
+the fused loss against float64, and flex attention's gradients against the eager path's.
+The weights are bfloat16, as FSDP computes with them; the optimizer is not part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from specforge_dflash import DFlashConfig, DFlashStep, build_draft
+from specforge_dflash.attention import attend, block_mask
+from torch import Tensor
+
+from specforge_core.ops.linear_cross_entropy import linear_cross_entropy
+from specforge_core.types import Batch, Draft, StepContext, TargetInfo
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape, and what is known about it."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    layers: int
+    anchors: int
+    block: int
+    length: int
+    best_known_ms: float | None = None  # of other trainers, on an H100
+    best_known_gib: float | None = None
+    floor_ms: float | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.anchors * self.block
+
+
+CASES = {"D1": Case(4096, 32, 8, 128, 12288, 151936, 5, 512, 16, 3072, 204.0, 17.9, 90.0)}
+SMALL = Case(64, 4, 2, 16, 96, 500, 2, 12, 4, 96)
+CHECK = Case(256, 4, 2, 64, 512, 2000, 2, 40, 16, 500)
+
+
+def build(case: Case, device: str, dtype: torch.dtype, **options: Any) -> tuple[Draft, DFlashStep]:
+    config = DFlashConfig.model_validate(
+        {
+            "name": "dflash",
+            "block_size": case.block,
+            "num_layers": case.layers,
+            "num_anchors": case.anchors,
+            "mask_token_id": case.vocab - 1,
+            **options,
+        }
+    )
+    sizes = {
+        "num_attention_heads": case.heads,
+        "num_key_value_heads": case.kv_heads,
+        "head_dim": case.head_dim,
+        "intermediate_size": case.mlp,
+        "rope_theta": 1e6,
+    }
+    target = TargetInfo("random", None, case.hidden, 36, case.vocab, sizes)
+    gen = torch.Generator(device).manual_seed(0)
+    embed, head = (
+        torch.empty(case.vocab, case.hidden, device=device, dtype=dtype).normal_(
+            std=0.02, generator=gen
+        )
+        for _ in range(2)
+    )
+    draft = build_draft(config, target, embed, head, mask_token_id=case.vocab - 1)
+    draft.model.to(device=device, dtype=dtype)
+    return draft, DFlashStep(config)
+
+
+def random_batch(case: Case, device: str, dtype: torch.dtype) -> Batch:
+    gen = torch.Generator().manual_seed(1)
+    ids = torch.randint(case.vocab - 1, (1, case.length), generator=gen)
+    features = torch.randn(1, case.length, case.layers * case.hidden, generator=gen)
+    return {
+        "input_ids": ids.to(device),
+        "loss_mask": torch.ones(1, case.length, dtype=torch.uint8, device=device),
+        "hidden_states": features.to(device, dtype),
+    }
+
+
+def context(seed: int = 0) -> StepContext:
+    return StepContext(0, 1, torch.Generator().manual_seed(seed))
+
+
+# ---- correctness -----------------------------------------------------------
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def check_loss(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the relative errors of losses and hidden gradients against float64."""
+    gen = torch.Generator().manual_seed(2)
+    hidden = torch.randn(300, 128, generator=gen).to(device, dtype).requires_grad_()
+    weight = torch.randn(9001, 128, generator=gen).mul(0.3).to(device, dtype)
+    labels = torch.randint(9001, (300,), generator=gen).to(device)
+    losses, best = linear_cross_entropy(hidden, weight, labels, chunk=128)
+    losses.sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    logits = exact @ weight.double().t()
+    want = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    want.sum().backward()
+    assert hidden.grad is not None
+    assert exact.grad is not None
+    top = logits.detach().amax(1)
+    assert float((top - logits.detach().gather(1, best[:, None]).squeeze(1)).max()) < 0.2
+    return relative(losses.detach(), want.detach()), relative(hidden.grad, exact.grad)
+
+
+def check_paths(device: str, **options: Any) -> float:
+    """Return the largest relative difference of a gradient: flex in bfloat16, eager in float32."""
+    grads = []
+    for attention, dtype in (("auto", torch.bfloat16), ("eager", torch.float32)):
+        if device == "cpu":
+            dtype = torch.float32
+        draft, step = build(CHECK, device, dtype, attention=attention, **options)
+        out = step(draft, random_batch(CHECK, device, dtype), context())
+        (out.loss_sum / out.weight).backward()
+        grads.append({n: p.grad for n, p in draft.model.named_parameters() if p.grad is not None})
+    return max(relative(grads[0][name], grads[1][name]) for name in grads[1])
+
+
+def check(device: str, dtype: torch.dtype) -> None:
+    loss, grad = check_loss(device, dtype)
+    print(f"check  loss vs float64: {loss:.1e}, its gradient: {grad:.1e}")
+    assert loss < 5e-3
+    assert grad < 2e-2
+    for name, options in {
+        "full": {},
+        "sliding": {"sliding_window": 100},
+    }.items():
+        error = check_paths(device, **options)
+        print(f"check  {name} attention, both paths' gradients: {error:.1e}")
+        assert error < 5e-2
+
+
+# ---- time ------------------------------------------------------------------
+
+
+class Clock:
+    """Named marks: device events on a GPU, the host's clock on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self.marks: dict[str, Any] = {}
+
+    def mark(self, name: str) -> None:
+        if not self.on_gpu:
+            self.marks[name] = time.perf_counter()
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks[name] = event
+
+    def between(self, start: str, end: str) -> float:
+        """Milliseconds."""
+        if not self.on_gpu:
+            return float(1e3 * (self.marks[end] - self.marks[start]))
+        torch.cuda.synchronize()
+        return float(self.marks[start].elapsed_time(self.marks[end]))
+
+
+def timed(call: Callable[[], object], device: str, repeat: int, warm_up: int = 3) -> float:
+    """Return the median milliseconds of one call."""
+    times = []
+    for i in range(warm_up + repeat):
+        clock = Clock(device)
+        clock.mark("start")
+        call()
+        clock.mark("end")
+        if i >= warm_up:
+            times.append(clock.between("start", "end"))
+    return median(times)
+
+
+def matmul_rate(case: Case, device: str, dtype: torch.dtype, repeat: int) -> float:
+    """Return FLOP/s of a product as in the draft's MLP, on random data."""
+    a = torch.randn(case.slots, case.hidden, device=device).to(dtype)
+    b = torch.randn(case.hidden, case.mlp, device=device).to(dtype)
+    calls = 10
+
+    def run() -> None:
+        for _ in range(calls):
+            a @ b
+
+    flops = 2 * case.slots * case.hidden * case.mlp * calls
+    return flops / (timed(run, device, repeat) / 1e3)
+
+
+def flops(case: Case, visible: float, rows: int) -> dict[str, float]:
+    """Return forward + backward FLOPs of each part; `visible` counts (slot, key) pairs."""
+    wide, narrow = case.heads * case.head_dim, case.kv_heads * case.head_dim
+    weights = case.hidden * (2 * wide + 2 * narrow + 3 * case.mlp)
+    fc = 2 * case.length * case.layers * case.hidden**2
+    keys = 2 * case.length * case.hidden * 2 * narrow * case.layers
+    scores = 4 * visible * wide * case.layers
+    return {
+        # features want no gradient; the head's weights neither
+        "context (fc, norm)": 2.0 * fc,
+        "layers: matrix products": 3.0 * (2 * case.slots * weights * case.layers + keys),
+        "layers: attention": 3.5 * scores,  # the backward makes the scores again
+        "head + loss": 2.0 * 2 * rows * case.hidden * case.vocab,
+    }
+
+
+def instrument(draft: Draft, clock: Clock) -> None:
+    """Mark where the parts of a step begin and end, by hooks on the model alone."""
+    model: Any = draft.model
+    model.register_forward_pre_hook(lambda *_: clock.mark("model"))
+    model.hidden_norm.register_forward_hook(
+        lambda _m, _i, out: (
+            (clock.mark("layers"), out.register_hook(_marking(clock, "b_context"))) and None
+        )
+    )
+    model.norm.register_forward_hook(
+        lambda _m, _i, out: (
+            (clock.mark("head"), out.register_hook(_marking(clock, "b_layers"))) and None
+        )
+    )
+
+
+def _marking(clock: Clock, name: str) -> Callable[[Tensor], None]:
+    def hook(_grad: Tensor) -> None:
+        clock.mark(name)
+
+    return hook
+
+
+def one_step(draft: Draft, step: DFlashStep, batch: Batch, clock: Clock, seed: int) -> None:
+    draft.model.zero_grad(set_to_none=True)
+    clock.mark("start")
+    out = step(draft, batch, context(seed))
+    loss = out.loss_sum / out.weight
+    clock.mark("backward")
+    loss.backward()
+    clock.mark("end")
+
+
+PARTS = {
+    "anchors, embedding": [("start", "model")],
+    "context (fc, norm)": [("model", "layers"), ("b_context", "end")],
+    "layers": [("layers", "head"), ("b_layers", "b_context")],
+    "head + loss": [("head", "backward"), ("backward", "b_layers")],
+}
+
+
+def measure(case: Case, device: str, dtype: torch.dtype, repeat: int, rate: float) -> None:
+    draft, step = build(case, device, dtype)
+    batch = random_batch(case, device, dtype)
+    clock = Clock(device)
+    instrument(draft, clock)
+    if device == "cuda":
+        for layer in draft.shard_units:
+            layer.compile()
+    began = time.perf_counter()
+    for seed in range(3):
+        one_step(draft, step, batch, clock, seed)
+    clock.between("start", "end")
+    print(f"warm-up with compilation: {time.perf_counter() - began:.0f} s")
+    if device == "cuda":
+        draft.model.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() / 2**30
+    totals, forwards, parts = [], [], {name: [] for name in PARTS}
+    for seed in range(repeat):
+        one_step(draft, step, batch, clock, seed)
+        totals.append(clock.between("start", "end"))
+        forwards.append(clock.between("start", "backward"))
+        for name, spans in PARTS.items():
+            parts[name].append([clock.between(*span) for span in spans])
+
+    rows = case.anchors * (case.block - 1)
+    work = flops(case, case.slots * (case.length / 2 + case.block), rows)
+    floor = 1e3 * sum(work.values()) / rate
+    total = median(totals)
+    print(f"\nstep (forward + backward), median of {repeat}: {total:.1f} ms")
+    print(f"  spread {min(totals):.1f} to {max(totals):.1f} ms; forward {median(forwards):.1f} ms")
+    print(f"floor: {sum(work.values()) / 1e12:.1f} TFLOP at the measured rate: {floor:.1f} ms")
+    if case.floor_ms:
+        print(f"floor stated: {case.floor_ms:.0f} ms; best known trainer: {case.best_known_ms} ms")
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"peak memory: {peak:.1f} GiB, of which held between steps {held:.1f} GiB")
+        if case.best_known_gib:
+            print(f"best known trainer: {case.best_known_gib} GiB")
+    layer_work = work.pop("layers: matrix products") + work.pop("layers: attention")
+    work = {"anchors, embedding": 0.0, **work, "layers": layer_work}
+    print(f"\n{'part':22} {'forward':>9} {'backward':>9} {'sum':>9} {'floor':>9}   ms")
+    for name, times in parts.items():
+        sums = [median(column) for column in zip(*times, strict=True)]
+        forward, backward = sums[0], sum(sums[1:])
+        bound = 1e3 * work[name] / rate
+        print(f"{name:22} {forward:9.1f} {backward:9.1f} {forward + backward:9.1f} {bound:9.1f}")
+
+
+def measure_attention(case: Case, device: str, dtype: torch.dtype, repeat: int) -> None:
+    """Time flex attention alone, on the path the layers take."""
+    gen = torch.Generator().manual_seed(3)
+    limits = torch.randperm(case.length - 1, generator=gen)[: case.anchors].sort().values
+    limits = limits[None].to(device)
+    shapes = [(case.heads, case.slots), *[(case.kv_heads, case.length)] * 2]
+    shapes += [(case.kv_heads, case.slots)] * 2
+    q, kc, vc, kb, vb = (
+        torch.randn(1, h, n, case.head_dim, device=device).to(dtype).requires_grad_()
+        for h, n in shapes
+    )
+    mask = block_mask(limits, case.length, case.block, None)
+    grad = torch.randn_like(q)
+
+    def forward() -> Tensor:
+        return attend(q, (kc, vc), (kb, vb), mask)
+
+    with torch.no_grad():
+        front = timed(forward, device, repeat)
+    both = timed(lambda: forward().backward(grad), device, repeat)
+    make = timed(lambda: block_mask(limits, case.length, case.block, None), device, repeat)
+    n = case.layers
+    print(
+        f"\nattention alone, {n} layers: forward {n * front:.1f} ms, with backward {n * both:.1f}"
+    )
+    print(f"its mask, once a step: {make:.2f} ms")
+
+
+def measure_head(case: Case, device: str, dtype: torch.dtype, repeat: int) -> None:
+    """Time head and loss alone for some numbers of rows at a time."""
+    rows = case.anchors * (case.block - 1)
+    gen = torch.Generator(device).manual_seed(4)
+    weight = torch.randn(case.vocab, case.hidden, device=device, generator=gen).mul(0.02).to(dtype)
+    hidden = torch.randn(rows, case.hidden, device=device, generator=gen).to(dtype)
+    labels = torch.randint(case.vocab, (rows,), device=device, generator=gen)
+    hidden.requires_grad_()
+    for chunk in (512, 1024, 1536, 2048, 3840):
+
+        def run(chunk: int = chunk) -> None:
+            losses, _ = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
+            losses.sum().backward()
+
+        print(f"head + loss alone, {chunk} rows at a time: {timed(run, device, repeat):.1f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--case", choices=sorted(CASES), default="D1")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, to try the code")
+    parser.add_argument("--repeat", type=int, default=8)
+    parser.add_argument("--layers", type=int, help="draft layers, instead of the case's")
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    case = SMALL if args.small else CASES[args.case]
+    if args.layers:
+        case = replace(case, layers=args.layers)
+    if device == "cpu" and not args.small:
+        parser.error(f"case {args.case} needs a GPU. Try: --small")
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    print(f"machine: {name}; torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"case: {'small' if args.small else args.case} {case}")
+    check(device, dtype)
+    rate = matmul_rate(case, device, dtype, args.repeat)
+    print(f"matrix products of the draft's MLP, {dtype}: {rate / 1e12:.3g} TFLOP/s")
+    measure(case, device, dtype, args.repeat, rate)
+    measure_head(case, device, dtype, args.repeat)
+    if device == "cuda":
+        measure_attention(case, device, dtype, args.repeat)
+
+
+if __name__ == "__main__":
+    main()

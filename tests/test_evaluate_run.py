@@ -1,0 +1,198 @@
+"""`evaluate` from config to files, with a strategy found through its entry point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specforge_core.capture.hf import load_target_info
+from specforge_core.config import RunConfig, validate
+from specforge_core.data.chat import load_tokenizer
+from specforge_core.errors import ConfigError, DataError, SpecForgeError
+from specforge_core.evaluate.report import EvalReport
+from specforge_core.evaluate.run import evaluate, first_turn, load_prompt_sets
+from specforge_core.strategy import Strategy
+from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.toy import save_toy_target, write_conversations
+
+# drafts what followed the last token when it was seen before, at every length asked for
+REPEATER = """
+import torch
+from torch import nn
+from specforge_core import hookimpl
+from specforge_core.types import CaptureSpec, Draft, Field, Proposal
+
+class Adapter:
+    spec = CaptureSpec((0, 4), "post_norm", {"input_ids": Field((None,), "int64")})
+    def __call__(self, capture):
+        return {"input_ids": capture.input_ids}
+
+class Repeater:
+    max_tokens = 4
+    def __init__(self, draft):
+        assert not draft.model.training
+        self.dtype = draft.model.weight.dtype
+    def start(self, prefix):
+        assert sorted(prefix.hidden_states) == [0, 4] and prefix.final is not None
+        assert prefix.final.dtype == self.dtype
+        self.seen = prefix.input_ids.tolist()
+    def accept(self, accepted):
+        self.seen += accepted.input_ids.tolist()
+    def propose(self, last_token, max_tokens, sampling):
+        places = [i for i, token in enumerate(self.seen) if token == last_token]
+        after = self.seen[places[-1] + 1 :] if places else []
+        tokens = (after + [last_token] * max_tokens)[:max_tokens]
+        return Proposal(torch.tensor(tokens), None)
+
+@hookimpl
+def specforge_adapter():
+    return Adapter()
+
+@hookimpl
+def specforge_draft(target):
+    return Draft(nn.Linear(2, 2))
+
+@hookimpl
+def specforge_train_step():
+    return lambda draft, batch, ctx: None
+
+@hookimpl
+def specforge_proposer(draft):
+    return Repeater(draft)
+"""
+
+
+@pytest.fixture
+def raw(env: FakeSite, tmp_path: Path, toy_target: Path) -> dict[str, Any]:
+    env.strategy("repeater", REPEATER)
+    return {
+        "target": {"path": str(toy_target)},
+        "strategy": {"name": "repeater"},
+        "output_dir": str(tmp_path / "out"),
+        "eval": {
+            "prompts": {
+                "short": str(write_conversations(tmp_path / "short.jsonl", 3)),
+                "long": str(write_conversations(tmp_path / "long.jsonl", 4, seed=1, turns=3)),
+            },
+            "max_new_tokens": 24,
+        },
+    }
+
+
+def run(raw: dict[str, Any], **options: Any) -> EvalReport:
+    config, strategy = load(raw, **options)
+    draft = strategy.draft(config.strategy, load_target_info(config.target), None, None)
+    return evaluate(config, strategy, draft)
+
+
+def load(raw: dict[str, Any], **options: Any) -> tuple[RunConfig, Strategy]:
+    return validate({**raw, "eval": {**raw["eval"], **options}}, "test")
+
+
+def test_a_report_of_every_set_is_written(raw: dict[str, Any], tmp_path: Path) -> None:
+    report = run(raw)
+    assert report.lossless is True
+    assert report.lossless_reason == "7 of 7 greedy answers equal the target's own"
+    assert {name: found.num_prompts for name, found in report.per_set.items()} == {
+        "short": 3,
+        "long": 4,
+    }
+    assert report.acceptance_length is not None
+    assert report.acceptance_length > 1
+    assert len(report.per_position) == 4
+    assert report.tokens_per_second
+    assert report.baseline_tokens_per_second
+    assert (report.dtype, report.device, report.max_draft_tokens) == ("float32", "cpu", 4)
+    out = tmp_path / "out" / "eval"
+    assert sorted(path.name for path in out.iterdir()) == ["acceptance.png", "report.json"]
+    assert json.loads((out / "report.json").read_text()) == json.loads(report.to_json())
+
+
+def test_options_reach_the_decoding(raw: dict[str, Any]) -> None:
+    report = run(raw, limit=2, max_draft_tokens=2, compare=False, max_new_tokens=5)
+    assert report.num_prompts == 4
+    assert report.max_draft_tokens == len(report.per_position) == 2
+    assert report.new_tokens <= 20
+    assert report.lossless is None
+    assert report.baseline_tokens_per_second is None
+
+
+def test_bfloat16_moves_target_and_draft(raw: dict[str, Any]) -> None:
+    report = run(raw, dtype="bfloat16", limit=1)
+    assert report.dtype == "bfloat16"
+    assert report.lossless is True
+
+
+def test_sampled_answers_repeat_with_the_seed(raw: dict[str, Any]) -> None:
+    def counts(**options: Any) -> tuple[Any, ...]:
+        found = run(raw, temperature=1.0, **options)
+        assert found.lossless is None
+        assert found.baseline_tokens_per_second is not None
+        return found.new_tokens, found.accepted, found.verifications, found.per_position
+
+    assert counts(seed=1) == counts(seed=1)
+    assert counts(seed=1) != counts(seed=2)
+
+
+def test_a_prompt_is_what_comes_before_the_first_answer(raw: dict[str, Any]) -> None:
+    system = {"role": "system", "content": "s"}
+    user = {"role": "user", "content": "u"}
+    answer = {"role": "assistant", "content": "a"}
+    assert first_turn((system, user, answer, user)) == (system, user)
+    assert first_turn((user, user)) == (user,)
+    config, _ = load(raw)
+    tokenizer = load_tokenizer(config.target)
+    sets = load_prompt_sets(config, tokenizer, load_target_info(config.target))
+    text = tokenizer.decode(sets["long"][0].input_ids)
+    assert text.count("<|im_start|>user") == 1
+    assert text.endswith("<|im_start|>assistant\n")
+    assert sets["long"][3].where == "long.jsonl:4"
+
+
+def refused(raw: dict[str, Any], message: str, kind: type[SpecForgeError] = ConfigError) -> None:
+    config, strategy = load(raw)
+    draft = strategy.draft(config.strategy, load_target_info(config.target), None, None)
+    with pytest.raises(kind, match=message):
+        evaluate(config, strategy, draft)
+    assert not (config.output_dir / "eval" / "report.json").exists()
+
+
+def test_prompts_must_be_configured(raw: dict[str, Any]) -> None:
+    raw["eval"]["prompts"] = {}
+    refused(raw, r"eval\.prompts names no prompt set. Try: eval\.prompts\.chat=FILE\.jsonl")
+
+
+def test_a_missing_file_is_named(raw: dict[str, Any]) -> None:
+    raw["eval"]["prompts"]["code"] = "nowhere.jsonl"
+    refused(raw, r"eval\.prompts\.code: 'nowhere\.jsonl' does not exist")
+
+
+def test_a_bad_line_is_named(raw: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "short.jsonl"
+    path.write_text(path.read_text() + "{oops\n")
+    refused(raw, r"short\.jsonl:4 is not a line of JSON", DataError)
+
+
+def test_a_prompt_longer_than_the_targets_positions_is_named(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    save_toy_target(tmp_path / "tiny", max_position_embeddings=40)
+    raw["target"]["path"] = str(tmp_path / "tiny")
+    refused(raw, r"jsonl:\d: a prompt of \d+ tokens leaves no room .* the target's 40", DataError)
+
+
+def test_another_models_tokenizer_is_noticed(raw: dict[str, Any], tmp_path: Path) -> None:
+    save_toy_target(tmp_path / "small", vocab_size=40, eos_token_id=1, pad_token_id=0)
+    raw["target"]["path"] = str(tmp_path / "small")
+    refused(raw, r"short\.jsonl:1: token \d+ is beyond the target's vocabulary of 40", DataError)
+
+
+def test_an_output_that_cannot_be_written_is_noticed_first(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    raw["output_dir"] = str(tmp_path / "file")
+    refused(raw, r"output_dir '.*file' cannot be written: .*Try: output_dir=DIRECTORY")

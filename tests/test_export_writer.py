@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from specforge_core.errors import CheckpointError, PluginError
+from specforge_core.export import writer
+from specforge_core.export.writer import read_export, write_export
+from specforge_core.types import Export
+
+
+def export(seed: int = 0) -> Export:
+    torch.manual_seed(seed)
+    weights = {
+        "a.weight": torch.randn(8, 4),
+        "b.weight": torch.randn(16, 4).bfloat16(),
+        "c.index": torch.arange(5),
+    }
+    return Export({"model_type": "tiny", "layers": [1, 2], "name": "ü"}, weights)
+
+
+def listing(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def same(left: Export, right: Export) -> None:
+    assert dict(left.config) == dict(right.config)
+    assert left.weights.keys() == right.weights.keys()
+    for name, tensor in left.weights.items():
+        assert tensor.dtype == right.weights[name].dtype
+        assert torch.equal(tensor, right.weights[name])
+
+
+def test_an_export_reads_back_bit_for_bit(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "draft"
+    write_export(export(), out, {"strategy": "mine", "layers": [1, 2]})
+    assert listing(out) == ["config.json", "model.safetensors", "provenance.json"]
+    assert listing(out.parent) == ["draft"]
+    same(read_export(out), export())
+    assert "ü" in (out / "config.json").read_text(encoding="utf-8")
+    provenance = json.loads((out / "provenance.json").read_text())
+    assert provenance["strategy"] == "mine"
+    assert provenance["packages"]["torch"] == torch.__version__
+
+
+def test_equal_exports_are_equal_files(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_export(export(), tmp_path / name, {})
+    for name in listing(tmp_path / "one"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_large_exports_are_sharded_with_an_index(tmp_path: Path) -> None:
+    out = tmp_path / "draft"
+    write_export(export(), out, {}, shard_bytes=150)  # a: 128 bytes, b: 128, c: 40
+    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    index_name = "model.safetensors.index.json"
+    assert listing(out) == ["config.json", *shards, index_name, "provenance.json"]
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 128 + 128 + 40}
+    for name, file in index["weight_map"].items():
+        assert name in load_file(out / file)
+    same(read_export(out), export())
+
+
+def test_shards_hold_as_much_as_they_may(tmp_path: Path) -> None:
+    weights = {f"w{i}": torch.zeros(25) for i in range(5)}  # 100 bytes each
+    out = tmp_path / "draft"
+    write_export(Export({}, weights), out, {}, shard_bytes=200)
+    sizes = [len(load_file(path)) for path in sorted(out.glob("*.safetensors"))]
+    assert sizes == [2, 2, 1]
+    write_export(Export({}, weights), tmp_path / "tiny", {}, shard_bytes=10)
+    assert len(list((tmp_path / "tiny").glob("*.safetensors"))) == 5
+
+
+def test_transformers_loads_what_was_written(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    made = Export({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}, model.state_dict())
+    for limit in (writer.SHARD_BYTES, 2000):
+        write_export(made, tmp_path / "llama", {}, force=True, shard_bytes=limit)
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded[name], tensor)
+
+
+def test_tensors_that_share_memory_or_are_not_contiguous_are_saved(tmp_path: Path) -> None:
+    whole = torch.randn(6, 4)
+    weights = {"top": whole[:3], "bottom": whole[3:], "again": whole[:3], "turned": whole.t()}
+    write_export(Export({}, weights), tmp_path / "draft", {})
+    same(read_export(tmp_path / "draft"), Export({}, weights))
+
+
+def test_an_earlier_export_is_replaced_only_by_force(tmp_path: Path) -> None:
+    out = tmp_path / "draft"
+    write_export(export(0), out, {}, shard_bytes=150)
+    with pytest.raises(CheckpointError, match=r"already holds an export. Replace it with --force"):
+        write_export(export(1), out, {})
+    same(read_export(out), export(0))
+    write_export(export(1), out, {}, force=True)
+    same(read_export(out), export(1))
+    assert listing(out) == ["config.json", "model.safetensors", "provenance.json"]
+    assert listing(tmp_path) == ["draft"]
+
+
+def test_other_peoples_files_are_never_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "draft"
+    write_export(export(), out, {})
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"is not empty and not an export \(notes.txt\)"):
+        write_export(export(1), out, {}, force=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    model = tmp_path / "model"  # a model that is no export has the same file names
+    model.mkdir()
+    save_file({"w": torch.zeros(2)}, model / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"not an export \(no provenance.json\)"):
+        write_export(export(), model, {}, force=True)
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(CheckpointError, match=r"is a file. Choose another place with -o"):
+        write_export(export(), file, {}, force=True)
+
+
+def test_an_empty_directory_and_a_killed_exports_rest_are_no_hindrance(tmp_path: Path) -> None:
+    out = tmp_path / "draft"
+    out.mkdir()
+    rest = tmp_path / ".draft.tmp"
+    rest.mkdir()
+    (rest / "model.safetensors").write_bytes(b"half")
+    write_export(export(), out, {})
+    same(read_export(out), export())
+    assert listing(tmp_path) == ["draft"]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Make writing fail as on a full disk, a few kilobytes into a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
+    out = tmp_path / "draft"
+    large = Export({}, {"w": torch.zeros(4096)})
+    with pytest.raises(
+        CheckpointError, match=r"could not be written to .*draft: .*Free some space"
+    ):
+        write_export(large, out, {})
+    assert listing(tmp_path) == []
+    write_export(export(), out, {})
+    with pytest.raises(CheckpointError, match=r"could not be written"):
+        write_export(large, out, {}, force=True)
+    same(read_export(out), export())
+    assert listing(tmp_path) == ["draft"]
+
+
+def test_what_cannot_serve_or_be_saved_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "draft"
+    broken = Export({}, {"w": torch.tensor([1.0, float("nan")])})
+    with pytest.raises(CheckpointError, match=r"tensor 'w' holds values that are not finite"):
+        write_export(broken, out, {})
+    with pytest.raises(PluginError, match=r"export has no weights"):
+        write_export(Export({}, {}), out, {})
+    with pytest.raises(PluginError, match=r"config.json of the export is not JSON: .*dtype"):
+        write_export(Export({"dtype": torch.bfloat16}, export().weights), out, {})
+    assert listing(tmp_path) == []
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    out = tmp_path / "draft"
+    write_export(export(), out, {}, shard_bytes=150)
+    return out
+
+
+def test_a_directory_that_is_no_export_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not an exported draft: config.json cannot be"):
+        read_export(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", ""])
+def test_a_damaged_config_is_an_error(written: Path, content: str) -> None:
+    (written / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config.json (is damaged|must hold an object)"):
+        read_export(written)
+
+
+def test_a_missing_shard_is_an_error(written: Path) -> None:
+    victim = next(written.glob("model-00002*"))
+    victim.unlink()
+    with pytest.raises(CheckpointError, match=rf"{victim.name} is missing. Export again"):
+        read_export(written)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 60, -1])
+def test_a_truncated_shard_is_an_error(written: Path, keep: int) -> None:
+    victim = next(written.glob("model-00001*"))
+    victim.write_bytes(victim.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=rf"{victim.name} is damaged: "):
+        read_export(written)
+
+
+def edit_index(written: Path, **changes: Any) -> None:
+    path = written / "model.safetensors.index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_an_index_that_does_not_agree_is_an_error(written: Path) -> None:
+    file = next(written.glob("model-00001*")).name
+    edit_index(written, weight_map={"a.weight": file, "z.weight": file})
+    with pytest.raises(CheckpointError, match=r"lacks tensor 'z.weight', which model.safetensors"):
+        read_export(written)
+    edit_index(written, weight_map=None)
+    with pytest.raises(CheckpointError, match=r"has no weight_map"):
+        read_export(written)
+
+
+def test_an_index_cannot_lead_out_of_the_directory(written: Path) -> None:
+    outside = written.parent / "outside.safetensors"
+    save_file({"w": torch.zeros(1)}, outside)
+    edit_index(written, weight_map={"w": "../outside.safetensors"})
+    with pytest.raises(CheckpointError, match=r"draft/outside.safetensors is missing"):
+        read_export(written)
+
+
+def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin, a pickle, which can run code"):
+        read_export(tmp_path)
+    shutil.move(tmp_path / "pytorch_model.bin", tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is missing"):
+        read_export(tmp_path)

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from specforge_core.capture.hf import load_target_info
+from specforge_core.capture.identity import capture_identity, check_identity, target_fingerprint
+from specforge_core.capture.manifest import CaptureIdentity
+from specforge_core.config import RunConfig, StrategyConfig, TargetConfig
+from specforge_core.data.chat import load_tokenizer
+from specforge_core.errors import CaptureError
+from specforge_core.strategy import Strategy
+from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.toy import save_toy_target
+from specforge_core.types import CaptureSpec, Field
+
+SPEC = CaptureSpec((1, 3), "none", {"hidden": Field((None, 64), "bfloat16")})
+SOURCE = """
+    from specforge_core import hookimpl
+
+    @hookimpl
+    def specforge_adapter(): ...
+
+    @hookimpl
+    def specforge_draft(): ...
+
+    @hookimpl
+    def specforge_train_step(): ...
+"""
+
+
+@pytest.fixture
+def strategy(env: FakeSite) -> Strategy:
+    env.strategy("tiny", SOURCE)
+    return Strategy.load("tiny")
+
+
+def identity(target: Path, strategy: Strategy, spec: CaptureSpec = SPEC) -> CaptureIdentity:
+    config = TargetConfig(path=str(target))
+    run = RunConfig(target=config, strategy=StrategyConfig(name=strategy.name))
+    tokenizer = load_tokenizer(config)
+    return capture_identity(run, strategy, load_target_info(config), spec, tokenizer)
+
+
+@pytest.fixture
+def copy(toy_target: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(toy_target, tmp_path / "copy")
+
+
+def test_an_identity_says_what_was_captured_and_by_what(toy_target: Path, strategy: Strategy):
+    found = identity(toy_target, strategy)
+    assert found.strategy_package == "specforge-tiny 0.1.0"
+    assert (found.hidden_size, found.num_layers, found.vocab_size) == (32, 6, 260)
+    assert found.spec() == SPEC
+    check_identity(found, identity(toy_target, strategy), Path("d"))
+
+
+def test_where_and_in_how_many_files_the_target_is_does_not_matter(
+    toy_target: Path, copy: Path, strategy: Strategy, tmp_path: Path
+):
+    check_identity(identity(toy_target, strategy), identity(copy, strategy), Path("d"))
+    model = AutoModelForCausalLM.from_pretrained(toy_target)
+    model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    shutil.copy(toy_target / "config.json", tmp_path / "parts")
+    fingerprints = [
+        target_fingerprint(load_target_info(TargetConfig(path=str(path))))
+        for path in (toy_target, tmp_path / "parts")
+    ]
+    assert fingerprints[0] == fingerprints[1]
+
+
+def refused(found: CaptureIdentity, expected: CaptureIdentity) -> str:
+    with pytest.raises(CaptureError) as error:
+        check_identity(found, expected, Path("some/capture"))
+    text = str(error.value)
+    assert text.startswith("the capture in some/capture does not fit this run:")
+    assert text.endswith("or capture again into another data.capture_dir")
+    return text
+
+
+def test_other_weights_are_refused(toy_target: Path, strategy: Strategy, tmp_path: Path):
+    save_toy_target(tmp_path / "other", seed=1)
+    text = refused(identity(toy_target, strategy), identity(tmp_path / "other", strategy))
+    assert f"target's weights or config: {toy_target} (" in text
+    assert f"in the capture, {tmp_path / 'other'} (" in text
+    assert "Set target.path and target.revision" in text
+
+
+def test_one_changed_matrix_is_noticed(toy_target: Path, copy: Path, strategy: Strategy):
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.4.mlp.up_proj.weight"] += 1e-3
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert "weights" in refused(identity(toy_target, strategy), identity(copy, strategy))
+
+
+def test_a_changed_config_is_noticed_and_a_version_stamp_is_not(
+    toy_target: Path, copy: Path, strategy: Strategy
+):
+    raw = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**raw, "transformers_version": "5.0.0"}))
+    check_identity(identity(toy_target, strategy), identity(copy, strategy), Path("d"))
+    (copy / "config.json").write_text(json.dumps({**raw, "rms_norm_eps": 0.01}))
+    assert "config" in refused(identity(toy_target, strategy), identity(copy, strategy))
+
+
+def test_another_chat_template_is_refused(toy_target: Path, copy: Path, strategy: Strategy):
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
+    text = refused(identity(toy_target, strategy), identity(copy, strategy))
+    assert "chat template or data.chat_template_kwargs" in text
+    assert "tokenizer:" not in text
+
+
+def test_another_tokenizer_is_refused(toy_target: Path, copy: Path, strategy: Strategy):
+    path = copy / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    vocab = raw["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(raw))
+    assert "tokenizer:" in refused(identity(toy_target, strategy), identity(copy, strategy))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strategy": "other"}, "strategy: 'tiny' in the capture, 'other' in this run"),
+        ({"layers": (1, 4)}, "captured layers: [1, 3] in the capture, [1, 4] in this run"),
+        ({"final": "post_norm"}, "final hidden state: 'none' in the capture, 'post_norm' in this"),
+        ({"spec_version": 2}, "version of the strategy's capture format: 1 in the capture, 2 in"),
+        ({"fields": {}}, "stored fields: {'hidden': 'bfloat16 [None, 64]'} in the capture, {} in"),
+        ({"max_length": 4096}, "data.max_length: 2048 in the capture, 4096 in this run"),
+    ],
+)
+def test_each_difference_is_named_with_both_values(
+    toy_target: Path, strategy: Strategy, change: dict[str, object], message: str
+):
+    found = identity(toy_target, strategy)
+    assert f"\n  {message}" in refused(found, found.model_copy(update=change))
+
+
+def test_what_is_only_for_information_may_differ(toy_target: Path, strategy: Strategy):
+    found = identity(toy_target, strategy)
+    other = {"target": "elsewhere", "core_version": "9", "strategy_package": "x 2"}
+    check_identity(found, found.model_copy(update=other), Path("d"))
+
+
+def test_shorter_samples_may_be_trained_on_but_not_mixed_into_a_capture(
+    toy_target: Path, strategy: Strategy
+):
+    found = identity(toy_target, strategy)
+    shorter = found.model_copy(update={"max_length": 64})
+    check_identity(found, shorter, Path("d"))
+    with pytest.raises(CaptureError, match=r"data\.max_length: 2048 in the capture, 64 in this"):
+        check_identity(found, shorter, Path("d"), resume=True)

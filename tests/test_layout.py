@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specforge_core.capture.layout import layout_problems, non_finite, num_tokens
+from specforge_core.types import Field, Sample
+
+FIELDS = {
+    "input_ids": Field((None,), "int64"),
+    "hidden": Field((None, 4), "bfloat16"),
+    "scale": Field((), "float32"),
+}
+
+
+def sample(**changes: torch.Tensor) -> Sample:
+    good = {
+        "input_ids": torch.arange(3),
+        "hidden": torch.zeros(3, 4, dtype=torch.bfloat16),
+        "scale": torch.tensor(1.0),
+    }
+    return {**good, **changes}
+
+
+def test_a_sample_as_the_spec_says_has_no_problems():
+    assert layout_problems(FIELDS, sample()) == []
+    assert num_tokens(FIELDS, sample()) == 3
+    assert num_tokens({"scale": FIELDS["scale"]}, sample()) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"hidden": torch.zeros(3, 4)}, "field 'hidden': is float32, the spec says bfloat16. Cast"),
+        (
+            {"hidden": torch.zeros(3, 5, dtype=torch.bfloat16)},
+            "field 'hidden': has shape [3, 5], the spec says ['tokens', 4]",
+        ),
+        (
+            {"hidden": torch.zeros(3, dtype=torch.bfloat16)},
+            "field 'hidden': has shape [3], the spec says ['tokens', 4]",
+        ),
+        (
+            {"input_ids": torch.arange(4)},
+            "sample: fields differ in their number of tokens: hidden 3, input_ids 4",
+        ),
+        ({"extra": torch.zeros(3)}, "field 'extra': is not in the capture spec. Declare it"),
+    ],
+)
+def test_each_problem_is_named(wrong: Sample, message: str):
+    (problem,) = layout_problems(FIELDS, sample(**wrong))
+    assert str(problem).startswith(message)
+
+
+def test_a_missing_field_is_named():
+    partial = sample()
+    del partial["hidden"]
+    (problem,) = layout_problems(FIELDS, partial)
+    assert str(problem).startswith("field 'hidden': is not in the sample. Return it")
+
+
+def test_non_finite_fields_are_found_and_large_sums_are_not():
+    assert non_finite(sample(scale=torch.tensor(float("inf")))) == ["scale"]
+    assert non_finite(sample(hidden=torch.tensor([[float("nan")] * 4] * 3))) == ["hidden"]
+    assert non_finite({"x": torch.full((4,), 3e38)}) == []

@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from specforge_core.capture.hf import load_target_info
+from specforge_core.capture.identity import target_fingerprint
+from specforge_core.capture.manifest import CaptureIdentity, CaptureManifest, Shard
+from specforge_core.capture.verify import check_sample, verify_directory
+from specforge_core.capture.worker import run_capture
+from specforge_core.config import load_config
+from specforge_core.data.chat import load_tokenizer, template_fingerprint
+from specforge_core.errors import CaptureError
+from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.toy import save_toy_target, write_conversations
+from specforge_core.types import CaptureSpec, Field, Sample
+
+SOURCE = """
+    from dataclasses import dataclass
+    import torch
+    from specforge_core import hookimpl
+    from specforge_core.config import StrategyConfig
+    from specforge_core.types import CaptureSpec, Field, Problem
+
+    class Config(StrategyConfig):
+        layers: tuple[int, ...] = (1, 3)
+        final: str = "post_norm"
+        keep_ids: bool = True
+        complain: bool = False
+
+    @dataclass
+    class Adapter:
+        spec: CaptureSpec
+
+        def __call__(self, capture):
+            states = [capture.hidden_states[i] for i in self.spec.layers]
+            sample = {
+                "input_ids": capture.input_ids,
+                "loss_mask": capture.loss_mask,
+                "hidden": torch.cat(states, -1),
+                "final": capture.final,
+            }
+            return {name: sample[name] for name in self.spec.fields}
+
+    @hookimpl
+    def specforge_config():
+        return Config
+
+    @hookimpl
+    def specforge_adapter(config, target):
+        tokens = Field((None,), "int64")
+        fields = {
+            "hidden": Field((None, len(config.layers) * target.hidden_size), "float32"),
+            "final": Field((None, target.hidden_size), "float32"),
+        }
+        if config.keep_ids:
+            fields |= {"input_ids": tokens, "loss_mask": tokens}
+        return Adapter(CaptureSpec(config.layers, config.final, fields))
+
+    @hookimpl
+    def specforge_verify_capture(config, sample, fresh):
+        if config.complain and fresh is not None:
+            assert set(fresh.hidden_states) == set(config.layers)
+            return [Problem("tiny", "complains of a fresh sample")]
+
+    @hookimpl
+    def specforge_draft(): ...
+
+    @hookimpl
+    def specforge_train_step(): ...
+"""
+# an engine that is wrong on purpose, as a cross-cutting plugin
+WRONG = """
+    from dataclasses import replace
+    from specforge_core import hookimpl
+    from specforge_core.capture.hf import TransformersEngine
+
+    class Wrong(TransformersEngine):
+        def capture(self, prompts, spec):
+            shifted = replace(spec, layers=tuple(i + STEP for i in spec.layers), final=FINAL)
+            for capture in super().capture(prompts, shifted):
+                states = {i - STEP: state for i, state in capture.hidden_states.items()}
+                yield replace(capture, hidden_states=states)
+
+    @hookimpl
+    def specforge_target_engine(target):
+        return Wrong.load(target) if target.engine == "wrong" else None
+"""
+
+
+@pytest.fixture
+def config(env: FakeSite, tmp_path: Path, toy_target: Path) -> Path:
+    env.strategy("tiny", SOURCE)
+    target = shutil.copytree(toy_target, tmp_path / "target")
+    data = write_conversations(tmp_path / "train.jsonl", 12)
+    raw = {
+        "target": {"path": str(target), "batch_tokens": 256, "device": "cpu"},
+        "strategy": {"name": "tiny"},
+        "data": {"train": [str(data)], "capture_dir": str(tmp_path / "capture")},
+        "capture": {"shard_tokens": 300},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+@pytest.fixture
+def directory(config: Path, tmp_path: Path) -> Path:
+    run_capture(*load_config(config))
+    return tmp_path / "capture"
+
+
+def refused(config: Path, directory: Path, *overrides: str, recapture: int = 3) -> str:
+    with pytest.raises(CaptureError) as error:
+        verify_directory(directory, *load_config(config, overrides), recapture)
+    return str(error.value)
+
+
+def edit(directory: Path, shard: int, field: str, row: int | slice, value: float) -> None:
+    """Change rows of a stored field, behind the manifest's back."""
+    path = directory / f"shard-{shard:05d}.safetensors"
+    columns = load_file(path)
+    columns[field][row] = value
+    save_file(columns, path)
+    manifest = CaptureManifest.read(directory)
+    fixed = [
+        s.model_copy(update={"num_bytes": path.stat().st_size}) if s.file == path.name else s
+        for s in manifest.shards
+    ]
+    manifest.model_copy(update={"shards": tuple(fixed)}).write(directory)
+
+
+def disguise(directory: Path, **changes: object) -> None:
+    """Make the manifest claim something else."""
+    manifest = CaptureManifest.read(directory)
+    identity = manifest.identity.model_copy(update=changes)
+    manifest.model_copy(update={"identity": identity}).write(directory)
+
+
+# ---- check_sample -----------------------------------------------------------
+
+IDENTITY = CaptureIdentity(
+    strategy="tiny",
+    strategy_package="specforge-tiny 0.1.0",
+    core_version="0.1.0",
+    spec_version=1,
+    layers=(1,),
+    final="none",
+    fields={},
+    target="target",
+    target_revision=None,
+    target_fingerprint="t",
+    tokenizer_fingerprint="k",
+    chat_template_fingerprint="c",
+    hidden_size=4,
+    num_layers=6,
+    vocab_size=100,
+    max_length=64,
+)
+TOKENS = Field((None,), "int64")
+SPEC = CaptureSpec(
+    (1,),
+    "none",
+    {"input_ids": TOKENS, "loss_mask": TOKENS, "hidden": Field((None, 4), "float32")},
+)
+
+
+def sample(**changes: torch.Tensor) -> Sample:
+    ids = torch.tensor([0, 5, 99])
+    good = {"input_ids": ids, "loss_mask": torch.tensor([0, 1, 1]), "hidden": torch.ones(3, 4)}
+    return {**good, **changes}
+
+
+def test_a_good_sample_has_no_problems():
+    assert check_sample(SPEC, IDENTITY, sample()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"input_ids": torch.tensor([0, 5, 100])},
+            "field 'input_ids': has values 0 to 100, allowed are 0 to 99",
+        ),
+        (
+            {"input_ids": torch.tensor([-100, 5, 9])},
+            "field 'input_ids': has values -100 to 9, allowed are 0 to 99",
+        ),
+        (
+            {"loss_mask": torch.tensor([0, 2, 1])},
+            "field 'loss_mask': has values 0 to 2, allowed are 0 to 1",
+        ),
+        ({"hidden": torch.full((3, 4), float("nan"))}, "field 'hidden': holds NaN or infinity"),
+        (
+            {"hidden": torch.ones(2, 4)},
+            "sample: fields differ in their number of tokens: hidden 2, input_ids 3, loss_mask 3",
+        ),
+        (
+            {"hidden": torch.ones(3, 4).half()},
+            "field 'hidden': is float16, the spec says float32. Cast it in the strategy's adapter",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_sample_is_said(changes: Sample, message: str):
+    assert [str(p) for p in check_sample(SPEC, IDENTITY, sample(**changes))] == [message]
+
+
+# ---- verify_directory -------------------------------------------------------
+
+
+def test_a_good_capture_verifies_with_and_without_its_target(config: Path, directory: Path):
+    report = verify_directory(directory, None, None, 3)
+    assert str(report) == f"{directory}: 12 samples are as they should be"
+    report = verify_directory(directory, *load_config(config), 3)
+    assert str(report).endswith(
+        "12 samples are as they should be, 3 of them captured again and equal"
+    )
+
+
+def test_an_unfinished_capture_is_verified_as_far_as_it_is(config: Path, directory: Path):
+    manifest = CaptureManifest.read(directory)
+    partly = {"complete": False, "shards": manifest.shards[:1]}
+    manifest.model_copy(update=partly).write(directory)
+    report = verify_directory(directory, *load_config(config), 99)
+    assert report.num_recaptured == report.num_samples == manifest.shards[0].num_samples
+    assert str(report).endswith("; the capture is not complete yet")
+
+
+def test_damaged_values_are_found_without_a_target(directory: Path):
+    edit(directory, 1, "hidden", 0, float("inf"))
+    edit(directory, 1, "input_ids", 1, 999)
+    with pytest.raises(CaptureError) as error:
+        verify_directory(directory, None, None, 0)
+    text = str(error.value)
+    assert text.startswith(f"the capture in {directory} must not be trained on:")
+    assert re.search(r"sample \d+ \(prompt \d+\), field 'hidden': holds NaN or infinity", text)
+    assert re.search(r"sample \d+ \(prompt \d+\), field 'input_ids': has values \d+ to 999", text)
+    assert text.endswith("specforge capture -c RUN.yaml data.capture_dir=EMPTY_DIRECTORY")
+
+
+def test_a_truncated_shard_is_found(config: Path, directory: Path):
+    os.truncate(directory / "shard-00001.safetensors", 1000)
+    assert re.search(
+        r"shard-00001\.safetensors has 1000 bytes: it is truncated", refused(config, directory)
+    )
+
+
+def test_a_prompt_stored_twice_and_one_left_out_are_found(directory: Path):
+    manifest = CaptureManifest.read(directory)
+    first, last = manifest.shards[0], manifest.shards[-1]
+    shutil.copy(directory / first.file, directory / "shard-00009.safetensors")
+    double = Shard(**{**first.model_dump(), "file": "shard-00009.safetensors"})
+    doubled = (*manifest.shards, double)
+    manifest.model_copy(update={"shards": doubled}).write(directory)
+    with pytest.raises(CaptureError, match=r"prompt \d+ was stored or skipped 2 times"):
+        verify_directory(directory, None, None, 0)
+    manifest.model_copy(update={"shards": manifest.shards[:-1]}).write(directory)
+    rest = 12 - last.num_samples
+    with pytest.raises(CaptureError, match=f"{rest} prompts were stored or skipped, of 12"):
+        verify_directory(directory, None, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "final", "message"),
+    [
+        (1, "spec.final", "values: layer 1 looks like the output of layer 2"),
+        (-1, "spec.final", "values: layer 3 looks like the output of layer 2"),
+        (0, '"pre_norm"', "values: the final state looks like pre_norm, not post_norm"),
+    ],
+)
+def test_what_a_wrong_engine_captured_is_found(
+    config: Path, env: FakeSite, tmp_path: Path, step: int, final: str, message: str
+):
+    source = WRONG.replace("STEP", str(step)).replace("FINAL", final)
+    group = {"specforge.plugins": {"wrong": "wrong_engine"}}
+    env.dist("wrong-engine", "0.1.0", group, module="wrong_engine", source=source)
+    run_capture(*load_config(config, ("target.engine=wrong",)))
+    # the same mistake again looks right, so what is compared with must be another engine
+    verify_directory(tmp_path / "capture", *load_config(config, ("target.engine=wrong",)), 2)
+    verify_directory(tmp_path / "capture", None, None, 0)
+    assert message in refused(config, tmp_path / "capture")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("strategy.layers=[2,4]", "captured layers: [1, 3] in the capture, [2, 4] in this run"),
+        (
+            "strategy.final=pre_norm",
+            "final hidden state: 'post_norm' in the capture, 'pre_norm' in this run",
+        ),
+        ("strategy.keep_ids=false", "stored fields: {"),
+    ],
+)
+def test_other_options_of_the_strategy_are_found(
+    config: Path, directory: Path, override: str, message: str
+):
+    assert message in refused(config, directory, override)
+
+
+def test_a_manifest_that_claims_other_layers_is_found_by_the_values(config: Path, directory: Path):
+    disguise(directory, layers=(2, 3))
+    text = refused(config, directory, "strategy.layers=[2,3]")
+    assert "values: layer 2 looks like the output of layer 1" in text
+    assert "layer 3" not in text
+
+
+def test_a_manifest_that_claims_another_final_state_is_found_by_the_values(
+    config: Path, directory: Path
+):
+    disguise(directory, final="pre_norm")
+    text = refused(config, directory, "strategy.final=pre_norm")
+    assert "values: the final state looks like post_norm, not pre_norm" in text
+
+
+def test_another_revision_is_found_by_its_fingerprint_and_by_the_values(
+    config: Path, directory: Path, tmp_path: Path
+):
+    save_toy_target(tmp_path / "target", seed=1)
+    text = refused(config, directory)
+    assert "target's weights or config: " in text
+    run, _ = load_config(config)
+    disguise(directory, target_fingerprint=target_fingerprint(load_target_info(run.target)))
+    assert "values: " in refused(config, directory)
+
+
+def test_another_chat_template_is_found_by_its_fingerprint_and_by_the_tokens(
+    config: Path, directory: Path, tmp_path: Path
+):
+    path = tmp_path / "target" / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|im_start|>", "<|im_start|> "))
+    text = refused(config, directory)
+    assert "chat template or data.chat_template_kwargs: " in text
+    run, _ = load_config(config)
+    now = template_fingerprint(load_tokenizer(run.target), {})
+    disguise(directory, chat_template_fingerprint=now)
+    text = refused(config, directory)
+    assert "field 'input_ids': has shape [" in text
+    assert "another chat template, tokenizer, data or data.max_length?" in text
+
+
+def test_a_changed_loss_mask_is_found(config: Path, directory: Path):
+    edit(directory, 0, "loss_mask", 0, 1)
+    assert "field 'loss_mask': differs from a fresh capture at 1 places" in refused(
+        config, directory
+    )
+
+
+def test_without_data_the_stored_tokens_are_captured_again(config: Path, directory: Path):
+    report = verify_directory(directory, *load_config(config, ("data.train=[]",)), 3)
+    assert report.num_recaptured == 3
+    disguise(directory, layers=(2, 3))
+    text = refused(config, directory, "data.train=[]", "strategy.layers=[2,3]")
+    assert "values: layer 2 looks like the output of layer 1" in text
+
+
+def test_without_data_and_stored_tokens_it_is_said_what_is_missing(config: Path, tmp_path: Path):
+    run_capture(*load_config(config, ("strategy.keep_ids=false",)))
+    text = refused(config, tmp_path / "capture", "strategy.keep_ids=false", "data.train=[]")
+    assert "the samples hold no input_ids" in text
+    verify_directory(tmp_path / "capture", *load_config(config, ("strategy.keep_ids=false",)), 3)
+
+
+def test_fewer_prompts_than_were_captured_are_said(config: Path, directory: Path):
+    text = refused(config, directory, "data.limit=2", recapture=12)
+    assert "the capture has a sample of prompt 11, but data.train has only 2 prompts" in text
+
+
+def test_the_strategys_own_checks_see_fresh_captures(config: Path, directory: Path):
+    text = refused(config, directory, "strategy.complain=true", recapture=2)
+    assert text.count("tiny: complains of a fresh sample") == 2
+
+
+def test_a_hopeless_capture_is_reported_in_a_few_lines(directory: Path):
+    manifest = CaptureManifest.read(directory)
+    for number, shard in enumerate(manifest.shards):
+        rows = load_file(directory / shard.file)["loss_mask"]
+        edit(directory, number, "loss_mask", slice(0, len(rows)), 3)
+        edit(directory, number, "hidden", slice(0, len(rows)), float("nan"))
+    with pytest.raises(CaptureError, match="perhaps more than these 20") as error:
+        verify_directory(directory, None, None, 0)
+    assert len(str(error.value).splitlines()) < 25
