@@ -12,9 +12,11 @@ from transformers import (
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
-from specforge_core.errors import DataError, PluginError
+from specforge_core.errors import ConfigError, DataError, PluginError
 from specforge_core.evaluate import decode
 from specforge_core.evaluate.decode import Answer, DecodeStats, Limits, generate, generate_plain
 from specforge_core.evaluate.lossless import first_difference, reference
@@ -148,7 +150,7 @@ def test_a_cache_that_is_not_rolled_back_is_noticed(
     limits = Limits(40, frozenset())
     expected = reference(model, PROMPT, limits).tokens
     proposer = Scripted(expected, lambda _: False, 4)
-    proposer.propose = lambda last, most, sampling: Proposal(  # type: ignore[method-assign]
+    proposer.propose = lambda last, most, sampling: Proposal(
         torch.full((most,), (last + 1) % VOCAB), None
     )
     answer = run(model, proposer, limits)
@@ -241,6 +243,15 @@ def test_a_prompt_must_leave_room() -> None:
         generate_plain(model, [], Limits(4, frozenset()), greedy())
 
 
+def test_a_target_whose_cache_cannot_be_rolled_back_is_refused(model: Any) -> None:
+    decode.check_cache(model)
+    layers = ["linear_attention", "full_attention"]
+    small = {**SHAPE, "num_hidden_layers": 2, "layer_types": layers}
+    recurrent = Qwen3NextForCausalLM(Qwen3NextConfig(**small, num_experts=2))
+    with pytest.raises(ConfigError, match="layers of type linear_attention, whose state cannot"):
+        decode.check_cache(recurrent)
+
+
 def test_a_single_token_needs_no_verification() -> None:
     model = llama()
     answer = run(model, oracle(model, Limits(1, frozenset()), 3), Limits(1, frozenset()))
@@ -279,7 +290,7 @@ def test_a_draft_may_be_empty() -> None:
 def test_a_proposer_that_drafts_too_much_is_named() -> None:
     model = llama()
     proposer = oracle(model, Limits(9, frozenset()), 3)
-    proposer.propose = lambda last, most, sampling: Proposal(  # type: ignore[method-assign]
+    proposer.propose = lambda last, most, sampling: Proposal(
         torch.zeros(most + 1, dtype=torch.long), None
     )
     with pytest.raises(

@@ -45,18 +45,14 @@ def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path):
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"format_version": 1, "odd": 2}'])
 def test_a_damaged_manifest_is_an_error(content: str, tmp_path: Path):
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(
-        CaptureError, match=r"manifest\.json cannot be read: .*(?s:.)*Capture again"
-    ):
+    with pytest.raises(CaptureError, match=r"(?s)manifest\.json cannot be read: .*Capture again"):
         CaptureManifest.read(tmp_path)
 
 
 def test_a_manifest_of_a_later_format_is_an_error(tmp_path: Path):
     later = CaptureManifest(identity=IDENTITY).model_copy(update={"format_version": 2})
     later.write(tmp_path)
-    with pytest.raises(
-        CaptureError, match=r"format 2, and this version reads format 1.*pip install"
-    ):
+    with pytest.raises(CaptureError, match=r"format 2, and this version reads format 1\."):
         CaptureManifest.read(tmp_path)
 
 

@@ -60,7 +60,7 @@ def test_reading_past_the_end_is_an_error(tmp_path: Path):
         (tmp_path / "f").open("rb", 0) as file,
         pytest.raises(CaptureError, match="ends at byte 5, in the middle of its data"),
     ):
-        read_into(file, 0, torch.empty(8, dtype=torch.uint8))
+        read_into(file, 0, memoryview(bytearray(8)))
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path):

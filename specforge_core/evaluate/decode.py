@@ -21,9 +21,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..capture.hf import tap_states
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..types import CaptureSpec, Proposal, Proposer, Sampling, TargetCapture
 from .sampling import check_proposal, next_token, verify_chain
+
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,16 @@ def limits(model: Any, max_new_tokens: int) -> Limits:
     """Return the limits of a model's answers; it may know several end-of-text tokens."""
     eos = model.generation_config.eos_token_id
     return Limits(max_new_tokens, frozenset([eos] if isinstance(eos, int) else eos or ()))
+
+
+def check_cache(model: Any) -> None:
+    """Raise ConfigError for a target whose cache cannot forget its last tokens."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if strange := sorted(kinds - ATTENTION):
+        raise ConfigError(
+            f"target {model.config.name_or_path!r} has layers of type {', '.join(strange)}, whose "
+            "state cannot be rolled back after a rejected draft. Evaluate it in a serving engine"
+        )
 
 
 class CachedTarget:

@@ -19,7 +19,7 @@ from ..export.writer import write_file
 from ..progress import track
 from ..strategy import Strategy
 from ..types import CaptureSpec, Draft, Proposer, Sampling, TargetInfo
-from .decode import Limits, generate, generate_plain, limits
+from .decode import Limits, check_cache, generate, generate_plain, limits
 from .lossless import first_difference, reference
 from .plot import plot_acceptance
 from .report import EvalReport, PromptResult, Setup, summarize
@@ -49,6 +49,7 @@ def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
     options = run.eval
     engine = TransformersEngine.load(run.target.model_copy(update={"dtype": options.dtype}))
     try:
+        check_cache(engine.model)
         spec = strategy.adapter(run.strategy, engine.info).spec
         proposer = _proposer(run, strategy, draft, engine)
         most = min(proposer.max_tokens, options.max_draft_tokens or proposer.max_tokens)
