@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,10 +20,8 @@ EXISTING = click.Path(path_type=Path)
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
-def config_option(required: bool = True) -> Any:
-    """Return the `-c` option of a verb."""
-    help = "YAML file of the run; KEY=VALUE arguments override it."
-    return click.option("-c", "--config", "config", type=EXISTING, required=required, help=help)
+CONFIG_HELP = "YAML file of the run; KEY=VALUE arguments override it."
+config_option = click.option("-c", "--config", type=EXISTING, required=True, help=CONFIG_HELP)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -65,7 +63,7 @@ def check(name: str) -> None:
 
 
 @cli.command()
-@config_option()
+@config_option
 @click.option("-o", "--output", type=EXISTING, required=True, help="JSONL file to write.")
 @overrides_argument
 def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
@@ -78,7 +76,7 @@ def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command()
-@config_option()
+@config_option
 @overrides_argument
 def capture(config: Path, overrides: tuple[str, ...]) -> None:
     """Store the target's hidden states for offline training; resumes by itself."""
@@ -94,7 +92,7 @@ def capture(config: Path, overrides: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.argument("directory", type=EXISTING)
-@config_option(required=False)
+@click.option("-c", "--config", type=EXISTING, help=CONFIG_HELP)
 @click.option("--recapture", default=4, show_default=True, help="Samples captured again with -c.")
 @overrides_argument
 def verify(
@@ -108,7 +106,7 @@ def verify(
 
 
 @cli.command()
-@config_option()
+@config_option
 @click.option("--plan", is_flag=True, help="Print what would be done, and do nothing.")
 @click.option("--nproc", default=1, show_default=True, help="Processes to train with.")
 @overrides_argument
@@ -136,7 +134,7 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
 
 
 @cli.command("eval")
-@config_option()
+@config_option
 @click.option("--draft", type=EXISTING, required=True, help="Run, checkpoint or export.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @overrides_argument

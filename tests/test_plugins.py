@@ -170,5 +170,5 @@ def test_an_unknown_target_engine_names_the_package_to_install(env: FakeSite) ->
     from specforge_core.config import TargetConfig
 
     env.strategy("good", GOOD)
-    with pytest.raises(PluginError, match="target.engine 'warp' is not provided"):
+    with pytest.raises(PluginError, match=r"target\.engine 'warp' is not provided"):
         Strategy.load("good").target_engine(TargetConfig(path="x", engine="warp"))

@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_strategy_or_shape_is_refused(
 
 def test_an_output_directory_that_cannot_be_written_is_named(config: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="output_dir .* cannot be written: Not a directory"):
+    with pytest.raises(ConfigError, match=r"output_dir .* cannot be written: Not a directory"):
         train(*load(config, f"output_dir={tmp_path / 'file' / 'run'}"))
 
 

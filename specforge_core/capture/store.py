@@ -47,7 +47,7 @@ class ShardReader:
         number, row = self._locate(index)
         shard = self._shard(number)
         first, last = shard.offsets[row : row + 2]
-        with (self._directory / self.manifest.shards[number].file).open("rb", 0) as file:
+        with shard.path.open("rb", 0) as file:
             return {
                 name: shard.entries[name].rows(file, first, last)
                 if is_ragged(field)
@@ -114,12 +114,13 @@ class ShardReader:
                     entries[name].rows(file, 0, entries[name].shape[0]).tolist()
                     for name in (OFFSETS, INDEX, SKIPPED)
                 )
-            self._open[number] = _Shard(entries, offsets, index, skipped)
+            self._open[number] = _Shard(path, entries, offsets, index, skipped)
         return self._open[number]
 
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
+    path: Path
     entries: dict[str, Entry]
     offsets: list[int]
     index: list[int]

@@ -138,7 +138,7 @@ def _fill(job: Job, writer: ShardWriter, prompts: PromptSet, order: Sequence[int
                 if sample is None:
                     writer.skip(index)
                 else:
-                    stored = _to_host(index, sample)
+                    stored = to_host(index, sample)
                     if not begun:
                         verify_first(job, writer.manifest, prompts[index], stored)
                         writer.begin(counts)
@@ -149,7 +149,8 @@ def _fill(job: Job, writer: ShardWriter, prompts: PromptSet, order: Sequence[int
                 progress.advance(note=f"{rate:,.0f} tokens/s")
 
 
-def _to_host(index: int, sample: Sample) -> Sample:
+def to_host(index: int, sample: Sample) -> Sample:
+    """Return a sample on the CPU; CaptureError naming the prompt where it is not finite."""
     if bad := non_finite(sample):
         raise CaptureError(
             f"prompt {index}: field {bad[0]!r} is not finite as the strategy's adapter returned "

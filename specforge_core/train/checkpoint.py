@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -29,6 +32,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError, RunError
@@ -85,7 +90,8 @@ def save(
     dist.barrier()
     tensors = {k: v for k, v in _collect(model, optimizers).items() if isinstance(v, Tensor)}
     try:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
+        storage = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+        dcp_save(tensors, storage_writer=storage)
         if main:
             text = json.dumps(asdict(state), indent=1)
             with (beside / STATE).open("w", encoding="utf-8") as file:
@@ -96,7 +102,7 @@ def save(
             beside.rename(final)
             for old in checkpoints(output_dir)[:-keep]:
                 shutil.rmtree(old)
-    except (OSError, dcp.CheckpointException) as exc:
+    except (OSError, CheckpointException) as exc:
         if main:
             shutil.rmtree(beside, ignore_errors=True)
         cause = _cause(exc)
@@ -116,7 +122,7 @@ def load(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> TrainStat
     tensors = _collect(model, optimizers)
     wanted = {k: v for k, v in tensors.items() if isinstance(v, Tensor)}
     check_shapes(path, wanted)
-    dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)))
+    dcp_load(wanted, storage_reader=HuggingFaceStorageReader(str(path)))
     tensors |= wanted
     set_model_state_dict(model, _under(tensors, "model."))
     for number, optimizer in enumerate(optimizers):
@@ -132,7 +138,7 @@ def load_model(path: Path, model: nn.Module) -> TrainState:
     check_shapes(path, wanted)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+        dcp_load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     model.load_state_dict(_under(wanted, "model."))
     return state
 
@@ -213,8 +219,7 @@ def _under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _cause(exc: BaseException) -> BaseException:
     """Return the first real error inside DCP's exception, which wraps one of each rank."""
-    failures = getattr(exc, "failures", None)
-    if not failures:
+    if not isinstance(exc, CheckpointException):
         return exc
-    first = next(iter(failures.values()))
-    return first[0] if isinstance(first, tuple) else first
+    first, _ = next(iter(exc.failures.values()))
+    return first

@@ -160,7 +160,7 @@ class Trainer:
                 context = StepContext(self.step, self.total_steps, self.generator)
                 output = self.step_function(self.draft, micro.batch, context)
             with phases.time("backward"):
-                output.loss_sum.backward()
+                torch.autograd.backward(output.loss_sum)
             outputs.append(output)
         with phases.time("optimizer"):
             counts = [tokens, int(self.stopping)]

@@ -93,6 +93,8 @@ def build_draft(
         model = DFlashModel(shape, config.attention)
     model.to_empty(device="cpu")
     model.init_weights(config.seed)
+    # states of unit size then give logits that spread by about 1, whatever the head's scale
+    torch.nn.init.constant_(model.norm.weight, 1 / float(lm_head.float().norm(dim=1).mean()))
     model.to(device)
     frozen = Frozen(embed_tokens, lm_head, scale, shape.softcap)
     return Draft(model, tuple(model.layers), frozen)
