@@ -239,6 +239,15 @@ def test_a_bidirectional_decoder_is_a_config_error(tmp_path: Path):
         load_target_info(TargetConfig(path=str(tmp_path)))
 
 
+def test_a_final_norm_that_cannot_be_found_is_an_error(llama: TargetConfig):
+    engine = TransformersEngine.load(llama)
+    engine.model.model.closing = engine.model.model.norm
+    del engine.model.model.norm
+    with pytest.raises(CaptureError, match="no final norm found in LlamaForCausalLM"):
+        list(engine.capture(prompts(4), replace(ALL, final="post_norm")))
+    assert len(list(engine.capture(prompts(4), ALL))) == 1  # not needed otherwise
+
+
 def test_layers_that_cannot_be_found_are_an_error(llama: TargetConfig):
     engine = TransformersEngine.load(llama)
     engine.model.model.stack = engine.model.model.layers
@@ -255,3 +264,17 @@ def test_a_checkpoint_that_lacks_weights_is_a_config_error(llama: TargetConfig, 
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"lacks 1 of its weights, such as model\.layers\.1\.mlp"):
         TransformersEngine.load(TargetConfig(path=str(tmp_path)))
+
+
+def test_options_reach_transformers(llama: TargetConfig) -> None:
+    eager = llama.model_copy(update={"options": {"attn_implementation": "eager"}})
+    assert TransformersEngine.load(eager).model.config._attn_implementation == "eager"
+    wrong = llama.model_copy(update={"options": {"attn_implementation": "no_such"}})
+    with pytest.raises(ConfigError, match=r"cannot be loaded: .*no_such"):
+        TransformersEngine.load(wrong)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_config_error(llama: TargetConfig, device: str) -> None:
+    with pytest.raises(ConfigError, match=rf"target\.device '{device}' cannot be used: .*auto"):
+        TransformersEngine.load(llama.model_copy(update={"device": device}))

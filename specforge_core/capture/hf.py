@@ -71,7 +71,7 @@ def _load(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:
             trust_remote_code=target.trust_remote_code,
             **kwargs,
         )
-    except (OSError, ValueError, KeyError) as exc:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as exc:
         reason = str(exc).strip().splitlines()[0]
         revision = f" at revision {target.revision!r}" if target.revision else ""
         raise ConfigError(
@@ -104,16 +104,7 @@ def tap_states(model: nn.Module, spec: CaptureSpec, *, stop: bool) -> Iterator[T
     taps = Taps()
     wanted = set(spec.layers)
     last = len(parts.layers) - 1
-    if wrong := sorted(i for i in wanted if not -1 <= i <= last):
-        raise CaptureError(
-            f"layers {wrong} are not in the target: it has layers 0 to {last}, and -1 is the "
-            "embedding output. Change the strategy's layers"
-        )
-    if spec.final == "post_norm" and parts.norm is None:
-        raise CaptureError(
-            f"no final norm found in {type(model).__name__} (looked for {', '.join(FINAL_NORMS)}). "
-            "Choose a strategy that needs no normed final state, or another target.engine"
-        )
+    _check_fits(model, parts, spec)
     deepest = last if spec.final != "none" else max(wanted, default=-1)
 
     def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -154,6 +145,20 @@ def tap_states(model: nn.Module, spec: CaptureSpec, *, stop: bool) -> Iterator[T
         raise CaptureError(
             f"{type(model).__name__} did not run the layers asked for: {sorted(wanted)}, "
             f"final {spec.final}. Choose another target.engine"
+        )
+
+
+def _check_fits(model: nn.Module, parts: Parts, spec: CaptureSpec) -> None:
+    last = len(parts.layers) - 1
+    if wrong := sorted(i for i in spec.layers if not -1 <= i <= last):
+        raise CaptureError(
+            f"layers {wrong} are not in the target: it has layers 0 to {last}, and -1 is the "
+            "embedding output. Change the strategy's layers"
+        )
+    if spec.final == "post_norm" and parts.norm is None:
+        raise CaptureError(
+            f"no final norm found in {type(model).__name__} (looked for {', '.join(FINAL_NORMS)}). "
+            "Choose a strategy that needs no normed final state, or another target.engine"
         )
 
 
@@ -206,9 +211,9 @@ class TransformersEngine:
         """Load the target's weights onto its device; ConfigError when that fails."""
         info = load_target_info(target)
         pinned = target.model_copy(update={"revision": info.revision})  # the branch may move on
-        model, report = _load(
-            AutoModelForCausalLM, pinned, dtype=target.dtype, output_loading_info=True
-        )
+        options = {"dtype": target.dtype, "output_loading_info": True, **target.options}
+        device = pick_device(target.device)
+        model, report = _load(AutoModelForCausalLM, pinned, **options)
         # transformers would go on with random weights
         if missing := sorted(report["missing_keys"]):
             raise ConfigError(
@@ -216,7 +221,7 @@ class TransformersEngine:
                 f"{missing[0]}. Download it again, or choose another target.path"
             )
         model.eval().requires_grad_(False)
-        return cls(model.to(pick_device(target.device)), info, target.batch_tokens)
+        return cls(model.to(device), info, target.batch_tokens)
 
     @torch.no_grad()  # not inference_mode: a draft trains on these tensors
     def capture(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> Iterator[TargetCapture]:
@@ -280,8 +285,14 @@ def _check_finite(captures: Sequence[TargetCapture], taps: Taps) -> None:
 
 def pick_device(name: str) -> torch.device:
     """Return the device called `name`; `auto` is this rank's GPU, or the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
+    if name == "auto" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        reason = str(exc).splitlines()[0]
+        raise ConfigError(
+            f"target.device {name!r} cannot be used: {reason}. Try: target.device=auto"
+        ) from exc
+    return device

@@ -1,0 +1,116 @@
+"""What a user sees: exit status, one message, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.toy import write_conversations
+
+
+@pytest.fixture
+def config(tmp_path: Path, toy_target: Path) -> Path:
+    data = write_conversations(tmp_path / "train.jsonl", 8)
+    raw: dict[str, Any] = {
+        "target": {"path": str(toy_target)},
+        "strategy": {"name": "linear"},
+        "data": {"train": [str(data)]},
+        "output_dir": str(tmp_path / "run"),
+        "train": {"max_steps": 2, "device": "cpu"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def specforge(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "specforge_core.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def fails(*arguments: str, status: int = 2, **kwargs: Any) -> str:
+    done = specforge(*arguments, **kwargs)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_wrong_config_ends_with_one_message_and_status_2(config: Path, tmp_path: Path) -> None:
+    err = fails("train", "-c", str(config), "train.lerning_rate=1")
+    assert err.startswith("error: ")
+    assert "train.lerning_rate: unknown key, did you mean 'learning_rate'?" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_where_an_error_came_from(config: Path) -> None:
+    done = specforge("train", "-c", str(config), "nonsense=1", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ConfigError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "Missing option '-c'"),
+        (["train", "-c", "absent.yaml"], "config file 'absent.yaml' cannot be read"),
+        (["trian"], "No such command 'trian'"),
+        (["check", "absent"], "strategy 'absent' is not installed"),
+        (["verify", "absent"], "absent has no manifest.json: it is not a capture"),
+        (["export", "--checkpoint", "absent", "-o", "out"], "absent holds no complete checkpoint"),
+    ],
+)
+def test_wrong_usage_is_status_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    assert message in fails(*arguments, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_strategies_as_json_lists_a_broken_one_too(env: FakeSite) -> None:
+    env.dist("specforge-gone", "1.0", {"specforge.strategies": {"gone": "specforge_gone"}})
+    done = specforge("strategies", "--json", env=os.environ | {"PYTHONPATH": str(env.path)})
+    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    assert rows["linear"]["state"] == "ok"
+    assert rows["gone"]["state"].startswith("broken: there is no module 'specforge_gone'")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(config: Path, tmp_path: Path) -> None:
+    assert specforge("train", "-c", str(config), "train.max_steps=1").returncode == 0
+
+    def small_files() -> None:  # a write past this fails as it does on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+    err = fails("train", "-c", str(config), "train.max_steps=2", status=1, preexec_fn=small_files)
+    assert "step-00000002 could not be written" in err
+    assert "start the same command again" in err
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert kept == ["step-00000001"]
+    assert specforge("train", "-c", str(config), "train.max_steps=2").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_run_evaluates_and_exports_from_the_command_line(config: Path, tmp_path: Path) -> None:
+    assert specforge("train", "-c", str(config)).returncode == 0
+    data = tmp_path / "train.jsonl"
+    options = (f"eval.prompts={{toy: {data}}}", "eval.limit=2", "eval.max_new_tokens=8")
+    done = specforge("eval", "-c", str(config), "--draft", str(tmp_path / "run"), *options)
+    assert done.returncode == 0, done.stderr
+    assert "accepted by position" in done.stdout
+    assert "2 of 2 greedy answers equal the target's own" in done.stdout
+    out = tmp_path / "export"
+    arguments = ("export", "--checkpoint", str(tmp_path / "run"), "-o", str(out))
+    assert specforge(*arguments).returncode == 0
+    assert {p.name for p in out.iterdir()} >= {"config.json", "model.safetensors"}
+    assert "--force" in fails(*arguments)
+    assert "cannot export to format 'warp'" in fails(
+        "export", "--checkpoint", str(tmp_path / "run"), "--format", "warp", "-o", str(out) + "2"
+    )
