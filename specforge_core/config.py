@@ -214,9 +214,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} is not KEY=VALUE. Try: train.max_steps=100")
     try:
         value = yaml.safe_load(text)
-        # YAML 1.1 reads 1e-4 as text; a person means the number
-        if isinstance(value, str):
-            value = _number(value)
+        if isinstance(value, str) and text[:1] in "0123456789.+-":
+            value = _number(value)  # YAML 1.1 reads 1e-4 as text; a person means the number
     except yaml.YAMLError as exc:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {exc}") from exc
     node = raw

@@ -170,6 +170,6 @@ def verify_first(job: Job, manifest: CaptureManifest, prompt: Prompt, sample: Sa
     if problems:
         listing = "\n  ".join(str(problem) for problem in problems)
         raise CaptureError(
-            f"the first sample (prompt {prompt.index}) cannot be trained on and was not stored:"
+            f"the first sample (prompt {prompt.index}) cannot be trained on:"
             f"\n  {listing}\nTry: specforge check {job.strategy.name}"
         )

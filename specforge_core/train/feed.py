@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from ..capture.hf import load_target_info
 from ..capture.identity import capture_identity, check_identity
 from ..capture.manifest import MANIFEST, CaptureManifest
 from ..capture.store import read_token_counts
+from ..capture.worker import Job, to_host, verify_first
 from ..config import RunConfig
 from ..data.chat import load_tokenizer
 from ..data.loader import NOTE_SECONDS, POLL_SECONDS, OnlineSource, Share, Source, StoredSource
@@ -57,7 +57,7 @@ class CheckedAdapter:
     """An adapter whose first sample is checked before anything is trained on it."""
 
     inner: Adapter
-    check: Callable[[Sample], None]
+    check: Callable[[int, Sample], None]  # the prompt's index, and what became of it
     checked: bool = False
 
     @property
@@ -67,25 +67,9 @@ class CheckedAdapter:
     def __call__(self, capture: TargetCapture) -> Sample | None:
         sample = self.inner(capture)
         if sample is not None and not self.checked:
-            self.check(sample)
+            self.check(capture.index, sample)
             self.checked = True
         return sample
-
-
-def check_first(
-    run: RunConfig, strategy: Strategy, spec: CaptureSpec, manifest: CaptureManifest, sample: Sample
-) -> None:
-    """Ask every `specforge_verify_capture` about one sample.
-
-    Raises CaptureError listing all problems found.
-    """
-    problems = strategy.verify_capture(run.strategy, spec, manifest, sample, None)
-    if problems:
-        listing = "\n  ".join(str(problem) for problem in problems)
-        raise CaptureError(
-            f"the first sample cannot be trained on:\n  {listing}\n"
-            "Try: specforge verify CAPTURE_DIR -c RUN.yaml"
-        )
 
 
 def _offline(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
@@ -113,7 +97,13 @@ def _offline(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
     if manifest.complete and len(reader) == 0:
         raise CaptureError(f"the capture in {directory} has no samples. Check data.train")
     _, sample = next(source.samples(0))
-    check_first(run, strategy, adapter.spec, manifest, sample)
+    problems = strategy.verify_capture(run.strategy, adapter.spec, manifest, sample, None)
+    if problems:
+        listing = "\n  ".join(str(problem) for problem in problems)
+        raise CaptureError(
+            f"the first sample of {directory} cannot be trained on:\n  {listing}\n"
+            f"Try: specforge verify {directory} -c RUN.yaml"
+        )
     return Feed(
         source=source,
         adapter=adapter,
@@ -132,8 +122,12 @@ def _online(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
     prompts = load_prompts(run.data, tokenizer, target.vocab_size)
     identity = capture_identity(run, strategy, target, adapter.spec, tokenizer)
     manifest = CaptureManifest(identity=identity)
-    check = partial(check_first, run, strategy, adapter.spec, manifest)
     engine = strategy.target_engine(run.target)
+    job = Job(run, strategy, engine, adapter)
+
+    def check(index: int, sample: Sample) -> None:
+        verify_first(job, manifest, prompts[index], to_host(index, sample))
+
     return Feed(
         source=OnlineSource(
             engine, CheckedAdapter(adapter, check), prompts, share, run.capture.window

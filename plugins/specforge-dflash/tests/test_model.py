@@ -145,3 +145,22 @@ def test_layers_compile_once_for_all_of_a_type(kit: Any) -> None:
     torch.testing.assert_close(got, want)
     # the first layer's input wants no gradient, so it is compiled apart
     assert counter.frame_count <= 3
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("attention", ["eager", "flex"])
+def test_batches_of_new_lengths_stop_compiling_soon(kit: Any, attention: str) -> None:
+    tiny = kit.tiny(attention=attention)
+    counter = CompileCounter()
+    for layer in tiny.model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    counts = []
+    for length, blocks in ((30, 4), (41, 7), (170, 9), (120, 5), (99, 11), (66, 6)):
+        batch = kit.batch((length,))
+        anchors = torch.arange(2, 2 + blocks)[None]
+        keep, ids = torch.ones_like(anchors, dtype=torch.bool), torch.full((1, blocks, 4), 40)
+        with torch.no_grad():
+            tiny.model(batch["hidden_states"], tiny.frozen.embed(ids), anchors, keep)
+        counts.append(counter.frame_count)
+    assert counts[2:] == [counts[2]] * 4
+    assert counts[2] <= 3
