@@ -1,7 +1,8 @@
-"""Time one DFlash training step (forward and backward) against its floor by arithmetic.
+"""Time one training step (forward and backward) of a draft against its floor by arithmetic.
 
-python benchmarks/step.py --case D1            an H100, bfloat16, Qwen3-8B shapes
+python benchmarks/step.py --case D1            an H100, bfloat16, Qwen3-8B shapes: DFlash
 python benchmarks/step.py --case D1 --small    the same code on a CPU, in seconds
+python benchmarks/step.py --case E1            EAGLE-3, see step_e1.py
 
 Nothing is downloaded: target tensors and features are random.  Correctness comes first:
 the fused loss against float64, and flex attention's gradients against the eager path's.
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+import step_e1
 import torch
 from specforge_dflash.attention import attend, block_mask
 from specforge_dflash.step import DFlashStep
@@ -223,18 +225,21 @@ def measure_head(case: Case, device: str, dtype: torch.dtype, repeat: int) -> No
 def main() -> None:
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--case", choices=sorted(CASES), default="D1")
+    parser.add_argument("--case", choices=[*sorted(CASES), "E1"], default="D1")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the code")
     parser.add_argument("--repeat", type=int, default=8)
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    case = SMALL if args.small else CASES[args.case]
     if device == "cpu" and not args.small:
         parser.error(f"case {args.case} needs a GPU. Try: --small")
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     print(f"machine: {name}; torch {torch.__version__}, Python {platform.python_version()}")
+    if args.case == "E1":
+        step_e1.run(args.small, args.repeat)
+        return
+    case = SMALL if args.small else CASES[args.case]
     print(f"case: {'small' if args.small else args.case} {case}")
     check(device, dtype)
     rate = matmul_rate(case, device, dtype, args.repeat)

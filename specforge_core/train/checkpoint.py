@@ -184,14 +184,15 @@ def check_shapes(path: Path, wanted: Mapping[str, Tensor]) -> None:
     """
     stored: dict[str, list[int]] = {}
     for file in sorted(path.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as tensors:
-            layout = json.loads((tensors.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
-                shape = list(tensors.get_slice(name).get_shape())
-                offsets = layout.get(name, {}).get("saved_offsets") or [0] * len(shape)
-                ends = [o + s for o, s in zip(offsets, shape, strict=True)]
-                before = stored.get(name, ends)
-                stored[name] = [max(a, b) for a, b in zip(before, ends, strict=True)]
+        try:
+            found = _extents(file)
+        except (SafetensorError, OSError, ValueError) as exc:
+            raise CheckpointError(
+                f"{file} is damaged: {exc}. Delete {path} to use the checkpoint before it"
+            ) from exc
+        for name, ends in found.items():
+            before = stored.get(name, ends)
+            stored[name] = [max(a, b) for a, b in zip(before, ends, strict=True)]
     for name, tensor in wanted.items():
         if name not in stored:
             problem = "is not in it"
@@ -203,6 +204,18 @@ def check_shapes(path: Path, wanted: Mapping[str, Tensor]) -> None:
             f"checkpoint {path} does not fit this run's draft: {name} {problem}. "
             "Use the strategy section it was trained with, or another output_dir"
         )
+
+
+def _extents(file: Path) -> dict[str, list[int]]:
+    """Return how far one rank's part of each tensor reaches, per axis."""
+    found = {}
+    with safe_open(str(file), framework="pt") as tensors:
+        layout = json.loads((tensors.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+        for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+            shape = list(tensors.get_slice(name).get_shape())
+            offsets = layout.get(name, {}).get("saved_offsets") or [0] * len(shape)
+            found[name] = [o + s for o, s in zip(offsets, shape, strict=True)]
+    return found
 
 
 def _collect(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:

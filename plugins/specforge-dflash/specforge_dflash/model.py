@@ -199,13 +199,13 @@ class DFlashModel(nn.Module):
     ) -> Tensor:
         """Return the slots' final states [b, N, H], normed.
 
-        features [b, S, K*H] are the target's captured states, embeddings [b, A, B, H] the
+        features [b, S, K*H] are the target's captured states, embeddings [b, N, H] the
         slots' inputs, anchors and keep [b, A].  With caches, one per layer,
         `features` are those of the tokens since the last call, and all before are context too.
         """
         dtype = self.fc.weight.dtype
         context = self.hidden_norm(self.fc(features.to(dtype)))
-        hidden = embeddings.flatten(1, 2).to(dtype)
+        hidden = embeddings.to(dtype)  # no view: compiled layers would tell the first one apart
         geometry = self._geometry(features, anchors, keep, caches)
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, context, geometry, None if caches is None else caches[i])

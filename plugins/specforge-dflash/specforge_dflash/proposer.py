@@ -48,8 +48,8 @@ class DFlashProposer:
         """Return logits [max_tokens, V] float32 for the tokens after `last_token`."""
         device = self._frozen.embed_tokens.device
         shape = self._model.shape
-        block = torch.full((1, 1, shape.block_size), shape.mask_token_id, device=device)
-        block[..., 0] = last_token
+        block = torch.full((1, shape.block_size), shape.mask_token_id, device=device)
+        block[:, 0] = last_token
         width = self._model.fc.in_features
         new = [f.to(device) for f in self._pending] or [torch.empty(0, width, device=device)]
         features = torch.cat(new)[None]

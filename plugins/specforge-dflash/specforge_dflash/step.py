@@ -50,7 +50,8 @@ class DFlashStep:
         rows = valid.flatten().nonzero().squeeze(1)  # before the model: it waits for the device
         labels = blocks.labels.flatten()[rows]
 
-        hidden = model(features, frozen.embed(blocks.input_ids), blocks.anchors, blocks.keep)
+        slots = frozen.embed(blocks.input_ids.flatten(1))
+        hidden = model(features, slots, blocks.anchors, blocks.keep)
         drafting = hidden.view(*blocks.input_ids.shape, -1)[:, :, first:].flatten(0, 2)
         row_losses, best = linear_cross_entropy(
             drafting[rows],

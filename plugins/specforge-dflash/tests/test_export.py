@@ -107,7 +107,7 @@ def test_reloading_reproduces_the_logits_bit_for_bit(kit: Any, dtype: str) -> No
     other = kit.tiny(export_dtype=dtype, seed=9)
     batch = kit.batch()
     anchors, keep = torch.tensor([[2, 9], [1, 4]]), torch.ones(2, 2, dtype=torch.bool)
-    slots = tiny.frozen.embed(torch.full((2, 2, 4), 40))
+    slots = tiny.frozen.embed(torch.full((2, 8), 40))
 
     def logits(model: torch.nn.Module) -> torch.Tensor:
         states = model.to(getattr(torch, dtype))(batch["hidden_states"], slots, anchors, keep)

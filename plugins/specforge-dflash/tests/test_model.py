@@ -30,7 +30,7 @@ def test_every_block_equals_the_plain_form(kit: Any, options: dict[str, Any]) ->
     tokens = batch["input_ids"].gather(1, anchors)
     ids = torch.full((2, 3, 4), 40)
     ids[..., 0] = tokens
-    hidden = tiny.model(batch["hidden_states"], tiny.frozen.embed(ids), anchors, keep)
+    hidden = tiny.model(batch["hidden_states"], tiny.frozen.embed(ids.flatten(1)), anchors, keep)
     logits = tiny.frozen.logits(hidden).view(2, 3, 4, -1)
     weights = kit.weights64(tiny)
     for row, i in keep.nonzero().tolist():
@@ -68,7 +68,7 @@ def test_a_layer_without_context_is_a_qwen3_layer(kit: Any) -> None:
 def test_a_block_sees_nothing_at_or_after_its_anchor(kit: Any) -> None:
     tiny, batch = kit.tiny(), kit.batch((19,))
     anchors, keep = torch.tensor([[4, 9]]), torch.tensor([[True, True]])
-    slots = tiny.frozen.embed(torch.tensor([[[3, 40, 40, 40], [5, 40, 40, 40]]]))
+    slots = tiny.frozen.embed(torch.tensor([[3, 40, 40, 40, 5, 40, 40, 40]]))
     before = tiny.model(batch["hidden_states"], slots, anchors, keep)
     changed = batch["hidden_states"].clone()
     changed[:, 4] += 1
@@ -111,7 +111,7 @@ def test_sharded_mixed_precision_equals_a_bfloat16_model(kit: Any, tmp_path: Pat
     batch = kit.batch()
     anchors, keep = torch.tensor([[2, 9], [1, 4]]), torch.ones(2, 2, dtype=torch.bool)
     plain, sharded = kit.tiny(), kit.tiny()
-    slots = plain.frozen.embed(torch.full((2, 2, 4), 40))
+    slots = plain.frozen.embed(torch.full((2, 8), 40))
     want = plain.model.bfloat16()(batch["hidden_states"], slots, anchors, keep)
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "s")))
     try:
@@ -136,7 +136,7 @@ def test_layers_compile_once_for_all_of_a_type(kit: Any) -> None:
     tiny = kit.tiny(num_layers=4, num_capture_layers=2, sliding_window=5, layer_types=types)
     batch = kit.batch()
     anchors, keep = torch.tensor([[2, 9], [1, 4]]), torch.ones(2, 2, dtype=torch.bool)
-    slots = tiny.frozen.embed(torch.full((2, 2, 4), 40))
+    slots = tiny.frozen.embed(torch.full((2, 8), 40))
     want = tiny.model(batch["hidden_states"], slots, anchors, keep)
     counter = CompileCounter()
     for layer in tiny.model.layers:
@@ -160,7 +160,7 @@ def test_batches_of_new_lengths_stop_compiling_soon(kit: Any, attention: str) ->
         anchors = torch.arange(2, 2 + blocks)[None]
         keep, ids = torch.ones_like(anchors, dtype=torch.bool), torch.full((1, blocks, 4), 40)
         with torch.no_grad():
-            tiny.model(batch["hidden_states"], tiny.frozen.embed(ids), anchors, keep)
+            tiny.model(batch["hidden_states"], tiny.frozen.embed(ids.flatten(1)), anchors, keep)
         counts.append(counter.frame_count)
     assert counts[2:] == [counts[2]] * 4
     assert counts[2] <= 3

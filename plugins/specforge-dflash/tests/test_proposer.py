@@ -45,7 +45,9 @@ def test_cached_drafting_equals_training(kit: Any, layout: str, window: int | No
         ids[..., 0] = token
         anchors, keep = torch.tensor([[length]]), torch.tensor([[True]])
         with torch.no_grad():
-            states = tiny.model(batch["hidden_states"], tiny.frozen.embed(ids), anchors, keep)
+            states = tiny.model(
+                batch["hidden_states"], tiny.frozen.embed(ids.flatten(1)), anchors, keep
+            )
             want = tiny.frozen.logits(states[0, 0 if layout == "next_token" else 1 :])
         assert got.shape == (found.max_tokens, 41)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
