@@ -24,7 +24,17 @@ CONFIG_HELP = "YAML file of the run; KEY=VALUE arguments override it."
 config_option = click.option("-c", "--config", type=EXISTING, required=True, help=CONFIG_HELP)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class InOrder(click.Group):
+    """Lists its commands in the order a user meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order they were defined."""
+        return list(self.commands)
+
+
+@click.group(
+    cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(package_name="specforge-core")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error (allowed anywhere).")
 def cli(debug: bool) -> None:
@@ -55,7 +65,7 @@ def strategies(as_json: bool) -> None:
 @cli.command()
 @click.argument("name")
 def check(name: str) -> None:
-    """Import one strategy, check it against the hook specs, print its options."""
+    """Check one strategy as a run would, print its options."""
     from .listing import check_strategy
 
     for line in check_strategy(name):
@@ -67,7 +77,7 @@ def check(name: str) -> None:
 @click.option("-o", "--output", type=EXISTING, required=True, help="JSONL file to write.")
 @overrides_argument
 def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
-    """Let the target answer prompts itself; resumes by itself."""
+    """Let the target answer prompts itself; resumes."""
     run, _ = _load(config, overrides)
     from .data.regenerate import regenerate as run_regenerate
 
@@ -79,7 +89,7 @@ def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
 @config_option
 @overrides_argument
 def capture(config: Path, overrides: tuple[str, ...]) -> None:
-    """Store the target's hidden states for offline training; resumes by itself."""
+    """Store hidden states for offline training; resumes."""
     run, strategy = _load(config, overrides)
     from .capture.worker import run_capture
 
@@ -98,7 +108,7 @@ def capture(config: Path, overrides: tuple[str, ...]) -> None:
 def verify(
     directory: Path, config: Path | None, recapture: int, overrides: tuple[str, ...]
 ) -> None:
-    """Check stored samples; with -c also capture some again and compare."""
+    """Check a capture; with -c capture some again and compare."""
     run, strategy = _load(config, overrides) if config is not None else (None, None)
     from .capture.verify import verify_directory
 
@@ -111,7 +121,10 @@ def verify(
 @click.option("--nproc", default=1, show_default=True, help="Processes to train with.")
 @overrides_argument
 def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> None:
-    """Train a draft, offline or online; resumes from output_dir by itself."""
+    """Train a draft, offline or online; resumes.
+
+    Every option of the config is listed in docs/config.md.
+    """
     run, strategy = _load(config, overrides)
     if plan:
         from .train.plan import plan_run
@@ -139,7 +152,7 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @overrides_argument
 def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
-    """Measure acceptance by real, lossless speculative decoding."""
+    """Measure acceptance by lossless speculative decoding."""
     run, strategy = _load(config, overrides)
     from .evaluate.report import render
     from .evaluate.run import evaluate as run_evaluate
@@ -160,7 +173,7 @@ def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...
 @click.option("-o", "--output", type=EXISTING, required=True, help="Directory to write.")
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 def export(checkpoint: Path, format_: str, output: Path, force: bool) -> None:
-    """Write a trained draft in the layout a serving engine loads."""
+    """Write a trained draft in an engine's layout."""
     from .restore import export_checkpoint
 
     click.echo(f"wrote {export_checkpoint(checkpoint, format_, output, force=force)}")
@@ -176,6 +189,8 @@ def main() -> None:
     """Run the command; turn errors into one message and an exit status."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    if not sys.stderr.isatty():  # in a log the libraries' bars are noise
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     rank = os.environ.get("RANK")
     prefix = "error: " if rank is None else f"error (rank {rank}): "
     try:

@@ -80,7 +80,7 @@ class CaptureConfig(Section):
 
     shard_tokens: int = Field(131072, gt=0, description="Tokens in one shard file, about.")
     window: int = Field(32, gt=0, description="Prompts whose lengths are grouped together.")
-    prefetch: int = Field(2, ge=0, description="Batches made ready ahead of need.")
+    prefetch: int = Field(2, gt=0, description="Batches made ready ahead of need.")
 
 
 class TrainConfig(Section):
