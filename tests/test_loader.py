@@ -1,16 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import pytest
 import torch
 
-from specforge_core.data.loader import Micro, Share, StoredSource, micro_batches
+from specforge_core.data.loader import Micro, OnlineSource, Share, StoredSource, micro_batches
 from specforge_core.data.order import epoch_order
 from specforge_core.defaults import pad
 from specforge_core.errors import DataError
-from specforge_core.types import Sample
+from specforge_core.types import CaptureSpec, Prompt, Sample, TargetCapture
 
 CPU = torch.device("cpu")
 
@@ -113,3 +113,46 @@ def test_a_growing_capture_is_waited_for_and_gives_the_same_order(
 def test_a_growing_capture_that_ends_empty_is_an_error() -> None:
     with pytest.raises(DataError, match="finished without a sample"):
         next(batches(StoredSource(Growing(0), Share(0, 1, 0))))
+
+
+class Echo:
+    """An engine that remembers which prompts it was asked for together."""
+
+    info = None
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def capture(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> Iterator[TargetCapture]:
+        self.asked.append([p.index for p in prompts])
+        for p in reversed(prompts):
+            yield TargetCapture(p.index, p.input_ids, p.loss_mask, {}, None)
+
+    def close(self) -> None: ...
+
+
+class Ids:
+    spec = CaptureSpec((), "none", {})
+
+    def __call__(self, capture: TargetCapture) -> Sample:
+        return {"input_ids": capture.input_ids}
+
+
+def online(engine: Echo, share: Share) -> OnlineSource:
+    prompts = [Prompt(i, torch.full((i + 1,), i), torch.ones(i + 1)) for i in range(7)]
+    return OnlineSource(engine, Ids(), prompts, share, window=4)  # type: ignore[arg-type]
+
+
+def test_online_samples_come_in_the_order_a_capture_stores_them() -> None:
+    found = list(islice(online(Echo(), Share(0, 1, 3)).samples(0), 14))
+    first = epoch_order(7, 3, 0)
+    second = [first[i] for i in epoch_order(7, 3, 1)]
+    assert [int(s["input_ids"][0]) for _, s in found if s is not None] == [*first, *second]
+
+
+def test_a_resumed_online_run_asks_for_the_same_windows() -> None:
+    whole, resumed = Echo(), Echo()
+    all_ = list(islice(online(whole, Share(1, 2, 3)).samples(0), 11))
+    rest = list(islice(online(resumed, Share(1, 2, 3)).samples(6), 5))
+    assert [p for p, _ in rest] == [p for p, _ in all_[6:]] == [7, 8, 9, 10, 11]
+    assert resumed.asked == whole.asked[1:]

@@ -112,6 +112,9 @@ class OnlineSource:
     def samples(self, position: int) -> Iterator[tuple[int, Sample | None]]:
         first = epoch_order(len(self.prompts), self.share.seed, 0)
         order: dict[int, list[int]] = {}
+        # windows begin at fixed places, so that a resumed run batches as it did: another batch
+        # would round differently
+        wanted, position = position, position - position % self.window
         while True:
             chosen = []
             for ahead in range(self.window):
@@ -123,7 +126,8 @@ class OnlineSource:
             captured = capture_in_order(self.engine, self.adapter, chosen, self.window)
             for _, sample in captured:
                 position += 1
-                yield position, sample
+                if position > wanted:
+                    yield position, sample
 
 
 def micro_batches(
