@@ -140,6 +140,9 @@ class Draft:
     model: nn.Module  # trained, sharded and checkpointed, all of it
     shard_units: tuple[nn.Module, ...] = ()  # fully_shard each, in order, then the root
     frozen: nn.Module | None = None  # target embeddings or lm_head: replicated, never saved
+    # parts that run many times in a step: compiled like shard units, but sharded with the root,
+    # so that they are gathered and their gradients reduced once
+    repeated_units: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +202,15 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Tokens drafted after the last verified one."""
+    """Tokens drafted after the last verified one: a chain, or with `parents` a tree.
+
+    In a tree, siblings are tried in order; each is drawn from its `probs` given that
+    those before it were rejected.
+    """
 
     tokens: Tensor  # [K] int64
-    probs: Tensor | None  # [K, V], what each token was drawn from; None when greedy
+    probs: Tensor | None  # [K, V], what each token was drawn from; None when chosen, not drawn
+    parents: Tensor | None = None  # [K] int64: the token each follows, before it; -1 is the last
 
 
 class Proposer(Protocol):

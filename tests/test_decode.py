@@ -218,9 +218,9 @@ def test_the_target_never_runs_past_its_last_position(monkeypatch: pytest.Monkey
     longest = 0
     forward = decode.CachedTarget.run
 
-    def watched(self: Any, tokens: Sequence[int], keep: int) -> Any:
+    def watched(self: Any, tokens: Sequence[int], keep: int, parents: Any = None) -> Any:
         nonlocal longest
-        result = forward(self, tokens, keep)
+        result = forward(self, tokens, keep, parents)
         longest = max(longest, self.cache.get_seq_length())
         return result
 

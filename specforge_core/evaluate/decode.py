@@ -3,7 +3,7 @@
 A round: the proposer drafts K tokens behind the last one, the target runs once on
 [last, *drafted], and the acceptance rule (`sampling.py`) keeps a prefix of the
 draft and adds one token of the target's.  What it drops leaves the cache again.
-A drafted tree would change only `verify_chain` and which cache entries stay.
+A drafted tree is verified in one run as well (`tree.py`).
 
 Shapes: T tokens, K drafted tokens, H hidden size, V vocabulary.
 """
@@ -24,6 +24,7 @@ from ..capture.hf import tap_states
 from ..errors import ConfigError, DataError
 from ..types import CaptureSpec, Proposal, Proposer, Sampling, TargetCapture
 from .sampling import check_proposal, next_token, verify_chain
+from .tree import check_attention, check_tree, depths, keep_path, prune, tree_inputs, verify_tree
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -41,8 +42,8 @@ class DecodeStats:
 
     verifications: int = 0
     emitted: int = 0  # tokens the verifications yielded: accepted ones and the target's own
-    drafted_at: tuple[int, ...] = ()  # [k]: how often a token was drafted at position k
-    accepted_at: tuple[int, ...] = ()  # [k]: how often it was accepted there
+    drafted_at: tuple[int, ...] = ()  # [k]: how often a token was drafted at position k, or some
+    accepted_at: tuple[int, ...] = ()  # [k]: how often it, or one of them, was accepted there
     new_tokens: int = 0  # of the answers, the prompt's run included
     seconds: float = 0.0  # for the answers, the prompt's run included
 
@@ -126,21 +127,28 @@ class CachedTarget:
         self.spec = spec
         self.cache = DynamicCache()
 
-    def run(self, tokens: Sequence[int], keep: int) -> tuple[Tensor, TargetCapture | None]:
-        """Append tokens; return the logits [keep, V] of the last ones, and all states."""
+    def run(
+        self, tokens: Sequence[int], keep: int, parents: Sequence[int] | None = None
+    ) -> tuple[Tensor, TargetCapture | None]:
+        """Append tokens; return the logits [keep, V] of the last ones, and all states.
+
+        With `parents`, the tokens behind the first are a tree.
+        """
         ids = torch.tensor([tokens], dtype=torch.long, device=self.model.device)
+        past = self.cache.get_seq_length()
+        extra = {} if parents is None else tree_inputs(parents, past, self.model)
         if self.spec is None:
-            return self._forward(ids, keep), None
+            return self._forward(ids, keep, extra), None
         with tap_states(self.model, self.spec, stop=False) as tap:
-            logits = self._forward(ids, keep)
+            logits = self._forward(ids, keep, extra)
         states = {layer: tap.hidden_states[layer][0] for layer in self.spec.layers}
         final = None if tap.final is None else tap.final[0]
         ones = torch.ones_like(ids[0])
         return logits, TargetCapture(0, ids[0], ones, states, final)
 
-    def _forward(self, ids: Tensor, keep: int) -> Tensor:
+    def _forward(self, ids: Tensor, keep: int, extra: dict[str, Tensor]) -> Tensor:
         output = self.model(
-            input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep
+            input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep, **extra
         )
         logits: Tensor = output.logits[0, -keep:]
         return logits
@@ -174,7 +182,7 @@ def generate(
     logits, prefix = target.run(prompt, keep=1)
     assert prefix is not None
     emitted = [next_token(logits[-1], sampling)]
-    proposer.start(_head(prefix, len(prompt), supervised=False))
+    proposer.start(_pick(prefix, list(range(len(prompt))), supervised=False))
     wanted = min(limits.max_new_tokens, space)
     stats = DecodeStats()
     while len(emitted) < wanted and emitted[-1] not in limits.eos:
@@ -182,17 +190,26 @@ def generate(
         asked = min(most, space - len(emitted))
         proposal = proposer.propose(emitted[-1], asked, sampling)
         check_proposal(proposal, asked, logits.shape[-1])
+        if proposal.parents is not None:
+            check_tree(proposal)
+            check_attention(model)
         proposal = _until_eos(proposal, limits.eos)
         drafted = proposal.tokens.tolist()
-        logits, states = target.run([emitted[-1], *drafted], keep=len(drafted) + 1)
-        verdict = verify_chain(logits, proposal, sampling)
-        new = [*drafted[: verdict.accepted], verdict.next_token]
+        parents = None if proposal.parents is None else proposal.parents.tolist()
+        past = len(prompt) + len(emitted) - 1
+        logits, states = target.run([emitted[-1], *drafted], len(drafted) + 1, parents)
+        verify = verify_chain if parents is None else verify_tree
+        verdict = verify(logits, proposal, sampling)
+        new = [*(drafted[i] for i in verdict.kept), verdict.next_token]
         if len(new) > 1 and new[-2] in limits.eos:
             new.pop()
+        if parents is not None:
+            keep_path(target.cache, past, verdict.kept)
         target.forget(len(drafted) - verdict.accepted)
         assert states is not None
-        proposer.accept(_head(states, verdict.accepted + 1, supervised=True))
-        stats += _round(len(drafted), verdict.accepted, len(new))
+        proposer.accept(_pick(states, [0, *(1 + i for i in verdict.kept)], supervised=True))
+        levels = len(drafted) if parents is None else max(depths(parents), default=0)
+        stats += _round(levels, verdict.accepted, len(new))
         emitted += new
     tokens = tuple(emitted[:wanted])
     return Answer(tokens, stats + timed(tokens, start))
@@ -229,6 +246,8 @@ def room(model: Any, prompt: Sequence[int]) -> int:
 
 def _until_eos(proposal: Proposal, eos: frozenset[int]) -> Proposal:
     """Cut a draft behind its first end-of-text token: the rest could never be emitted."""
+    if proposal.parents is not None:
+        return prune(proposal, eos)
     for place, token in enumerate(proposal.tokens.tolist()):
         if token in eos:
             probs = None if proposal.probs is None else proposal.probs[: place + 1]
@@ -236,14 +255,15 @@ def _until_eos(proposal: Proposal, eos: frozenset[int]) -> Proposal:
     return proposal
 
 
-def _head(capture: TargetCapture, count: int, *, supervised: bool) -> TargetCapture:
-    """Return the first `count` tokens; the mask says whether they are an answer's."""
+def _pick(capture: TargetCapture, places: list[int], *, supervised: bool) -> TargetCapture:
+    """Return the tokens at `places`; the mask says whether they are an answer's."""
+    rows = torch.tensor(places, device=capture.input_ids.device)
     return TargetCapture(
         capture.index,
-        capture.input_ids[:count],
-        capture.loss_mask[:count] * int(supervised),
-        {layer: states[:count] for layer, states in capture.hidden_states.items()},
-        None if capture.final is None else capture.final[:count],
+        capture.input_ids[rows],
+        capture.loss_mask[rows] * int(supervised),
+        {layer: states[rows.to(states.device)] for layer, states in capture.hidden_states.items()},
+        None if capture.final is None else capture.final[rows.to(capture.final.device)],
     )
 
 

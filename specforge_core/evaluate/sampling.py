@@ -27,6 +27,12 @@ class Verdict:
 
     accepted: int
     next_token: int
+    path: tuple[int, ...] | None = None  # which ones, in a tree; else the first ones
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The places of the drafted tokens that stay, in order."""
+        return tuple(range(self.accepted)) if self.path is None else self.path
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -71,15 +77,15 @@ def verify_chain(logits: Tensor, proposal: Proposal, sampling: Sampling) -> Verd
     target = probabilities(logits, sampling.temperature)
     for place, token in enumerate(proposal.tokens.tolist()):
         p = target[place]
-        q = _drafted_from(proposal, place, p.device)
+        q = drafted_from(proposal, place, p.device)
         chance = p[token] if q is None else p[token] / q[token]
         if float(torch.rand((), generator=sampling.generator, dtype=torch.float64)) < chance.item():
             continue
-        return Verdict(place, draw(_residual(p, q, token), sampling.generator))
+        return Verdict(place, draw(residual(p, q, token), sampling.generator))
     return Verdict(len(proposal.tokens), draw(target[-1], sampling.generator))
 
 
-def _drafted_from(proposal: Proposal, place: int, device: torch.device) -> Tensor | None:
+def drafted_from(proposal: Proposal, place: int, device: torch.device) -> Tensor | None:
     """Return q [V] of one drafted token; None when it was not drawn but chosen."""
     if proposal.probs is None:
         return None
@@ -87,7 +93,7 @@ def _drafted_from(proposal: Proposal, place: int, device: torch.device) -> Tenso
     return probs / probs.sum()
 
 
-def _residual(p: Tensor, q: Tensor | None, token: int) -> Tensor:
+def residual(p: Tensor, q: Tensor | None, token: int) -> Tensor:
     """Return what a replacement is drawn from, not normalized."""
     if q is None:
         rest = p.clone()

@@ -45,12 +45,13 @@ def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
 def build_optimizers(draft: Draft, config: TrainConfig) -> list[Optimizer]:
     """Return the optimizers of a draft's (sharded) parameters.
 
-    AdamW decays matrices only.  Muon takes the matrices of the shard units:
+    AdamW decays matrices only.  Muon takes the matrices of the draft's units:
     those are the hidden layers, which its orthogonalised update is meant for;
     the rest stays with AdamW.
     """
     params = [p for p in draft.model.parameters() if p.requires_grad]
-    hidden = {id(p) for unit in draft.shard_units for p in unit.parameters() if p.ndim == 2}
+    units = (*draft.shard_units, *draft.repeated_units)
+    hidden = {id(p) for unit in units for p in unit.parameters() if p.ndim == 2}
     muon = [p for p in params if id(p) in hidden] if config.optimizer == "muon" else []
     if config.optimizer == "muon" and not muon:
         raise ConfigError(

@@ -52,7 +52,7 @@ def _build(run: RunConfig, strategy: Strategy, world_: World, feed: Feed) -> Tra
     if draft.frozen is not None:
         draft.frozen.to(world_.device, dtype).requires_grad_(False)
     if config.compile == "always" or (config.compile == "auto" and world_.device.type == "cuda"):
-        for unit in draft.shard_units:
+        for unit in (*draft.shard_units, *draft.repeated_units):
             unit.compile()
     return Trainer(
         run=run,

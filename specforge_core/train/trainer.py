@@ -118,10 +118,11 @@ class Trainer:
                     self.step += 1
                     self.seconds = time.monotonic() - began
                     last = self.step == self.total_steps or self.stopping
-                    progress.advance(1, f"loss {window.ratios().get('loss', math.nan):.3f}")
+                    now = time.monotonic()
+                    rate = (self.num_tokens - tokens_then) / (now - since)
+                    loss = window.ratios().get("loss", math.nan)
+                    progress.advance(1, f"loss {loss:.3f}  {rate:,.0f} tokens/s")
                     if self.world.main and (self.step % config.log_every == 0 or last):
-                        now = time.monotonic()
-                        rate = (self.num_tokens - tokens_then) / (now - since)
                         self._log(window, norm, rate, phases)
                         window, since, tokens_then = metrics.Sums(), now, self.num_tokens
                     if self.step % config.save_every == 0 or last:
