@@ -42,13 +42,15 @@ def pick_device(wanted: str) -> torch.device:
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:
     """Join the process group that the launcher describes, or make one of this process alone."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    backend, bound = ("nccl", device) if on_gpu else ("gloo", None)
+    if on_gpu:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, device_id=bound)
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        store = HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=bound)
     try:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
         yield World(dist.get_rank(), dist.get_world_size(), device, mesh)
