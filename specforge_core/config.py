@@ -86,6 +86,9 @@ class CaptureConfig(Section):
 class TrainConfig(Section):
     """The optimizer, its schedule, and when to save."""
 
+    init_from: Path | None = Field(
+        None, description="Start from these weights: a run, a checkpoint, or an exported draft."
+    )
     max_steps: int | None = Field(None, gt=0, description="Optimizer steps; overrides epochs.")
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
     batch_size: int = Field(1, gt=0, description="Samples per micro-batch and rank.")

@@ -8,9 +8,10 @@ from typing import Any
 
 from .capture.hf import load_target_info
 from .config import RunConfig, validate
-from .export.writer import read_export, write_export
+from .export.writer import write_export
 from .strategy import Strategy
-from .train.checkpoint import check_strategy, find, load_model, read_state
+from .train.checkpoint import find, read_state
+from .train.initial import load_draft
 from .types import Draft, TargetInfo
 
 
@@ -28,15 +29,7 @@ def restore(run: RunConfig, strategy: Strategy, path: Path) -> Restored:
     Raises CheckpointError when it belongs to another strategy or has other shapes.
     """
     target = load_target_info(run.target)
-    if (path / "config.json").exists():
-        draft = strategy.draft(run.strategy, target, None, None)
-        strategy.load_export(run.strategy, draft, target, read_export(path))
-        return Restored(draft, target)
-    checkpoint = find(path)
-    check_strategy(checkpoint, read_state(checkpoint), strategy.name)
-    draft = strategy.draft(run.strategy, target, None, None)
-    load_model(checkpoint, draft.model)
-    return Restored(draft, target)
+    return Restored(load_draft(run, strategy, target, path), target)
 
 
 def export_checkpoint(path: Path, format: str, output: Path, *, force: bool) -> Path:

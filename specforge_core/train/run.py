@@ -19,6 +19,7 @@ from ..strategy import Strategy
 from .dist import World, pick_device, world
 from .feed import Feed, open_feed
 from .fsdp import shard
+from .initial import first_draft
 from .optim import build_optimizers
 from .trainer import Trainer, TrainReport
 
@@ -46,7 +47,7 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
 def _build(run: RunConfig, strategy: Strategy, world_: World, feed: Feed) -> Trainer:
     config = run.train
     torch.manual_seed(config.seed)
-    draft = strategy.draft(run.strategy, feed.target, feed.manifest, feed.token_counts)
+    draft = first_draft(run, strategy, feed)
     dtype = compute_dtype(config, world_.device)
     draft.model.to(world_.device, torch.float32).train()
     if draft.frozen is not None:
