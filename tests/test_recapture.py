@@ -155,3 +155,22 @@ def test_fields_that_a_fresh_capture_has_not_are_noticed(engine: TransformersEng
     assert "sample: has the fields input_ids, loss_mask, more, a fresh capture hidden," in str(
         problems[0]
     )
+
+
+@pytest.mark.parametrize(("moved", "problems"), [(0, 0), (4, 0), (8, 1)])
+def test_whole_numbers_made_from_states_may_move_a_little(
+    engine: TransformersEngine, moved: int, problems: int
+) -> None:
+    class Choices(Concat):
+        def __call__(self, capture: TargetCapture) -> Sample | None:
+            found = super().__call__(capture)
+            assert found is not None
+            return found | {"choice": capture.input_ids * 2}
+
+    adapter = Choices(spec())
+    stored = store(engine, adapter)
+    stored["choice"][:moved] += 1
+    found = compare(Fresh.of(engine, adapter.spec, PROMPT), adapter, stored)
+    assert len(found) == problems
+    if problems:
+        assert "field 'choice': differs from a fresh capture at 8 places" in str(found[0])

@@ -25,6 +25,10 @@ from ..types import (
     TargetEngine,
 )
 
+EXACT = ("input_ids", "loss_mask")
+# whole numbers that are made from states, a most likely token say, move with their rounding
+MOVED = 0.1
+
 OTHER: dict[FinalState, FinalState] = {"pre_norm": "post_norm", "post_norm": "pre_norm"}
 
 
@@ -102,7 +106,7 @@ def compare(fresh: Fresh, adapter: Adapter, stored: Sample) -> list[Problem]:
 
 
 def _differing(stored: Sample, expected: Sample) -> Iterator[Problem]:
-    """Compare what must be equal: shapes, and whole numbers."""
+    """Compare what must be equal: shapes, tokens and masks, nearly all other whole numbers."""
     if stored.keys() != expected.keys():
         have, want = ", ".join(sorted(stored)), ", ".join(sorted(expected))
         yield Problem("sample", f"has the fields {have}, a fresh capture {want}. Capture again")
@@ -110,12 +114,17 @@ def _differing(stored: Sample, expected: Sample) -> Iterator[Problem]:
         old, new = stored[name], expected[name].cpu()
         if old.shape != new.shape:
             detail = f"has shape {list(old.shape)}, a fresh capture {list(new.shape)}"
-        elif not old.is_floating_point() and not torch.equal(old, new):
+        elif not old.is_floating_point() and (old != new).sum() > _may_move(name, old.numel()):
             detail = f"differs from a fresh capture at {int((old != new).sum())} places"
         else:
             continue
         why = "another chat template, tokenizer, data or data.max_length?"
         yield Problem(f"field {name!r}", f"{detail}: {why} Capture again, or correct the config")
+
+
+def _may_move(name: str, count: int) -> float:
+    """Return how many of a field's `count` whole numbers rounding may change."""
+    return 0 if name in EXACT else 2 + MOVED * count
 
 
 def _errors(stored: Sample, expected: Sample, names: list[str]) -> list[float]:
