@@ -1,0 +1,193 @@
+"""Losses of a trained output head against a frozen one, without the logits of a batch in memory.
+
+Shapes: U teacher rows, R student rows of each, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Objective: TypeAlias = Literal["cross_entropy", "log_overlap", "hybrid"]
+
+
+@dataclass(frozen=True, slots=True)
+class SoftLoss:
+    """What is minimised for a student distribution q against its teacher p.
+
+    With the overlap a = sum_v min(p_v, q_v), which is the probability that a token drawn
+    from q is accepted as one of p's:
+        cross_entropy   -sum_v p_v log q_v
+        log_overlap     -log a; nothing where a is 0
+        hybrid          w KL(p || q) + (1 - w) (1 - a), w = scale * exp(-decay * a), w constant
+    """
+
+    objective: Objective = "cross_entropy"
+    scale: float = 1.0
+    decay: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class SoftRows:
+    """What each student row came to, without gradients; all [U, R]."""
+
+    losses: Tensor  # before weighting
+    overlaps: Tensor  # sum of min(p, q)
+    best: Tensor  # int64, the student's most likely token
+
+
+def linear_soft_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    row_weights: Tensor,
+    loss: SoftLoss | None = None,
+    *,
+    teacher_softcap: float | None = None,
+    chunk: int = 2048,
+) -> tuple[Tensor, SoftRows]:
+    """Return the weighted sum of all rows' losses, and what each row came to.
+
+    hidden [U, R, H] goes through the head weight [V, H], teacher_hidden [U, H] through
+    teacher_weight [V, H], about `chunk` student rows at a time; each teacher row is computed
+    once for its R students.  row_weights [U, R] scale the losses; a row of weight 0 adds
+    nothing to any gradient.  Since they are known here, the gradients of hidden and weight
+    are made in the forward pass, while the logits are still there, and only scaled in the
+    backward.  Softmax, sums over chunks and the losses are float32 (float64 for float64).
+    """
+    total, losses, overlaps, best = _LinearSoftCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden.to(weight.dtype),
+        weight,
+        teacher_hidden.to(teacher_weight.dtype),
+        teacher_weight,
+        row_weights,
+        loss or SoftLoss(),
+        teacher_softcap,
+        chunk,
+    )
+    return total, SoftRows(losses, overlaps, best)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums are made in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _LinearSoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        row_weights: Tensor,
+        loss: SoftLoss,
+        softcap: float | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        labels, students = row_weights.shape
+        accurate = wide(weight.dtype)
+        row_weights = row_weights.to(accurate)
+        losses = hidden.new_empty(labels, students, dtype=accurate)
+        overlaps, best = torch.empty_like(losses), torch.empty_like(losses, dtype=torch.int64)
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=accurate) if want_weight else None
+
+        step = max(1, min(chunk // max(students, 1), labels))
+        vocab = weight.shape[0]
+        logits = weight.new_empty(step * students, vocab)
+        teacher_logits = teacher_weight.new_empty(step, vocab)
+        for start in range(0, labels, step):
+            part = slice(start, min(start + step, labels))
+            size = part.stop - start
+            rows = hidden[part].flatten(0, 1)
+            d_logits = torch.mm(rows, weight.t(), out=logits[: size * students])
+            teacher = torch.mm(teacher_hidden[part], teacher_weight.t(), out=teacher_logits[:size])
+            losses[part], overlaps[part], best[part], d_logits = _rows(
+                d_logits, teacher, row_weights[part], loss, softcap, want_hidden or want_weight
+            )
+            if grad_hidden is not None:
+                torch.mm(d_logits, weight, out=grad_hidden[part].flatten(0, 1))
+            if grad_weight is not None:
+                _add_product(grad_weight, d_logits.t(), rows)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(losses, overlaps, best)
+        return (losses * row_weights).sum(), losses, overlaps, best
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * d_total).to(grad_hidden.dtype)
+        if grad_weight is not None:
+            # scaled and narrowed in one pass over the largest tensor of the backward
+            narrow = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+            grad_weight = torch.mul(grad_weight, d_total, out=narrow)
+        return grad_hidden, grad_weight, *(None,) * 6
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to `total` in place, which may be of a wider dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _rows(
+    logits: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    loss: SoftLoss,
+    softcap: float | None,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return losses, overlaps and best tokens [u, R], and the weighted d(loss)/d(logits)
+    [u * R, V]; overwrites `logits` [u * R, V], reads `teacher` [u, V]."""
+    if logits.is_cuda:
+        from .triton_soft_cross_entropy import soft_cross_entropy_in_place
+
+        return *soft_cross_entropy_in_place(
+            logits, teacher, weights, loss, softcap, want_grad
+        ), logits
+    accurate = weights.dtype
+    scores = teacher.to(accurate)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    log_p = scores.log_softmax(dim=-1)
+    p = log_p.exp()[:, None]  # [u, 1, V]
+    # In place from here: a chunk of logits is the largest tensor of a CPU run.
+    q = logits.to(accurate).view(*weights.shape, -1)
+    top, best = q.max(dim=-1)
+    log_total = (q - top[..., None]).exp_().sum(dim=-1).log_().add_(top)
+    losses = log_total - torch.einsum("urv,uv->ur", q, p[:, 0])
+    q.sub_(log_total[..., None]).exp_()
+    overlaps = torch.minimum(p, q).sum(dim=-1)
+    if loss.objective == "cross_entropy":
+        grad = q.sub_(p) if want_grad else q
+    else:
+        below = torch.where(q < p, q, 0.0)
+        d_overlap = below - q * below.sum(dim=-1, keepdim=True)
+        if loss.objective == "log_overlap":
+            some = overlaps > 0
+            losses = torch.where(some, -overlaps.log(), 0.0)
+            grad = d_overlap * torch.where(some, -1 / overlaps, 0.0)[..., None]
+        else:
+            mix = loss.scale * torch.exp(-loss.decay * overlaps)
+            entropy = -(p * log_p[:, None]).sum(dim=-1)
+            losses = mix * (losses - entropy) + (1 - mix) * (1 - overlaps)
+            grad = mix[..., None] * (q - p) - (1 - mix)[..., None] * d_overlap
+    if want_grad:
+        grad = grad * weights[..., None]
+    return losses, overlaps, best, grad.flatten(0, 1).to(logits.dtype)

@@ -1,0 +1,83 @@
+"""Rotary position embedding for drafts: the target's frequencies, over the whole head.
+
+Shapes: n positions, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+Rope: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines, [n, d / 2] float32
+
+# Kinds that make one frequency table, the same at every length; others need more than a table.
+STATIC = ("default", "linear", "llama3", "yarn")
+KEYS = (
+    *("rope_type", "rope_theta", "factor", "original_max_position_embeddings"),
+    *("low_freq_factor", "high_freq_factor", "attention_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+)
+
+
+def draft_rope(target: Mapping[str, Any], theta: float | None = None) -> dict[str, Any]:
+    """Return a draft's rope parameters: the target config's, or plain ones of `theta`.
+
+    partial_rotary_factor is left out, since engines rotate a draft's whole head, and so
+    are the sections of multimodal RoPE, which is plain RoPE on text.
+    """
+    if theta is not None:
+        return {"rope_type": "default", "rope_theta": theta}
+    given = target.get("rope_parameters") or target.get("rope_scaling") or {}
+    if isinstance(given.get("full_attention"), Mapping):  # one set per layer type
+        given = given["full_attention"]
+    rope = {key: given[key] for key in KEYS if given.get(key) is not None}
+    rope.setdefault("rope_type", given.get("type", "default"))
+    if rope["rope_type"] in ("mrope", "default"):
+        rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta")}
+    if rope["rope_type"] not in STATIC:
+        raise ConfigError(
+            f"the target's rope_type {rope['rope_type']!r} changes with the length, which engines "
+            "do not follow in a draft. Try: strategy.rope_theta=10000"
+        )
+    rope["rope_theta"] = float(rope.get("rope_theta") or target.get("rope_theta") or 10000.0)
+    return rope
+
+
+class Rotary:
+    """A frequency table.  No module: it must not follow the weights' dtype."""
+
+    def __init__(self, rope: Mapping[str, Any], head_dim: int, max_positions: int) -> None:
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        config = LlamaConfig(
+            hidden_size=head_dim,
+            num_attention_heads=1,
+            head_dim=head_dim,
+            max_position_embeddings=max_positions,
+            rope_parameters=dict(rope),
+        )
+        with torch.device("cpu"):
+            table = LlamaRotaryEmbedding(config)
+        self._frequencies: Tensor = table.inv_freq.float()  # [d / 2]
+        self._scale = float(table.attention_scaling)
+
+    def __call__(self, positions: Tensor) -> Rope:
+        """Return cosines and sines for positions [n]."""
+        if self._frequencies.device != positions.device:
+            self._frequencies = self._frequencies.to(positions.device)
+        angles = positions[:, None].float() * self._frequencies
+        return angles.cos() * self._scale, angles.sin() * self._scale
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate [n, heads, d] in float32 (or float64), halves paired."""
+    cos, sin = (part[:, None] for part in rope)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    first, second = x.to(wide).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,189 @@
+"""The chunked loss against its formula in float64, on the CPU and where there is one a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from specforge_core.ops.linear_soft_cross_entropy import (
+    Objective,
+    SoftLoss,
+    SoftRows,
+    linear_soft_cross_entropy,
+)
+
+LOSSES = [
+    SoftLoss(),
+    SoftLoss("log_overlap"),
+    SoftLoss("hybrid"),
+    SoftLoss("hybrid", scale=0.7, decay=1.5),
+]
+
+
+def data(
+    labels: int = 7, students: int = 3, hidden: int = 16, vocab: int = 53, seed: int = 0
+) -> dict[str, Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    return {
+        "hidden": draw(labels, students, hidden),
+        "weight": draw(vocab, hidden) * 0.4,
+        "teacher_hidden": draw(labels, hidden),
+        "teacher_weight": draw(vocab, hidden) * 0.4,
+        "row_weights": torch.rand(labels, students, generator=gen, dtype=torch.float64),
+    }
+
+
+def formula(
+    given: dict[str, Tensor], loss: SoftLoss, softcap: float | None = None
+) -> tuple[Tensor, SoftRows]:
+    """The losses as written, one row at a time."""
+    scores = given["teacher_hidden"] @ given["teacher_weight"].t()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    losses, overlaps, best = [], [], []
+    for label, rows in enumerate(given["hidden"]):
+        p = scores[label].softmax(-1)
+        for row in rows:
+            logits = row @ given["weight"].t()
+            q = logits.softmax(-1)
+            cross, kl = -(p * q.log()).sum(), (p * (p / q).log()).sum()
+            a = torch.minimum(p, q).sum()
+            mix = loss.scale * torch.exp(-loss.decay * a.detach())
+            losses.append(
+                {
+                    "cross_entropy": cross,
+                    "log_overlap": -a.log(),
+                    "hybrid": mix * kl + (1 - mix) * (1 - a),
+                }[loss.objective]
+            )
+            overlaps.append(a)
+            best.append(logits.argmax())
+    shape = given["row_weights"].shape
+    each = torch.stack(losses).view(shape)
+    rows = SoftRows(each, torch.stack(overlaps).view(shape), torch.stack(best).view(shape))
+    return (each * given["row_weights"]).sum(), rows
+
+
+def leaves(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return given | {n: given[n].detach().clone().requires_grad_() for n in ("hidden", "weight")}
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.objective}-{loss.scale}")
+@pytest.mark.parametrize("chunk", [1, 6, 10_000])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_values_and_gradients_are_the_formulas(
+    loss: SoftLoss, chunk: int, softcap: float | None
+) -> None:
+    ours, theirs = leaves(data()), leaves(data())
+    total, rows = linear_soft_cross_entropy(**ours, loss=loss, teacher_softcap=softcap, chunk=chunk)
+    want, want_rows = formula(theirs, loss, softcap)
+    torch.testing.assert_close(total, want)
+    torch.testing.assert_close(rows.losses, want_rows.losses)
+    torch.testing.assert_close(rows.overlaps, want_rows.overlaps)
+    assert torch.equal(rows.best, want_rows.best)
+    (3 * total).backward()
+    (3 * want).backward()
+    for name in ("hidden", "weight"):
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+
+
+def test_the_gradient_is_also_that_of_finite_differences() -> None:
+    given = leaves(data(2, 2, 3, 5))
+
+    def run(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_soft_cross_entropy(**(given | {"hidden": hidden, "weight": weight}))[0]
+
+    assert torch.autograd.gradcheck(run, (given["hidden"], given["weight"]))
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "log_overlap", "hybrid"])
+def test_a_row_of_weight_zero_changes_nothing(objective: Objective) -> None:
+    given = data()
+    given["row_weights"][2, 1] = 0
+    ours = leaves(given)
+    linear_soft_cross_entropy(**ours, loss=SoftLoss(objective))[0].backward()
+    assert ours["hidden"].grad is not None
+    assert not ours["hidden"].grad[2, 1].any()
+    moved = leaves(given)
+    moved["hidden"].data[2, 1] += 5
+    linear_soft_cross_entropy(**moved, loss=SoftLoss(objective))[0].backward()
+    torch.testing.assert_close(moved["weight"].grad, ours["weight"].grad)
+
+
+def test_where_teacher_and_student_share_nothing_the_overlap_loss_is_skipped() -> None:
+    given = leaves(data(1, 1, 2, 2))
+    given["weight"] = torch.tensor([[900.0, 0.0], [0.0, 0.0]]).double().requires_grad_()
+    given["teacher_weight"] = torch.tensor([[0.0, 0.0], [900.0, 0.0]]).double()
+    for name in ("hidden", "teacher_hidden"):
+        given[name] = torch.ones_like(given[name]).requires_grad_(name == "hidden")
+    total, rows = linear_soft_cross_entropy(**given, loss=SoftLoss("log_overlap"))
+    total.backward()
+    assert float(rows.overlaps) == 0
+    assert float(total.detach()) == 0
+    assert given["hidden"].grad is not None
+    assert not given["hidden"].grad.any()
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same() -> None:
+    both, one = leaves(data()), leaves(data())
+    one["weight"].requires_grad_(False)
+    for given in (both, one):
+        linear_soft_cross_entropy(**given)[0].backward()
+    assert one["weight"].grad is None
+    assert torch.equal(one["hidden"].grad, both["hidden"].grad)  # type: ignore[arg-type]
+
+
+def test_no_rows_give_a_loss_of_zero() -> None:
+    given = leaves(data())
+    for name in ("hidden", "teacher_hidden", "row_weights"):
+        given[name] = given[name].detach()[:0]
+    given["hidden"].requires_grad_()
+    total, rows = linear_soft_cross_entropy(**given)
+    total.backward()
+    assert float(total.detach()) == 0
+    assert rows.best.shape == (0, 3)
+    assert given["weight"].grad is not None
+    assert not given["weight"].grad.any()
+
+
+def test_bfloat16_heads_are_near_the_formula() -> None:
+    given = data(64, 4, 64, 301)
+    ours, theirs = leaves(given), leaves(given)
+    narrow = {n: t.bfloat16() for n, t in ours.items() if n != "row_weights"}
+    total, _ = linear_soft_cross_entropy(**narrow, row_weights=ours["row_weights"], chunk=32)
+    want, _ = formula(theirs, SoftLoss())
+    total.backward()
+    want.backward()
+    assert total.dtype == torch.float64 or total.dtype == torch.float32
+    torch.testing.assert_close(total.double(), want, rtol=5e-3, atol=0)
+    for name in ("hidden", "weight"):
+        error = (ours[name].grad - theirs[name].grad).norm() / theirs[name].grad.norm()
+        assert float(error) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.objective}-{loss.scale}")
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_gpu_kernel_is_the_formula(loss: SoftLoss, softcap: float | None) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    given = data(50, 7, 64, 9001)
+    ours = {n: t.cuda().float() for n, t in leaves(given).items()}
+    for name in ("hidden", "weight"):
+        ours[name] = ours[name].detach().requires_grad_()
+    theirs = leaves({n: t.cuda() for n, t in given.items()})
+    total, rows = linear_soft_cross_entropy(**ours, loss=loss, teacher_softcap=softcap, chunk=100)
+    want, want_rows = formula(theirs, loss, softcap)
+    total.backward()
+    want.backward()
+    torch.testing.assert_close(rows.losses.double(), want_rows.losses, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows.overlaps.double(), want_rows.overlaps, rtol=1e-4, atol=1e-5)
+    assert torch.equal(rows.best, want_rows.best)
+    for name in ("hidden", "weight"):
+        error = (ours[name].grad - theirs[name].grad).norm() / theirs[name].grad.norm()
+        assert float(error) < 1e-3  # TF32 is off: float32 products
