@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 DISTRIBUTIONS = {
     "specforge_core": ROOT,
     "specforge_dflash": ROOT / "plugins/specforge-dflash",
+    "specforge_eagle3": ROOT / "plugins/specforge-eagle3",
     "specforge_linear": ROOT / "examples/third_party/specforge-linear",
 }
 

@@ -1,0 +1,290 @@
+"""Case E1 of step.py: one EAGLE-3 training step (forward and backward) against its floor.
+
+python benchmarks/step.py --case E1            an H100, bfloat16, Qwen3-8B shapes
+python benchmarks/step.py --case E1 --small    the same code on a CPU, in seconds
+
+Nothing is downloaded: target tensors and captured states are random, all positions are
+supervised.  Correctness comes first: the fused loss, the merged attention and a whole step
+against float64 or eager float32.  The weights are bfloat16, as FSDP computes with them; the
+optimizer is not part of it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from specforge_eagle3 import build_draft
+from specforge_eagle3.attention import attend
+from specforge_eagle3.config import Eagle3Config, draft_shape
+from specforge_eagle3.rows import Documents
+from specforge_eagle3.step import Eagle3Step
+from specforge_eagle3.vocab import offsets
+from torch import Tensor
+
+from specforge_core.ops.linear_soft_cross_entropy import SoftLoss, linear_soft_cross_entropy
+from specforge_core.types import Batch, Draft, StepContext, TargetInfo
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape, and what is known about it: milliseconds and GiB on an H100."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    draft_vocab: int
+    steps: int
+    length: int
+    best_known: tuple[tuple[float, float], tuple[float, float]] | None = None  # trained, frozen
+    floor_ms: float | None = None
+
+
+E1 = Case(4096, 32, 8, 128, 12288, 151936, 32000, 7, 2048, ((95.0, 8.2), (78.6, 5.9)), 38.8)
+SMALL = Case(64, 4, 2, 16, 96, 500, 128, 4, 96)
+CHECK = Case(256, 4, 2, 64, 512, 2000, 800, 4, 300)
+
+
+def build(case: Case, device: str, dtype: torch.dtype, **options: Any) -> tuple[Draft, Eagle3Step]:
+    fields = {"name": "eagle3", "steps": case.steps, "draft_vocab_size": case.draft_vocab}
+    config = Eagle3Config.model_validate({**fields, **options})
+    sizes = {
+        "num_attention_heads": case.heads,
+        "num_key_value_heads": case.kv_heads,
+        "head_dim": case.head_dim,
+        "intermediate_size": case.mlp,
+        "rope_theta": 1e6,
+    }
+    target = TargetInfo("random", None, case.hidden, 36, case.vocab, sizes)
+    gen = torch.Generator(device).manual_seed(0)
+    shape = (case.vocab, case.hidden)
+    embed = torch.empty(shape, device=device, dtype=dtype).normal_(std=0.02, generator=gen)
+    head = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02
+    tokens = torch.arange(case.draft_vocab) * (case.vocab // case.draft_vocab)
+    draft = build_draft(config, draft_shape(config, target), embed, lambda: head, offsets(tokens))
+    draft.model.to(device=device, dtype=dtype)
+    return draft, Eagle3Step(config)
+
+
+def random_batch(case: Case, device: str, dtype: torch.dtype, documents: int = 1) -> Batch:
+    gen = torch.Generator().manual_seed(1)
+    chosen = torch.randint(case.draft_vocab, (1, case.length), generator=gen)
+    return {
+        "input_ids": torch.randint(case.vocab, (1, case.length), generator=gen).to(device),
+        "loss_mask": torch.ones(1, case.length, dtype=torch.uint8, device=device),
+        "hidden_states": torch.randn(1, case.length, 3 * case.hidden, generator=gen).to(
+            device, dtype
+        ),
+        "final": torch.randn(1, case.length, case.hidden, generator=gen).to(device, dtype),
+        "target_argmax": (chosen * (case.vocab // case.draft_vocab)).to(device),
+        "document_ids": (1 + torch.arange(case.length) * documents // case.length)[None].to(device),
+    }
+
+
+def backward(loss: Tensor, grad: Tensor | None = None) -> None:
+    loss.backward(grad)  # type: ignore[no-untyped-call]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# ---- correctness -----------------------------------------------------------
+
+
+def check_loss(device: str, dtype: torch.dtype, loss: SoftLoss) -> float:
+    """Return the largest relative error of loss and gradients against float64 on the CPU's path."""
+    gen = torch.Generator().manual_seed(2)
+    scales = {"hidden": (60, 5, 128), "weight": (9001, 128), "teacher_hidden": (60, 128)}
+    given = {n: torch.randn(s, generator=gen) * 0.3 for n, s in scales.items()}
+    given["teacher_weight"] = torch.randn(9001, 128, generator=gen) * 0.3
+    given["row_weights"] = torch.rand(60, 5, generator=gen)
+    results = []
+    for place, kind in ((device, dtype), ("cpu", torch.float64)):
+        # both start from what the narrow dtype holds
+        own = {n: t.to(dtype).to(place, kind).detach().clone() for n, t in given.items()}
+        leaves = [own[n].requires_grad_() for n in ("hidden", "weight")]
+        total, rows = linear_soft_cross_entropy(**own, loss=loss, teacher_softcap=4.0, chunk=64)
+        backward(total)
+        results.append([total.detach(), rows.overlaps, *(leaf.grad for leaf in leaves)])
+    pairs = zip(*results, strict=True)
+    return max(relative(a.cpu(), b) for a, b in pairs if a is not None and b is not None)
+
+
+def check_step(**options: Any) -> float:
+    """Return the largest relative difference of a gradient: flash in bfloat16, eager in float32."""
+    grads = []
+    for attention, dtype in (("flash", torch.bfloat16), ("eager", torch.float32)):
+        draft, step = build(CHECK, "cuda", dtype, attention=attention, **options)
+        out = step(draft, random_batch(CHECK, "cuda", dtype, documents=3), context())
+        backward(out.loss_sum / out.weight)
+        grads.append({n: p.grad for n, p in draft.model.named_parameters() if p.grad is not None})
+    return max(relative(grads[0][name], grads[1][name]) for name in grads[1])
+
+
+def check_attention(device: str) -> float:
+    """Return the largest relative error of merged attention, packed documents, own terms 0 to 6."""
+    docs, wide_docs = (Documents([1, 130, 57, 300], place) for place in (device, device))
+    gen = torch.Generator().manual_seed(3)
+    errors = []
+    for own in (0, 1, 6):
+        drawn = [torch.randn(488, h, 64, generator=gen) for h in (8, *(2,) * (2 + 2 * own))]
+        found = []
+        for path, dtype, d in (
+            ("flash", torch.bfloat16, docs),
+            ("eager", torch.float64, wide_docs),
+        ):
+            x = [t.bfloat16().to(device, dtype).requires_grad_() for t in drawn]
+            pairs = [(x[i], x[i + 1]) for i in range(1, len(x), 2)]
+            out = attend(x[0], pairs[0], pairs[1:], d, path)
+            backward(out.square().sum())
+            found.append([out.detach(), *(t.grad for t in x)])
+        pairs = zip(*found, strict=True)
+        errors += [relative(a, b) for a, b in pairs if a is not None and b is not None]
+    return max(errors)
+
+
+def check(device: str, dtype: torch.dtype) -> None:
+    for loss in (SoftLoss(), SoftLoss("log_overlap"), SoftLoss("hybrid")):
+        error = check_loss(device, dtype, loss)
+        print(f"check: {loss.objective} and its gradients against float64 {error:.1e}")
+        assert error < 2e-2
+    error = check_attention(device)
+    print(f"check: merged attention against eager float64 {error:.1e}")
+    assert error < 2e-2
+    if device == "cpu":
+        return
+    for options in ({}, {"norm_output": True, "fc_norm": True, "layer_type": "qwen3"}):
+        error = check_step(**options)
+        print(f"check: step {options}, both paths' gradients {error:.1e}")
+        assert error < 5e-2
+
+
+def context() -> StepContext:
+    return StepContext(0, 1, torch.Generator())
+
+
+# ---- time ------------------------------------------------------------------
+
+
+def flops(case: Case, train_head: bool) -> dict[str, float]:
+    """Return forward + backward FLOPs of each part, of what this implementation must do."""
+    wide, narrow = case.heads * case.head_dim, case.kv_heads * case.head_dim
+    rows, width = case.length * case.steps, case.hidden
+    head = 2 * width * case.draft_vocab
+    return {
+        "fc": 2 * 2 * case.length * 3 * width * width,  # captured states want no gradient
+        # once per token; as parts of q, k and v at every step it would be `steps` times that
+        "embeddings' half of q, k, v": 3 * 2 * case.length * width * (wide + 2 * narrow),
+        "layer: matrix products": 3 * 2 * rows * width * (2 * wide + 2 * narrow + 3 * case.mlp),
+        "layer: attention": 3.5 * 4 * case.steps * case.length**2 / 2 * wide,
+        "head": (3 if train_head else 2) * head * rows,
+        "teacher": head * case.length,
+    }
+
+
+def one_step(draft: Draft, step: Eagle3Step, batch: Batch) -> tuple[float, float]:
+    """Return the milliseconds of forward and of both."""
+    draft.model.zero_grad(set_to_none=True)
+    times = [now()]
+    out = step(draft, batch, context())
+    loss = out.loss_sum / out.weight
+    times.append(now())
+    backward(loss)
+    times.append(now())
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return times[0].elapsed_time(times[1]), times[0].elapsed_time(times[2])
+    return 1e3 * (times[1] - times[0]), 1e3 * (times[2] - times[0])
+
+
+def now() -> Any:
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def measure(
+    case: Case, device: str, dtype: torch.dtype, repeat: int, rate: float, head: bool
+) -> None:
+    draft, step = build(case, device, dtype, train_head=head)
+    batch = random_batch(case, device, dtype)
+    if device == "cuda":
+        for unit in draft.repeated_units:
+            unit.compile()
+    began = time.perf_counter()
+    for _ in range(3):
+        one_step(draft, step, batch)
+    print(f"\nhead {'trained' if head else 'frozen'}; warm-up {time.perf_counter() - began:.0f} s")
+    if device == "cuda":
+        draft.model.zero_grad(set_to_none=True)
+        held = torch.cuda.memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    found = [one_step(draft, step, batch) for _ in range(repeat)]
+    totals = [both for _, both in found]
+    work = flops(case, head)
+    floor = 1e3 * sum(work.values()) / rate
+    print(f"step (forward + backward), median of {repeat}: {median(totals):.1f} ms")
+    print(f"  spread {min(totals):.1f} to {max(totals):.1f} ms; ", end="")
+    print(f"forward {median(forward for forward, _ in found):.1f} ms")
+    print(f"floor: {sum(work.values()) / 1e12:.1f} TFLOP at the measured rate: {floor:.1f} ms")
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"peak memory: {peak:.1f} GiB, of which held between steps {held:.1f} GiB")
+    if case.best_known:
+        known = case.best_known[0 if head else 1]
+        print(f"best known trainer: {known[0]} ms, {known[1]} GiB; floor stated {case.floor_ms} ms")
+    for name, value in work.items():
+        print(f"  {name:28} {value / 1e12:6.2f} TFLOP {1e3 * value / rate:6.1f} ms")
+    if device == "cuda" and head:
+        profile(draft, step, batch)
+
+
+def profile(draft: Draft, step: Eagle3Step, batch: Batch, top: int = 24) -> None:
+    """Print which kernels the time goes to."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        one_step(draft, step, batch)
+    rows = [(e.self_device_time_total / 1e3, e.count, e.key) for e in found.key_averages()]
+    rows.sort(reverse=True)
+    print(f"kernels, {sum(t for t, _, _ in rows):.1f} ms in all:")
+    for spent, count, name in rows[:top]:
+        print(f"  {spent:7.2f} ms {count:5} x {name[:90]}")
+    rest = rows[top:]
+    print(f"  {sum(t for t, _, _ in rest):7.2f} ms {sum(c for _, c, _ in rest):5} x others")
+
+
+def matmul_rate(case: Case, device: str, dtype: torch.dtype, repeat: int) -> float:
+    """Return FLOP/s of a product as in the draft's MLP, on random data."""
+    a = torch.randn(case.length * case.steps, case.hidden, device=device).to(dtype)
+    b = torch.randn(case.hidden, case.mlp, device=device).to(dtype)
+    times = []
+    for _ in range(3 + repeat):
+        start = now()
+        for _ in range(5):
+            a @ b
+        end = now()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) if device == "cuda" else 1e3 * (end - start))
+    return 2.0 * a.numel() * case.mlp * 5 / (median(times[3:]) / 1e3)
+
+
+def run(small: bool, repeat: int) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    case = SMALL if small else E1
+    print(f"case: {'small' if small else 'E1'} {case}")
+    check(device, dtype)
+    rate = matmul_rate(case, device, dtype, repeat)
+    print(f"matrix products of the draft's MLP, {dtype}: {rate / 1e12:.3g} TFLOP/s")
+    for train_head in (True, False):
+        measure(case, device, dtype, repeat, rate, train_head)

@@ -1,0 +1,159 @@
+"""EAGLE-3: drafts token by token with one layer, trained on what it is fed when it drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from specforge_core.capture.manifest import CaptureManifest
+from specforge_core.errors import ConfigError
+from specforge_core.hookspecs import hookimpl
+from specforge_core.types import (
+    Adapter,
+    CaptureSpec,
+    Collate,
+    Draft,
+    Export,
+    Problem,
+    Proposer,
+    Sample,
+    TargetInfo,
+    TrainStep,
+    Transform,
+)
+
+from .adapter import Eagle3Adapter, Eagle3Transform, check_choices, pack, pad
+from .config import DraftShape, Eagle3Config, draft_shape
+from .export import export_draft
+from .frozen import Frozen
+from .importer import load_export
+from .model import Eagle3Model
+from .proposer import Eagle3Proposer
+from .step import Eagle3Step
+from .vocab import frequent_tokens, members, offsets, read_map, target_tokens
+
+
+@hookimpl
+def specforge_config() -> type[Eagle3Config]:
+    """Objective, draft vocabulary and shape of the draft."""
+    return Eagle3Config
+
+
+@hookimpl
+def specforge_adapter(config: Eagle3Config, target: TargetInfo) -> Adapter:
+    """Capture three layers, the final state and the target's own choices."""
+    return Eagle3Adapter.build(config, target)
+
+
+@hookimpl
+def specforge_verify_capture(sample: Sample, manifest: CaptureManifest) -> list[Problem]:
+    """Report choices of the target beyond its vocabulary."""
+    return check_choices(sample, manifest.identity.vocab_size)
+
+
+@hookimpl
+def specforge_transform(config: Eagle3Config, spec: CaptureSpec, max_length: int) -> Transform:
+    """Cut samples to `max_length`; drop those without a label."""
+    return Eagle3Transform(spec, max_length, config.mask_on)
+
+
+@hookimpl
+def specforge_collate(config: Eagle3Config) -> Collate:
+    """Put the samples of a batch behind each other, or below each other with padding."""
+    return pack if config.batches == "packed" else pad
+
+
+@hookimpl
+def specforge_draft(
+    config: Eagle3Config,
+    target: TargetInfo,
+    manifest: CaptureManifest | None,
+    token_counts: Tensor | None,
+) -> Draft:
+    """Build the draft around the target's embedding, with its vocabulary's rows of the head."""
+    from specforge_core.capture.weights import load_target_tensors
+
+    shape = draft_shape(config, target)
+    count = target.vocab_size  # rows beyond it are padding
+    embedding = load_target_tensors(target, ("embed_tokens",))["embed_tokens"][:count]
+
+    def head() -> Tensor:
+        return load_target_tensors(target, ("lm_head",))["lm_head"][:count]
+
+    loading = manifest is None and token_counts is None
+    d2t = None if loading else draft_map(config, shape, token_counts)
+    return build_draft(config, shape, embedding, head, d2t)
+
+
+def draft_map(config: Eagle3Config, shape: DraftShape, token_counts: Tensor | None) -> Tensor:
+    """Return d2t [Vd] of a new draft: the user's, or the most frequent supervised tokens."""
+    if config.vocab_map is not None:
+        return read_map(config.vocab_map, shape.draft_vocab_size, shape.vocab_size)
+    if shape.full_vocab:
+        return torch.zeros(shape.vocab_size, dtype=torch.int64)
+    if token_counts is None:
+        raise ConfigError(
+            "the draft vocabulary is chosen by how often tokens are supervised, and this capture "
+            "is still growing. Finish the capture first, or give strategy.vocab_map=FILE or "
+            "strategy.draft_vocab_size=full"
+        )
+    return offsets(frequent_tokens(token_counts, shape.draft_vocab_size))
+
+
+def build_draft(
+    config: Eagle3Config,
+    shape: DraftShape,
+    embed_tokens: Tensor,
+    load_head: Callable[[], Tensor],
+    d2t: Tensor | None,
+    *,
+    device: str = "cpu",
+) -> Draft:
+    """Build the draft from the target's embedding and head, both [V, H], wherever they are from.
+
+    `d2t` is None where weights, and the vocabulary with them, are about to be loaded.  The
+    weights are float32 on `device`, the same for the same seed.
+    """
+    with torch.device("meta"):
+        model = Eagle3Model(shape, config.attention, config.head_chunk)
+    model.to_empty(device="cpu")
+    model.init_weights(config.seed)
+    if d2t is not None:
+        model.d2t.copy_(d2t)
+        model.t2d.copy_(members(d2t, shape.vocab_size))
+        with torch.no_grad():
+            model.lm_head.weight.copy_(load_head()[target_tokens(d2t)])
+    model.lm_head.requires_grad_(config.train_head)
+    model.to(device)
+    frozen = Frozen(embed_tokens, load_head)
+    return Draft(model, frozen=frozen, repeated_units=(model.before, model.after))
+
+
+@hookimpl
+def specforge_train_step(config: Eagle3Config) -> TrainStep:
+    """Run the draft on its own output for some steps, against the target's distributions."""
+    return Eagle3Step(config)
+
+
+@hookimpl
+def specforge_proposer(config: Eagle3Config, draft: Draft) -> Proposer:
+    """Draft a chain or a tree, with the verified rows' keys and values cached."""
+    assert isinstance(draft.model, Eagle3Model)
+    assert isinstance(draft.frozen, Frozen)
+    return Eagle3Proposer(config, draft.model, draft.frozen)
+
+
+@hookimpl
+def specforge_export(
+    config: Eagle3Config, draft: Draft, target: TargetInfo, format: str
+) -> Export | None:
+    """Write the published layout: formats hf, sglang, vllm."""
+    return export_draft(config, draft, target, format)
+
+
+@hookimpl
+def specforge_import(config: Eagle3Config, draft: Draft, export: Export) -> bool:
+    """Read a published checkpoint, in any of its spellings."""
+    return load_export(config, draft, export)

@@ -1,0 +1,191 @@
+"""The options of the EAGLE-3 strategy, and what they come to for one target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from specforge_core.config import StrategyConfig
+from specforge_core.errors import ConfigError
+from specforge_core.ops.linear_soft_cross_entropy import SoftLoss
+from specforge_core.ops.rotary import draft_rope
+from specforge_core.types import TargetInfo
+
+# Factors on logits that this package does not reproduce.
+UNSUPPORTED_FACTORS = ("logit_scale", "logits_scaling")
+
+
+class Eagle3Config(StrategyConfig):
+    """The `strategy:` section of an EAGLE-3 run."""
+
+    steps: int = Field(7, gt=0, description="Steps of training-time test.")
+    step_decay: float = Field(0.8, gt=0, le=1, description="Step i weighs step_decay^i.")
+    layers: tuple[int, int, int] | None = Field(
+        None, description="Target layers whose outputs are read; the published formula if not set."
+    )
+    draft_vocab_size: int | Literal["full"] = Field(
+        32000, description="Tokens the draft can draft: the most frequent supervised ones."
+    )
+    vocab_map: Path | None = Field(
+        None, description="safetensors file, or exported draft, whose d2t and t2d to take instead."
+    )
+    loss: Literal["kl", "lk_alpha", "lk_lambda"] = Field(
+        "kl", description="Cross-entropy, -log of the acceptance rate, or a mix of both."
+    )
+    lk_decay: float = Field(3.0, ge=0, description="lk_lambda: w = lk_scale * exp(-lk_decay * a).")
+    lk_scale: float = Field(1.0, gt=0, le=1, description="lk_lambda: weight of KL where a is 0.")
+    mask_on: Literal["label", "input", "feature"] = Field(
+        "label", description="Whose token must be supervised: t+2, t+1 or t of row t."
+    )
+    mean_over: Literal["positions", "supervised"] = Field(
+        "positions", description="What the loss is divided by: all positions, or trained ones."
+    )
+    layer_type: Literal["llama", "qwen3"] = Field(
+        "llama", description="qwen3 norms queries and keys; SGLang serves llama only."
+    )
+    fc_norm: bool = Field(False, description="Norm each captured state before fc (EAGLE-3.1).")
+    norm_output: bool = Field(False, description="Feed the normed state back (EAGLE-3.1).")
+    train_head: bool = Field(True, description="Train the draft's head, or keep the target's rows.")
+    batches: Literal["packed", "padded"] = Field(
+        "packed", description="Samples of a batch behind each other in one row, or one a row."
+    )
+    attention: Literal["auto", "flash", "eager"] = Field(
+        "auto", description="auto: flash, but for dtypes its kernels do not know."
+    )
+    head_chunk: int = Field(3584, gt=0, description="Rows whose logits exist at a time, about.")
+    num_heads: int | None = Field(None, gt=0, description="As the target's if not set.")
+    num_kv_heads: int | None = Field(None, gt=0, description="As the target's if not set.")
+    head_dim: int | None = Field(None, gt=0, multiple_of=2, description="As the target's.")
+    intermediate_size: int | None = Field(None, gt=0, description="As the target's if not set.")
+    rope_theta: float | None = Field(None, gt=0, description="Plain RoPE, not the target's.")
+    draft_length: int = Field(7, gt=0, description="Tokens of a drafted chain; levels of a tree.")
+    tree_top_k: int = Field(1, gt=0, description="Branches of a drafted tree; 1 drafts a chain.")
+    tree_tokens: int = Field(31, gt=0, description="Tokens of a drafted tree, at most.")
+    export_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="Of the exported weights."
+    )
+    seed: int = Field(0, ge=0, description="Of the draft's first weights.")
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Eagle3Config:
+        if isinstance(self.draft_vocab_size, int) and self.draft_vocab_size <= 0:
+            raise ValueError(f"draft_vocab_size {self.draft_vocab_size} must be above 0, or full")
+        if self.vocab_map is not None and self.draft_vocab_size == "full":
+            raise ValueError("vocab_map has no effect with draft_vocab_size=full: remove one")
+        for name in ("lk_decay", "lk_scale"):  # a stored config names all options
+            default = type(self).model_fields[name].default
+            if self.loss != "lk_lambda" and getattr(self, name) != default:
+                raise ValueError(f"{name} has no effect with loss {self.loss!r}: remove it")
+        return self
+
+    @property
+    def objective(self) -> SoftLoss:
+        """The loss of one row."""
+        if self.loss == "lk_lambda":
+            return SoftLoss("hybrid", self.lk_scale, self.lk_decay)
+        return SoftLoss("cross_entropy" if self.loss == "kl" else "log_overlap")
+
+    @property
+    def step_weights(self) -> list[float]:
+        """What the steps weigh, step_decay^i."""
+        return [self.step_decay**i for i in range(self.steps)]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftShape:
+    """Everything about a draft's structure, resolved against one target."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    max_positions: int
+    rope: Mapping[str, Any]
+    capture_layers: tuple[int, ...]
+    vocab_size: int
+    draft_vocab_size: int
+    qk_norm: bool
+    fc_norm: bool
+    norm_output: bool
+    softcap: float | None  # of the target's logits
+    init_std: float
+
+    @property
+    def full_vocab(self) -> bool:
+        return self.draft_vocab_size == self.vocab_size
+
+
+def draft_shape(config: Eagle3Config, target: TargetInfo) -> DraftShape:
+    """Resolve the options against the target.  Raises ConfigError when they do not fit it."""
+    found = target.config
+    for name in UNSUPPORTED_FACTORS:
+        if found.get(name) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"target {target.name_or_path!r} has {name}={found[name]}, which EAGLE-3 drafts "
+                "do not apply. Try: another target.path"
+            )
+    heads = config.num_heads or int(found["num_attention_heads"])
+    kv_heads = config.num_kv_heads or int(found.get("num_key_value_heads") or heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"{heads} attention heads cannot share {kv_heads} key/value heads. "
+            "Try: strategy.num_kv_heads, a divisor of strategy.num_heads"
+        )
+    wanted = config.draft_vocab_size
+    if wanted != "full" and wanted > target.vocab_size:
+        raise ConfigError(
+            f"strategy.draft_vocab_size {wanted} is larger than the target's vocabulary of "
+            f"{target.vocab_size}. Try: strategy.draft_vocab_size=full"
+        )
+    return DraftShape(
+        hidden_size=target.hidden_size,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=config.head_dim or int(found.get("head_dim") or target.hidden_size // heads),
+        intermediate_size=config.intermediate_size or int(found["intermediate_size"]),
+        rms_norm_eps=float(found.get("rms_norm_eps") or 1e-6),
+        max_positions=int(found.get("max_position_embeddings") or 32768),
+        rope=draft_rope(found, config.rope_theta),
+        capture_layers=capture_layers(config, target.num_layers),
+        vocab_size=target.vocab_size,
+        draft_vocab_size=target.vocab_size if wanted == "full" else wanted,
+        qk_norm=config.layer_type == "qwen3",
+        fc_norm=config.fc_norm,
+        norm_output=config.norm_output,
+        softcap=found.get("final_logit_softcapping"),
+        init_std=float(found.get("initializer_range") or 0.02),
+    )
+
+
+def capture_layers(config: Eagle3Config, num_layers: int) -> tuple[int, ...]:
+    """Return the target layers to read, low to high, counted from 0 by their outputs.
+
+    By default the published ones, 1, n/2 - 1 and n - 4.  The last layer is not allowed:
+    engines disagree on whether its output is normed.
+    """
+    if num_layers < 4:
+        raise ConfigError(
+            f"a target of {num_layers} layers is too small for an EAGLE-3 draft, which reads three "
+            "layers below the last. Try: another target.path"
+        )
+    ids = config.layers
+    if ids is not None:
+        if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > num_layers - 2:
+            raise ConfigError(
+                f"strategy.layers {list(ids)} must increase within 0..{num_layers - 2} "
+                f"for a target of {num_layers} layers"
+            )
+        return ids
+    published = (1, num_layers // 2 - 1, num_layers - 4)
+    if len(set(published)) < 3 or list(published) != sorted(published):
+        raise ConfigError(
+            f"the default layers of a target of {num_layers} would be {list(published)}, which do "
+            f"not increase. Try: strategy.layers=[0,{(num_layers - 2) // 2},{num_layers - 2}]"
+        )
+    return published

@@ -1,0 +1,158 @@
+"""The published checkpoint layout, written for engines.
+
+Formats: `hf` (everything, the embedding too), `sglang` and `vllm` (what these load; the
+embedding is the target's).  Layer ids are written in both dialects: SGLang reads the nested
+field, which counts outputs, vLLM the top-level one, which counts inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specforge_core.errors import ConfigError
+from specforge_core.export.dialects import layer_inputs, rope_fields
+from specforge_core.types import Draft, Export, TargetInfo
+
+from .config import DraftShape, Eagle3Config
+from .frozen import Frozen
+from .model import Eagle3Model
+
+FORMATS = ("hf", "sglang", "vllm")
+ARCHITECTURES = {False: "LlamaForCausalLMEagle3", True: "Eagle3Qwen3ForCausalLM"}  # by qk_norm
+SPECULATORS = "Eagle3Speculator"
+SPECULATORS_VERSION = "0.3.0"
+
+# our parameter names, and the published ones
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
+NAMES = {
+    "fc.weight": "fc.weight",
+    "lm_head.weight": "lm_head.weight",
+    "after.norm.weight": "norm.weight",
+    "before.input_layernorm.weight": "midlayer.input_layernorm.weight",
+    "before.hidden_norm.weight": "midlayer.hidden_norm.weight",
+    "after.post_attention_layernorm.weight": "midlayer.post_attention_layernorm.weight",
+    "after.o_proj.weight": "midlayer.self_attn.o_proj.weight",
+    **{f"before.{n}.weight": f"midlayer.self_attn.{n}.weight" for n in _ATTENTION},
+    **{f"after.{n}_proj.weight": f"midlayer.mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
+    **{f"fc_norm.{i}.weight": f"fc_norm.{i}.weight" for i in range(3)},
+    "d2t": "d2t",
+    "t2d": "t2d",
+}
+
+
+def export_draft(
+    config: Eagle3Config, draft: Draft, target: TargetInfo, format: str
+) -> Export | None:
+    """Return the files' contents; None for a format this package does not know.
+
+    Raises ConfigError where the engine would serve something else than was trained.
+    """
+    if format not in FORMATS:
+        return None
+    model, frozen = draft.model, draft.frozen
+    assert isinstance(model, Eagle3Model)
+    assert isinstance(frozen, Frozen)
+    shape = model.shape
+    if format == "sglang" and shape.qk_norm:
+        raise ConfigError(
+            "SGLang serves EAGLE-3 drafts without norms on queries and keys, and leaves this "
+            "draft's out without a word: little would be accepted. Try: --format vllm, or train "
+            "with strategy.layer_type=llama"
+        )
+    dtype: torch.dtype = getattr(torch, config.export_dtype)
+
+    def plain(value: Tensor) -> Tensor:
+        own = value.detach().to("cpu")
+        return (own.to(dtype) if own.is_floating_point() else own).contiguous()
+
+    weights = {NAMES[name]: plain(value) for name, value in model.state_dict().items()}
+    speculators = format == "vllm" and shape.qk_norm
+    if format == "hf" or speculators:
+        weights["embed_tokens.weight"] = plain(frozen.embed_tokens)
+    if not speculators:
+        return Export(export_config(config, shape, target), weights)
+    renamed = {name.replace("midlayer.", "layers.0."): value for name, value in weights.items()}
+    return Export(speculators_config(config, shape, target), renamed)
+
+
+def export_config(config: Eagle3Config, shape: DraftShape, target: TargetInfo) -> dict[str, Any]:
+    """Return config.json."""
+    ids = list(shape.capture_layers)
+    return {
+        "architectures": [ARCHITECTURES[shape.qk_norm]],
+        **layer_config(config, shape, target),
+        "draft_vocab_size": shape.draft_vocab_size,  # without it engines take the target's head
+        "num_aux_hidden_states": len(ids),
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": ids, "use_aux_hidden_state": True},
+        **_semantics(shape),
+    }
+
+
+def layer_config(config: Eagle3Config, shape: DraftShape, target: TargetInfo) -> dict[str, Any]:
+    """Return the part that describes the decoder layer."""
+    special = {n: target.config.get(n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {
+        "model_type": "qwen3" if shape.qk_norm else "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.rms_norm_eps,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": shape.init_std,
+        "max_position_embeddings": shape.max_positions,
+        **rope_fields({"rope_parameters": dict(shape.rope)}),
+        "tie_word_embeddings": False,  # SGLang would take the embedding for the head
+        "vocab_size": shape.vocab_size,
+        "dtype": config.export_dtype,
+        "torch_dtype": config.export_dtype,
+        **{name: value for name, value in special.items() if value is not None},
+    }
+
+
+def speculators_config(
+    config: Eagle3Config, shape: DraftShape, target: TargetInfo
+) -> dict[str, Any]:
+    """Return config.json in the form by which vLLM finds layers with normed queries and keys."""
+    verifier = {
+        "name_or_path": target.name_or_path,
+        "architectures": target.config.get("architectures") or [],
+    }
+    proposal = {"proposal_type": "greedy", "speculative_tokens": config.draft_length}
+    return {
+        "architectures": [SPECULATORS],
+        "speculators_model_type": "eagle3",
+        "speculators_version": SPECULATORS_VERSION,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": verifier,
+        },
+        "transformer_layer_config": layer_config(config, shape, target),
+        "draft_vocab_size": shape.draft_vocab_size,
+        "target_hidden_size": None,
+        "embed_requires_grad": False,
+        "tie_word_embeddings": False,
+        "dtype": config.export_dtype,
+        **_semantics(shape),
+    }
+
+
+def _semantics(shape: DraftShape) -> dict[str, Any]:
+    """What engines and formats have different defaults for, so all of it is written."""
+    return {
+        "eagle_aux_hidden_state_layer_ids": layer_inputs(shape.capture_layers),
+        "fc_norm": shape.fc_norm,
+        "norm_output": shape.norm_output,
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+    }

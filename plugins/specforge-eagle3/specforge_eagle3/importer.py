@@ -1,0 +1,143 @@
+"""Read a published EAGLE-3 checkpoint, whichever of the spellings in use it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specforge_core.errors import CheckpointError
+from specforge_core.export.dialects import from_layer_inputs
+from specforge_core.ops.rotary import draft_rope
+from specforge_core.types import Draft, Export
+
+from .config import DraftShape, Eagle3Config
+from .export import ARCHITECTURES, NAMES, SPECULATORS
+from .frozen import Frozen
+from .model import Eagle3Model
+from .vocab import check_map, members
+
+KNOWN = {*ARCHITECTURES.values(), SPECULATORS, "Eagle3LlamaForCausalLM"}
+SPELLINGS = {
+    "draft_id_to_target_id": "d2t",
+    "aux_norm_low.weight": "fc_norm.0.weight",
+    "aux_norm_mid.weight": "fc_norm.1.weight",
+    "aux_norm_high.weight": "fc_norm.2.weight",
+}
+
+
+def load_export(config: Eagle3Config, draft: Draft, export: Export) -> bool:
+    """Load a checkpoint into `draft`; its draft vocabulary too.
+
+    Raises CheckpointError when it was made for another draft than the config describes.
+    """
+    if not KNOWN & set(export.config.get("architectures", ())):
+        return False
+    model, frozen = draft.model, draft.frozen
+    assert isinstance(model, Eagle3Model)
+    assert isinstance(frozen, Frozen)
+    shape = model.shape
+    _check(shape, export.config)
+    weights = published_names(export.weights)
+    if (embedding := weights.pop("embed_tokens.weight", None)) is not None:
+        _check_embedding(embedding, frozen.embed_tokens)
+    if "d2t" in weights or "t2d" in weights:
+        d2t = check_map(weights, shape.draft_vocab_size, shape.vocab_size, "the export")
+    elif shape.full_vocab:
+        d2t = torch.zeros(shape.vocab_size, dtype=torch.int64)
+    else:
+        raise CheckpointError(
+            f"the export has no d2t, so it drafts all {shape.vocab_size} tokens. "
+            "Try: strategy.draft_vocab_size=full"
+        )
+    weights |= {"d2t": d2t, "t2d": members(d2t, shape.vocab_size)}
+    own = {NAMES[name]: tuple(value.shape) for name, value in model.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in sorted(own.keys() | given.keys()):
+        if own.get(name) != given.get(name):
+            raise CheckpointError(
+                f"export tensor {name!r} has shape {given.get(name, 'none')}, this draft needs "
+                f"{own.get(name, 'no such tensor')}. Check strategy.* against its config.json"
+            )
+    model.load_state_dict({name: weights[NAMES[name]] for name in model.state_dict()})
+    return True
+
+
+def published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under the spelling of `NAMES`."""
+    found = {}
+    for name, value in weights.items():
+        plain = name.removeprefix("model.")
+        if plain.startswith("layers.0."):
+            plain = "midlayer." + plain.removeprefix("layers.0.")
+        found[SPELLINGS.get(plain, plain)] = value
+    return found
+
+
+def _check_embedding(given: Tensor, own: Tensor) -> None:
+    """Refuse an embedding that was trained away from the target's, which engines share."""
+    same = given.shape[1:] == own.shape[1:] and len(given) >= len(own)
+    if same:
+        theirs, ours = given[: len(own)].to("cpu"), own.detach().to("cpu", given.dtype)
+        same = bool(torch.equal(theirs, ours))
+    if not same:
+        raise CheckpointError(
+            "the export has an embedding of its own, not the target's, which this package does "
+            "not train. Try the target it was trained for: target.path"
+        )
+
+
+def _check(shape: DraftShape, given: Mapping[str, Any]) -> None:
+    """Compare everything that would load without an error and then be accepted nowhere."""
+    layer: Mapping[str, Any] = given.get("transformer_layer_config") or given
+    speculators = SPECULATORS in given.get("architectures", ())
+    for name, default in (("norm_before_residual", speculators), ("norm_before_fc", False)):
+        if given.get(name, default):
+            raise CheckpointError(
+                f"the export was trained with {name}, which this package does not know. "
+                "Use another checkpoint"
+            )
+    if int(layer.get("num_hidden_layers", 1)) != 1:
+        raise CheckpointError(
+            f"the export has {layer['num_hidden_layers']} layers, and engines disagree on how "
+            "more than one is served. Use a checkpoint of one layer"
+        )
+    if given.get("target_hidden_size") not in (None, shape.hidden_size):
+        raise CheckpointError(
+            f"the export reads states of size {given['target_hidden_size']}, this target's are of "
+            f"size {shape.hidden_size}. Try the target it was trained for: target.path"
+        )
+    rope = draft_rope(layer)
+    vocab = given.get("draft_vocab_size") or layer.get("vocab_size")
+    pairs = {
+        "layers": (_layers(given), list(shape.capture_layers)),
+        "draft_vocab_size": (vocab, shape.draft_vocab_size),
+        "fc_norm": (bool(given.get("fc_norm", given.get("use_aux_norm"))), shape.fc_norm),
+        "norm_output": (bool(given.get("norm_output")), shape.norm_output),
+        "num_heads": (layer.get("num_attention_heads"), shape.num_heads),
+        "num_kv_heads": (layer.get("num_key_value_heads"), shape.num_kv_heads),
+        "head_dim": (layer.get("head_dim", shape.head_dim), shape.head_dim),
+        "intermediate_size": (layer.get("intermediate_size"), shape.intermediate_size),
+        "rope_theta": (rope["rope_theta"], shape.rope["rope_theta"]),
+    }
+    for name, (theirs, ours) in pairs.items():
+        if theirs is not None and theirs != ours:
+            raise CheckpointError(
+                f"the export has {name} {theirs}, this run {ours}. Try: strategy.{name}={theirs}"
+            )
+    if rope["rope_type"] != shape.rope["rope_type"]:
+        raise CheckpointError(
+            f"the export has rope_type {rope['rope_type']!r}, this run "
+            f"{shape.rope['rope_type']!r}. Try the target it was trained for: target.path"
+        )
+
+
+def _layers(given: Mapping[str, Any]) -> list[int] | None:
+    """Return the captured layers by their outputs; None where engines take their default."""
+    nested: Mapping[str, Any] = given.get("eagle_config") or {}
+    if (ids := nested.get("eagle_aux_hidden_state_layer_ids")) is not None:
+        return list(ids)
+    ids = given.get("eagle_aux_hidden_state_layer_ids", given.get("aux_hidden_state_layer_ids"))
+    return None if ids is None else from_layer_inputs(ids)

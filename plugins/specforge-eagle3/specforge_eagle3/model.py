@@ -1,0 +1,216 @@
+"""The EAGLE-3 draft: one decoder layer that is fed its own output, step after step.
+
+Attention reads concat(norm(embedding), norm(feature)).  The embedding's half of that
+product is the same for a token at whatever step it is read, so it is made once.
+Shapes: N tokens, H hidden size, h heads of d, v key/value heads, R steps, U labels,
+Vd draft vocabulary, Q = (h + 2 v) d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from specforge_core.ops.linear_soft_cross_entropy import (
+    SoftLoss,
+    SoftRows,
+    linear_soft_cross_entropy,
+)
+from specforge_core.ops.rotary import Rope, Rotary, rotate
+
+from .attention import KeyValue, attend
+from .config import DraftShape
+from .rows import Documents, Rows, upload
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of a matrix [M, H] by index; no present row is taken twice.
+
+    So the backward can copy where indexing would have to sort, or to add atomically.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, places: Tensor, present: Tensor) -> Tensor:
+        ctx.count = len(states)
+        ctx.save_for_backward(places.masked_fill(~present, len(states)))
+        return states[places]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        grad = d_rows.new_zeros(ctx.count + 1, d_rows.shape[-1])  # the last row for what is absent
+        grad.index_copy_(0, places.flatten(), d_rows.flatten(0, 1))
+        return grad[: ctx.count], None, None
+
+
+class Task:
+    """What the objective wants of one batch.
+
+    No dataclass: FSDP's mixed precision casts the tensors in those.
+    """
+
+    def __init__(
+        self, rows: Rows, teacher_head: Tensor, step_weights: Sequence[float], loss: SoftLoss
+    ) -> None:
+        self.documents = rows.documents
+        self.students, self.present = rows.students, rows.present
+        self.teacher = rows.batch["final"][rows.labels]  # [U, H]
+        self.teacher_head = teacher_head  # [Vd, H]
+        weights = upload(torch.tensor(step_weights, dtype=torch.float32), rows.present.device)
+        self.row_weights = rows.present * weights  # [U, R]
+        self.loss = loss
+
+
+class BeforeAttention(nn.Module):
+    """From a feature, and the embedding's half of the product, to queries, keys and values."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        self.sizes = [n * shape.head_dim for n in (shape.num_heads, *(shape.num_kv_heads,) * 2)]
+        width, eps = shape.hidden_size, shape.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(width, eps=eps)  # of the embedding
+        self.hidden_norm = nn.RMSNorm(width, eps=eps)  # of the feature
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(2 * width, size, bias=False) for size in self.sizes
+        )
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(shape.head_dim, eps=eps) if shape.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Return the halves of the joint projection, [Q, H] each: embedding's and feature's."""
+        halves = [layer.weight.chunk(2, dim=1) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+        left, right = zip(*halves, strict=True)
+        return torch.cat(left), torch.cat(right)
+
+    def forward(
+        self, feature: Tensor, embedded: Tensor, weight: Tensor, rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [N, h, d], k and v [N, v, d] of features [N, H] and `embedded` [N, Q]."""
+        joint = embedded + F.linear(self.hidden_norm(feature), weight)
+        parts = torch.split(joint, self.sizes, dim=-1)
+        q, k, v = (part.reshape(len(part), -1, self.head_dim) for part in parts)
+        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
+
+
+class AfterAttention(nn.Module):
+    """From attention's output to the step's state, as it is and normed for the head."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        width, eps, inner = shape.hidden_size, shape.rms_norm_eps, shape.intermediate_size
+        self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, width, bias=False)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps=eps)
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.norm = nn.RMSNorm(width, eps=eps)
+
+    def forward(self, attended: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [N, H] twice, for attention's output [N, h * d] and the un-normed feature."""
+        hidden = feature + self.o_proj(attended)
+        x = self.post_attention_layernorm(hidden)
+        hidden = hidden + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return hidden, self.norm(hidden)
+
+
+class Eagle3Model(nn.Module):
+    """The trained part, and the draft vocabulary it is for."""
+
+    d2t: Tensor  # [Vd] int64, offsets
+    t2d: Tensor  # [V] bool
+
+    def __init__(self, shape: DraftShape, attention: str, head_chunk: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.attention = attention
+        self.head_chunk = head_chunk
+        self.rotary = Rotary(shape.rope, shape.head_dim, shape.max_positions)
+        width, eps, captured = shape.hidden_size, shape.rms_norm_eps, len(shape.capture_layers)
+        self.fc = nn.Linear(captured * width, width, bias=False)
+        norms = [nn.RMSNorm(width, eps=eps) for _ in range(captured if shape.fc_norm else 0)]
+        self.fc_norm = nn.ModuleList(norms)
+        self.before = BeforeAttention(shape)
+        self.after = AfterAttention(shape)
+        self.lm_head = nn.Linear(width, shape.draft_vocab_size, bias=False)
+        self.register_buffer("d2t", torch.zeros(shape.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.ones(shape.vocab_size, dtype=torch.bool))
+
+    def init_weights(self, seed: int) -> None:
+        """Fill the weights from `seed` alone, so that every rank has the same."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=self.shape.init_std, generator=generator)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        nn.init.zeros_(self.d2t)
+        nn.init.ones_(self.t2d)
+
+    def forward(self, features: Tensor, embeddings: Tensor, task: Task) -> tuple[Tensor, SoftRows]:
+        """Return the weighted sum of the losses of all steps, and each label's rows.
+
+        features [N, 3H] are the captured states, embeddings [N, H] the tokens'.
+        """
+        steps = task.students.shape[1]
+        states = torch.cat(self.unroll(features, embeddings, task.documents, steps))  # [R N, H]
+        places = task.students + torch.arange(steps, device=states.device) * len(features)
+        by_label: Tensor = _Gather.apply(states, places, task.present)  # type: ignore[no-untyped-call]
+        return linear_soft_cross_entropy(
+            by_label,
+            self.lm_head.weight,
+            task.teacher,
+            task.teacher_head,
+            task.row_weights,
+            task.loss,
+            teacher_softcap=self.shape.softcap,
+            chunk=self.head_chunk,
+        )
+
+    def unroll(
+        self, features: Tensor, embeddings: Tensor, documents: Documents, steps: int
+    ) -> list[Tensor]:
+        """Return each step's states [N, H], normed as the head reads them.
+
+        Row t of step i reads embedding t+1+i.  Rows whose document ends before that read
+        something else; nothing that has a label depends on them.
+        """
+        weight_embedding, weight_feature = self.before.weights()
+        embedded = self.embedded(embeddings, weight_embedding)
+        embedded = F.pad(embedded, (0, 0, 0, steps))  # [N + R, Q]
+        count = len(features)
+        feature = self.fuse(features)
+        own: list[KeyValue] = []
+        states = []
+        for i in range(steps):
+            rope = self.rotary(documents.positions + i)
+            q, k, v = self.before(feature, embedded[1 + i : 1 + i + count], weight_feature, rope)
+            own.append((k, v))
+            attended = attend(q, own[0], own[1:], documents, self.attention)
+            feature, normed = self.after(attended.flatten(1), feature)
+            states.append(normed)
+            if self.shape.norm_output:
+                feature = normed
+        return states
+
+    def embedded(self, embeddings: Tensor, weight: Tensor) -> Tensor:
+        """Return the embeddings' half [N, Q] of queries, keys and values, before rotation."""
+        return F.linear(self.before.input_layernorm(embeddings.to(weight.dtype)), weight)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Return the first feature [N, H] of captured states [N, 3H]."""
+        features = features.to(self.fc.weight.dtype)
+        if self.shape.fc_norm:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
+            features = torch.cat(normed, dim=-1)
+        fused: Tensor = self.fc(features)
+        return fused

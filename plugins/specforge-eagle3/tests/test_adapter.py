@@ -1,0 +1,107 @@
+"""What is stored, which rows are labels, and how samples are put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from specforge_eagle3.adapter import (
+    Eagle3Adapter,
+    Eagle3Transform,
+    check_choices,
+    pack,
+    pad,
+    trained_labels,
+)
+from specforge_eagle3.config import Eagle3Config
+from transformers import AutoModelForCausalLM
+
+from specforge_core.capture.hf import TransformersEngine
+from specforge_core.config import TargetConfig
+from specforge_core.testing.toy import save_toy_target
+from specforge_core.types import Prompt
+
+
+@pytest.mark.parametrize(
+    ("mask_on", "want"),
+    [("label", [0, 0, 1, 1, 0, 0]), ("input", [0, 0, 0, 1, 1, 0]), ("feature", [0, 0, 0, 0, 1, 1])],
+)
+def test_which_positions_are_labels(mask_on: str, want: list[int]) -> None:
+    """Tokens 3 and 4 of six are supervised; u is a label through u+1, u or u-1."""
+    mask = torch.tensor([0, 0, 0, 1, 1, 0])
+    assert trained_labels(mask, mask_on).int().tolist() == want
+
+
+@pytest.mark.parametrize("mask_on", ["label", "input", "feature"])
+def test_no_label_looks_across_a_boundary(mask_on: str) -> None:
+    ones = torch.ones(5, dtype=torch.long)
+    documents = torch.tensor([1, 1, 1, 2, 2])
+    both = trained_labels(ones, mask_on, documents)
+    parts = [trained_labels(ones[:3], mask_on), trained_labels(ones[:2], mask_on)]
+    assert torch.equal(both, torch.cat(parts))
+    assert not trained_labels(ones[:1], mask_on).any()
+    assert trained_labels(ones[:0], mask_on).shape == (0,)
+
+
+def test_a_capture_of_a_real_target(tmp_path: Path) -> None:
+    """The final state is normed, and the choices are the model's own."""
+    save_toy_target(tmp_path, num_hidden_layers=8)
+    config = Eagle3Config(name="eagle3", draft_vocab_size=64)
+    engine = TransformersEngine.load(TargetConfig(path=str(tmp_path), dtype="float32"))
+    adapter = Eagle3Adapter.build(config, engine.info)
+    assert adapter.spec.layers == (1, 3, 4)
+    ids = torch.randint(256, (600,), generator=torch.Generator().manual_seed(0))  # two chunks
+    mask = torch.ones_like(ids)
+    short = torch.tensor([3, 4])
+    prompts = [
+        Prompt(0, ids[:500], mask[:500]),
+        Prompt(1, short, torch.tensor([0, 1])),  # no label: token 1 has no row before it
+    ]
+    long, nothing = (adapter(c) for c in sorted(engine.capture(prompts, adapter.spec), key=_index))
+    engine.close()
+    assert nothing is None
+    assert long is not None
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        output = model(ids[None, :500], output_hidden_states=True)
+    states = torch.cat([output.hidden_states[i + 1][0] for i in (1, 3, 4)], -1).bfloat16()
+    torch.testing.assert_close(long["hidden_states"], states, rtol=1e-2, atol=1e-2)
+    final = output.hidden_states[-1][0].bfloat16()
+    torch.testing.assert_close(long["final"], final, rtol=1e-2, atol=1e-2)
+    assert torch.equal(long["target_argmax"], output.logits[0].argmax(-1))
+
+
+def _index(capture: Any) -> int:
+    index: int = capture.index
+    return index
+
+
+def test_cut_samples_without_a_label_are_dropped(kit: Any) -> None:
+    from specforge_eagle3.adapter import capture_spec
+
+    (sample,) = kit.samples((13,))
+    sample["loss_mask"].zero_()
+    sample["loss_mask"][8] = 1
+    spec = capture_spec((1, 3, 4), 24)
+    assert Eagle3Transform(spec, 8, "label")(sample) is None
+    cut = Eagle3Transform(spec, 9, "label")(sample)
+    assert cut is not None
+    assert {len(v) for v in cut.values()} == {9}
+
+
+def test_packed_and_padded_rows(kit: Any) -> None:
+    samples = kit.samples((4, 2))
+    packed, padded = pack(samples), pad(samples)
+    assert packed["document_ids"].tolist() == [[1, 1, 1, 1, 2, 2]]
+    assert padded["document_ids"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert packed["hidden_states"].shape == (1, 6, 72)
+    assert padded["hidden_states"].shape == (2, 4, 72)
+    assert not padded["final"][1, 2:].any()
+
+
+def test_choices_beyond_the_vocabulary_are_a_problem() -> None:
+    assert check_choices({"target_argmax": torch.tensor([0, 28])}, 29) == []
+    (problem,) = check_choices({"target_argmax": torch.tensor([0, 29])}, 29)
+    assert "has values 0 to 29, allowed are 0 to 28" in str(problem)

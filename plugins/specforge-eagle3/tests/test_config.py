@@ -1,0 +1,69 @@
+"""Options, and what they come to for a target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from specforge_eagle3.config import capture_layers, draft_shape
+
+from specforge_core.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "want"),
+    [(36, (1, 17, 32)), (32, (1, 15, 28)), (30, (1, 14, 26)), (7, (1, 2, 3)), (64, (1, 31, 60))],
+)
+def test_default_layers_are_the_published_ones(kit: Any, num_layers: int, want: Any) -> None:
+    assert capture_layers(kit.config(), num_layers) == want
+
+
+def test_targets_that_are_too_small(kit: Any) -> None:
+    with pytest.raises(ConfigError, match="a target of 3 layers is too small for an EAGLE-3"):
+        capture_layers(kit.config(layers=(0, 1, 2)), 3)
+    for num_layers in (4, 5, 6):
+        with pytest.raises(
+            ConfigError, match=r"which do not increase\. Try: strategy\.layers="
+        ) as e:
+            capture_layers(kit.config(), num_layers)
+        advice = eval(str(e.value).rsplit("=", 1)[1])
+        assert capture_layers(kit.config(layers=tuple(advice)), num_layers) == tuple(advice)
+
+
+@pytest.mark.parametrize("layers", [(1, 3, 7), (-1, 2, 3), (3, 2, 5), (2, 2, 5)])
+def test_a_layer_out_of_range_is_refused(kit: Any, layers: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"must increase within 0\.\.6 for a target of 8 layers"):
+        capture_layers(kit.config(layers=layers), 8)
+
+
+def test_a_draft_vocabulary_beyond_the_targets(kit: Any) -> None:
+    with pytest.raises(ConfigError, match=r"draft_vocab_size 30 is larger .* vocabulary of 29"):
+        draft_shape(kit.config(draft_vocab_size=30), kit.target())
+    assert draft_shape(kit.config(draft_vocab_size="full"), kit.target()).draft_vocab_size == 29
+    assert draft_shape(kit.config(draft_vocab_size=29), kit.target()).full_vocab
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft_vocab_size": 0}, "draft_vocab_size 0 must be above 0"),
+        ({"vocab_map": "x", "draft_vocab_size": "full"}, "vocab_map has no effect"),
+        ({"lk_decay": 2.0}, "lk_decay has no effect with loss 'kl'"),
+        ({"lk_scale": 0.5, "loss": "lk_alpha"}, "lk_scale has no effect with loss 'lk_alpha'"),
+        ({"layers": [1, 2]}, "layers"),
+    ],
+)
+def test_options_that_do_not_agree(kit: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        kit.config(**options)
+
+
+def test_heads_that_cannot_be_shared(kit: Any) -> None:
+    with pytest.raises(ConfigError, match="4 attention heads cannot share 3 key/value heads"):
+        draft_shape(kit.config(num_kv_heads=3), kit.target())
+
+
+def test_factors_on_logits_are_refused(kit: Any) -> None:
+    with pytest.raises(ConfigError, match=r"has logit_scale=0\.5"):
+        draft_shape(kit.config(), kit.target(logit_scale=0.5))

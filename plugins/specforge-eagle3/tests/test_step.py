@@ -1,0 +1,163 @@
+"""The objective against its formulas in float64, for every option, gradients included."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from specforge_eagle3.adapter import pack, pad
+from specforge_eagle3.step import Eagle3Step
+from torch import Tensor
+
+from specforge_core.errors import CaptureError
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"mask_on": "input"},
+    {"mask_on": "feature"},
+    {"mean_over": "supervised"},
+    {"loss": "lk_alpha"},
+    {"loss": "lk_lambda"},
+    {"loss": "lk_lambda", "lk_scale": 0.6, "lk_decay": 1.3, "mean_over": "supervised"},
+    {"norm_output": True},
+    {"fc_norm": True},
+    {"layer_type": "qwen3"},
+    {"draft_vocab_size": "full"},
+    {"steps": 1},
+    {"steps": 5, "step_decay": 0.5, "norm_output": True, "fc_norm": True},
+    {"head_chunk": 1},
+    {"softcap": 3.0},
+]
+
+
+def names(options: dict[str, Any]) -> str:
+    return "-".join(f"{k}={v}" for k, v in options.items()) or "default"
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=names)
+@pytest.mark.parametrize("attention", ["eager", "flash"])
+def test_loss_gradients_and_metrics_are_the_formulas(
+    kit: Any, options: dict[str, Any], attention: str
+) -> None:
+    tiny = kit.tiny(torch.float64, attention=attention, **options)
+    samples = kit.samples()
+    out = Eagle3Step(tiny.config)(tiny.draft, pack(samples), kit.context())
+    loss = out.loss_sum / out.weight
+    loss.backward()
+
+    weights = kit.weights64(tiny)
+    exact = kit.objective64(weights, tiny, samples)
+    exact.loss.backward()
+    torch.testing.assert_close(loss.detach(), exact.loss.detach(), rtol=1e-6, atol=0)
+    for name, parameter in tiny.model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(
+            parameter.grad, weights[name].grad, rtol=2e-5, atol=1e-7, msg=lambda m, n=name: n + m
+        )
+
+    metrics = {name: float(r.num / r.den) for name, r in out.metrics.items()}
+    assert metrics["acceptance_length"] == pytest.approx(sum(exact.lengths) / len(exact.lengths))
+    assert metrics["acceptance_rate"] == pytest.approx(sum(exact.overlaps) / len(exact.overlaps))
+    for k, right in enumerate(exact.hits):
+        assert metrics[f"accuracy_{k + 1}"] == pytest.approx(sum(right) / len(right))
+
+
+def test_some_rows_hit_and_some_tokens_cannot_be_drafted(kit: Any) -> None:
+    """What the comparison above is over: hits, misses and labels outside of the vocabulary."""
+    tiny = kit.tiny(torch.float64)
+    samples = kit.samples((60, 40))
+    exact = kit.objective64(kit.weights64(tiny), tiny, samples)
+    assert any(itertools.chain(*exact.hits))
+    assert len(set(exact.lengths)) > 1
+    out = Eagle3Step(tiny.config)(tiny.draft, pack(samples), kit.context())
+    ratio = out.metrics["in_draft_vocab"]
+    assert 0.3 < float(ratio.num / ratio.den) < 0.9
+
+
+@pytest.mark.parametrize("mask_on", ["label", "input", "feature"])
+@pytest.mark.parametrize("mean_over", ["positions", "supervised"])
+def test_padded_and_packed_batches_give_the_same(kit: Any, mask_on: str, mean_over: str) -> None:
+    tiny = kit.tiny(torch.float64, mask_on=mask_on, mean_over=mean_over)
+    samples = kit.samples()
+    step = Eagle3Step(tiny.config)
+    results = []
+    for collate in (pack, pad):
+        tiny.model.zero_grad()
+        out = step(tiny.draft, collate(samples), kit.context())
+        out.loss_sum.backward()
+        grads = [p.grad.clone() for p in tiny.model.parameters() if p.grad is not None]
+        ratios = [v for r in out.metrics.values() for v in (r.num, r.den)]
+        results.append([out.loss_sum.detach(), out.weight, *ratios, *grads])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("mean_over", ["positions", "supervised"])
+def test_any_split_of_a_batch_adds_up(kit: Any, mean_over: str) -> None:
+    tiny = kit.tiny(torch.float64, mean_over=mean_over)
+    samples = kit.samples()
+    step = Eagle3Step(tiny.config)
+    whole = step(tiny.draft, pack(samples), kit.context())
+    parts = [step(tiny.draft, pack(p), kit.context()) for p in (samples[:1], samples[1:])]
+    loss = sum(p.loss_sum for p in parts) / sum(p.weight for p in parts)
+    torch.testing.assert_close(loss, whole.loss_sum / whole.weight)
+    for name, ratio in whole.metrics.items():
+        num = sum(p.metrics[name].num for p in parts)
+        den = sum(p.metrics[name].den for p in parts)
+        torch.testing.assert_close(num / den, ratio.num / ratio.den, msg=name)
+
+
+def test_a_documents_neighbours_do_not_matter(kit: Any) -> None:
+    tiny = kit.tiny(torch.float64)
+    one, two, other = [*kit.samples(), *kit.samples(seed=9)][1:4]
+    step = Eagle3Step(tiny.config)
+
+    def loss(*samples: dict[str, Tensor]) -> Tensor:
+        found: Tensor = step(tiny.draft, pack(samples), kit.context()).loss_sum
+        return found.detach()
+
+    torch.testing.assert_close(loss(one, two, other), loss(one) + loss(two) + loss(other))
+
+
+def test_a_batch_without_a_label_has_no_loss_and_zero_gradients(kit: Any) -> None:
+    tiny = kit.tiny()
+    samples = kit.samples()
+    for sample in samples:
+        sample["loss_mask"].zero_()
+    out = Eagle3Step(tiny.config)(tiny.draft, pack(samples), kit.context())
+    out.loss_sum.backward()
+    assert float(out.loss_sum.detach()) == 0
+    assert all(p.grad is not None and not p.grad.any() for p in tiny.model.parameters())
+
+
+def test_a_frozen_head_gets_no_gradient(kit: Any) -> None:
+    tiny = kit.tiny(train_head=False)
+    out = Eagle3Step(tiny.config)(tiny.draft, pack(kit.samples()), kit.context())
+    out.loss_sum.backward()
+    assert tiny.model.lm_head.weight.grad is None
+    assert tiny.model.fc.weight.grad is not None
+    assert tiny.model.fc.weight.grad.any()
+
+
+def test_a_capture_of_another_strategy_is_named(kit: Any) -> None:
+    tiny = kit.tiny()
+    batch = pack(kit.samples())
+    del batch["final"], batch["target_argmax"]
+    with pytest.raises(CaptureError, match="samples have no final, target_argmax, which EAGLE-3"):
+        Eagle3Step(tiny.config)(tiny.draft, batch, kit.context())
+
+
+def test_nothing_of_length_by_draft_vocabulary_is_kept(kit: Any) -> None:
+    """Between forward and backward: the head's states and gradients, but no logits."""
+    tiny = kit.tiny(steps=4, head_chunk=8)
+    sizes: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (sizes.append(tuple(t.shape)), t)[1], lambda t: t
+    ):
+        Eagle3Step(tiny.config)(tiny.draft, pack(kit.samples((50, 30))), kit.context())
+    head = tiny.model.lm_head.weight.shape
+    assert tuple(head) in sizes  # its gradient, made in the forward pass
+    large = [s for s in sizes if s[-1] == head[0] and s != tuple(head.__reversed__())]
+    assert not large
