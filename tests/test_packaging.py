@@ -19,6 +19,7 @@ DISTRIBUTIONS = {
     "specforge_core": ROOT,
     "specforge_dflash": ROOT / "plugins/specforge-dflash",
     "specforge_eagle3": ROOT / "plugins/specforge-eagle3",
+    "specforge_sglang": ROOT / "plugins/specforge-sglang",
     "specforge_linear": ROOT / "examples/third_party/specforge-linear",
 }
 

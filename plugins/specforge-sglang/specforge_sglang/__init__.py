@@ -1,0 +1,21 @@
+"""SGLang as the target engine: `target.engine: sglang`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from specforge_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from specforge_core.config import TargetConfig
+    from specforge_core.types import TargetEngine
+
+
+@hookimpl
+def specforge_target_engine(target: TargetConfig) -> TargetEngine | None:
+    """Run the target in SGLang, when the config asks for `sglang`."""
+    if target.engine != "sglang":
+        return None
+    from .engine import SGLangEngine
+
+    return SGLangEngine.load(target)

@@ -1,0 +1,206 @@
+"""An SGLang server as a child process, in an environment of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO
+
+import specforge_sglang_capture
+from specforge_sglang_capture import DIRECTORY_ENV, ENABLE_ENV, LIFELINE_ENV
+
+from specforge_core.config import TargetConfig
+from specforge_core.errors import CaptureError, ConfigError
+from specforge_core.types import TargetInfo
+
+from .client import Client, Refused, ServerDown
+from .options import Flag, SGLangOptions
+
+LOG_LINES = 20
+STOP_SECONDS = 10.0
+# what torchrun sets would make SGLang's own process group join the trainer's
+TRAINER_ONLY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+CPU_FLAGS: dict[str, Flag] = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+}
+
+
+class ChildServer:
+    """A running server; it ends with this process, however that ends."""
+
+    def __init__(self, target: TargetConfig, info: TargetInfo, options: SGLangOptions) -> None:
+        assert options.python is not None
+        self._check_python(options.python)
+        self._directory = Path(tempfile.mkdtemp(prefix="specforge-sglang-"))
+        self._log = self._directory / "server.log"
+        write_overlay(self._directory / "site")
+        self.url = f"http://127.0.0.1:{_free_port()}"
+        flags = server_flags(target, info, options)
+        command = [options.python, "-m", "specforge_sglang_capture", *as_arguments(flags)]
+        command += ["--host", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1]]
+        reading, self._lifeline = os.pipe()
+        try:
+            with self._log.open("wb") as log:
+                self._process = self._start(command, flags, options, reading, log)
+        finally:
+            os.close(reading)
+
+    def _start(
+        self,
+        command: list[str],
+        flags: Mapping[str, Flag],
+        options: SGLangOptions,
+        reading: int,
+        log: IO[bytes],
+    ) -> subprocess.Popen[bytes]:
+        trainers = ("TORCHELASTIC_", "MASTER_")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(trainers)}
+        for name in (*TRAINER_ONLY, "PYTHONPATH", "PYTHONHOME"):
+            env.pop(name, None)
+        env |= options.env
+        site = str(self._directory / "site")
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (site, options.env.get("PYTHONPATH"))))
+        env[ENABLE_ENV] = "1"
+        env[LIFELINE_ENV] = str(reading)
+        if options.directory is not None:
+            env[DIRECTORY_ENV] = str(options.directory.resolve())
+        if flags.get("device") == "cpu":
+            env.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=env,
+            cwd=self._directory,
+            pass_fds=(reading,),
+            start_new_session=True,  # a group of its own, which can be ended as a whole
+        )
+
+    @staticmethod
+    def _check_python(python: str) -> None:
+        """Raise ConfigError when there is no such interpreter; SGLang is looked for later."""
+        if shutil.which(python) is None:
+            raise ConfigError(
+                f"target.options.python {python!r} is no interpreter that can be run. Try: "
+                "target.options.python=/path/to/sglang-venv/bin/python"
+            )
+
+    def wait(self, client: Client, timeout: float) -> None:
+        """Wait until the server answers; CaptureError with its last words when it does not."""
+        give_up = time.monotonic() + timeout
+        while True:
+            self.check_alive()
+            with contextlib.suppress(ServerDown, Refused):
+                client.get("/server_info")
+                return
+            if time.monotonic() > give_up:
+                raise CaptureError(
+                    f"SGLang did not start in {timeout:.0f} s. Its last lines:\n{self.last_words()}"
+                    "\nTry: target.options.start_timeout=1800"
+                )
+            time.sleep(0.2)
+
+    def check_alive(self) -> None:
+        """Raise CaptureError with its last words when the server has ended."""
+        if (status := self._process.poll()) is not None:
+            raise CaptureError(
+                f"SGLang ended with status {status}. Its last lines:\n{self.last_words()}\n"
+                "Try: target.options.server_args, or another target.engine"
+            )
+
+    def last_words(self) -> str:
+        """Return the end of the server's log."""
+        text = self._log.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        return "\n".join(f"  {line[:300]}" for line in lines[-LOG_LINES:]) or "  (nothing)"
+
+    def close(self) -> None:
+        """End the server and everything it started."""
+        for sign, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, sign)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+        os.close(self._lifeline)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def server_flags(target: TargetConfig, info: TargetInfo, options: SGLangOptions) -> dict[str, Flag]:
+    """Return the server's flags; the user's own win over defaults."""
+    dtype = target.dtype if target.dtype != "auto" else _own_dtype(info)
+    flags: dict[str, Flag] = {
+        "model_path": target.path,
+        "dtype": dtype,
+        "skip_tokenizer_init": True,
+        "max_prefill_tokens": target.batch_tokens,
+        "log_level": "warning",
+        "trust_remote_code": target.trust_remote_code,
+    }
+    if info.revision is not None and not Path(target.path).is_dir():
+        flags["revision"] = info.revision
+    if target.device == "cpu" or (target.device == "auto" and not _has_gpu()):
+        flags |= {**CPU_FLAGS, "max_total_tokens": max(4096, 2 * target.batch_tokens)}
+    else:
+        _, _, number = target.device.partition(":")
+        flags["base_gpu_id"] = int(number or os.environ.get("LOCAL_RANK", "0"))
+    return {**flags, **options.server_args}
+
+
+def _own_dtype(info: TargetInfo) -> str:
+    """Return the checkpoint's dtype: SGLang's own `auto` would turn float32 into float16."""
+    named = info.config.get("dtype") or info.config.get("torch_dtype") or "auto"
+    return str(named).removeprefix("torch.")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def as_arguments(flags: Mapping[str, Flag]) -> list[str]:
+    """Return flags as a command line; True is a flag without a value, False leaves it out."""
+    arguments = []
+    for name, value in flags.items():
+        if value is False:
+            continue
+        arguments.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            arguments.append(str(value))
+    return arguments
+
+
+def write_overlay(site: Path) -> None:
+    """Fill a directory for PYTHONPATH with the part that runs in SGLang, and nothing else.
+
+    SGLang finds its plugins by installed metadata, so that is written beside the package.
+    """
+    package = Path(specforge_sglang_capture.__file__).parent
+    site.mkdir(parents=True)
+    (site / package.name).symlink_to(package.resolve(), target_is_directory=True)
+    own = version("specforge-sglang")
+    info = site / f"specforge_sglang_capture-{own}.dist-info"
+    info.mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: specforge-sglang-capture\nVersion: {own}\n"
+    (info / "METADATA").write_text(metadata, encoding="utf-8")
+    entry = "[sglang.srt.plugins]\nspecforge_capture = specforge_sglang_capture:register\n"
+    (info / "entry_points.txt").write_text(entry, encoding="utf-8")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,314 @@
+"""The target engine: prompts out to SGLang servers, hidden states back from them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from specforge_sglang_capture import ENABLE_ENV, spool
+from specforge_sglang_capture.ask import Ask
+from specforge_sglang_capture.frame import Frame, FrameError, unpack
+
+from specforge_core.capture.hf import load_target_info
+from specforge_core.config import TargetConfig
+from specforge_core.errors import CaptureError
+from specforge_core.types import CaptureSpec, Prompt, TargetCapture, TargetInfo
+
+from .child import ChildServer
+from .client import START, Client, Refused, ServerDown, check_server
+from .handoff import FileHandoff, Handoff, HttpHandoff
+from .options import SGLangOptions, read_options
+from .pool import Pool, Server
+
+ARRIVAL_SECONDS = 20.0  # from a server's answer to the arrival of what it captured
+CHECK_SECONDS = 10.0  # one look at a server that was retired
+PROBE_TOKENS = 3
+LOCAL = {"localhost", "127.0.0.1", "::1"}
+
+
+@dataclass(slots=True)
+class Budget:
+    """Bytes that may be on their way at once: a slow trainer holds back the servers."""
+
+    limit: int
+    _used: int = 0
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def fits(self, size: int) -> bool:
+        return self._used == 0 or self._used + size <= self.limit
+
+    def take(self, size: int) -> None:
+        self._used += size
+
+    def give(self, size: int) -> None:
+        self._used -= size
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one prompt."""
+
+    size: int
+    capture: TargetCapture | None
+    error: BaseException | None = None
+
+
+class SGLangEngine:
+    """A TargetEngine whose model runs in SGLang, here or elsewhere.  Captures are on the CPU."""
+
+    def __init__(
+        self,
+        info: TargetInfo,
+        options: SGLangOptions,
+        servers: Sequence[Server],
+        handoff: Handoff,
+        child: ChildServer | None = None,
+    ) -> None:
+        self.info = info
+        self._options, self._handoff, self._child = options, handoff, child
+        # a child that ended does not come back, so nobody waits for it
+        patience = 0.0 if child is not None else options.patience
+        self.pool = Pool(servers, self._check_again, patience)
+        self._names = itertools.count()
+        self._itemsize = 4  # bytes of one value, until a capture has shown the dtype
+
+    @classmethod
+    def load(cls, target: TargetConfig) -> SGLangEngine:
+        """Start a server, or find those that run; a first capture shows that they work."""
+        info = load_target_info(target)
+        options = read_options(target)
+        handoff = _open_handoff(options)
+        child = None
+        try:
+            if not options.urls:
+                child = ChildServer(target, info, options)
+                child.wait(Client(child.url, 5.0), options.start_timeout)
+            urls = options.urls or (child.url if child else "",)
+            clients = [Client(url, options.timeout, options.api_key) for url in urls]
+            engine = cls(info, options, [Server(client) for client in clients], handoff, child)
+            engine._handshake()
+        except BaseException:
+            if child is not None:
+                child.close()
+            handoff.close()
+            raise
+        return engine
+
+    def _handshake(self) -> None:
+        """Capture a few tokens on every server; CaptureError says what is wrong with one."""
+        prompt = Prompt(0, torch.arange(PROBE_TOKENS), torch.zeros(PROBE_TOKENS, dtype=torch.int64))
+        spec = CaptureSpec((0,), "post_norm", {})
+        for server in self.pool.servers:
+            try:
+                check_server(server.client)
+                capture = self._ask(server, prompt, spec, first=True)
+            except ServerDown as exc:
+                if self._child is not None:
+                    self._child.check_alive()
+                self.pool.retire(server, str(exc))
+                continue
+            self._itemsize = capture.hidden_states[0].element_size()
+        if all(server.retired for server in self.pool.servers):
+            self.pool.release(self.pool.acquire(0), 0, served=False)  # waits, or says who is down
+
+    def capture(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> Iterator[TargetCapture]:
+        """Yield one capture per prompt, in the order in which they arrive.
+
+        At most `max_requests` prompts and `max_bytes` of states are on their way, those the
+        caller has not taken included.  Raises CaptureError naming the prompt that went wrong.
+        """
+        self._check(prompts, spec)
+        waiting = list(reversed(prompts))
+        done: SimpleQueue[Outcome] = SimpleQueue()
+        budget = Budget(self._limit())
+        running = 0
+        workers = ThreadPoolExecutor(min(self._options.max_requests, max(1, len(prompts))))
+        stop = threading.Event()
+        try:
+            while waiting or running:
+                while waiting and running < self._options.max_requests:
+                    size = self._size(waiting[-1], spec)
+                    if not budget.fits(size):
+                        break
+                    budget.take(size)
+                    running += 1
+                    workers.submit(self._run, waiting.pop(), spec, size, done, stop)
+                outcome = done.get()
+                running -= 1
+                if outcome.error is not None:
+                    raise outcome.error
+                assert outcome.capture is not None
+                yield outcome.capture
+                budget.give(outcome.size)
+        finally:
+            stop.set()
+            workers.shutdown(wait=False, cancel_futures=True)
+
+    def _check(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> None:
+        last = self.info.num_layers - 1
+        if wrong := sorted(i for i in spec.layers if not -1 <= i <= last):
+            raise CaptureError(
+                f"layers {wrong} are not in the target: it has layers 0 to {last}, and -1 is the "
+                "embedding output. Change the strategy's layers"
+            )
+        if not spec.layers and spec.final == "none":
+            raise CaptureError("the strategy asks for no states at all. Change its layers")
+        for prompt in prompts:
+            low, high = int(prompt.input_ids.min()), int(prompt.input_ids.max())
+            if low < 0 or high >= self.info.vocab_size:
+                raise CaptureError(
+                    f"prompt {prompt.index} has token ids {low} to {high}, the target's vocabulary "
+                    f"is 0 to {self.info.vocab_size - 1}. Use the target's own tokenizer"
+                )
+
+    def _limit(self) -> int:
+        """Return how many bytes may be on their way: a small tmpfs allows fewer."""
+        if isinstance(self._handoff, FileHandoff):
+            return min(self._options.max_bytes, self._handoff.free_bytes() * 3 // 4)
+        return self._options.max_bytes
+
+    def _size(self, prompt: Prompt, spec: CaptureSpec) -> int:
+        count = len(spec.layers) + (spec.final != "none")
+        return len(prompt.input_ids) * (count * self.info.hidden_size * self._itemsize + 8)
+
+    def _run(
+        self,
+        prompt: Prompt,
+        spec: CaptureSpec,
+        size: int,
+        done: SimpleQueue[Outcome],
+        stop: threading.Event,
+    ) -> None:
+        """Have one prompt captured by some server, whichever fails meanwhile."""
+        tokens = len(prompt.input_ids)
+        try:
+            while not stop.is_set():
+                server = self.pool.acquire(tokens)
+                served = False
+                try:
+                    capture = self._ask(server, prompt, spec)
+                    served = True
+                except ServerDown as exc:
+                    if self._child is not None:
+                        self._child.check_alive()
+                    self.pool.retire(server, str(exc))
+                    continue
+                finally:
+                    self.pool.release(server, tokens, served)
+                done.put(Outcome(size, capture))
+                return
+        except BaseException as exc:
+            done.put(Outcome(size, None, exc))
+
+    def _ask(
+        self, server: Server, prompt: Prompt, spec: CaptureSpec, first: bool = False
+    ) -> TargetCapture:
+        """Have one prompt captured by one server.
+
+        Raises ServerDown when another server may do better, CaptureError when none would.
+        """
+        name = f"{prompt.index}-{next(self._names)}"
+        ask = Ask(name, self._handoff.way, self._handoff.place, spec.layers, spec.final)
+        self._handoff.expect(name)
+        where = f"prompt {prompt.index} (request {name} at {server.client.url})"
+        try:
+            server.client.prefill(prompt.input_ids.tolist(), str(ask))
+            buffer = self._handoff.take(name, ARRIVAL_SECONDS)
+        except Refused as exc:
+            self._handoff.forget(name)
+            raise CaptureError(f"{where} was refused: {exc}. Check data.max_length") from exc
+        except BaseException:
+            self._handoff.forget(name)
+            raise
+        if buffer is None:
+            self._handoff.forget(name)
+            if first:
+                raise CaptureError(self._nothing_came(server))
+            raise ServerDown(f"it answered request {name}, but its states did not come")
+        try:
+            frame = unpack(buffer)
+        except FrameError as exc:
+            raise CaptureError(f"{where} came back damaged: {exc}. Try again") from exc
+        return _as_capture(frame, ask, prompt, self.info, where)
+
+    def _nothing_came(self, server: Server) -> str:
+        remedy = (
+            f"over http to {self._handoff.place.split('/')[0]}. Can that machine reach it? "
+            "target.options.receiver_host says how this one is called"
+            if self._handoff.way == "http"
+            else f"as a file in {self._handoff_root()}. If it runs on another machine or in another"
+            " container: target.options.handoff=http"
+        )
+        return (
+            f"the server at {server.client.url} answers, but hands out no states: specforge's "
+            f"plugin is not active there. Start it with: {START} (or set {ENABLE_ENV}=1 where "
+            f"specforge-sglang is installed). States were expected {remedy}"
+        )
+
+    def _handoff_root(self) -> Any:
+        return getattr(self._handoff, "root", None)
+
+    def _check_again(self, client: Client) -> None:
+        if self._child is not None:
+            self._child.check_alive()
+        check_server(Client(client.url, CHECK_SECONDS, client.api_key))
+
+    def close(self) -> None:
+        """End the server that was started here, and delete what was not taken."""
+        self.pool.closed = True
+        if self._child is not None:
+            self._child.close()
+        self._handoff.close()
+
+
+def _open_handoff(options: SGLangOptions) -> Handoff:
+    hosts = {urlsplit(url).hostname for url in options.urls}
+    way = options.handoff
+    if way == "auto":
+        way = "files" if hosts <= LOCAL else "http"
+    if way == "files":
+        return FileHandoff(options.directory or spool.default_root())
+    return HttpHandoff(options.receiver_host, options.receiver_port)
+
+
+def _as_capture(
+    frame: Frame, ask: Ask, prompt: Prompt, info: TargetInfo, where: str
+) -> TargetCapture:
+    """Return a frame as a capture, after every check that can be made of it."""
+    if frame.error is not None:
+        raise CaptureError(f"{where} was not captured: {frame.error}")
+    assert frame.input_ids is not None
+    header, tokens = frame.header, len(prompt.input_ids)
+    expected: dict[str, Any] = {
+        "name": ask.name,
+        "layers": list(ask.layers),
+        "final": ask.final,
+        "num_layers": info.num_layers,
+        "tokens": tokens,
+        "width": info.hidden_size,
+        "states": len(ask.layers) + (ask.final != "none"),
+    }
+    if wrong := {key: header.get(key) for key in expected if header.get(key) != expected[key]}:
+        told = ", ".join(f"{k} {v!r} instead of {expected[k]!r}" for k, v in wrong.items())
+        raise CaptureError(
+            f"{where} came back wrong: {told}. Does the server run {info.name_or_path}?"
+        )
+    if not torch.equal(frame.input_ids, prompt.input_ids.to(torch.int64)):
+        raise CaptureError(f"{where} came back with other tokens than were sent")
+    for key, state in zip((*ask.layers, f"final ({ask.final})"), frame.states, strict=False):
+        # one sum: it can only overflow where all parts are finite, so the exact check follows
+        if not bool(state.sum(dtype=torch.float32).isfinite()) and not bool(state.isfinite().all()):
+            raise CaptureError(
+                f"{where}: the state of layer {key} is not finite ({state.dtype}). "
+                "Try: target.dtype=float32"
+            )
+    states = dict(zip(ask.layers, frame.states, strict=False))
+    final = frame.states[-1] if ask.final != "none" else None
+    return TargetCapture(prompt.index, prompt.input_ids, prompt.loss_mask, states, final)

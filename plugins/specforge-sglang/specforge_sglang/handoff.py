@@ -1,0 +1,187 @@
+"""The reader's end of a hand-off: where frames arrive, and how one waits for them.
+
+A frame that nobody waits for any more is thrown away when it arrives.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import shutil
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Protocol
+
+from specforge_sglang_capture import spool
+from specforge_sglang_capture.ask import Way
+
+from specforge_core.errors import ConfigError
+
+
+class Handoff(Protocol):
+    """Where frames arrive, by name."""
+
+    way: Way
+
+    @property
+    def place(self) -> str:
+        """What a request's id says about where its states go."""
+        ...
+
+    def expect(self, name: str) -> None: ...
+    def take(self, name: str, timeout: float) -> Any:
+        """Return the bytes of a frame, writable; None when it did not come in time."""
+        ...
+
+    def forget(self, name: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class FileHandoff:
+    """Files in a directory of this process's own, mapped and unlinked when they are read."""
+
+    way: Way = "files"
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or spool.default_root()
+        try:
+            spool.sweep(self.root)
+            self.path, self._lock = spool.make(self.root)
+        except OSError as exc:
+            raise ConfigError(
+                f"no hand-off directory can be made in {self.root}: {exc.strerror}. "
+                "Try: target.options.directory=DIRECTORY, on a tmpfs"
+            ) from exc
+        self._forgotten: set[str] = set()
+
+    @property
+    def place(self) -> str:
+        return self.path.name
+
+    def free_bytes(self) -> int:
+        """Return how much the file system can still hold."""
+        return shutil.disk_usage(self.root).free
+
+    def expect(self, name: str) -> None:
+        """Delete what came too late for anyone."""
+        for late in list(self._forgotten):
+            if self._unlink(late):
+                self._forgotten.discard(late)
+
+    def take(self, name: str, timeout: float) -> Any:
+        """Map the file that is called `name`, and unlink it; None when it did not come in time."""
+        path, pause = self.path / name, 0.0005
+        give_up = time.monotonic() + timeout
+        while not path.exists():
+            if time.monotonic() > give_up:
+                return None
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+        with path.open("r+b") as file:
+            mapped = mmap.mmap(file.fileno(), 0)
+        path.unlink()
+        return mapped
+
+    def forget(self, name: str) -> None:
+        """Say that nobody waits for `name` any more."""
+        if not self._unlink(name):
+            self._forgotten.add(name)
+
+    def _unlink(self, name: str) -> bool:
+        try:
+            (self.path / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Delete the directory; writers see that it has no reader any more."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+class HttpHandoff:
+    """A small server in this process that frames are posted to."""
+
+    way: Way = "http"
+
+    def __init__(self, host: str | None = None, port: int = 0) -> None:
+        self._token = secrets.token_urlsafe(16)
+        self._arrived: dict[str, bytearray] = {}
+        self._expected: set[str] = set()
+        self._changed = threading.Condition()
+        handoff = self
+
+        class Receiver(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                handoff._receive(self)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        try:
+            self._server = ThreadingHTTPServer(("", port), Receiver)
+        except OSError as exc:
+            raise ConfigError(
+                f"port {port} cannot be listened on: {exc.strerror}. "
+                "Try: target.options.receiver_port=0"
+            ) from exc
+        self._server.daemon_threads = True
+        self.host = host or socket.gethostbyname(socket.gethostname())
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    @property
+    def place(self) -> str:
+        return f"{self.host}:{self._server.server_address[1]}/{self._token}"
+
+    def expect(self, name: str) -> None:
+        """Let a frame called `name` in."""
+        with self._changed:
+            self._expected.add(name)
+
+    def _receive(self, request: BaseHTTPRequestHandler) -> None:
+        token, _, name = request.path.removeprefix("/").partition("/")
+        known = secrets.compare_digest(token, self._token)
+        with self._changed:
+            wanted = known and name in self._expected
+        if not wanted:
+            request.close_connection = True
+            request.send_error(404)
+            return
+        body = bytearray(int(request.headers["Content-Length"]))
+        view, have = memoryview(body), 0
+        while have < len(body):
+            count = request.rfile.readinto(view[have:])
+            if not count:  # the writer is gone
+                request.close_connection = True
+                return
+            have += count
+        with self._changed:
+            if name in self._expected:
+                self._expected.discard(name)
+                self._arrived[name] = body
+                self._changed.notify_all()
+        request.send_response(200)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    def take(self, name: str, timeout: float) -> Any:
+        """Return the body that was posted as `name`; None when it did not come in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: name in self._arrived, timeout)
+            return self._arrived.pop(name, None)
+
+    def forget(self, name: str) -> None:
+        """Say that nobody waits for `name` any more."""
+        with self._changed:
+            self._expected.discard(name)
+            self._arrived.pop(name, None)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()

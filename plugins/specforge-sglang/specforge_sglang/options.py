@@ -1,0 +1,119 @@
+"""The `target.options` section when `target.engine` is sglang."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from specforge_core.config import Section, TargetConfig
+from specforge_core.errors import ConfigError
+
+# flags that specforge sets itself: another value would give wrong states, or none
+RESERVED = {
+    "model_path",
+    "revision",
+    "dtype",
+    "host",
+    "port",
+    "disable_radix_cache",
+    "chunked_prefill_size",
+    "disable_cuda_graph",
+    "pp_size",
+    "pipeline_parallel_size",
+    "enable_dp_attention",
+}
+Flag = bool | int | float | str
+
+
+class SGLangOptions(Section):
+    """Which SGLang runs the target: one that is started here, or servers that run already."""
+
+    python: str | None = Field(
+        None, description="Interpreter of the environment that has SGLang; starts a server with it."
+    )
+    urls: tuple[str, ...] = Field((), description="Servers that run already: http://HOST:PORT.")
+    server_args: dict[str, Flag] = Field(
+        default_factory=dict, description="More flags of the server: mem_fraction_static: 0.5, ..."
+    )
+    env: dict[str, str] = Field(
+        default_factory=dict, description="More environment variables of the server."
+    )
+    handoff: Literal["auto", "files", "http"] = Field(
+        "auto", description="files is for servers on this machine; auto looks at the urls."
+    )
+    directory: Path | None = Field(None, description="Where files are handed over: a tmpfs.")
+    receiver_host: str | None = Field(
+        None, description="Name or address under which other machines reach this one."
+    )
+    receiver_port: int = Field(0, ge=0, le=65535, description="0 takes any free port.")
+    max_bytes: int = Field(1 << 30, gt=0, description="States on their way, asked for or waiting.")
+    max_requests: int = Field(64, gt=0, description="Requests that run at once.")
+    timeout: float = Field(300.0, gt=0, description="Seconds one request may take.")
+    start_timeout: float = Field(600.0, gt=0, description="Seconds a server may take to start.")
+    patience: float = Field(
+        120.0, ge=0, description="Seconds to wait for a server when all are unreachable."
+    )
+    api_key: str | None = Field(None, description="Sent to the servers, if they ask for one.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_url(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("url"), str) and "urls" not in raw:
+            raw = {**raw, "urls": [raw["url"]]}
+            del raw["url"]
+        return raw
+
+    @field_validator("urls")
+    @classmethod
+    def _absolute(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError("a url begins with http:// or https://")
+        if len(set(urls)) != len(urls):
+            raise ValueError("a url is listed twice")
+        return tuple(url.rstrip("/") for url in urls)
+
+    @field_validator("server_args")
+    @classmethod
+    def _not_reserved(cls, flags: dict[str, Flag]) -> dict[str, Flag]:
+        named = {name.lstrip("-").replace("-", "_"): value for name, value in flags.items()}
+        if taken := sorted(RESERVED & named.keys()):
+            raise ValueError(f"{', '.join(taken)} cannot be set: specforge sets or forbids it")
+        return named
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SGLangOptions:
+        if self.urls and (self.python or self.server_args or self.env):
+            raise ValueError("with urls no server is started: python, server_args, env do nothing")
+        return self
+
+
+def read_options(target: TargetConfig) -> SGLangOptions:
+    """Validate `target.options`; ConfigError says which key is wrong, and what to write."""
+    try:
+        options = SGLangOptions.model_validate(target.options)
+    except ValidationError as exc:
+        lines = []
+        for error in exc.errors(include_url=False):
+            where = ".".join(("target.options", *map(str, error["loc"])))
+            message = error["msg"].removeprefix("Value error, ")
+            if error["type"] == "extra_forbidden":
+                message = f"unknown key (known: url, {', '.join(SGLangOptions.model_fields)})"
+            lines.append(f"{where}: {message}")
+        listing = "\n  ".join(lines)
+        raise ConfigError(f"the options of target.engine=sglang are wrong:\n  {listing}") from exc
+    if options.urls or options.python:
+        return options
+    try:
+        version("sglang")
+    except PackageNotFoundError:
+        raise ConfigError(
+            "target.engine=sglang needs to know where SGLang is: it is not installed here. Try: "
+            "target.options.python=/path/to/sglang-venv/bin/python, or "
+            "target.options.url=http://HOST:PORT of a running server"
+        ) from None
+    return options.model_copy(update={"python": sys.executable})

@@ -1,0 +1,73 @@
+"""Start an SGLang server that hands out hidden states: `python -m specforge_sglang_capture`.
+
+Takes every argument of `sglang.launch_server` and adds those that a capture needs.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from . import ENABLE_ENV, LIFELINE_ENV, MIN_VERSION, parse_version
+
+# the flags that a capture needs, and their values
+REQUIRED = {
+    "--disable-radix-cache": (),
+    "--chunked-prefill-size": ("-1",),
+    "--disable-cuda-graph": (),
+    "--skip-server-warmup": (),
+}
+
+
+def add_required(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with what a capture needs; SystemExit where they contradict it."""
+    result = list(arguments)
+    for flag, value in REQUIRED.items():
+        if flag not in result:
+            result += [flag, *value]
+        elif value and result[result.index(flag) + 1 :][:1] != list(value):
+            raise SystemExit(f"specforge_sglang_capture: a capture needs {flag} {' '.join(value)}")
+    return result
+
+
+def check_version() -> None:
+    """Exit with an error when SGLang is missing or too old."""
+    wanted = ".".join(map(str, MIN_VERSION))
+    remedy = f"Try: {sys.executable} -m pip install 'sglang>={wanted}'"
+    try:
+        found = version("sglang")
+    except PackageNotFoundError:
+        raise SystemExit(f"SGLang is not installed in {sys.prefix}. {remedy}") from None
+    if parse_version(found) < MIN_VERSION:
+        raise SystemExit(f"SGLang {found} is older than {wanted}. {remedy}")
+
+
+def follow_parent() -> None:
+    """End this process group when the process that started it is gone, however it ended."""
+    text = os.environ.pop(LIFELINE_ENV, None)
+    if text is None:
+        return
+
+    def wait() -> None:
+        os.read(int(text), 1)  # returns at the end of the pipe: nothing is ever written
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> None:
+    """Start the server, in this process."""
+    check_version()
+    follow_parent()
+    os.environ[ENABLE_ENV] = "1"
+    sys.argv = ["sglang.launch_server", *add_required(sys.argv[1:])]
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

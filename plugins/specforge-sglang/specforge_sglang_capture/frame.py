@@ -1,0 +1,98 @@
+"""The bytes of one capture: a short JSON header, then raw tensors.
+
+Layout: 8 bytes magic, 8 bytes header length (little endian), the header padded with spaces so
+that the tensors begin at a multiple of 64 bytes, then input_ids as int64 [T], each layer [T, H]
+and the final state [T, H].  Both sides run on machines of the same byte order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAGIC = b"SFSGCAP1"
+ALIGN = 64
+
+
+class FrameError(ValueError):
+    """Bytes that are no whole frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One capture, or the reason there is none."""
+
+    header: dict[str, Any]
+    input_ids: Tensor | None = None  # [T] int64
+    states: tuple[Tensor, ...] = ()  # [T, H] each: the layers in the order asked for, the final
+
+    @property
+    def error(self) -> str | None:
+        value = self.header.get("error")
+        return None if value is None else str(value)
+
+
+def pack(header: dict[str, Any], input_ids: Tensor, states: Sequence[Tensor]) -> list[memoryview]:
+    """Return the pieces of a frame, tensors uncopied.  All are contiguous and on the CPU."""
+    described = {
+        **header,
+        "tokens": len(input_ids),
+        "dtype": str(states[0].dtype).removeprefix("torch."),
+        "width": states[0].shape[1],
+        "states": len(states),
+    }
+    return [_head(described), _bytes(input_ids), *map(_bytes, states)]
+
+
+def pack_error(header: dict[str, Any], error: str) -> list[memoryview]:
+    """Return the pieces of a frame that says why there are no states."""
+    return [_head({**header, "error": error})]
+
+
+def _head(header: dict[str, Any]) -> memoryview:
+    text = json.dumps(header).encode()
+    text += b" " * (-(16 + len(text)) % ALIGN)
+    return memoryview(MAGIC + len(text).to_bytes(8, "little") + text)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    raw: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
+
+
+def unpack(buffer: Any) -> Frame:
+    """Return the frame in a writable buffer; its tensors share the buffer's memory.
+
+    Raises FrameError when the buffer is not exactly one frame.
+    """
+    import torch
+
+    view = memoryview(buffer)
+    if len(view) < 16 or bytes(view[:8]) != MAGIC:
+        raise FrameError("it does not begin as a capture")
+    start = 16 + int.from_bytes(view[8:16], "little")
+    try:
+        header = json.loads(bytes(view[16:start]))
+    except ValueError as exc:
+        raise FrameError("its header is torn") from exc
+    if "error" in header:
+        return Frame(header)
+    tokens, width, count = header["tokens"], header["width"], header["states"]
+    dtype = getattr(torch, header["dtype"])
+    each = tokens * width * dtype.itemsize
+    if len(view) != start + 8 * tokens + count * each:
+        raise FrameError(f"it has {len(view)} bytes, its header promises another number")
+    ids = torch.frombuffer(buffer, dtype=torch.int64, count=tokens, offset=start)
+    place = start + 8 * tokens
+    states = [
+        torch.frombuffer(buffer, dtype=dtype, count=tokens * width, offset=place + i * each)
+        for i in range(count)
+    ]
+    return Frame(header, ids, tuple(s.view(tokens, width) for s in states))
