@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,26 +150,29 @@ def test_an_empty_directory_and_a_killed_exports_rest_are_no_hindrance(tmp_path:
     assert listing(tmp_path) == ["draft"]
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """Make writing fail as on a full disk, a few kilobytes into a file."""
+    """Make writing fail as on a full disk, a few kilobytes into a file.
+
+    No fixture: pytest's own output may go to a file, which the limit would hit too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
     out = tmp_path / "draft"
     large = Export({}, {"w": torch.zeros(4096)})
-    with pytest.raises(
-        CheckpointError, match=r"could not be written to .*draft: .*Free some space"
-    ):
+    message = r"could not be written to .*draft: .*Free some space"
+    with small_files(), pytest.raises(CheckpointError, match=message):
         write_export(large, out, {})
     assert listing(tmp_path) == []
     write_export(export(), out, {})
-    with pytest.raises(CheckpointError, match=r"could not be written"):
+    with small_files(), pytest.raises(CheckpointError, match=r"could not be written"):
         write_export(large, out, {}, force=True)
     same(read_export(out), export())
     assert listing(tmp_path) == ["draft"]
