@@ -145,8 +145,8 @@ def check_attention(device: str) -> float:
             out = attend(x[0], pairs[0], pairs[1:], d, path)
             backward(out.square().sum())
             found.append([out.detach(), *(t.grad for t in x)])
-        pairs = zip(*found, strict=True)
-        errors += [relative(a, b) for a, b in pairs if a is not None and b is not None]
+        both = zip(*found, strict=True)
+        errors += [relative(a, b) for a, b in both if a is not None and b is not None]
     return max(errors)
 
 
@@ -275,7 +275,7 @@ def matmul_rate(case: Case, device: str, dtype: torch.dtype, repeat: int) -> flo
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(start.elapsed_time(end) if device == "cuda" else 1e3 * (end - start))
-    return 2.0 * a.numel() * case.mlp * 5 / (median(times[3:]) / 1e3)
+    return float(2 * a.numel() * case.mlp * 5 / (median(times[3:]) / 1e3))
 
 
 def run(small: bool, repeat: int) -> None:

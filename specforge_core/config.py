@@ -108,7 +108,7 @@ class TrainConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "always", "never"] = Field(
-        "auto", description="torch.compile the shard units; auto does so on a GPU."
+        "auto", description="torch.compile the draft's units; auto does so on a GPU."
     )
     threads: int | None = Field(None, gt=0, description="CPU threads of one operation.")
     save_every: int = Field(500, gt=0, description="Steps between checkpoints.")

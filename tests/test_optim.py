@@ -49,6 +49,13 @@ def test_only_matrices_are_decayed_and_muon_takes_those_of_the_shard_units() -> 
     assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model["layer"].weight)]
 
 
+def test_muon_takes_the_matrices_of_repeated_units_too() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "layer": nn.Linear(4, 4)})
+    draft = Draft(model, repeated_units=(model["layer"],))
+    _, muon = build_optimizers(draft, TrainConfig(optimizer="muon"))
+    assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model["layer"].weight)]
+
+
 def test_muon_without_hidden_matrices_is_refused() -> None:
     with pytest.raises(ConfigError, match="no matrix in its shard units"):
         build_optimizers(Draft(nn.Linear(4, 4)), TrainConfig(optimizer="muon"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,8 +36,3 @@ class Frozen(nn.Module):
             rows = self._load_head()[target_tokens(d2t).cpu()]
             self._rows = rows.to(like.device, like.dtype)
         return self._rows
-
-
-def tied(embed_tokens: Tensor) -> Callable[[], Tensor]:
-    """Return a loader of a head that is the embedding."""
-    return lambda: embed_tokens.detach().to("cpu", torch.float32)

@@ -1,0 +1,60 @@
+"""Rotary embeddings against transformers' own, and which of a target's a draft takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from specforge_core.errors import ConfigError
+from specforge_core.ops.rotary import Rotary, draft_rope, rotate
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("scaling", [{}, YARN, LLAMA3, {"rope_type": "linear", "factor": 2.0}])
+def test_rotation_is_the_targets(scaling: dict[str, Any]) -> None:
+    rope = {"rope_type": "default", "rope_theta": 500.0, **scaling}
+    config = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=16,
+        max_position_embeddings=256,
+        rope_parameters=rope,
+    )
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 4, 16, generator=gen)
+    positions = torch.randint(256, (9,), generator=gen)
+    cos, sin = LlamaRotaryEmbedding(config)(x, positions[None])
+    want, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
+    ours = rotate(x, Rotary(draft_rope(config.to_dict()), 16, 256)(positions))
+    torch.testing.assert_close(ours, want[0].transpose(0, 1))
+    assert rotate(x.bfloat16(), Rotary(rope, 16, 256)(positions)).dtype == torch.bfloat16
+
+
+def test_what_a_draft_takes_of_the_targets_parameters() -> None:
+    plain = {"rope_type": "default", "rope_theta": 7.0}
+    assert draft_rope({"rope_theta": 7.0}) == plain
+    assert draft_rope({"rope_parameters": {**plain, "partial_rotary_factor": 0.5}}) == plain
+    assert draft_rope({"rope_parameters": {**YARN, "rope_theta": 9.0}}, theta=7.0) == plain
+    old = {"rope_theta": 7, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert draft_rope(old) == {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}
+    sections = {"rope_type": "mrope", "mrope_section": [1, 2], "rope_theta": 7.0}
+    assert draft_rope({"rope_parameters": sections}) == plain
+    kinds = {"full_attention": plain, "sliding_attention": {"rope_theta": 1.0}}
+    assert draft_rope({"rope_parameters": kinds}) == plain
+
+
+def test_parameters_that_change_with_the_length_are_refused() -> None:
+    with pytest.raises(ConfigError, match="rope_type 'dynamic' changes with the length"):
+        draft_rope({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
