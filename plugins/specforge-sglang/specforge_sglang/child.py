@@ -34,6 +34,7 @@ CPU_FLAGS: dict[str, Flag] = {
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
+    "mem_fraction_static": 0.5,  # its own guess for a CPU can be negative
 }
 
 

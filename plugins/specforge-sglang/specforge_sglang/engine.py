@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,7 +27,7 @@ from .handoff import FileHandoff, Handoff, HttpHandoff
 from .options import SGLangOptions, read_options
 from .pool import Pool, Server
 
-ARRIVAL_SECONDS = 20.0  # from a server's answer to the arrival of what it captured
+ARRIVAL_SECONDS = 60.0  # from a server's answer to the arrival of what it captured
 CHECK_SECONDS = 10.0  # one look at a server that was retired
 PROBE_TOKENS = 3
 LOCAL = {"localhost", "127.0.0.1", "::1"}
@@ -39,7 +39,6 @@ class Budget:
 
     limit: int
     _used: int = 0
-    _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def fits(self, size: int) -> bool:
         return self._used == 0 or self._used + size <= self.limit
@@ -73,9 +72,7 @@ class SGLangEngine:
     ) -> None:
         self.info = info
         self._options, self._handoff, self._child = options, handoff, child
-        # a child that ended does not come back, so nobody waits for it
-        patience = 0.0 if child is not None else options.patience
-        self.pool = Pool(servers, self._check_again, patience)
+        self.pool = Pool(servers, self._check_again, options.patience)
         self._names = itertools.count()
         self._itemsize = 4  # bytes of one value, until a capture has shown the dtype
 
@@ -129,7 +126,6 @@ class SGLangEngine:
         done: SimpleQueue[Outcome] = SimpleQueue()
         budget = Budget(self._limit())
         running = 0
-        workers = ThreadPoolExecutor(min(self._options.max_requests, max(1, len(prompts))))
         stop = threading.Event()
         try:
             while waiting or running:
@@ -139,7 +135,10 @@ class SGLangEngine:
                         break
                     budget.take(size)
                     running += 1
-                    workers.submit(self._run, waiting.pop(), spec, size, done, stop)
+                    # a daemon: a request that hangs must not keep the process from ending
+                    threading.Thread(
+                        target=self._run, args=(waiting.pop(), spec, size, done, stop), daemon=True
+                    ).start()
                 outcome = done.get()
                 running -= 1
                 if outcome.error is not None:
@@ -149,7 +148,6 @@ class SGLangEngine:
                 budget.give(outcome.size)
         finally:
             stop.set()
-            workers.shutdown(wait=False, cancel_futures=True)
 
     def _check(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> None:
         last = self.info.num_layers - 1
@@ -220,10 +218,11 @@ class SGLangEngine:
         where = f"prompt {prompt.index} (request {name} at {server.client.url})"
         try:
             server.client.prefill(prompt.input_ids.tolist(), str(ask))
-            buffer = self._handoff.take(name, ARRIVAL_SECONDS)
+            buffer = self._wait(server, name)
         except Refused as exc:
             self._handoff.forget(name)
-            raise CaptureError(f"{where} was refused: {exc}. Check data.max_length") from exc
+            reason = str(exc).rstrip(".")
+            raise CaptureError(f"{where} was refused: {reason}. Check data.max_length") from exc
         except BaseException:
             self._handoff.forget(name)
             raise
@@ -237,6 +236,16 @@ class SGLangEngine:
         except FrameError as exc:
             raise CaptureError(f"{where} came back damaged: {exc}. Try again") from exc
         return _as_capture(frame, ask, prompt, self.info, where)
+
+    def _wait(self, server: Server, name: str) -> Any:
+        """Return the bytes of a frame; None when they do not come from a server that lives."""
+        give_up = time.monotonic() + ARRIVAL_SECONDS
+        while time.monotonic() < give_up and not self.pool.closed:
+            if (buffer := self._handoff.take(name, min(1.0, ARRIVAL_SECONDS))) is not None:
+                return buffer
+            # it may have died between its answer and the hand-over
+            replace(server.client, timeout=CHECK_SECONDS).get("/server_info")
+        return None
 
     def _nothing_came(self, server: Server) -> str:
         remedy = (
@@ -258,7 +267,7 @@ class SGLangEngine:
     def _check_again(self, client: Client) -> None:
         if self._child is not None:
             self._child.check_alive()
-        check_server(Client(client.url, CHECK_SECONDS, client.api_key))
+        check_server(replace(client, timeout=CHECK_SECONDS))
 
     def close(self) -> None:
         """End the server that was started here, and delete what was not taken."""

@@ -104,6 +104,11 @@ class FileHandoff:
         os.close(self._lock)
 
 
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # all servers may post at once
+
+
 class HttpHandoff:
     """A small server in this process that frames are posted to."""
 
@@ -124,13 +129,12 @@ class HttpHandoff:
                 pass
 
         try:
-            self._server = ThreadingHTTPServer(("", port), Receiver)
+            self._server = _Listener(("", port), Receiver)
         except OSError as exc:
             raise ConfigError(
                 f"port {port} cannot be listened on: {exc.strerror}. "
                 "Try: target.options.receiver_port=0"
             ) from exc
-        self._server.daemon_threads = True
         self.host = host or socket.gethostbyname(socket.gethostname())
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

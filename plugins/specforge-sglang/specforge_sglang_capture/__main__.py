@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from . import ENABLE_ENV, LIFELINE_ENV, MIN_VERSION, parse_version
 
@@ -53,8 +55,12 @@ def follow_parent() -> None:
     if text is None:
         return
 
+    here = Path.cwd()
+
     def wait() -> None:
         os.read(int(text), 1)  # returns at the end of the pipe: nothing is ever written
+        if here.name.startswith("specforge-sglang-"):  # made for this server
+            shutil.rmtree(here, ignore_errors=True)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()

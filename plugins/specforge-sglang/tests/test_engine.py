@@ -1,79 +1,234 @@
-"""Stock SGLang in a child process captures what transformers does."""
+"""The engine against servers in processes of their own: nothing lost, nothing twice."""
 
 from __future__ import annotations
 
-import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import torch
+from specforge_sglang.engine import SGLangEngine
 
-from specforge_core.capture.manifest import CaptureManifest
-from specforge_core.capture.verify import verify_directory
-from specforge_core.capture.worker import run_capture
-from specforge_core.config import load_config
-from specforge_core.errors import SpecForgeError
-from specforge_core.testing.toy import save_toy_target, write_conversations
+from specforge_core.errors import CaptureError, ConfigError
+from specforge_core.types import CaptureSpec, TargetCapture
 
-PYTHON = os.environ.get("SPECFORGE_SGLANG_PYTHON")
-CPU = {
-    "device": "cpu",
-    "attention_backend": "torch_native",
-    "sampling_backend": "pytorch",
-    "grammar_backend": "none",
-    "max_total_tokens": 4096,
-    "mem_fraction_static": 0.5,
-}
+SPEC = CaptureSpec((4, -1, 1), "post_norm", {})
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    save_toy_target(tmp_path / "target", hidden_size=128, intermediate_size=256)
-    data = write_conversations(tmp_path / "train.jsonl", 6)
-    options = {"python": PYTHON, "env": {"SGLANG_USE_CPU_ENGINE": "1"}, "server_args": CPU}
-    raw: dict[str, Any] = {
-        "target": {
-            "path": str(tmp_path / "target"),
-            "dtype": "float32",
-            "engine": "sglang",
-            "options": options,
-        },
-        "strategy": {"name": "linear"},
-        "data": {"train": [str(data)], "capture_dir": str(tmp_path / "capture")},
-        "output_dir": str(tmp_path / "run"),
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
+def right(capture: TargetCapture) -> bool:
+    """Say whether a capture holds what the stand-in gives for its prompt."""
+    column = capture.input_ids[:, None].float()
+    assert capture.final is not None
+    states = {**capture.hidden_states, "final": capture.final}
+    base: dict[Any, float] = {-1: -100.0, 1: 100.0, 4: 400.0, "final": 7.0}
+    return states.keys() == base.keys() and all(
+        torch.equal(state, (base[key] + column).expand(-1, 32)) for key, state in states.items()
+    )
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(PYTHON is None, reason="SPECFORGE_SGLANG_PYTHON names no SGLang environment")
-def test_captures_equal_those_of_transformers(config: Path, tmp_path: Path) -> None:
-    run_capture(*load_config(config))
-    directory = tmp_path / "capture"
-    manifest = CaptureManifest.read(directory)
-    assert (manifest.num_samples, manifest.complete) == (6, True)
-    again = load_config(config, ("target.engine=transformers", "target.options={}"))
-    verify_directory(directory, *again, 6)
+@pytest.mark.parametrize("way", [{}, {"handoff": "http", "receiver_host": "127.0.0.1"}])
+def test_every_prompt_comes_back_once_with_its_own_states(
+    shared: Any, target: Any, prompts: Any, root: Path, way: dict[str, Any]
+) -> None:
+    engine = SGLangEngine.load(target(shared(), **way))
+    asked = prompts(5, 40, 1, 3, 200, 40)
+    captures = list(engine.capture(asked, SPEC))
+    assert sorted(c.index for c in captures) == [0, 1, 2, 3, 4, 5]
+    assert all(right(c) for c in captures)
+    assert all(c.loss_mask is asked[c.index].loss_mask for c in captures)
+    engine.close()
+    assert list(root.iterdir()) == []
 
 
-def test_an_interpreter_that_is_not_there_is_named(config: Path, tmp_path: Path) -> None:
-    missing = str(tmp_path / "absent" / "python")
-    with pytest.raises(SpecForgeError, match="absent"):
-        run_capture(*load_config(config, (f"target.options.python={missing}",)))
-    assert not (tmp_path / "capture" / "manifest.json").exists()
+def test_a_state_outlives_the_engine_and_its_file(
+    shared: Any, target: Any, prompts: Any, root: Path
+) -> None:
+    engine = SGLangEngine.load(target(shared()))
+    (capture,) = engine.capture(prompts(64), SPEC)
+    (directory,) = root.iterdir()
+    assert [p.name for p in directory.iterdir()] == ["lock"]  # read, and already unlinked
+    engine.close()
+    capture.hidden_states[4].mul_(1)  # writable
+    assert right(capture)
+
+
+def test_the_work_of_a_killed_server_is_done_by_the_others(
+    start: Any, target: Any, prompts: Any
+) -> None:
+    servers = [start(delay=0.02) for _ in range(3)]
+    engine = SGLangEngine.load(target(*servers, max_requests=12))
+    threading.Timer(0.3, servers[1].kill).start()
+    captures = list(engine.capture(prompts(*[10 + i % 7 for i in range(300)]), SPEC))
+    assert sorted(c.index for c in captures) == list(range(300))
+    assert all(right(c) for c in captures)
+    retired = [s for s in engine.pool.servers if s.retired]
+    assert [s.client.url for s in retired] == [servers[1].url]
+    assert all(s.served > 30 for s in engine.pool.servers if not s.retired)
+    assert [s.outstanding for s in engine.pool.servers] == [0, 0, 0]
+    engine.close()
+
+
+def test_a_server_that_comes_back_is_used_again(start: Any, target: Any, prompts: Any) -> None:
+    first = start(delay=0.01)
+    engine = SGLangEngine.load(target(first, patience=60))
+    port = int(first.url.rsplit(":", 1)[1])
+
+    def restart() -> None:
+        first.kill()
+        time.sleep(0.5)
+        start(port)
+
+    worker = threading.Thread(target=restart)
+    source = engine.capture(prompts(*[8] * 200), SPEC)
+    captures = [next(source)]
+    worker.start()
+    captures += source
+    worker.join()
+    assert sorted(c.index for c in captures) == list(range(200))
+    assert all(right(c) for c in captures)
+    engine.close()
+
+
+def test_all_servers_gone_is_an_error_that_lists_them(
+    start: Any, target: Any, prompts: Any
+) -> None:
+    servers = [start(), start(fault="dies", after=3)]
+    engine = SGLangEngine.load(target(*servers, patience=0.5))
+    servers[0].kill()
+    with pytest.raises(CaptureError, match="no SGLang server can be used") as caught:
+        list(engine.capture(prompts(*[9] * 20), SPEC))
+    assert all(s.url in str(caught.value) for s in servers)
+    engine.close()
+
+
+def test_a_server_may_be_down_at_the_start(start: Any, target: Any, prompts: Any) -> None:
+    dead, alive = start(), start()
+    dead.kill()
+    engine = SGLangEngine.load(target(dead, alive))
+    assert len(list(engine.capture(prompts(4, 5), SPEC))) == 2
+    engine.close()
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("fault", "message"),
     [
-        ("target.options.pithon=x", "pithon"),
-        ("target.options.max_bytes=0", "max_bytes"),
-        ("target.options.server_args.disable_radix_cache=false", "disable_radix_cache"),
+        ("rows", r"prompt 1 \(request 1-\d+ at http.*tokens 19 instead of 20"),
+        ("width", r"prompt 1 .*width 16 instead of 32.*Does the server run"),
+        ("layers", r"prompt 1 .*num_layers 5 instead of 6"),
+        ("tokens", r"prompt 1 .*other tokens than were sent"),
+        ("nan", r"prompt 1 .*layer final \(post_norm\) is not finite.*target.dtype=float32"),
+        ("torn", r"prompt 1 .*came back damaged"),
+        ("refuses", r"prompt 1 .*was not captured: the model has no layer setter"),
+        ("cached", r"prompt 1 .*3 of its tokens came from the radix cache"),
     ],
 )
-def test_wrong_options_are_named(config: Path, override: str, message: str) -> None:
-    with pytest.raises(SpecForgeError, match=message):
-        run_capture(*load_config(config, (override,)))
+def test_a_wrong_capture_is_an_error_that_names_the_request(
+    shared: Any, target: Any, prompts: Any, root: Path, fault: str, message: str
+) -> None:
+    engine = SGLangEngine.load(target(shared(fault=fault)))
+    with pytest.raises(CaptureError, match=message):
+        list(engine.capture(prompts(3, 20), SPEC))
+    engine.close()
+    assert list(root.iterdir()) == []
+
+
+def test_a_prompt_that_the_server_refuses_is_named(shared: Any, target: Any, prompts: Any) -> None:
+    engine = SGLangEngine.load(target(shared()))
+    message = r"prompt 0 .*was refused: HTTP 400: the input is longer.*Check data.max_length"
+    with pytest.raises(CaptureError, match=message):
+        list(engine.capture(prompts(501), SPEC))
+    assert len(list(engine.capture(prompts(30), SPEC))) == 1  # still usable
+    engine.close()
+
+
+@pytest.mark.parametrize("way", ["files", "http"])
+def test_a_server_without_the_plugin_is_an_error_that_says_how_to_start_it(
+    shared: Any, target: Any, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr("specforge_sglang.engine.ARRIVAL_SECONDS", 0.3)
+    server = shared(fault="silent", at_once=True)
+    with pytest.raises(CaptureError, match=r"plugin is not active.*specforge_sglang_capture"):
+        SGLangEngine.load(target(server, handoff=way, receiver_host="127.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"version": "0.5.9"}, r"0\.5\.9, which is older than 0\.5\.14.*pip install"),
+        ({"disable_radix_cache": False}, "needs: --disable-radix-cache"),
+        ({"chunked_prefill_size": 8192}, "needs: --chunked-prefill-size -1"),
+        ({"disable_cuda_graph": False}, "needs: --disable-cuda-graph"),
+        ({"pp_size": 2}, "needs: --pp-size 1"),
+    ],
+)
+def test_a_server_that_cannot_capture_is_refused_at_once(
+    shared: Any, target: Any, info: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CaptureError, match=message):
+        SGLangEngine.load(target(shared(info=info)))
+
+
+def test_no_more_is_on_its_way_than_allowed(shared: Any, target: Any, prompts: Any) -> None:
+    server = shared()
+    one = 50 * (4 * 32 * 4 + 8)  # bytes of one capture
+    engine = SGLangEngine.load(target(server, max_bytes=3 * one))
+    before = server.served()
+    source = engine.capture(prompts(*[50] * 30), SPEC)
+    next(source)
+    time.sleep(1.0)  # a trainer that is busy
+    assert server.served() - before <= 3
+    assert len(list(source)) == 29
+    engine.close()
+
+
+def test_a_capture_larger_than_the_limit_still_runs_alone(
+    shared: Any, target: Any, prompts: Any
+) -> None:
+    engine = SGLangEngine.load(target(shared(), max_bytes=10))
+    assert len(list(engine.capture(prompts(50, 60), SPEC))) == 2
+    engine.close()
+
+
+def test_a_capture_that_is_given_up_leaves_nothing(
+    shared: Any, target: Any, prompts: Any, root: Path
+) -> None:
+    engine = SGLangEngine.load(target(shared(delay=0.05), max_requests=4))
+    source = engine.capture(prompts(*[20] * 40), SPEC)
+    next(source)
+    source.close()
+    assert len(list(engine.capture(prompts(*[20] * 5), SPEC))) == 5
+    engine.close()
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (CaptureSpec((6,), "none", {}), r"layers \[6\] are not in the target: .* 0 to 5"),
+        (CaptureSpec((), "none", {}), "no states at all"),
+    ],
+)
+def test_layers_that_are_not_there_are_named(
+    shared: Any, target: Any, prompts: Any, spec: CaptureSpec, message: str
+) -> None:
+    engine = SGLangEngine.load(target(shared()))
+    with pytest.raises(CaptureError, match=message):
+        list(engine.capture(prompts(4), spec))
+    engine.close()
+
+
+def test_token_ids_beyond_the_vocabulary_are_named(shared: Any, target: Any, prompts: Any) -> None:
+    engine = SGLangEngine.load(target(shared()))
+    asked = prompts(4)
+    asked[0].input_ids[2] = 260
+    with pytest.raises(CaptureError, match=r"prompt 0 has token ids .* 0 to 259"):
+        list(engine.capture(asked, SPEC))
+    engine.close()
+
+
+def test_an_interpreter_that_is_not_there_is_named(target: Any, tmp_path: Path) -> None:
+    missing = tmp_path / "absent" / "python"
+    with pytest.raises(ConfigError, match=r"absent.*target\.options\.python="):
+        SGLangEngine.load(target(python=str(missing)))

@@ -1,0 +1,173 @@
+"""Servers to capture from: processes that stand in for SGLang, and SGLang itself."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specforge_core.config import TargetConfig
+from specforge_core.types import Prompt
+
+HERE = Path(__file__).parent
+VERSION = os.environ.get("SPECFORGE_SGLANG_VERSION", "0.5.14")
+
+
+@dataclass
+class StandIn:
+    """A process that answers as an SGLang server with specforge's plugin would."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+
+    def served(self) -> int:
+        with urllib.request.urlopen(f"{self.url}/server_info") as response:
+            return int(json.load(response)["served"])
+
+    def configure(self, **options: Any) -> None:
+        raw = json.dumps(options).encode()
+        urllib.request.urlopen(f"{self.url}/options", raw).close()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+Start = Callable[..., StandIn]
+
+
+def launch(root: Path, port: int | None = None, **options: Any) -> StandIn:
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+    command = [sys.executable, str(HERE / "stand_in_server.py"), str(port), json.dumps(options)]
+    env = {**os.environ, "SPECFORGE_SGLANG_DIR": str(root)}
+    made = StandIn(subprocess.Popen(command, env=env), f"http://127.0.0.1:{port}")
+    for _ in range(600):
+        try:
+            made.served()
+            return made
+        except OSError:
+            assert made.process.poll() is None
+            time.sleep(0.05)
+    raise AssertionError("the stand-in did not start")
+
+
+@pytest.fixture(scope="session")
+def session_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("handoff")
+
+
+@pytest.fixture
+def root(session_root: Path) -> Iterator[Path]:
+    """Where hand-off directories are made; empty at the start of each test."""
+    yield session_root
+    for left in session_root.iterdir():
+        shutil.rmtree(left)
+
+
+@pytest.fixture(scope="session")
+def lasting(session_root: Path) -> Iterator[StandIn]:
+    made = launch(session_root)
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+def shared(lasting: StandIn) -> Start:
+    """Return a function that gives the one server that every test may use, but not kill."""
+
+    def configured(**options: Any) -> StandIn:
+        lasting.configure(**options)
+        return lasting
+
+    return configured
+
+
+@pytest.fixture
+def start(root: Path) -> Iterator[Start]:
+    """Return a function that starts a server; options are those of stand_in_server.py."""
+    running: list[StandIn] = []
+
+    def begin(port: int | None = None, **options: Any) -> StandIn:
+        running.append(launch(root, port, **options))
+        return running[-1]
+
+    yield begin
+    for made in running:
+        made.kill()
+
+
+@pytest.fixture
+def target(toy_target: Path, root: Path) -> Callable[..., TargetConfig]:
+    """Return a function that makes the target's config from servers and options."""
+
+    def make(*servers: StandIn, **options: Any) -> TargetConfig:
+        urls = {"urls": [s.url for s in servers]} if servers else {}
+        return TargetConfig(
+            path=str(toy_target),
+            engine="sglang",
+            dtype="float32",
+            device="cpu",
+            batch_tokens=1024,
+            options={**urls, "directory": str(root), **options},
+        )
+
+    return make
+
+
+@pytest.fixture
+def prompts() -> Callable[..., list[Prompt]]:
+    """Return a function that makes prompts of the lengths given, with different tokens."""
+
+    def make(*lengths: int) -> list[Prompt]:
+        draw = torch.Generator().manual_seed(0)
+        made = []
+        for index, length in enumerate(lengths):
+            ids = torch.randint(0, 250, (length,), generator=draw)
+            made.append(Prompt(index, ids, torch.ones_like(ids)))
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> str:
+    """Return the interpreter of an environment with SGLang; it is made once, beside the caches.
+
+    `SPECFORGE_SGLANG_PYTHON` names another one, `SPECFORGE_SGLANG_VERSION` another version.
+    """
+    if named := os.environ.get("SPECFORGE_SGLANG_PYTHON"):
+        return named
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specforge"
+    cache.mkdir(parents=True, exist_ok=True)
+    venv = cache / f"sglang-venv-{VERSION}"
+    ready = venv / ".ready"
+    with (cache / f"sglang-venv-{VERSION}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another test run may be making it
+        if not ready.exists():
+            made = subprocess.run(
+                [str(HERE / "install_cpu.sh"), str(venv), VERSION],
+                env={**os.environ, "PYTHON": sys.executable},
+                capture_output=True,
+                text=True,
+            )
+            if made.returncode != 0:
+                lines = made.stderr.strip().splitlines() or ["no reason given"]
+                pytest.skip(f"SGLang {VERSION} cannot be installed here: {lines[-1]}")
+            ready.touch()
+    return str(venv / "bin" / "python")

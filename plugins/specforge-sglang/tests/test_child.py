@@ -1,0 +1,192 @@
+"""A child server starts with the right flags, says why it ended, and never outlives its parent.
+
+`sglang` is a package of a few lines here, whose launcher answers over HTTP, forks a worker, and
+prints what it was given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from specforge_sglang.child import ChildServer, as_arguments, server_flags, write_overlay
+from specforge_sglang.client import Client
+from specforge_sglang.options import read_options
+
+from specforge_core.capture.hf import load_target_info
+from specforge_core.config import TargetConfig
+from specforge_core.errors import CaptureError
+
+LAUNCHER = """
+import json, os, subprocess, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import entry_points
+BEHAVE
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        found = [e.value for e in entry_points(group="sglang.srt.plugins")]
+        body = {"argv": sys.argv[1:], "env": dict(os.environ), "plugins": found}
+        body["pids"] = [os.getpid(), worker.pid]
+        body["cwd"] = os.getcwd()
+        raw = json.dumps(body).encode()
+        self.send_response(200); self.end_headers(); self.wfile.write(raw)
+port = int(sys.argv[sys.argv.index("--port") + 1])
+HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+PARENT = """
+import json, os, sys, time
+from specforge_sglang.child import ChildServer
+from specforge_sglang.client import Client
+from specforge_sglang.options import read_options
+from specforge_core.capture.hf import load_target_info
+from specforge_core.config import TargetConfig
+target = TargetConfig(**json.loads(sys.argv[1]))
+child = ChildServer(target, load_target_info(target), read_options(target))
+client = Client(child.url, 5.0)
+child.wait(client, 60)
+print(json.dumps(client.get("/")), flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+Configure = Callable[..., TargetConfig]
+
+
+@pytest.fixture
+def configure(tmp_path: Path, toy_target: Path) -> Configure:
+    def make(behave: str = "", version: str | None = "0.5.14", **options: Any) -> TargetConfig:
+        site = tmp_path / "site"
+        (site / "sglang").mkdir(parents=True)
+        (site / "sglang" / "__init__.py").touch()
+        (site / "sglang" / "launch_server.py").write_text(LAUNCHER.replace("BEHAVE", behave))
+        if version is not None:
+            info = site / f"sglang-{version}.dist-info"
+            info.mkdir()
+            text = f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n"
+            (info / "METADATA").write_text(text)
+        chosen = {"python": sys.executable, "env": {"PYTHONPATH": str(site)}, **options}
+        return TargetConfig(path=str(toy_target), engine="sglang", device="cpu", options=chosen)
+
+    return make
+
+
+def start(target: TargetConfig) -> ChildServer:
+    return ChildServer(target, load_target_info(target), read_options(target))
+
+
+def gone(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_child_gets_its_flags_and_the_plugin(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "MASTER_PORT": "29500", "PYTHONPATH": "/trainer"}.items():
+        monkeypatch.setenv(name, value)
+    target = configure(server_args={"tp-size": 2})
+    child = start(target)
+    client = Client(child.url, 5.0)
+    child.wait(client, 60)
+    told = client.get("/")
+    child.close()
+    argv = told["argv"]
+    assert argv[argv.index("--model-path") + 1] == target.path
+    assert argv[argv.index("--tp-size") + 1] == "2"
+    assert argv[argv.index("--dtype") + 1] == "float32"  # the checkpoint's own
+    assert {"--disable-radix-cache", "--disable-cuda-graph", "--skip-tokenizer-init"} <= set(argv)
+    assert "specforge_sglang_capture:register" in told["plugins"]
+    assert told["env"]["SPECFORGE_SGLANG_CAPTURE"] == "1"
+    assert not {"RANK", "MASTER_PORT"} & told["env"].keys()
+    assert "/trainer" not in told["env"]["PYTHONPATH"]
+    assert all(gone(pid) for pid in told["pids"])
+    assert not Path(told["cwd"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("behave", "version", "message"),
+    [
+        ("", None, r"SGLang is not installed in .*Try: .* -m pip install 'sglang>=0\.5\.14'"),
+        ("", "0.5.9", r"SGLang 0\.5\.9 is older than 0\.5\.14\. Try: "),
+        ("sys.exit('no memory for the KV cache')", "0.5.14", "no memory for the KV cache"),
+    ],
+)
+def test_a_child_that_ends_says_why(
+    configure: Configure, behave: str, version: str | None, message: str
+) -> None:
+    child = start(configure(behave, version))
+    with pytest.raises(CaptureError, match=message):
+        child.wait(Client(child.url, 5.0), 60)
+    child.close()
+
+
+def test_a_child_that_never_answers_is_an_error(configure: Configure) -> None:
+    child = start(configure("import time; print('loading', flush=True); time.sleep(600)"))
+    message = r"did not start in 2 s(.|\n)*loading\n(.|\n)*start_timeout"
+    with pytest.raises(CaptureError, match=message):
+        child.wait(Client(child.url, 5.0), 2.0)
+    child.close()
+
+
+def test_a_child_does_not_outlive_a_killed_parent(configure: Configure) -> None:
+    command = [sys.executable, "-c", PARENT, configure().model_dump_json()]
+    parent = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert parent.returncode == -9
+    told = json.loads(parent.stdout)
+    assert len(told["pids"]) == 2
+    assert all(gone(pid) for pid in told["pids"])
+    assert not Path(told["cwd"]).exists()
+
+
+def test_the_overlay_holds_nothing_but_the_capture_part(tmp_path: Path) -> None:
+    write_overlay(tmp_path / "site")
+    names = sorted(path.name for path in (tmp_path / "site").iterdir())
+    assert len(names) == 2
+    assert names[0] == "specforge_sglang_capture"
+    assert names[1].startswith("specforge_sglang_capture-")
+    script = textwrap.dedent("""
+        import sys
+        import specforge_sglang_capture.taps, specforge_sglang_capture.__main__
+        foreign = {"specforge_core", "pydantic", "transformers"} & sys.modules.keys()
+        sys.exit(f"imported {foreign}" if foreign else 0)
+    """)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    subprocess.run([sys.executable, "-c", script], env=env, check=True)
+
+
+def test_the_dtype_is_the_checkpoints_own(toy_target: Path) -> None:
+    target = TargetConfig(path=str(toy_target), engine="sglang", options={"python": "p"})
+    info, options = load_target_info(target), read_options(target)
+    assert server_flags(target, info, options)["dtype"] == "float32"
+    half = target.model_copy(update={"dtype": "bfloat16"})
+    assert server_flags(half, info, options)["dtype"] == "bfloat16"
+
+
+def test_a_gpu_is_chosen_by_its_number(toy_target: Path) -> None:
+    target = TargetConfig(path=str(toy_target), device="cuda:3", options={"python": "p"})
+    flags = server_flags(target, load_target_info(target), read_options(target))
+    assert flags["base_gpu_id"] == 3
+    assert "max_total_tokens" not in flags
+
+
+def test_flags_as_a_command_line() -> None:
+    assert as_arguments({"tp_size": 2, "skip": True, "trust": False}) == [
+        "--tp-size",
+        "2",
+        "--skip",
+    ]

@@ -1,0 +1,67 @@
+"""Frames carry every bit of a state, and a damaged one is never read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from specforge_sglang_capture.frame import FrameError, pack, pack_error, unpack
+from torch import Tensor
+
+
+def joined(pieces: list[memoryview]) -> bytearray:
+    return bytearray(b"".join(pieces))
+
+
+def example(dtype: torch.dtype, tokens: int = 5) -> tuple[Tensor, list[Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    states = [torch.randn(tokens, 12, generator=draw).to(dtype) for _ in range(3)]
+    return torch.arange(tokens) * 1000, states
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_every_bit_comes_back(dtype: torch.dtype, tokens: int) -> None:
+    ids, states = example(dtype, tokens)
+    frame = unpack(joined(pack({"name": "7"}, ids, states)))
+    assert frame.error is None
+    assert frame.input_ids is not None
+    assert torch.equal(frame.input_ids, ids)
+    assert len(frame.states) == 3
+    for found, sent in zip(frame.states, states, strict=True):
+        assert found.dtype == dtype
+        assert torch.equal(found, sent)
+    told = {key: frame.header[key] for key in ("name", "tokens", "width", "states")}
+    assert told == {"name": "7", "tokens": tokens, "width": 12, "states": 3}
+
+
+def test_tensors_are_not_copied() -> None:
+    ids, states = example(torch.float32)
+    pieces = pack({}, ids, states)
+    states[0][0, 0] = 42
+    buffer = joined(pieces)
+    frame = unpack(buffer)
+    assert frame.states[0][0, 0] == 42
+    frame.states[0][0, 0] = 43
+    assert unpack(buffer).states[0][0, 0] == 43
+
+
+def test_an_error_is_a_frame_too() -> None:
+    frame = unpack(joined(pack_error({"name": "7"}, "no such layer")))
+    assert (frame.error, frame.header["name"]) == ("no such layer", "7")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw[:-1], "promises another number"),
+        (lambda raw: raw + b"\0", "promises another number"),
+        (lambda raw: raw[:40], "header is torn"),
+        (lambda raw: b"X" + raw[1:], "does not begin as a capture"),
+        (lambda raw: b"", "does not begin as a capture"),
+    ],
+)
+def test_damage_is_noticed(damage: object, message: str) -> None:
+    ids, states = example(torch.bfloat16)
+    assert callable(damage)
+    with pytest.raises(FrameError, match=message):
+        unpack(bytearray(damage(bytes(joined(pack({}, ids, states))))))

@@ -1,0 +1,171 @@
+"""Stock SGLang captures what transformers does.  One server for the whole module."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from specforge_sglang.engine import SGLangEngine
+
+from specforge_core.capture.hf import TransformersEngine
+from specforge_core.capture.manifest import CaptureManifest
+from specforge_core.capture.verify import verify_directory
+from specforge_core.capture.worker import run_capture
+from specforge_core.config import TargetConfig, load_config
+from specforge_core.errors import CaptureError
+from specforge_core.testing.toy import write_conversations
+from specforge_core.train.run import train
+from specforge_core.types import CaptureSpec, TargetCapture
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("frames")
+
+
+@pytest.fixture(scope="module")
+def engine(sglang_python: str, toy_target: Path, directory: Path) -> Iterator[SGLangEngine]:
+    """A server started as a child, with every default."""
+    config = TargetConfig(
+        path=str(toy_target),
+        engine="sglang",
+        device="cpu",
+        batch_tokens=1024,
+        options={"python": sglang_python, "directory": str(directory)},
+    )
+    made = SGLangEngine.load(config)
+    yield made
+    made.close()
+    assert list(directory.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def reference(toy_target: Path) -> TransformersEngine:
+    return TransformersEngine.load(TargetConfig(path=str(toy_target), device="cpu"))
+
+
+@pytest.fixture
+def by_url(engine: SGLangEngine, toy_target: Path, directory: Path) -> dict[str, Any]:
+    """The target section of a config that names the running server."""
+    (server,) = engine.pool.servers
+    options = {"url": server.client.url, "directory": str(directory)}
+    return {"path": str(toy_target), "engine": "sglang", "device": "cpu", "options": options}
+
+
+def same(found: list[TargetCapture], expected: list[TargetCapture]) -> None:
+    by_index = {capture.index: capture for capture in found}
+    assert len(by_index) == len(found) == len(expected)
+    for want in expected:
+        got = by_index[want.index]
+        assert got.hidden_states.keys() == want.hidden_states.keys()
+        for layer, state in want.hidden_states.items():
+            torch.testing.assert_close(got.hidden_states[layer], state, rtol=1e-4, atol=5e-5)
+        if want.final is not None:
+            assert got.final is not None
+            torch.testing.assert_close(got.final, want.final, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "final"),
+    [
+        ((1, 3), "none"),
+        ((4, 0, 2), "post_norm"),  # in the order asked for
+        ((-1, 5), "none"),  # the embedding and the last layer: not of the setter
+        ((-1, 0, 1, 2, 3, 4, 5), "pre_norm"),
+        ((), "post_norm"),
+        ((), "pre_norm"),
+    ],
+)
+def test_states_are_those_of_transformers(
+    engine: SGLangEngine, reference: TransformersEngine, prompts: Any, layers: Any, final: Any
+) -> None:
+    spec = CaptureSpec(layers, final, {})
+    asked = prompts(5, 37, 100, 1, 200, 37)
+    same(list(engine.capture(asked, spec)), list(reference.capture(asked, spec)))
+
+
+def test_a_prompt_captured_again_is_captured_in_full(
+    engine: SGLangEngine, reference: TransformersEngine, prompts: Any
+) -> None:
+    spec = CaptureSpec((2,), "none", {})
+    (prompt,) = prompts(60)
+    for _ in range(3):  # a radix cache would give only the last row
+        same(list(engine.capture([prompt], spec)), list(reference.capture([prompt], spec)))
+
+
+def test_requests_for_different_layers_run_together(
+    engine: SGLangEngine, reference: TransformersEngine, prompts: Any
+) -> None:
+    specs = [
+        CaptureSpec((0, 3), "none", {}),
+        CaptureSpec((4,), "post_norm", {}),
+        CaptureSpec((-1, 1, 2), "pre_norm", {}),
+    ]
+    asked = prompts(*[20 + i for i in range(12)])
+    found: list[list[TargetCapture]] = [[], [], []]
+
+    def run(number: int) -> None:
+        found[number] = list(engine.capture(asked, specs[number]))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for spec, captures in zip(specs, found, strict=True):
+        same(captures, list(reference.capture(asked, spec)))
+
+
+def test_states_come_over_http_too(
+    by_url: dict[str, Any], reference: TransformersEngine, prompts: Any
+) -> None:
+    options = {**by_url["options"], "handoff": "http", "receiver_host": "127.0.0.1"}
+    spec = CaptureSpec((1, 4), "post_norm", {})
+    made = SGLangEngine.load(TargetConfig(**{**by_url, "options": options}))
+    asked = prompts(9, 150, 30)
+    same(list(made.capture(asked, spec)), list(reference.capture(asked, spec)))
+    made.close()
+
+
+def test_a_prompt_beyond_the_context_is_named(engine: SGLangEngine, prompts: Any) -> None:
+    message = r"prompt 0 .*600 tokens.* longer than the model's context length.*data\.max_length"
+    with pytest.raises(CaptureError, match=message):
+        list(engine.capture(prompts(600), CaptureSpec((1,), "none", {})))
+
+
+@pytest.fixture
+def config(tmp_path: Path, by_url: dict[str, Any]) -> Path:
+    raw: dict[str, Any] = {
+        "target": by_url,
+        "strategy": {"name": "linear"},
+        "data": {"train": [str(write_conversations(tmp_path / "train.jsonl", 12))]},
+        "output_dir": str(tmp_path / "run"),
+        "train": {"max_steps": 4, "batch_size": 2, "device": "cpu", "log_every": 1},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_verify_finds_a_capture_equal_to_transformers(config: Path, tmp_path: Path) -> None:
+    pytest.importorskip("specforge_linear", reason="the linear example is not installed")
+    where = f"data.capture_dir={tmp_path / 'capture'}"
+    run_capture(*load_config(config, (where,)))
+    directory = tmp_path / "capture"
+    manifest = CaptureManifest.read(directory)
+    assert (manifest.num_samples, manifest.complete) == (12, True)
+    again = load_config(config, (where, "target.engine=transformers", "target.options={}"))
+    verify_directory(directory, *again, 6)
+
+
+def test_online_training_from_a_server(config: Path) -> None:
+    pytest.importorskip("specforge_linear", reason="the linear example is not installed")
+    report = train(*load_config(config))
+    assert report.step == 4
