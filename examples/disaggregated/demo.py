@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import specforge_sglang_capture
 import yaml
+from specforge_sglang.child import free_port
 
 from specforge_core.testing.toy import save_toy_target, write_conversations
 
@@ -53,9 +53,7 @@ class Server:
     """SGLang with specforge's plugin, on a port that stays the same when it is started again."""
 
     def __init__(self, python: str, target: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.command = [python, "-m", "specforge_sglang_capture", "--model-path", str(target)]
         self.command += ["--port", str(self.port), "--dtype", "float32", "--skip-tokenizer-init"]

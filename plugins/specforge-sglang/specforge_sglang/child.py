@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -47,7 +48,7 @@ class ChildServer:
         self._directory = Path(tempfile.mkdtemp(prefix="specforge-sglang-"))
         self._log = self._directory / "server.log"
         write_overlay(self._directory / "site")
-        self.url = f"http://127.0.0.1:{_free_port()}"
+        self.url = f"http://127.0.0.1:{free_port()}"
         flags = server_flags(target, info, options)
         command = [options.python, "-m", "specforge_sglang_capture", *as_arguments(flags)]
         command += ["--host", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1]]
@@ -201,7 +202,14 @@ def write_overlay(site: Path) -> None:
     (info / "entry_points.txt").write_text(entry, encoding="utf-8")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """Return a port that nothing listens on.
+
+    Below 32,768: SGLang also takes the one 10,000 above, which must exist, and what the
+    system hands out by itself (from 32,768 on) may be 60,000.
+    """
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise CaptureError("no free port between 20000 and 32000 for SGLang. Stop other servers")

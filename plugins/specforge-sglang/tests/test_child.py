@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from specforge_sglang.child import ChildServer, as_arguments, server_flags, write_overlay
+from specforge_sglang.child import (
+    ChildServer,
+    as_arguments,
+    free_port,
+    server_flags,
+    write_overlay,
+)
 from specforge_sglang.client import Client
 from specforge_sglang.options import read_options
 
@@ -190,3 +196,8 @@ def test_flags_as_a_command_line() -> None:
         "2",
         "--skip",
     ]
+
+
+def test_a_port_leaves_room_for_the_one_sglang_takes_above_it() -> None:
+    for _ in range(20):
+        assert 1024 < free_port() + 10_000 <= 65_535

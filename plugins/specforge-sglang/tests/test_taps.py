@@ -1,0 +1,207 @@
+"""Hooks sort a batch's states by request, whatever SGLang's model hands them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from specforge_sglang_capture.ask import Ask
+from specforge_sglang_capture.frame import Frame, unpack
+from specforge_sglang_capture.taps import Taps, before_forward
+from torch import Tensor, nn
+
+HIDDEN, LAYERS = 4, 3
+
+
+class LogitsProcessor(nn.Module):
+    """Takes what SGLang's takes."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        hidden_states: Tensor,
+        lm_head: Any,
+        logits_metadata: Any,
+        aux_hidden_states: Any = None,
+    ) -> Tensor:
+        return hidden_states
+
+
+class Layer(nn.Module):
+    """Adds 1, half of it to the residual, as SGLang's layers leave it to the next norm."""
+
+    def forward(self, positions: Any, hidden_states: Tensor, batch: Any, residual: Any) -> Any:
+        if residual is None:
+            residual, hidden_states = hidden_states, torch.zeros_like(hidden_states)
+        residual += hidden_states  # in place, as fused kernels do
+        return torch.ones_like(hidden_states), residual
+
+
+class Norm(nn.Module):
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Any:
+        residual += hidden_states
+        return residual * 10, residual
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.norm = Norm()
+        self.layers_to_capture: list[int] = []
+
+    def forward(self, ids: Tensor, batch: Any) -> Any:
+        hidden, residual, kept = ids[:, None].float().repeat(1, HIDDEN), None, []
+        for i, layer in enumerate(self.layers):
+            if i in self.layers_to_capture:
+                kept.append(hidden + residual)
+            hidden, residual = layer(None, hidden, batch, residual)
+        return self.norm(hidden, residual)[0], kept
+
+
+class NoSetter(nn.Module):
+    packs = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Decoder()
+        self.logits_processor = LogitsProcessor()
+
+    def forward(self, ids: Tensor, batch: Any) -> Any:
+        hidden, kept = self.model(ids, batch)
+        aux = torch.cat(kept, -1) if kept and self.packs else kept or None
+        return self.logits_processor(ids, hidden, None, batch, aux)
+
+
+class Model(NoSetter):
+    def set_eagle3_layers_to_capture(self, layers: list[int]) -> None:
+        self.model.layers_to_capture = [layer + 1 for layer in layers]
+
+
+class Collect:
+    """Keeps what would be sent."""
+
+    def __init__(self) -> None:
+        self.frames: dict[str, Frame] = {}
+
+    def put(self, parcel: Any) -> None:
+        self.frames[parcel.ask.name] = unpack(bytearray(b"".join(parcel.pieces())))
+
+
+def ask(name: str, layers: tuple[int, ...], final: Any = "none") -> str:
+    return str(Ask(name, "files", "d", layers, final))
+
+
+def run(
+    model: NoSetter, lengths: list[int], rids: list[str], writes: bool = True, **batch: Any
+) -> dict[str, Frame]:
+    found = Collect()
+    taps = Taps(model, LAYERS, writes, found)  # type: ignore[arg-type]
+    mode = SimpleNamespace(is_extend=lambda: batch.pop("extends", True))
+    cached = batch.pop("cached", [0] * len(lengths))
+    given = SimpleNamespace(
+        rids=rids, forward_mode=mode, extend_seq_lens_cpu=lengths, extend_prefix_lens_cpu=cached
+    )
+    runner = SimpleNamespace(_specforge_taps=taps)
+    before_forward(runner, given)
+    model(torch.arange(sum(lengths)), given)
+    return found.frames
+
+
+@pytest.fixture(autouse=True)
+def version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specforge_sglang_capture.taps.version", lambda _: "0.5.14")
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_every_request_gets_its_rows_of_its_layers(packs: bool) -> None:
+    model = Model()
+    model.packs = packs
+    asks = [
+        ask("a", (-1, 1)),
+        "someone-else",
+        ask("b", (2, 0), "post_norm"),
+        ask("c", (), "pre_norm"),
+    ]
+    frames = run(model, [2, 3, 1, 2], asks)
+    assert frames.keys() == {"a", "b", "c"}
+    columns = {name: [s[:, 0].tolist() for s in frame.states] for name, frame in frames.items()}
+    # tokens 0 to 7; layer i adds 1; the final norm multiplies by 10
+    assert columns == {
+        "a": [[0, 1], [2, 3]],
+        "b": [[8], [6], [80]],
+        "c": [[9, 10]],
+    }
+    ids = {name: f.input_ids.tolist() for name, f in frames.items() if f.input_ids is not None}
+    assert ids == {"a": [0, 1], "b": [5], "c": [6, 7]}
+
+
+def test_the_choice_of_layers_follows_the_requests() -> None:
+    model = Model()
+    for layers, column in (((0,), [[1]]), ((0, 1), [[1], [2]]), ((1,), [[2]])):
+        frames = run(model, [1], [ask("a", layers)])
+        assert [s[:, 0].tolist() for s in frames["a"].states] == column
+
+
+def test_tokens_from_a_cache_are_refused() -> None:
+    frames = run(Model(), [2], [ask("a", (0,))], cached=[5])
+    assert "5 tokens of a prompt were not run" in str(frames["a"].error)
+    assert "--disable-radix-cache" in str(frames["a"].error)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((3,), "there is no layer 3 in Model: it has layers 0 to 2"),
+        ((-2,), "there is no layer -2"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(layers: tuple[int, ...], message: str) -> None:
+    frames = run(Model(), [2, 2], [ask("a", layers), ask("b", (1,))])
+    assert message in str(frames["a"].error)
+    assert frames["b"].error is None
+
+
+def test_a_model_without_a_setter_is_refused() -> None:
+    frames = run(NoSetter(), [2], [ask("a", (0,))])
+    assert "NoSetter cannot hand out layers: it has none of set_dflash" in str(frames["a"].error)
+
+
+def test_a_model_that_ignores_its_setter_is_refused() -> None:
+    model = Model()
+    model.set_eagle3_layers_to_capture = lambda layers: None  # type: ignore[method-assign]
+    assert run(model, [2], [ask("a", (0,))])["a"].error == "Model did not hand out layer 0"
+
+
+def test_too_few_layers_are_refused() -> None:
+    model = Model()
+    model.set_eagle3_layers_to_capture = lambda layers: setattr(  # type: ignore[method-assign]
+        model.model, "layers_to_capture", [1]
+    )
+    error = run(model, [2], [ask("a", (0, 1))])["a"].error
+    assert error == "SGLang gave 1 layers where 2 were asked for"
+
+
+def test_a_batch_of_parts_is_refused() -> None:
+    found = Collect()
+    taps = Taps(Model(), LAYERS, True, found)  # type: ignore[arg-type]
+    mode = SimpleNamespace(is_extend=lambda: True)
+    batch = SimpleNamespace(
+        rids=[ask("a", (0,))],
+        forward_mode=mode,
+        extend_seq_lens_cpu=[3],
+        extend_prefix_lens_cpu=[0],
+    )
+    taps.begin(batch)
+    taps.model(torch.arange(2), batch)
+    assert found.frames["a"].error == "the batch holds 2 tokens for prompts of 3"
+
+
+def test_only_one_rank_hands_over() -> None:
+    assert run(Model(), [2], [ask("a", (0,))], writes=False) == {}
+
+
+def test_decoding_hands_nothing_over() -> None:
+    assert run(Model(), [2], [ask("a", (0,))], extends=False) == {}
