@@ -1,5 +1,5 @@
 # Every target sets .venv up by itself; PYTHON=python3.12 picks another interpreter.
-.PHONY: setup test test-fast lint format quickstart clean
+.PHONY: setup test test-fast lint format quickstart demo-disaggregated clean
 export OMP_NUM_THREADS ?= 1
 
 setup:
@@ -22,6 +22,10 @@ format: setup
 
 quickstart: setup
 	.venv/bin/python examples/quickstart/quickstart.py
+
+# SPECFORGE_SGLANG_PYTHON names the interpreter of an environment that has SGLang
+demo-disaggregated: setup
+	.venv/bin/python examples/disaggregated/demo.py
 
 clean:
 	rm -rf .venv outputs .mypy_cache .ruff_cache .pytest_cache

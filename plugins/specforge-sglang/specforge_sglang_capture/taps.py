@@ -14,6 +14,7 @@ import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -22,17 +23,14 @@ from torch import Tensor, nn
 
 from .ask import Ask, parse
 from .frame import pack, pack_error
+from .parts import Refusal, find_decoder, find_logits_processor, prompt_lengths, states_in
 from .sender import Parcel, Sender
 
 logger = logging.getLogger("specforge_sglang_capture")
 
 SETTERS = ("set_dflash_layers_to_capture", "set_eagle3_layers_to_capture")
-NORMS = ("norm", "final_layernorm", "ln_f", "norm_f", "final_norm")
+TOLERANCE = 0.02  # relative difference between two ways to the same state
 ATTRIBUTE = "_specforge_taps"
-
-
-class Refusal(Exception):
-    """Why a request's states cannot be given."""
 
 
 @dataclass(slots=True)
@@ -41,25 +39,39 @@ class Seen:
 
     asks: list[Ask | None] = field(default_factory=list)  # of each request in the batch
     batch: Any = None
+    problem: str | None = None
     embedding: Tensor | None = None
     last: Tensor | None = None
+    inputs: dict[int, Tensor] = field(default_factory=dict)  # what layer i + 1 was given, by i
 
 
 class Taps:
     """The hooks on one loaded model."""
 
-    def __init__(self, model: nn.Module, num_layers: int, writes: bool, sender: Sender) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        num_layers: int,
+        writes: bool,
+        sender: Sender,
+        whole: bool = True,  # no rank has only a part of a state
+    ) -> None:
         self.model, self.num_layers, self.writes, self.sender = model, num_layers, writes, sender
         self.seen = Seen()
         self.chosen: tuple[int, ...] = ()  # the layers the setter was last called with
+        # layers whose states were not yet compared with what the next layer was given
+        self.unproven = set(range(num_layers - 1)) if whole else set()
         self.stream: Any = None  # for copies to the host
         self.setter = next((getattr(model, n) for n in SETTERS if hasattr(model, n)), None)
-        self.layers, norm = _find_decoder(model, num_layers)
-        processor = _find_logits_processor(model)
+        self.layers, norm = find_decoder(model, num_layers)
+        processor = find_logits_processor(model)
         self._signature = inspect.signature(type(processor).forward)
         processor.register_forward_pre_hook(self._see_logits_input, with_kwargs=True)
         if self.layers is not None:
             self.layers[0].register_forward_pre_hook(self._see_first_layer, with_kwargs=True)
+            for i, layer in enumerate(self.layers[1:]):
+                see = partial(self._see_layer_input, i, inspect.signature(layer.forward))
+                layer.register_forward_pre_hook(see, with_kwargs=True)
         if norm is not None:
             norm.register_forward_pre_hook(self._see_norm_input)
 
@@ -80,18 +92,46 @@ class Taps:
         for layer in self.layers or ():  # some models mark layers, and never unmark them
             if getattr(layer, "_is_layer_to_capture", False):
                 layer._is_layer_to_capture = False  # type: ignore[assignment]
-        self.setter(list(inner))
-        self.chosen = inner
+        try:
+            self.setter(list(inner))
+            self.chosen = inner
+        except Exception as exc:  # it would end the server
+            logger.exception("the layer setter failed")
+            self.seen.problem = f"the layer setter failed: {type(exc).__name__}: {exc}"
 
     def _see_first_layer(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if -1 in self._wanted:
-            states = [a for a in (*args, *kwargs.values()) if _is_states(a)]
+            states = states_in((*args, *kwargs.values()))
             # later layers add to it in place
             self.seen.embedding = states[0].clone() if states else None
 
+    def _see_layer_input(
+        self, before: int, signature: inspect.Signature, _: nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        if before not in self.unproven or before not in self._wanted:
+            return
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return
+        parts = states_in((given.get("hidden_states"), given.get("residual")))
+        if len(parts) == 2:  # else it is kept elsewhere, and there is nothing to compare with
+            self.seen.inputs[before] = parts[0] + parts[1]
+
+    def _prove(self, layer: int, state: Tensor, given: Tensor) -> None:
+        """Compare a state with the next layer's input, once: some setters hand out less."""
+        error = float((state.float() - given.float()).norm() / given.float().norm())
+        if not error <= TOLERANCE:
+            raise Refusal(
+                f"what SGLang {version('sglang')} hands out for layer {layer} of "
+                f"{type(self.model).__name__} is not that layer's output ({error:.0%} off). "
+                "Use another SGLang version, or target.engine=transformers"
+            )
+        self.unproven.discard(layer)
+
     def _see_norm_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         if self.num_layers - 1 in self._wanted:
-            states = [a for a in args if _is_states(a)]  # the output, and its residual if kept
+            states = states_in(args)  # the output, and its residual if kept
             self.seen.last = sum(states[1:], states[0]) if states else None
 
     def _see_logits_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -100,7 +140,9 @@ class Taps:
             return
         given = self._signature.bind(module, *args, **kwargs).arguments
         try:
-            lengths = _lengths(seen.batch, given["input_ids"])
+            if seen.problem is not None:
+                raise Refusal(seen.problem)
+            lengths = prompt_lengths(seen.batch, given["input_ids"])
             states = self._states(seen, given)
             self._hand_over(seen.asks, lengths, given["input_ids"], states)
         except Exception as exc:  # never let a capture end the server
@@ -129,6 +171,8 @@ class Taps:
                     f"SGLang gave {len(parts)} layers where {len(self.chosen)} were asked for"
                 )
             states |= dict(zip(self.chosen, parts, strict=True))
+            for layer in seen.inputs.keys() & set(self.chosen):
+                self._prove(layer, states[layer], seen.inputs[layer])
         return states
 
     def _hand_over(
@@ -217,43 +261,9 @@ class Taps:
             return copies, self.stream.record_event()
 
 
-def _is_states(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
-
-
 def _name(key: int | str) -> str:
     named: dict[int | str, str] = {-1: "the embedding", "final": "the final norm"}
     return named.get(key, f"layer {key}")
-
-
-def _lengths(batch: Any, input_ids: Tensor) -> list[int]:
-    """Return the tokens of each request in the batch; Refusal when it holds parts of prompts."""
-    lengths = [int(n) for n in batch.extend_seq_lens_cpu]
-    cached = [int(n) for n in batch.extend_prefix_lens_cpu]
-    if any(cached):
-        raise Refusal(
-            f"{max(cached)} tokens of a prompt were not run: they came from the radix cache or "
-            "an earlier chunk. Start SGLang with --disable-radix-cache --chunked-prefill-size -1"
-        )
-    if sum(lengths) != len(input_ids):
-        raise Refusal(f"the batch holds {len(input_ids)} tokens for prompts of {sum(lengths)}")
-    return lengths
-
-
-def _find_decoder(model: nn.Module, num_layers: int) -> tuple[nn.ModuleList | None, Any]:
-    for module in model.modules():
-        layers = getattr(module, "layers", None)
-        norm = next((getattr(module, n) for n in NORMS if hasattr(module, n)), None)
-        if isinstance(layers, nn.ModuleList) and len(layers) == num_layers and norm is not None:
-            return layers, norm
-    return None, None
-
-
-def _find_logits_processor(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if type(module).__name__ == "LogitsProcessor":
-            return module
-    raise Refusal(f"{type(model).__name__} has no LogitsProcessor")
 
 
 _sender: Sender | None = None
@@ -270,6 +280,7 @@ def after_load_model(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Non
         int(runner.model_config.num_hidden_layers),
         int(getattr(runner, "tp_rank", 0)) == 0,
         _sender,
+        whole=int(getattr(runner, "tp_size", 1)) == 1,
     )
     setattr(runner, ATTRIBUTE, taps)
 

@@ -6,6 +6,7 @@ tensors are loaded one by one, and a parameter that stays NaN was never written.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -32,7 +33,8 @@ def build(path: str, port: str) -> Any:
     )
     initialize_model_parallel()
     config = ModelConfig.from_server_args(args, model_path=path)
-    initialize_dp_attention(args, config)
+    wanted = len(inspect.signature(initialize_dp_attention).parameters)
+    initialize_dp_attention(*(args, config)[:wanted])  # versions differ
     model_class, _ = ModelRegistry.resolve_model_cls(config.hf_config.architectures)
     torch.set_default_dtype(torch.bfloat16)
     return model_class(config.hf_config)

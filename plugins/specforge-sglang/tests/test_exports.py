@@ -17,7 +17,13 @@ from specforge_core.restore import export_checkpoint
 from specforge_core.testing.toy import write_conversations
 from specforge_core.train.run import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get("SPECFORGE_SGLANG_VERSION", "0.5.14") != "0.5.14",
+        reason="how a class is built without an engine is known for 0.5.14 only",
+    ),
+]
 HERE = Path(__file__).parent
 DFLASH = {"name": "dflash", "block_size": 4, "num_layers": 2, "num_anchors": 16}
 EAGLE3 = {"name": "eagle3", "layers": [0, 2, 4], "draft_vocab_size": 100}

@@ -32,7 +32,9 @@ class LogitsProcessor(nn.Module):
 class Layer(nn.Module):
     """Adds 1, half of it to the residual, as SGLang's layers leave it to the next norm."""
 
-    def forward(self, positions: Any, hidden_states: Tensor, batch: Any, residual: Any) -> Any:
+    def forward(
+        self, positions: Any, hidden_states: Tensor, batch: Any, residual: Tensor | None
+    ) -> Any:
         if residual is None:
             residual, hidden_states = hidden_states, torch.zeros_like(hidden_states)
         residual += hidden_states  # in place, as fused kernels do
@@ -51,12 +53,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
         self.norm = Norm()
         self.layers_to_capture: list[int] = []
+        self.forgets = False  # the residual, as Gemma 3 does in SGLang 0.5.23
 
     def forward(self, ids: Tensor, batch: Any) -> Any:
         hidden, residual, kept = ids[:, None].float().repeat(1, HIDDEN), None, []
         for i, layer in enumerate(self.layers):
             if i in self.layers_to_capture:
-                kept.append(hidden + residual)
+                kept.append(hidden if self.forgets else hidden + residual)
             hidden, residual = layer(None, hidden, batch, residual)
         return self.norm(hidden, residual)[0], kept
 
@@ -205,3 +208,37 @@ def test_only_one_rank_hands_over() -> None:
 
 def test_decoding_hands_nothing_over() -> None:
     assert run(Model(), [2], [ask("a", (0,))], extends=False) == {}
+
+
+def test_a_setter_that_hands_out_something_else_is_refused() -> None:
+    model = Model()
+    model.model.forgets = True
+    error = str(run(model, [4], [ask("a", (1,))])["a"].error)
+    assert error.startswith("what SGLang 0.5.14 hands out for layer 1 of Model is not that layer's")
+    assert "target.engine=transformers" in error
+
+
+def test_a_layer_is_proven_once() -> None:
+    found = Collect()
+    taps = Taps(Model(), LAYERS, True, found)  # type: ignore[arg-type]
+    assert taps.unproven == {0, 1}
+    mode = SimpleNamespace(is_extend=lambda: True)
+    batch = SimpleNamespace(
+        rids=[ask("a", (1,))],
+        forward_mode=mode,
+        extend_seq_lens_cpu=[2],
+        extend_prefix_lens_cpu=[0],
+    )
+    taps.begin(batch)
+    taps.model(torch.arange(2), batch)
+    assert taps.unproven == {0}
+
+
+def test_a_setter_that_fails_does_not_end_the_server() -> None:
+    def fails(layers: list[int]) -> None:
+        raise ValueError("DFLASH only")
+
+    model = Model()
+    model.set_eagle3_layers_to_capture = fails  # type: ignore[method-assign]
+    error = run(model, [2], [ask("a", (0,))])["a"].error
+    assert error == "the layer setter failed: ValueError: DFLASH only"
