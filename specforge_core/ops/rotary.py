@@ -1,6 +1,6 @@
 """Rotary position embedding for drafts: the target's frequencies, over the whole head.
 
-Shapes: n positions, d head size.
+Shapes: n positions, b samples (none, or the first axis), d head size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-Rope: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines, [n, d / 2] float32
+Rope: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines, [(b,) n, d / 2] float32
 
 # Kinds that make one frequency table, the same at every length; others need more than a table.
 STATIC = ("default", "linear", "llama3", "yarn")
@@ -68,15 +68,15 @@ class Rotary:
         self._scale = float(table.attention_scaling)
 
     def __call__(self, positions: Tensor) -> Rope:
-        """Return cosines and sines for positions [n]."""
+        """Return cosines and sines for positions [n] or [b, n]."""
         if self._frequencies.device != positions.device:
             self._frequencies = self._frequencies.to(positions.device)
-        angles = positions[:, None].float() * self._frequencies
+        angles = positions[..., None].float() * self._frequencies
         return angles.cos() * self._scale, angles.sin() * self._scale
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate [n, heads, d] in float32 (or float64), halves paired."""
+    """Rotate [n, heads, d] or [b, heads, n, d] in float32 (or float64), halves paired."""
     cos, sin = (part[:, None] for part in rope)
     wide = torch.promote_types(x.dtype, torch.float32)
     first, second = x.to(wide).chunk(2, dim=-1)

@@ -10,18 +10,12 @@ from pydantic import Field, model_validator
 
 from specforge_core.config import StrategyConfig
 from specforge_core.errors import ConfigError
+from specforge_core.ops.rotary import draft_rope
 from specforge_core.types import TargetInfo
 
 LayerType: TypeAlias = Literal["full_attention", "sliding_attention"]
 LabelLayout: TypeAlias = Literal["same_position", "next_token"]
 
-# Keys that make one frequency table, the same at every length; others need more than a table.
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-ROPE_KEYS = (
-    *("rope_type", "rope_theta", "factor", "original_max_position_embeddings"),
-    *("low_freq_factor", "high_freq_factor", "attention_factor"),
-    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-)
 # Factors on logits that this package does not reproduce.
 UNSUPPORTED_FACTORS = ("logit_scale", "logits_scaling")
 
@@ -150,7 +144,7 @@ def draft_shape(config: DFlashConfig, target: TargetInfo, mask_token_id: int) ->
         intermediate_size=config.intermediate_size or int(found["intermediate_size"]),
         rms_norm_eps=float(found.get("rms_norm_eps") or 1e-6),
         max_positions=int(found.get("max_position_embeddings") or 32768),
-        rope=draft_rope(config, found),
+        rope=draft_rope(found, config.rope_theta),
         block_size=config.block_size,
         capture_layers=capture_layers(config, target.num_layers),
         layer_types=types,
@@ -192,27 +186,3 @@ def capture_layers(config: DFlashConfig, num_layers: int) -> tuple[int, ...]:
             f"some of them twice. Try: strategy.num_capture_layers={min(count - 1, span + 1)}"
         )
     return ids
-
-
-def draft_rope(config: DFlashConfig, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the draft's rope parameters: the target's, always over the whole head.
-
-    partial_rotary_factor is left out, since engines rotate a draft's whole head, and so
-    are the sections of multimodal RoPE, which is plain RoPE on text.
-    """
-    if config.rope_theta is not None:
-        return {"rope_type": "default", "rope_theta": config.rope_theta}
-    given = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    if isinstance(given.get("full_attention"), Mapping):  # one set per layer type
-        given = given["full_attention"]
-    rope = {key: given[key] for key in ROPE_KEYS if given.get(key) is not None}
-    rope.setdefault("rope_type", given.get("type", "default"))
-    if rope["rope_type"] in ("mrope", "default"):
-        rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta")}
-    if rope["rope_type"] not in STATIC_ROPE:
-        raise ConfigError(
-            f"the target's rope_type {rope['rope_type']!r} changes with the length, which engines "
-            "do not follow in a draft. Try: strategy.rope_theta=10000"
-        )
-    rope["rope_theta"] = float(rope.get("rope_theta") or found.get("rope_theta") or 10000.0)
-    return rope

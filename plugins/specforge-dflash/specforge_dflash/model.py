@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specforge_core.ops.rotary import Rope, Rotary, rotate
+
 from .attention import EagerMask, Mask, attend, block_mask
 from .config import DraftShape, LayerType
-
-Rope = tuple[Tensor, Tensor]  # cosines and sines, [b or 1, 1, positions, d/2] float32
 
 
 class Geometry:
@@ -52,40 +52,6 @@ class LayerCache:
         self._stored[1, :, :, start:end] = v
         self.length = end
         return self._stored[0, :, :, :end], self._stored[1, :, :, :end]
-
-
-class Rotary:
-    """RoPE over the whole head.  No module: a table must not follow the weights' dtype."""
-
-    def __init__(self, shape: DraftShape) -> None:
-        from transformers import Qwen3Config
-        from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
-
-        config = Qwen3Config(
-            hidden_size=shape.hidden_size,
-            num_attention_heads=shape.num_heads,
-            head_dim=shape.head_dim,
-            max_position_embeddings=shape.max_positions,
-            rope_parameters=dict(shape.rope),
-        )
-        with torch.device("cpu"):
-            table = Qwen3RotaryEmbedding(config)
-        self._frequencies: Tensor = table.inv_freq.float()  # [d/2]
-        self._scale = float(table.attention_scaling)
-
-    def __call__(self, positions: Tensor) -> Rope:
-        """Return cosines and sines for positions [b or 1, n]."""
-        if self._frequencies.device != positions.device:
-            self._frequencies = self._frequencies.to(positions.device)
-        angles = positions[:, None, :, None].float() * self._frequencies
-        return angles.cos() * self._scale, angles.sin() * self._scale
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate [b, heads, n, d] in float32, halves paired."""
-    cos, sin = rope
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class BlockAttention(nn.Module):
@@ -173,7 +139,7 @@ class DFlashModel(nn.Module):
         super().__init__()
         self.shape = shape
         self.attention = attention
-        self.rotary = Rotary(shape)
+        self.rotary = Rotary(shape.rope, shape.head_dim, shape.max_positions)
         width = shape.hidden_size
         self.fc = nn.Linear(len(shape.capture_layers) * width, width, bias=False)
         self.hidden_norm = nn.RMSNorm(width, eps=shape.rms_norm_eps)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from specforge_dflash.config import capture_layers, draft_rope, draft_shape
+from specforge_dflash.config import capture_layers, draft_shape
 
 from specforge_core.errors import ConfigError
+from specforge_core.ops.rotary import draft_rope
 
 
 @pytest.mark.parametrize(
@@ -130,12 +131,12 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
 def test_rope_is_the_targets_over_the_whole_head(
     kit: Any, found: dict[str, Any], want: dict[str, Any]
 ) -> None:
-    assert draft_rope(kit.config(), found) == want
+    assert draft_rope(found, kit.config().rope_theta) == want
 
 
 def test_rope_that_changes_with_length_needs_a_plain_one(kit: Any) -> None:
     found = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}
     with pytest.raises(ConfigError, match=r"rope_type 'longrope' .* Try: strategy.rope_theta="):
-        draft_rope(kit.config(), found)
+        draft_rope(found, kit.config().rope_theta)
     plain = {"rope_type": "default", "rope_theta": 500.0}
-    assert draft_rope(kit.config(rope_theta=500.0), found) == plain
+    assert draft_rope(found, kit.config(rope_theta=500.0).rope_theta) == plain
