@@ -14,13 +14,14 @@ from urllib.parse import urlsplit
 import torch
 from specforge_sglang_capture import ENABLE_ENV, spool
 from specforge_sglang_capture.ask import Ask
-from specforge_sglang_capture.frame import Frame, FrameError, unpack
+from specforge_sglang_capture.frame import FrameError, unpack
 
 from specforge_core.capture.hf import load_target_info
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
 from specforge_core.types import CaptureSpec, Prompt, TargetCapture, TargetInfo
 
+from .answer import as_capture
 from .child import ChildServer
 from .client import START, Client, Refused, ServerDown, check_server
 from .handoff import FileHandoff, Handoff, HttpHandoff
@@ -235,7 +236,7 @@ class SGLangEngine:
             frame = unpack(buffer)
         except FrameError as exc:
             raise CaptureError(f"{where} came back damaged: {exc}. Try again") from exc
-        return _as_capture(frame, ask, prompt, self.info, where)
+        return as_capture(frame, ask, prompt, self.info, where)
 
     def _wait(self, server: Server, name: str) -> Any:
         """Return the bytes of a frame; None when they do not come from a server that lives."""
@@ -285,39 +286,3 @@ def _open_handoff(options: SGLangOptions) -> Handoff:
     if way == "files":
         return FileHandoff(options.directory or spool.default_root())
     return HttpHandoff(options.receiver_host, options.receiver_port)
-
-
-def _as_capture(
-    frame: Frame, ask: Ask, prompt: Prompt, info: TargetInfo, where: str
-) -> TargetCapture:
-    """Return a frame as a capture, after every check that can be made of it."""
-    if frame.error is not None:
-        raise CaptureError(f"{where} was not captured: {frame.error}")
-    assert frame.input_ids is not None
-    header, tokens = frame.header, len(prompt.input_ids)
-    expected: dict[str, Any] = {
-        "name": ask.name,
-        "layers": list(ask.layers),
-        "final": ask.final,
-        "num_layers": info.num_layers,
-        "tokens": tokens,
-        "width": info.hidden_size,
-        "states": len(ask.layers) + (ask.final != "none"),
-    }
-    if wrong := {key: header.get(key) for key in expected if header.get(key) != expected[key]}:
-        told = ", ".join(f"{k} {v!r} instead of {expected[k]!r}" for k, v in wrong.items())
-        raise CaptureError(
-            f"{where} came back wrong: {told}. Does the server run {info.name_or_path}?"
-        )
-    if not torch.equal(frame.input_ids, prompt.input_ids.to(torch.int64)):
-        raise CaptureError(f"{where} came back with other tokens than were sent")
-    for key, state in zip((*ask.layers, f"final ({ask.final})"), frame.states, strict=False):
-        # one sum: it can only overflow where all parts are finite, so the exact check follows
-        if not bool(state.sum(dtype=torch.float32).isfinite()) and not bool(state.isfinite().all()):
-            raise CaptureError(
-                f"{where}: the state of layer {key} is not finite ({state.dtype}). "
-                "Try: target.dtype=float32"
-            )
-    states = dict(zip(ask.layers, frame.states, strict=False))
-    final = frame.states[-1] if ask.final != "none" else None
-    return TargetCapture(prompt.index, prompt.input_ids, prompt.loss_mask, states, final)
