@@ -105,6 +105,15 @@ def test_a_reader_pickles(directory: Path):
     assert equal(again[12], sample(112))
 
 
+def test_few_shards_are_held_open(directory: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("specforge_core.capture.store.MAX_OPEN", 1)
+    reader = open_reader(directory)
+    assert len(reader.manifest.shards) > 1
+    for index in [*range(len(reader)), 0]:
+        reader[index]
+    assert list(reader._open) == [0]
+
+
 def test_a_growing_capture_is_seen_by_refresh(tmp_path: Path):
     with ShardWriter(tmp_path, IDENTITY, 8) as writer:
         writer.begin()

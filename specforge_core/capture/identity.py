@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..plugins import CORE
 from ..strategy import Strategy
 from ..types import CaptureSpec, TargetInfo
 from .manifest import CaptureIdentity
-from .safefile import read_header
+from .safefile import OpenFile, read_header
 from .weights import fetch, tensor_files
 
 if TYPE_CHECKING:
@@ -105,13 +106,12 @@ def target_fingerprint(info: TargetInfo) -> str:
 def _pieces(path: Path, sampled: Iterable[str]) -> dict[str, bytes]:
     """Return what is hashed of each tensor of a file."""
     pieces = {}
-    with path.open("rb") as file:
-        for name, entry in read_header(file).items():
-            pieces[name] = f"{name} {entry.code} {entry.shape}".encode()
-            if name in sampled:
-                middle = entry.start + (entry.end - entry.start) // 2
-                file.seek(middle)
-                pieces[name] += file.read(min(SAMPLED_BYTES, entry.end - middle))
+    file = OpenFile(path)
+    for name, entry in read_header(file).items():
+        pieces[name] = f"{name} {entry.code} {entry.shape}".encode()
+        if name in sampled:
+            middle = entry.start + (entry.end - entry.start) // 2
+            pieces[name] += os.pread(file.number, min(SAMPLED_BYTES, entry.end - middle), middle)
     return pieces
 
 

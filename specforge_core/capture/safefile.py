@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -33,6 +34,15 @@ CODES = {
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
+class OpenFile:
+    """A file open for reading at any place by any thread; closed when nobody has it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.number = os.open(path, os.O_RDONLY)
+        finalize(self, os.close, self.number)
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """Where one tensor lies in a file."""
@@ -42,7 +52,7 @@ class Entry:
     start: int  # bytes from the beginning of the file
     end: int
 
-    def rows(self, file: BinaryIO, first: int, last: int) -> Tensor:
+    def rows(self, file: OpenFile, first: int, last: int) -> Tensor:
         """Read rows `first` to `last` (not included) of a tensor into memory of their own."""
         dtype, row = DTYPES[self.code], self.shape[1:]
         width = prod(row) * dtype.itemsize
@@ -54,11 +64,11 @@ class Entry:
         return torch.from_numpy(raw).view(dtype).view(last - first, *row)
 
 
-def read_header(file: BinaryIO) -> dict[str, Entry]:
+def read_header(file: OpenFile) -> dict[str, Entry]:
     """Return the tensors of an open safetensors file; CaptureError when it is not one."""
     try:
-        size = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
-        header: dict[str, Any] = json.loads(os.pread(file.fileno(), size, 8))
+        size = int.from_bytes(os.pread(file.number, 8, 0), "little")
+        header: dict[str, Any] = json.loads(os.pread(file.number, size, 8))
         return {
             name: Entry(
                 entry["dtype"],
@@ -74,14 +84,14 @@ def read_header(file: BinaryIO) -> dict[str, Entry]:
         ) from exc
 
 
-def read_into(file: BinaryIO, offset: int, left: memoryview) -> None:
+def read_into(file: OpenFile, offset: int, left: memoryview) -> None:
     """Fill a buffer from `offset` on; CaptureError when the file ends too early.
 
     Reads instead of a mapping: as fast, and a file cut off meanwhile is an error
     instead of a SIGBUS.
     """
     while left:
-        count = os.preadv(file.fileno(), [left], offset)
+        count = os.preadv(file.number, [left], offset)
         if count == 0:
             raise CaptureError(
                 f"{file.name} ends at byte {offset}, in the middle of its data: it is truncated. "

@@ -20,9 +20,10 @@ from ..errors import CaptureError
 from ..types import Sample
 from .layout import is_ragged
 from .manifest import CaptureManifest
-from .safefile import Entry, read_header
+from .safefile import Entry, OpenFile, read_header
 
 OFFSETS, INDEX, SKIPPED = "_offsets", "_index", "_skipped"
+MAX_OPEN = 256  # shards: a process may hold 1,024 files
 
 
 class ShardReader:
@@ -47,13 +48,15 @@ class ShardReader:
         number, row = self._locate(index)
         shard = self._shard(number)
         first, last = shard.offsets[row : row + 2]
-        with shard.path.open("rb", 0) as file:
-            return {
-                name: shard.entries[name].rows(file, first, last)
-                if is_ragged(field)
-                else shard.entries[name].rows(file, row, row + 1)[0]
-                for name, field in self._fields.items()
-            }
+        return {
+            name: shard.entries[name].rows(shard.file, first, last)
+            if is_ragged(field)
+            else shard.entries[name].rows(shard.file, row, row + 1)[0]
+            for name, field in self._fields.items()
+        }
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return ShardReader, (self._directory, self.manifest)
 
     def prompt_index(self, index: int) -> int:
         """Return which prompt a sample is of."""
@@ -101,26 +104,28 @@ class ShardReader:
         return number, index - self._ends[number]
 
     def _shard(self, number: int) -> _Shard:
-        if number not in self._open:
-            path = self._directory / self.manifest.shards[number].file
-            with path.open("rb", 0) as file:
-                entries = read_header(file)
-                if missing := {*self._fields, OFFSETS, INDEX, SKIPPED} - entries.keys():
-                    raise CaptureError(
-                        f"{path} lacks {', '.join(sorted(missing))}, which the manifest promises. "
-                        "Restore it from a copy, or capture again into an empty directory"
-                    )
-                offsets, index, skipped = (
-                    entries[name].rows(file, 0, entries[name].shape[0]).tolist()
-                    for name in (OFFSETS, INDEX, SKIPPED)
-                )
-            self._open[number] = _Shard(path, entries, offsets, index, skipped)
-        return self._open[number]
+        if (shard := self._open.get(number)) is not None:
+            return shard
+        file = OpenFile(self._directory / self.manifest.shards[number].file)
+        entries = read_header(file)
+        if missing := {*self._fields, OFFSETS, INDEX, SKIPPED} - entries.keys():
+            raise CaptureError(
+                f"{file.name} lacks {', '.join(sorted(missing))}, which the manifest promises. "
+                "Restore it from a copy, or capture again into an empty directory"
+            )
+        offsets, index, skipped = (
+            entries[name].rows(file, 0, entries[name].shape[0]).tolist()
+            for name in (OFFSETS, INDEX, SKIPPED)
+        )
+        if len(self._open) >= MAX_OPEN:
+            self._open.pop(next(iter(self._open)), None)
+        shard = self._open[number] = _Shard(file, entries, offsets, index, skipped)
+        return shard
 
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    path: Path
+    file: OpenFile
     entries: dict[str, Entry]
     offsets: list[int]
     index: list[int]
@@ -133,9 +138,9 @@ def read_token_counts(directory: Path, manifest: CaptureManifest) -> Tensor | No
         return None
     path = directory / manifest.token_counts
     try:
-        with path.open("rb", 0) as file:
-            entry = read_header(file)["token_counts"]
-            return entry.rows(file, 0, entry.shape[0])
+        file = OpenFile(path)
+        entry = read_header(file)["token_counts"]
+        return entry.rows(file, 0, entry.shape[0])
     except (OSError, KeyError) as exc:
         raise CaptureError(
             f"{path} is missing or damaged, and the manifest names it. Restore it from a copy, or "
