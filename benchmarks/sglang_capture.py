@@ -1,15 +1,22 @@
 """Captured tokens/s and GB/s from SGLang, against the same server's plain prefill.
 
-python benchmarks/sglang_capture.py --python SGLANG_VENV/bin/python [--target DIR] [--url URL]
+python benchmarks/sglang_capture.py --python SGLANG_VENV/bin/python [--server-arg KEY=VALUE ...]
 
-"plain" sends the same prompts with as many requests at once, and takes no states.  The capture
-takes five layers and the normed final state, until they are tensors in this process.
+One server, started for capture, does both in turn: "plain" are the same prompts with as many
+requests at once, whose ids ask for no states.  Nothing is decoded (one token each), so what a
+capture forbids, the radix cache and CUDA graphs, would not help these prompts either; SGLang goes
+on computing the captured layers' sums (three additions of [tokens, hidden]) in plain rounds.  A
+capture counts until its states have been copied into a tensor of this process, as for a batch.
+
+Without --target the model has Qwen3-1.7B's shapes and random weights, written to TMPDIR (3.4 GB).
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import shutil
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +24,47 @@ from statistics import median
 from typing import Any
 
 import torch
+import yaml
 from specforge_sglang.engine import SGLangEngine
+from specforge_sglang_capture import spool
 
 from specforge_core.config import TargetConfig
 from specforge_core.types import CaptureSpec, Prompt
 
-ROUNDS = 3
-TARGET = Path.home() / ".cache" / "specforge" / "smollm2-135m-instruct"
+
+def write_model(path: Path, hidden: int, layers: int, vocabulary: int) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=max(1, hidden // 256),
+        head_dim=128,
+        vocab_size=vocabulary,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen3ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(path)
+    del model
+    torch.cuda.empty_cache()
+
+
+def draw_prompts(tokens: int, length: int, vocabulary: int) -> list[Prompt]:
+    """Return prompts of 0.9 to 1.1 times `length`, of about `tokens` together."""
+    draw, prompts = random.Random(0), []
+    for index in range(max(1, tokens // length)):
+        count = draw.randint(length * 9 // 10, length * 11 // 10)
+        ids = torch.tensor(draw.choices(range(vocabulary), k=count))
+        prompts.append(Prompt(index, ids, torch.ones_like(ids)))
+    return prompts
 
 
 def plain(engine: SGLangEngine, prompts: list[Prompt], at_once: int) -> float:
@@ -38,59 +79,105 @@ def plain(engine: SGLangEngine, prompts: list[Prompt], at_once: int) -> float:
 
 
 def captured(engine: SGLangEngine, prompts: list[Prompt], spec: CaptureSpec) -> tuple[float, int]:
-    """Return the seconds until all states are here, and their bytes."""
+    """Return the seconds until all states are read, and their bytes."""
     size, start = 0, time.perf_counter()
+    batch = torch.empty(0)
     for capture in engine.capture(prompts, spec):
         assert capture.final is not None
-        size += capture.final.nbytes + sum(s.nbytes for s in capture.hidden_states.values())
+        for state in (capture.final, *capture.hidden_states.values()):
+            if len(batch) < len(state):
+                batch = torch.empty(2 * len(state), state.shape[1], dtype=state.dtype)
+            batch[: len(state)].copy_(state)
+            size += state.nbytes
     return time.perf_counter() - start, size
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--python", help="interpreter that has SGLang")
-    parser.add_argument("--url", help="a running server instead")
-    parser.add_argument("--target", type=Path, default=TARGET)
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--length", type=int, default=1024, help="longest prompt, in tokens")
-    parser.add_argument("--at-once", type=int, default=64)
-    parser.add_argument("--handoff", choices=("files", "http"), default="files")
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
-    section: dict[str, Any] = {"max_requests": options.at_once, "handoff": options.handoff}
-    section |= {"url": options.url} if options.url else {"python": options.python}
-    section |= {"receiver_host": "127.0.0.1"} if options.handoff == "http" else {}
-    target = TargetConfig(
-        path=str(options.target), engine="sglang", device=options.device, options=section
+def measure(engine: SGLangEngine, way: str, options: argparse.Namespace) -> None:
+    info = engine.info
+    chosen = sorted({1, info.num_layers // 2 - 1, info.num_layers - 4})
+    spec = CaptureSpec(tuple(i for i in chosen if 0 <= i < info.num_layers), "post_norm", {})
+    prompts = draw_prompts(options.tokens, options.length, info.vocab_size)
+    total = sum(len(prompt.input_ids) for prompt in prompts)
+    plain(engine, prompts, options.at_once)  # compiles kernels
+    captured(engine, prompts, spec)  # pins memory
+    pairs = []
+    for _ in range(options.rounds):  # in turn, so that other load hits both alike
+        alone = plain(engine, prompts, options.at_once)
+        pairs.append((alone, *captured(engine, prompts, spec)))
+    alone, seconds = median(a for a, _, _ in pairs), median(b for _, b, _ in pairs)
+    ratios = sorted(a / b for a, b, _ in pairs)
+    speed = pairs[0][2] / seconds / 1e9
+    print(
+        f"{way}: {len(prompts)} prompts, {total} tokens, layers {spec.layers} and the final state"
     )
-    engine = SGLangEngine.load(target)
+    print(f"  plain prefill   {total / alone:10,.0f} tokens/s")
+    print(f"  capture         {total / seconds:10,.0f} tokens/s, {speed:.3f} GB/s")
+    print(
+        f"  of the plain    {median(ratios):10.1%} ({ratios[0]:.1%} to {ratios[-1]:.1%})",
+        flush=True,
+    )
+
+
+def pairs_of(texts: list[str]) -> dict[str, Any]:
+    return {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in texts)}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--python", help="interpreter that has SGLang")
+    parser.add_argument("--target", type=Path)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--tokens", type=int, default=100_000, help="of a round")
+    parser.add_argument("--length", type=int, default=1000, help="tokens of a prompt, about")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--at-once", type=int, default=64)
+    parser.add_argument(
+        "--handoff", nargs="+", choices=("files", "http"), default=["files", "http"]
+    )
+    parser.add_argument("--directory", help="where files are handed over")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--server-arg", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--env", action="append", default=[], metavar="KEY=VALUE")
+    return parser.parse_args()
+
+
+def run(target: Path, options: argparse.Namespace) -> None:
+    section = {"path": str(target), "engine": "sglang", "device": options.device}
+    common: dict[str, Any] = {"max_requests": options.at_once}
+    common |= {"directory": options.directory} if options.directory else {}
+    env = dict(text.split("=", 1) for text in options.env)
+    started = {"python": options.python, "server_args": pairs_of(options.server_arg), "env": env}
+    start = time.perf_counter()
+    first = SGLangEngine.load(TargetConfig(**section, options=common | started))
     try:
-        info, draw = engine.info, random.Random(0)
-        layers = tuple(range(1, info.num_layers - 1, max(1, (info.num_layers - 2) // 5)))[:5]
-        spec = CaptureSpec(layers, "post_norm", {})
-        prompts = []
-        for index in range(options.prompts):
-            count = draw.randint(options.length // 4, options.length)
-            ids = torch.tensor(draw.choices(range(info.vocab_size), k=count))
-            prompts.append(Prompt(index, ids, torch.ones_like(ids)))
-        total = sum(len(prompt.input_ids) for prompt in prompts)
-        for warm in (prompts[:4], prompts[:4]):
-            plain(engine, warm, options.at_once)
-            captured(engine, warm, spec)
-        pairs = []
-        for _ in range(ROUNDS):  # in turn, so that other load hits both alike
-            alone = plain(engine, prompts, options.at_once)
-            pairs.append((alone, *captured(engine, prompts, spec)))
+        where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        print(f"{where}, {target}: server up in {time.perf_counter() - start:.0f} s", flush=True)
+        root = Path(options.directory or spool.default_root())
+        print(f"{root} has {shutil.disk_usage(root).free / 1e9:.1f} GB for files", flush=True)
+        (server,) = first.pool.servers
+        for way in options.handoff:
+            other = {"url": server.client.url, "handoff": way, "receiver_host": "127.0.0.1"}
+            engine = SGLangEngine.load(TargetConfig(**section, options=common | other))
+            try:
+                measure(engine, way, options)
+            finally:
+                engine.close()
     finally:
-        engine.close()
-    seconds = median(b for _, b, _ in pairs)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{where}, {options.target.name}: {len(prompts)} prompts, {total} tokens")
-    print(f"layers {layers} and the normed final state")
-    print(f"plain prefill     {total / median(a for a, _, _ in pairs):10,.0f} tokens/s")
-    print(f"capture           {total / seconds:10,.0f} tokens/s")
-    print(f"                  {pairs[0][2] / seconds / 1e9:10.3f} GB/s over {options.handoff}")
-    print(f"capture reaches   {median(a / b for a, b, _ in pairs):10.1%} of the plain prefill")
+        first.close()
+
+
+def main() -> None:
+    options = parse()
+    if options.target is not None:
+        run(options.target, options)
+        return
+    with tempfile.TemporaryDirectory(prefix="sglang-capture-") as directory:
+        write_model(Path(directory), options.hidden, options.layers, options.vocabulary)
+        run(Path(directory), options)
 
 
 if __name__ == "__main__":

@@ -135,11 +135,26 @@ def test_engines_that_read_slots_by_position_refuse_the_shifted_layout(
     assert nested["num_draft_tokens"] == 4
 
 
-def test_all_formats_write_the_same_layer_ids(kit: Any) -> None:
-    """vLLM adds 1 to these itself; a top-level field of its own would be taken as it is."""
-    made = export(kit.tiny(), "vllm").config
-    assert made["dflash_config"]["target_layer_ids"] == [1, 5]
-    assert "eagle_aux_hidden_state_layer_ids" not in made
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 6}])
+def test_vllm_gets_the_published_layout_and_nothing_that_it_reads_otherwise(
+    kit: Any, options: dict[str, Any]
+) -> None:
+    """Checked against what vLLM's loader is known to read; vLLM is not run."""
+    tiny = kit.tiny(**options)
+    made, published = export(tiny, "vllm"), export(tiny)
+    assert made.config == published.config
+    assert made.weights.keys() == published.weights.keys()
+    nested = made.config["dflash_config"]
+    # it adds 1 to these itself; a top-level field of its own would be taken as it is, and first
+    assert nested["target_layer_ids"] == [1, 5]
+    assert not {"eagle_aux_hidden_state_layer_ids", "target_layer_ids"} & made.config.keys()
+    # either would make all layers causal, or none; without them those that slide are
+    assert "is_causal" not in made.config
+    assert not {"causal", "use_swa", "swa_window_size", "attention_sink_bias"} & nested.keys()
+    # it would rotate a part of each head, scale logits, or draft from fewer tokens
+    assert "partial_rotary_factor" not in made.config["rope_parameters"]
+    assert not {"logit_scale", "draft_vocab_size", "is_neox_style"} & made.config.keys()
+    assert "mask_hidden" not in made.weights  # an error there
 
 
 def test_an_unknown_format_is_left_to_the_core(kit: Any) -> None:

@@ -39,18 +39,41 @@ CPU_FLAGS: dict[str, Flag] = {
 }
 
 
-class ChildServer:
-    """A running server; it ends with this process, however that ends."""
+CAPTURE = ("-m", "specforge_sglang_capture")
+# a plain server, which ends with its parent too
+PLAIN = (
+    "-c",
+    "import runpy, sys\n"
+    "from specforge_sglang_capture.__main__ import check_version, follow_parent\n"
+    "check_version()\n"
+    "follow_parent()\n"
+    "sys.argv[0] = 'sglang.launch_server'\n"
+    "runpy.run_module('sglang.launch_server', run_name='__main__', alter_sys=True)\n",
+)
 
-    def __init__(self, target: TargetConfig, info: TargetInfo, options: SGLangOptions) -> None:
+
+class ChildServer:
+    """A running server; it ends with this process, however that ends.
+
+    It hands out states, unless `launch` is PLAIN; `flags` replace those of a capture.
+    """
+
+    def __init__(
+        self,
+        target: TargetConfig,
+        info: TargetInfo,
+        options: SGLangOptions,
+        flags: Mapping[str, Flag] | None = None,
+        launch: tuple[str, str] = CAPTURE,
+    ) -> None:
         assert options.python is not None
         self._check_python(options.python)
         self._directory = Path(tempfile.mkdtemp(prefix="specforge-sglang-"))
         self._log = self._directory / "server.log"
-        write_overlay(self._directory / "site")
+        write_overlay(self._directory)
         self.url = f"http://127.0.0.1:{free_port()}"
-        flags = server_flags(target, info, options)
-        command = [options.python, "-m", "specforge_sglang_capture", *as_arguments(flags)]
+        flags = server_flags(target, info, options) if flags is None else flags
+        command = [options.python, *launch, *as_arguments(flags)]
         command += ["--host", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1]]
         reading, self._lifeline = os.pipe()
         try:
@@ -69,12 +92,10 @@ class ChildServer:
     ) -> subprocess.Popen[bytes]:
         trainers = ("TORCHELASTIC_", "MASTER_")
         env = {k: v for k, v in os.environ.items() if not k.startswith(trainers)}
-        for name in (*TRAINER_ONLY, "PYTHONPATH", "PYTHONHOME"):
+        for name in (*TRAINER_ONLY, "PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH"):
             env.pop(name, None)
         env |= options.env
-        site = str(self._directory / "site")
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, (site, options.env.get("PYTHONPATH"))))
-        env[ENABLE_ENV] = "1"
+        env[ENABLE_ENV] = "1" if CAPTURE[1] in command else "0"
         env[LIFELINE_ENV] = str(reading)
         if options.directory is not None:
             env[DIRECTORY_ENV] = str(options.directory.resolve())
@@ -86,7 +107,7 @@ class ChildServer:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=env,
-            cwd=self._directory,
+            cwd=self._directory,  # where -m finds the plugin, whatever PYTHONPATH is or becomes
             pass_fds=(reading,),
             start_new_session=True,  # a group of its own, which can be ended as a whole
         )
@@ -143,22 +164,28 @@ class ChildServer:
 def server_flags(target: TargetConfig, info: TargetInfo, options: SGLangOptions) -> dict[str, Flag]:
     """Return the server's flags; the user's own win over defaults."""
     dtype = target.dtype if target.dtype != "auto" else _own_dtype(info)
+    local = Path(target.path)
     flags: dict[str, Flag] = {
-        "model_path": target.path,
+        "model_path": str(local.resolve()) if local.is_dir() else target.path,  # it runs elsewhere
         "dtype": dtype,
         "skip_tokenizer_init": True,
         "max_prefill_tokens": target.batch_tokens,
         "log_level": "warning",
         "trust_remote_code": target.trust_remote_code,
     }
-    if info.revision is not None and not Path(target.path).is_dir():
+    if info.revision is not None and not local.is_dir():
         flags["revision"] = info.revision
-    if target.device == "cpu" or (target.device == "auto" and not _has_gpu()):
+    if uses_cpu(target):
         flags |= {**CPU_FLAGS, "max_total_tokens": max(4096, 2 * target.batch_tokens)}
     else:
         _, _, number = target.device.partition(":")
         flags["base_gpu_id"] = int(number or os.environ.get("LOCAL_RANK", "0"))
     return {**flags, **options.server_args}
+
+
+def uses_cpu(target: TargetConfig) -> bool:
+    """Say whether the target runs on a CPU here."""
+    return target.device == "cpu" or (target.device == "auto" and not _has_gpu())
 
 
 def _own_dtype(info: TargetInfo) -> str:
@@ -186,12 +213,12 @@ def as_arguments(flags: Mapping[str, Flag]) -> list[str]:
 
 
 def write_overlay(site: Path) -> None:
-    """Fill a directory for PYTHONPATH with the part that runs in SGLang, and nothing else.
+    """Put the part that runs in SGLang into a directory for `sys.path`, and nothing else.
 
     SGLang finds its plugins by installed metadata, so that is written beside the package.
     """
     package = Path(specforge_sglang_capture.__file__).parent
-    site.mkdir(parents=True)
+    site.mkdir(parents=True, exist_ok=True)
     (site / package.name).symlink_to(package.resolve(), target_is_directory=True)
     own = version("specforge-sglang")
     info = site / f"specforge_sglang_capture-{own}.dist-info"

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from specforge_sglang_capture import spool
 from specforge_sglang_capture.ask import Way
 
@@ -80,7 +81,7 @@ class FileHandoff:
             if time.monotonic() > give_up:
                 return None
             time.sleep(pause)
-            pause = min(2 * pause, 0.02)
+            pause = min(2 * pause, 0.004)
         with path.open("r+b") as file:
             mapped = mmap.mmap(file.fileno(), 0)
         path.unlink()
@@ -116,7 +117,7 @@ class HttpHandoff:
 
     def __init__(self, host: str | None = None, port: int = 0) -> None:
         self._token = secrets.token_urlsafe(16)
-        self._arrived: dict[str, bytearray] = {}
+        self._arrived: dict[str, memoryview] = {}
         self._expected: set[str] = set()
         self._changed = threading.Condition()
         handoff = self
@@ -156,9 +157,10 @@ class HttpHandoff:
             request.close_connection = True
             request.send_error(404)
             return
-        body = bytearray(int(request.headers["Content-Length"]))
+        # not filled with zeros first, as a bytearray would be
+        body: Any = torch.empty(int(request.headers["Content-Length"]), dtype=torch.uint8).numpy()
         view, have = memoryview(body), 0
-        while have < len(body):
+        while have < len(view):
             count = request.rfile.readinto(view[have:])
             if not count:  # the writer is gone
                 request.close_connection = True
@@ -167,7 +169,7 @@ class HttpHandoff:
         with self._changed:
             if name in self._expected:
                 self._expected.discard(name)
-                self._arrived[name] = body
+                self._arrived[name] = view
                 self._changed.notify_all()
         request.send_response(200)
         request.send_header("Content-Length", "0")

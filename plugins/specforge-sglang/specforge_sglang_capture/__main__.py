@@ -49,6 +49,14 @@ def check_version() -> None:
         raise SystemExit(f"SGLang {found} is older than {wanted}. {remedy}")
 
 
+def extend_path() -> None:
+    """Let Python processes that SGLang starts find the plugin where `-m` found it."""
+    here = Path.cwd()
+    if Path(__file__).parent.parent == here:  # else it is installed
+        others = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(here), others)))
+
+
 def follow_parent() -> None:
     """End this process group when the process that started it is gone, however it ended."""
     text = os.environ.pop(LIFELINE_ENV, None)
@@ -70,6 +78,7 @@ def main() -> None:
     """Start the server, in this process."""
     check_version()
     follow_parent()
+    extend_path()
     os.environ[ENABLE_ENV] = "1"
     sys.argv = ["sglang.launch_server", *add_required(sys.argv[1:])]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)

@@ -19,6 +19,7 @@ from .ask import Ask
 logger = logging.getLogger("specforge_sglang_capture")
 
 MAX_PENDING = 1 << 30  # bytes that wait to be handed over before forward passes have to wait
+THREADS = 4  # new pages of a tmpfs are filled at 1 to 2 GB/s by one
 SWEEP_SECONDS = 10.0
 NO_SPACE_SECONDS = 120.0  # how long a full tmpfs is waited for: the reader is slower than we are
 RETRIES = 3
@@ -36,7 +37,7 @@ class Parcel:
 class Sender:
     """Background threads that hand frames over, and sweep the directories of dead readers."""
 
-    def __init__(self, root: Path | None = None, threads: int = 2) -> None:
+    def __init__(self, root: Path | None = None, threads: int = THREADS) -> None:
         self.root = root or Path(os.environ.get(DIRECTORY_ENV) or spool.default_root())
         self._queue: SimpleQueue[Parcel] = SimpleQueue()
         self._pending = 0

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .ask import Ask, parse
+from .copies import Copier, Pending
 from .frame import pack, pack_error
 from .parts import Refusal, find_decoder, find_logits_processor, prompt_lengths, states_in
 from .sender import Parcel, Sender
@@ -61,7 +63,8 @@ class Taps:
         self.chosen: tuple[int, ...] = ()  # the layers the setter was last called with
         # layers whose states were not yet compared with what the next layer was given
         self.unproven = set(range(num_layers - 1)) if whole else set()
-        self.stream: Any = None  # for copies to the host
+        self.copier = Copier()
+        self.version = version("sglang")  # looked up once: it takes milliseconds
         self.setter = next((getattr(model, n) for n in SETTERS if hasattr(model, n)), None)
         self.layers, norm = find_decoder(model, num_layers)
         processor = find_logits_processor(model)
@@ -83,9 +86,9 @@ class Taps:
 
     def begin(self, batch: Any) -> None:
         """Look at a batch before it runs, and choose the layers that its requests need."""
-        asks = [parse(rid) for rid in getattr(batch, "rids", None) or ()]
         extends = batch.forward_mode.is_extend()
-        self.seen = Seen(asks, batch) if extends and any(asks) else Seen()
+        asks = [parse(rid) for rid in getattr(batch, "rids", None) or ()] if extends else []
+        self.seen = Seen(asks, batch) if any(asks) else Seen()
         inner = tuple(sorted(i for i in self._wanted if 0 <= i < self.num_layers - 1))
         if not inner or inner == self.chosen or self.setter is None:
             return
@@ -121,9 +124,11 @@ class Taps:
     def _prove(self, layer: int, state: Tensor, given: Tensor) -> None:
         """Compare a state with the next layer's input, once: some setters hand out less."""
         error = float((state.float() - given.float()).norm() / given.float().norm())
-        if not error <= TOLERANCE:
+        if not isfinite(error):
+            return  # nothing can be said, and what is not finite is refused anyway
+        if error > TOLERANCE:
             raise Refusal(
-                f"what SGLang {version('sglang')} hands out for layer {layer} of "
+                f"what SGLang {self.version} hands out for layer {layer} of "
                 f"{type(self.model).__name__} is not that layer's output ({error:.0%} off). "
                 "Use another SGLang version, or target.engine=transformers"
             )
@@ -189,8 +194,11 @@ class Taps:
                 raise Refusal(
                     f"the state of {_name(key)} is {list(states[key].shape)} for {total} tokens"
                 )
-        found, ready = self._to_host({key: states[key] for key in needed & states.keys()})
-        ids = input_ids.to("cpu", torch.int64, copy=True)
+        found = {key: states[key] for key in needed & states.keys()}
+        order = {key: i for i, key in enumerate(found)}
+        # not finite where a value of the row is not: [states, N]
+        sound = [(state * 0).sum(-1, dtype=torch.float32) for state in found.values()]
+        given: list[tuple[Ask, slice]] = []
         start = 0
         for ask, length in zip(asks, lengths, strict=True):
             rows = slice(start, start + length)
@@ -200,18 +208,29 @@ class Taps:
             if missing := [key for key in self._keys(ask) if key not in found]:
                 self._refuse(ask, self._why_missing(missing[0]))
                 continue
-            chosen = [found[key][rows] for key in self._keys(ask)]
-            header = self._header(ask)
+            given.append((ask, rows))
+        if not given:
+            return
+        bodies = [[found[key][rows] for key in self._keys(ask)] for ask, rows in given]
+        whole = [input_ids.to(torch.int64), torch.stack(sound)]
+        shared, *copies = self.copier.begin([whole, *bodies])
+        for (ask, rows), copy in zip(given, copies, strict=True):
+            size = copy.size + 8 * (rows.stop - rows.start)
+            self.sender.put(
+                Parcel(ask, size, partial(self._pieces, ask, rows, order, shared, copy))
+            )
 
-            def pieces(
-                header: dict[str, Any] = header, rows: slice = rows, chosen: list[Tensor] = chosen
-            ) -> list[memoryview]:
-                if ready is not None:
-                    ready.synchronize()
-                return pack(header, ids[rows], [state.contiguous() for state in chosen])
-
-            size = sum(state.nbytes for state in chosen) + 8 * length
-            self.sender.put(Parcel(ask, size, pieces))
+    def _pieces(
+        self, ask: Ask, rows: slice, order: dict[int | str, int], shared: Pending, copy: Pending
+    ) -> list[memoryview]:
+        """Return a frame, once its states are on the host."""
+        input_ids, sound = shared.wait()
+        states = copy.wait()
+        for key, state in zip(self._keys(ask), states, strict=True):
+            if not bool(sound[order[key], rows].isfinite().all()):
+                reason = f"the state of {_name(key)} is not finite ({state.dtype})"
+                return pack_error(self._header(ask), f"{reason}. Try: target.dtype=float32")
+        return pack(self._header(ask), input_ids[rows], states)
 
     def _keys(self, ask: Ask) -> list[int | str]:
         finals: dict[str, list[int | str]] = {
@@ -238,27 +257,12 @@ class Taps:
             "final": ask.final,
             "num_layers": self.num_layers,
             "model": type(self.model).__name__,
-            "sglang": version("sglang"),
+            "sglang": self.version,
         }
 
     def _refuse(self, ask: Ask, reason: str) -> None:
         pieces = pack_error(self._header(ask), reason)
         self.sender.put(Parcel(ask, 0, lambda: pieces))
-
-    def _to_host(self, states: dict[int | str, Tensor]) -> tuple[dict[int | str, Tensor], Any]:
-        """Begin to copy states to the host; the event says when they are there."""
-        if all(state.device.type != "cuda" for state in states.values()):
-            return {key: state.cpu() for key, state in states.items()}, None
-        if self.stream is None:
-            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self.stream.wait_stream(torch.cuda.current_stream())
-        copies: dict[int | str, Tensor] = {}
-        with torch.cuda.stream(self.stream):
-            for key, state in states.items():
-                copies[key] = torch.empty(state.shape, dtype=state.dtype, pin_memory=True)
-                copies[key].copy_(state, non_blocking=True)
-                state.record_stream(self.stream)
-            return copies, self.stream.record_event()
 
 
 def _name(key: int | str) -> str:

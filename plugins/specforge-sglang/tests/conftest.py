@@ -20,10 +20,13 @@ import pytest
 import torch
 
 from specforge_core.config import TargetConfig
-from specforge_core.types import Prompt
+from specforge_core.types import Prompt, TargetCapture
 
 HERE = Path(__file__).parent
-VERSION = os.environ.get("SPECFORGE_SGLANG_VERSION", "0.5.14")
+NAMED = os.environ.get("SPECFORGE_SGLANG_PYTHON")  # of version SPECFORGE_SGLANG_VERSION
+# the oldest that is supported, and the newest that runs on a CPU
+EACH = "0.5.14" if NAMED else "0.5.14 0.5.23"
+VERSIONS = os.environ.get("SPECFORGE_SGLANG_VERSION", EACH).split()
 
 
 @dataclass
@@ -145,29 +148,76 @@ def prompts() -> Callable[..., list[Prompt]]:
     return make
 
 
-@pytest.fixture(scope="session")
-def sglang_python() -> str:
-    """Return the interpreter of an environment with SGLang; it is made once, beside the caches.
+def locate(version: str, cache: Path) -> str:
+    """Return the interpreter of an environment with SGLang; it is made once, in `cache`.
 
-    `SPECFORGE_SGLANG_PYTHON` names another one, `SPECFORGE_SGLANG_VERSION` another version.
+    Skips the test where it cannot be made, and fails it where `SPECFORGE_REQUIRE_SGLANG` is 1.
     """
     if named := os.environ.get("SPECFORGE_SGLANG_PYTHON"):
         return named
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specforge"
     cache.mkdir(parents=True, exist_ok=True)
-    venv = cache / f"sglang-venv-{VERSION}"
+    venv = cache / f"sglang-venv-{version}"
     ready = venv / ".ready"
-    with (cache / f"sglang-venv-{VERSION}.lock").open("w") as lock:
+    with (cache / f"{venv.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another test run may be making it
         if not ready.exists():
             made = subprocess.run(
-                [str(HERE / "install_cpu.sh"), str(venv), VERSION],
+                [str(HERE / "install_cpu.sh"), str(venv), version],
                 env={**os.environ, "PYTHON": sys.executable},
                 capture_output=True,
                 text=True,
             )
             if made.returncode != 0:
                 lines = made.stderr.strip().splitlines() or ["no reason given"]
-                pytest.skip(f"SGLang {VERSION} cannot be installed here: {lines[-1]}")
+                reason = f"SGLang {version} cannot be installed here: {lines[-1]}"
+                if os.environ.get("SPECFORGE_REQUIRE_SGLANG") == "1":
+                    pytest.fail(reason, pytrace=False)
+                pytest.skip(reason)
             ready.touch()
     return str(venv / "bin" / "python")
+
+
+@pytest.fixture(scope="session")
+def same() -> Callable[[list[TargetCapture], list[TargetCapture]], None]:
+    """Return a function that asserts that captures of the same prompts hold equal states."""
+
+    def check(found: list[TargetCapture], expected: list[TargetCapture]) -> None:
+        by_index = {capture.index: capture for capture in found}
+        assert len(by_index) == len(found) == len(expected)
+        for want in expected:
+            got = by_index[want.index]
+            assert got.hidden_states.keys() == want.hidden_states.keys()
+            for layer, state in want.hidden_states.items():
+                torch.testing.assert_close(got.hidden_states[layer], state, rtol=1e-4, atol=5e-5)
+            assert (got.final is None) == (want.final is None)
+            if want.final is not None:
+                torch.testing.assert_close(got.final, want.final, rtol=1e-4, atol=5e-5)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specforge"
+
+
+@pytest.fixture
+def find_sglang() -> Callable[[str, Path], str]:
+    return locate
+
+
+@pytest.fixture(scope="session", params=VERSIONS)
+def sglang_version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def sglang_python(sglang_version: str, cache: Path) -> str:
+    """Return the interpreter of each version in turn."""
+    return locate(sglang_version, cache)
+
+
+@pytest.fixture(scope="session")
+def oldest_sglang_python(cache: Path) -> str:
+    """Return the interpreter of the oldest version, for what is the same in all."""
+    return locate(VERSIONS[0], cache)

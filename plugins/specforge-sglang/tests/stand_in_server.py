@@ -73,8 +73,6 @@ class Server(BaseHTTPRequestHandler):
         states = [(100.0 * i + rows)[:, None].repeat(1, width) for i in ask.layers]
         if ask.final != "none":
             states.append((7.0 + rows)[:, None].repeat(1, width))
-        if fault == "nan":
-            states[-1][0, 0] = float("nan")
         packed = pack(header, rows, states)
         if fault == "torn":
             packed = packed[:-1]

@@ -120,8 +120,25 @@ def test_a_child_gets_its_flags_and_the_plugin(
     assert told["env"]["SPECFORGE_SGLANG_CAPTURE"] == "1"
     assert not {"RANK", "MASTER_PORT"} & told["env"].keys()
     assert "/trainer" not in told["env"]["PYTHONPATH"]
+    assert told["env"]["PYTHONPATH"].split(os.pathsep)[0] == told["cwd"]  # for its own children
     assert all(gone(pid) for pid in told["pids"])
     assert not Path(told["cwd"]).exists()
+
+
+def test_an_interpreter_that_sets_its_own_path_finds_the_plugin(
+    configure: Configure, tmp_path: Path
+) -> None:
+    target = configure(env={})
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "site"} exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    options = {**target.options, "python": str(script)}
+    child = start(target.model_copy(update={"options": options}))
+    client = Client(child.url, 5.0)
+    child.wait(client, 60)
+    told = client.get("/")
+    child.close()
+    assert "specforge_sglang_capture:register" in told["plugins"]
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,6 @@ def test_a_server_may_be_down_at_the_start(start: Any, target: Any, prompts: Any
         ("width", r"prompt 1 .*width 16 instead of 32.*Does the server run"),
         ("layers", r"prompt 1 .*num_layers 5 instead of 6"),
         ("tokens", r"prompt 1 .*other tokens than were sent"),
-        ("nan", r"prompt 1 .*layer final \(post_norm\) is not finite.*target.dtype=float32"),
         ("torn", r"prompt 1 .*came back damaged"),
         ("refuses", r"prompt 1 .*was not captured: the model has no layer setter"),
         ("cached", r"prompt 1 .*3 of its tokens came from the radix cache"),

@@ -1,4 +1,4 @@
-"""Stock SGLang captures what transformers does.  One server for the whole module."""
+"""Stock SGLang captures what transformers does.  One server for the module, of each version."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from specforge_sglang.engine import SGLangEngine
 
@@ -59,19 +58,6 @@ def by_url(engine: SGLangEngine, toy_target: Path, directory: Path) -> dict[str,
     return {"path": str(toy_target), "engine": "sglang", "device": "cpu", "options": options}
 
 
-def same(found: list[TargetCapture], expected: list[TargetCapture]) -> None:
-    by_index = {capture.index: capture for capture in found}
-    assert len(by_index) == len(found) == len(expected)
-    for want in expected:
-        got = by_index[want.index]
-        assert got.hidden_states.keys() == want.hidden_states.keys()
-        for layer, state in want.hidden_states.items():
-            torch.testing.assert_close(got.hidden_states[layer], state, rtol=1e-4, atol=5e-5)
-        if want.final is not None:
-            assert got.final is not None
-            torch.testing.assert_close(got.final, want.final, rtol=1e-4, atol=5e-5)
-
-
 @pytest.mark.parametrize(
     ("layers", "final"),
     [
@@ -84,7 +70,12 @@ def same(found: list[TargetCapture], expected: list[TargetCapture]) -> None:
     ],
 )
 def test_states_are_those_of_transformers(
-    engine: SGLangEngine, reference: TransformersEngine, prompts: Any, layers: Any, final: Any
+    engine: SGLangEngine,
+    reference: TransformersEngine,
+    prompts: Any,
+    same: Any,
+    layers: Any,
+    final: Any,
 ) -> None:
     spec = CaptureSpec(layers, final, {})
     asked = prompts(5, 37, 100, 1, 200, 37)
@@ -92,7 +83,7 @@ def test_states_are_those_of_transformers(
 
 
 def test_a_prompt_captured_again_is_captured_in_full(
-    engine: SGLangEngine, reference: TransformersEngine, prompts: Any
+    engine: SGLangEngine, reference: TransformersEngine, prompts: Any, same: Any
 ) -> None:
     spec = CaptureSpec((2,), "none", {})
     (prompt,) = prompts(60)
@@ -101,7 +92,7 @@ def test_a_prompt_captured_again_is_captured_in_full(
 
 
 def test_requests_for_different_layers_run_together(
-    engine: SGLangEngine, reference: TransformersEngine, prompts: Any
+    engine: SGLangEngine, reference: TransformersEngine, prompts: Any, same: Any
 ) -> None:
     specs = [
         CaptureSpec((0, 3), "none", {}),
@@ -124,7 +115,7 @@ def test_requests_for_different_layers_run_together(
 
 
 def test_states_come_over_http_too(
-    by_url: dict[str, Any], reference: TransformersEngine, prompts: Any
+    by_url: dict[str, Any], reference: TransformersEngine, prompts: Any, same: Any
 ) -> None:
     options = {**by_url["options"], "handoff": "http", "receiver_host": "127.0.0.1"}
     spec = CaptureSpec((1, 4), "post_norm", {})

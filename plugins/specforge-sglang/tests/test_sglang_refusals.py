@@ -37,17 +37,19 @@ def no_setter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_model_without_a_layer_setter_is_refused(sglang_python: str, no_setter: Path) -> None:
-    options = {"python": sglang_python}
+def test_a_model_without_a_layer_setter_is_refused(
+    oldest_sglang_python: str, no_setter: Path
+) -> None:
+    options = {"python": oldest_sglang_python}
     config = TargetConfig(path=str(no_setter), engine="sglang", device="cpu", options=options)
     with pytest.raises(CaptureError, match="Olmo2ForCausalLM cannot hand out layers"):
         SGLangEngine.load(config)
 
 
 def test_a_child_that_is_killed_is_an_error_with_its_last_words(
-    sglang_python: str, toy_target: Path, root: Path, prompts: Any
+    oldest_sglang_python: str, toy_target: Path, root: Path, prompts: Any
 ) -> None:
-    options = {"python": sglang_python, "directory": str(root)}
+    options = {"python": oldest_sglang_python, "directory": str(root)}
     config = TargetConfig(path=str(toy_target), engine="sglang", device="cpu", options=options)
     engine = SGLangEngine.load(config)
     source = engine.capture(prompts(*[50] * 400), CaptureSpec((1, 2), "post_norm", {}))

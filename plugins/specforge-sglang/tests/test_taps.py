@@ -148,6 +148,46 @@ def test_the_choice_of_layers_follows_the_requests() -> None:
         assert [s[:, 0].tolist() for s in frames["a"].states] == column
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_state_that_is_not_finite_is_refused(value: float) -> None:
+    model = Model()
+    add = model.model.layers[1].register_forward_hook(
+        lambda module, args, output: (output[0].index_fill(0, torch.tensor([2]), value), output[1])
+    )
+    frames = run(model, [2, 2], [ask("a", (0, 1)), ask("b", (0, 1))])
+    add.remove()
+    assert frames["a"].error is None
+    expected = "the state of layer 1 is not finite (torch.float32). Try: target.dtype=float32"
+    assert frames["b"].error == expected
+
+
+def test_what_becomes_of_a_tensor_after_the_pass_does_not_matter() -> None:
+    class Later(Collect):
+        def put(self, parcel: Any) -> None:
+            waiting.append(parcel)
+
+    waiting: list[Any] = []
+    model, found = Model(), Collect()
+    taps = Taps(model, LAYERS, True, Later())  # type: ignore[arg-type]
+    ids = torch.arange(3)
+    mode = SimpleNamespace(is_extend=lambda: True)
+    batch = SimpleNamespace(
+        rids=[ask("a", (1,), "post_norm")],
+        forward_mode=mode,
+        extend_seq_lens_cpu=[3],
+        extend_prefix_lens_cpu=[0],
+    )
+    taps.begin(batch)
+    model(ids, batch).zero_()  # the final state
+    ids.zero_()
+    for parcel in waiting:
+        found.put(parcel)
+    frame = found.frames["a"]
+    assert frame.input_ids is not None
+    assert frame.input_ids.tolist() == [0, 1, 2]
+    assert [s[:, 0].tolist() for s in frame.states] == [[2, 3, 4], [30, 40, 50]]
+
+
 def test_tokens_from_a_cache_are_refused() -> None:
     frames = run(Model(), [2], [ask("a", (0,))], cached=[5])
     assert "5 tokens of a prompt were not run" in str(frames["a"].error)
