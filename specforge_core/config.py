@@ -31,6 +31,13 @@ def _expand(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
+def _base_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"{url!r} is no address of a server, such as http://127.0.0.1:30000")
+    return tuple(url.rstrip("/").removesuffix("/v1") for url in urls)
+
+
 class Section(BaseModel):
     """Base of every section: no unknown keys, no changes after validation."""
 
@@ -137,7 +144,10 @@ class RegenerateConfig(Section):
     """How the target answers prompts itself."""
 
     prompts: tuple[Path, ...] = Field((), description="JSONL files of prompts.")
-    batch_size: int = Field(16, gt=0)
+    urls: Annotated[tuple[str, ...], AfterValidator(_base_urls)] = Field(
+        (), description="Servers with OpenAI's /v1/completions to ask; none: in this process."
+    )
+    batch_size: int = Field(16, gt=0, description="Answers at once, over all servers.")
     max_new_tokens: int = Field(512, gt=0)
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)

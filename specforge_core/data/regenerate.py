@@ -1,15 +1,11 @@
-"""Answers written by the target itself, so that a draft learns to predict that target.
-
-Batches are planned over all prompts, done or not, and draws are seeded by
-batch: a run that was killed and resumed writes what one run would have.
-"""
+"""Answers written by the target itself, so that a draft learns to predict that target."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +16,10 @@ from ..config import RunConfig
 from ..errors import DataError
 from ..progress import track
 from .chat import chat_template, encode_prompt, load_tokenizer
+from .generate import Generator
 from .journal import Journal
-from .respond import Responder, Task
+from .respond import Answerer, Task
+from .servers import Servers
 from .sources import Conversation, Message, nothing_left, scan
 
 
@@ -74,20 +72,20 @@ def regenerate(run: RunConfig, output: Path) -> RegenerateReport:
         else:
             refused.clear()  # of an output that was taken away
         progress.advance(before := sum(task.id in done for task in tasks))
-        batches = [batch for batch in plan(tasks, run) if any(t.id not in done for t in batch)]
-        responder = Responder(run, tokenizer) if batches else None
-        for batch in batches:
-            assert responder is not None
-            chats = [chat for chat in responder.answer(batch) if chat.task.id not in done]
-            kept = [chat for chat in chats if chat.messages]
-            lost = [chat for chat in chats if not chat.messages]
-            answers.append(
-                {"id": c.task.id, "messages": c.messages, **c.task.metadata, **origin} for c in kept
-            )
-            refused.append({"id": c.task.id, "reason": c.dropped, **origin} for c in lost)
-            told.update(str(chat.dropped) for chat in lost)
-            written, num_tokens = written + len(kept), responder.num_tokens
-            progress.advance(len(chats), f"{num_tokens / responder.seconds:.1f} tokens/s")
+        if before < len(tasks):
+            answerer: Answerer = (Servers if run.regenerate.urls else Generator)(run, tokenizer)
+            for finished in answerer.answer(tasks, done):
+                chats = [chat for chat in finished if chat.task.id not in done]
+                kept = [chat for chat in chats if chat.messages]
+                lost = [chat for chat in chats if not chat.messages]
+                answers.append(
+                    {"id": c.task.id, "messages": c.messages, **c.task.metadata, **origin}
+                    for c in kept
+                )
+                refused.append({"id": c.task.id, "reason": c.dropped, **origin} for c in lost)
+                told.update(str(chat.dropped) for chat in lost)
+                written, num_tokens = written + len(kept), answerer.num_tokens
+                progress.advance(len(chats), f"{num_tokens / answerer.seconds:.1f} tokens/s")
     seconds = time.perf_counter() - start
     return RegenerateReport(
         output, len(tasks), written, before, told, num_skipped, num_tokens, seconds
@@ -150,20 +148,12 @@ def _task(
     return Task(str(found.row.get("id", found.where)), found.where, tuple(turns), metadata, length)
 
 
-def plan(tasks: Sequence[Task], run: RunConfig) -> Iterator[list[Task]]:
-    """Yield batches of like lengths, the longest first: what does not fit in memory shows early."""
-    ordered = sorted(tasks, key=lambda task: -task.length)
-    size = run.regenerate.batch_size
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
-
-
 def _origin(run: RunConfig) -> dict[str, Any]:
     """Return what every row says about where its answers come from."""
     target = run.target
     name = Path(target.path).resolve().name if Path(target.path).is_dir() else target.path
     sampling = {
-        **run.regenerate.model_dump(exclude={"prompts", "batch_size"}),
+        **run.regenerate.model_dump(exclude={"prompts", "batch_size", "urls"}),
         "chat_template_kwargs": run.data.chat_template_kwargs,
         "dtype": target.dtype,
     }

@@ -1,17 +1,13 @@
-"""The target answering conversations: batched, left-padded, turn by turn."""
+"""A conversation being answered turn by turn, whoever writes the answers."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..capture.hf import TransformersEngine
 from ..config import RunConfig
 from ..errors import DataError
 from .chat import encode_prompt
@@ -39,42 +35,29 @@ class Chat:
     dropped: str | None = None  # why the next answer is not kept
 
 
-class Responder:
-    """The target, answering batches of conversations turn by turn."""
+class Answerer(Protocol):
+    """What writes the answers: the target in this process, or servers."""
 
-    def __init__(self, run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.run = run
-        self.tokenizer = tokenizer
-        self.num_tokens = 0
-        self.seconds = 0.0
-        engine = TransformersEngine.load(run.target)
-        self.model: Any = engine.model
-        self.vocab_size = engine.info.vocab_size
-        self.positions: int | None = engine.info.config.get("max_position_embeddings")
-        ends = self.model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-        self.ends: list[int] = sorted(ends)
-        # else generate() fills in what the model's authors recommend: a repetition penalty, ...
-        self.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    @property
+    def num_tokens(self) -> int: ...  # in the answers so far
+    @property
+    def seconds(self) -> float: ...  # spent on them
 
-    def answer(self, batch: Sequence[Task]) -> list[Chat]:
-        """Answer the turns of every conversation, up to the first answer that is not kept."""
-        chats = [Chat(task) for task in batch]
-        for turn in range(max(len(task.turns) for task in batch)):
-            asked = []
-            for chat in chats:
-                if chat.dropped is None and turn < len(chat.task.turns):
-                    messages = [*chat.messages, *chat.task.turns[turn]]
-                    if (prompt := self._prompt(chat, messages)) is not None:
-                        asked.append((chat, messages, prompt))
-            if asked:
-                seed = f"{self.run.regenerate.seed}/{asked[0][0].task.id}/{turn}"
-                found = self._generate([prompt for _, _, prompt in asked], seed)
-                for (chat, messages, _), tokens in zip(asked, found, strict=True):
-                    self._keep(chat, messages, tokens)
-        return chats
+    def answer(self, tasks: Sequence[Task], done: Set[str]) -> Iterator[list[Chat]]:
+        """Yield chats as they are finished, some at a time; those in `done` may be among them."""
+        ...
 
-    def _prompt(self, chat: Chat, messages: list[Message]) -> list[int] | None:
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What may be asked of one target, and which of its answers are kept."""
+
+    run: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    positions: int | None  # prompt and answer together
+
+    def prompt(self, chat: Chat, messages: Sequence[Message]) -> list[int] | None:
         """Tokenize what the target reads next; None, and the reason noted, where it cannot."""
         data = self.run.data
         limit = min(data.max_length, self.positions or data.max_length)
@@ -96,46 +79,22 @@ class Responder:
         chat.dropped = "too long"
         return None
 
-    def _generate(self, prompts: Sequence[list[int]], seed: str) -> list[list[int]]:
-        """Continue every prompt; answers end in an end-of-turn token, unless cut off."""
-        start = time.perf_counter()
-        settings = self.run.regenerate
-        longest = max(map(len, prompts))
-        room = (self.positions or longest + settings.max_new_tokens) - longest
-        pad = self.ends[0] if self.ends else 0
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        sampling: dict[str, Any] = {"do_sample": False}
-        if settings.temperature > 0:
-            sampling = {"do_sample": True, "temperature": settings.temperature}
-            sampling |= {"top_p": settings.top_p, "top_k": 0}
-            torch.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
-        config = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=min(settings.max_new_tokens, room),
-            eos_token_id=self.ends or None,
-            pad_token_id=pad,
-            **sampling,
-        )
-        device = self.model.device
-        rows = self.model.generate(
-            ids.to(device), attention_mask=mask.to(device), generation_config=config
-        )
-        answers = [self._cut(row) for row in rows[:, longest:].tolist()]
-        self.num_tokens += sum(map(len, answers))
-        self.seconds += time.perf_counter() - start
-        return answers
+    def room(self, length: int) -> int:
+        """Return how many tokens may be written after a prompt of `length` tokens."""
+        most = self.run.regenerate.max_new_tokens
+        return most if self.positions is None else min(most, self.positions - length)
 
-    def _cut(self, tokens: list[int]) -> list[int]:
-        end = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
-        return tokens[: end + 1]
-
-    def _keep(self, chat: Chat, messages: list[Message], tokens: list[int]) -> None:
-        finished = tokens[-1] in self.ends
+    def keep(self, chat: Chat, messages: Sequence[Message], text: str, finished: bool) -> None:
+        """Add an answer to the conversation, or note why it ends before it."""
         if not finished and not self.run.regenerate.keep_unfinished:
             chat.dropped = "unfinished"
-            return
-        text = str(self.tokenizer.decode(tokens[: len(tokens) - finished]))
-        if not text.strip():
+        elif not text.strip():
             chat.dropped = "empty"
-            return
-        chat.messages = [*messages, {"role": "assistant", "content": text}]
+        else:
+            chat.messages = [*messages, {"role": "assistant", "content": text}]
+
+
+def end_tokens(named: int | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer: those the target names, and its tokenizer's."""
+    ends = {named} if isinstance(named, int) or named is None else set(named)
+    return sorted({*ends, tokenizer.eos_token_id} - {None})

@@ -1,0 +1,147 @@
+"""`specforge regenerate` from a stock SGLang server writes what it writes in process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from specforge_sglang.child import CPU_FLAGS, as_arguments, free_port
+from transformers import AutoModelForCausalLM
+
+from specforge_core.config import RegenerateConfig, RunConfig, StrategyConfig, TargetConfig
+from specforge_core.data.regenerate import regenerate
+from specforge_core.errors import ConfigError
+from specforge_core.testing.toy import save_toy_target, toy_tokenizer
+
+pytestmark = pytest.mark.slow
+SECONDS = 300  # for a server to start, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target that writes letters, and ends about one answer in two within 40 tokens."""
+    path = tmp_path_factory.mktemp("target") / "talker"
+    save_toy_target(path, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer = toy_tokenizer()
+    letters = [tokenizer.convert_tokens_to_ids(c) for c in "abcdefghijklmnopqrstuvwxyzĠ,.?"]
+    ends = [int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)]
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")  # special, but no end
+    with torch.no_grad():
+        kept = torch.zeros(len(tokenizer), 1)
+        kept[letters] = 1
+        kept[[*ends, start]] = 1.2
+        model.lm_head.weight.mul_(kept)
+    model.save_pretrained(path)
+    (path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": ends, "repetition_penalty": 3.0, "temperature": 0.6})
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(
+    sglang_python: str, talker: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    port = free_port()
+    flags = {**CPU_FLAGS, "model_path": str(talker), "dtype": "float32", "port": port}
+    flags |= {"max_total_tokens": 4096, "log_level": "warning"}
+    command = [sglang_python, "-m", "sglang.launch_server", *as_arguments(flags)]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            env={**env, "SGLANG_USE_CPU_ENGINE": "1"},
+            stdout=file,
+            stderr=file,
+            cwd=log.parent,
+            start_new_session=True,
+        )
+    try:
+        found = f"http://127.0.0.1:{port}"
+        give_up = time.monotonic() + SECONDS
+        while True:
+            with suppress(OSError):
+                urllib.request.urlopen(f"{found}/health", timeout=5).close()
+                break
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < give_up, log.read_text()[-3000:]
+            time.sleep(0.3)
+        yield found
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def make_run(target: Path, prompts: Path, **options: Any) -> RunConfig:
+    settings = {"max_new_tokens": 40, "batch_size": 8, **options}
+    return RunConfig(
+        target=TargetConfig(path=str(target), device="cpu", dtype="float32"),
+        strategy=StrategyConfig(name="none"),
+        regenerate=RegenerateConfig(prompts=(prompts,), **settings),
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    with path.open("w") as file:
+        for i in range(20):
+            turns = [f"question {i}, " + "word " * (i % 5), "and more?"][: 1 + i % 2]
+            messages = [{"role": "user", "content": turn} for turn in turns]
+            file.write(json.dumps({"id": str(i), "messages": messages}) + "\n")
+    return path
+
+
+def rows(path: Path) -> dict[str, Any]:
+    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_greedy_answers_are_those_of_this_process(
+    url: str, talker: Path, prompts: Path, tmp_path: Path, keep: bool
+) -> None:
+    """Texts, ends, what is dropped, and the tokens counted."""
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    local = regenerate(make_run(talker, prompts, keep_unfinished=keep), here)
+    served = regenerate(make_run(talker, prompts, keep_unfinished=keep, urls=[url]), there)
+    assert rows(there) == rows(here)
+    assert served.dropped == local.dropped
+    assert served.num_tokens == local.num_tokens
+    assert served.num_written > 4
+    assert (served.num_written == 20) if keep else ("unfinished" in served.dropped)
+    assert keep is False or "<|im_start|>" in there.read_text()
+    again = regenerate(make_run(talker, prompts, keep_unfinished=keep, urls=[url]), there)
+    assert (again.num_before, again.num_tokens) == (20, 0)
+
+
+def test_sampled_answers(url: str, talker: Path, prompts: Path, tmp_path: Path) -> None:
+    run = make_run(talker, prompts, urls=[url], temperature=1.0, top_p=0.9, keep_unfinished=True)
+    report = regenerate(run, tmp_path / "sampled.jsonl")
+    assert report.num_written == 20
+    greedy = make_run(talker, prompts, urls=[url], keep_unfinished=True)
+    regenerate(greedy, tmp_path / "greedy.jsonl")
+    sampled = rows(tmp_path / "sampled.jsonl")
+    assert any(
+        row["messages"] != sampled[name]["messages"]
+        for name, row in rows(tmp_path / "greedy.jsonl").items()
+    )
+
+
+def test_a_server_of_another_model_is_refused(
+    url: str, talker: Path, prompts: Path, toy_target: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"{url} serves '.*talker', the target is"):
+        regenerate(make_run(toy_target, prompts, urls=[url]), tmp_path / "out.jsonl")

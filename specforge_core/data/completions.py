@@ -1,0 +1,166 @@
+"""One server that speaks OpenAI's /v1/completions, and what it must serve to be used."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config import TargetConfig
+from ..errors import ConfigError
+from .chat import PROBE
+
+TIMEOUT = 1800.0  # seconds for one answer: long ones, behind a server's queue
+QUICK = 20.0  # seconds for an answer that needs no queue
+
+
+class ServerDown(Exception):
+    """A server that could not do what it was asked now."""
+
+
+class Refused(Exception):
+    """A server's answer that it will not do what was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer."""
+
+    text: str
+    finish_reason: str  # "stop" or "length"
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server says of its model."""
+
+    id: str  # the name that requests carry
+    names: tuple[str, ...]  # all that it goes by
+    positions: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Requests to one server.  Safe to use from several threads at once."""
+
+    url: str
+
+    def served(self) -> Served:
+        """Return the server's first model."""
+        answer = self._request("GET", "/v1/models", None, QUICK)
+        try:
+            card = answer["data"][0]
+            names = {str(card[key]): None for key in ("id", "root") if card.get(key)}
+            positions = card.get("max_model_len")
+            return Served(str(card["id"]), tuple(names), int(positions) if positions else None)
+        except (LookupError, TypeError, AttributeError, ValueError) as exc:
+            raise Refused(f"its /v1/models names no model: {str(answer)[:200]}") from exc
+
+    def complete(self, body: Mapping[str, Any], timeout: float = TIMEOUT) -> Completion:
+        """Return what continues `body["prompt"]`."""
+        answer = self._request("POST", "/v1/completions", body, timeout)
+        try:
+            (choice,) = answer["choices"]
+            text, reason = choice["text"], choice["finish_reason"]
+            count = int((answer.get("usage") or {}).get("completion_tokens") or 0)
+        except (LookupError, TypeError, AttributeError, ValueError) as exc:
+            raise ServerDown(f"no completion: {str(answer)[:200]}") from exc
+        if not isinstance(text, str) or reason not in ("stop", "length"):
+            raise ServerDown(f"an answer that ended with {reason!r}, not with stop or length")
+        return Completion(text, reason, count)
+
+    def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float
+    ) -> Any:
+        parts = urlsplit(self.url)
+        secure = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("SPECFORGE_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        connection = kind(parts.netloc, timeout=timeout)
+        try:
+            text = None if body is None else json.dumps(body)
+            connection.request(method, parts.path + path, text, headers)
+            response = connection.getresponse()
+            status, raw = response.status, response.read()
+        except (OSError, http.client.HTTPException) as exc:
+            raise ServerDown(f"{type(exc).__name__}: {exc}") from exc
+        finally:
+            connection.close()
+        if 400 <= status < 500 and status != http.HTTPStatus.TOO_MANY_REQUESTS:
+            raise Refused(f"HTTP {status}: {_reason(raw)}")
+        if status != http.HTTPStatus.OK:
+            raise ServerDown(f"HTTP {status}: {_reason(raw)}")
+        try:
+            return json.loads(raw)
+        except ValueError as exc:
+            raise Refused(f"{path} is not JSON: {raw[:80]!r}") from exc
+
+
+def _reason(raw: bytes) -> str:
+    try:
+        error = json.loads(raw)
+        error = error.get("error", error) if isinstance(error, dict) else error
+        error = error.get("message", error) if isinstance(error, dict) else error
+    except ValueError:
+        error = raw.decode("utf-8", "replace")
+    return " ".join(str(error).split())[:300] or "no reason given"
+
+
+def check_server(
+    client: Client, target: TargetConfig, tokenizer: PreTrainedTokenizerBase
+) -> Served:
+    """Return what a server serves; ConfigError unless that is the target, ServerDown if it is down.
+
+    By name, and by a text that goes there as token ids and must come back as text.
+    """
+    try:
+        served = client.served()
+    except Refused as exc:
+        raise ConfigError(
+            f"{client.url} does not speak OpenAI's API ({exc}). "
+            "Try: regenerate.urls=[http://HOST:PORT]"
+        ) from exc
+    if model_name(target.path) not in map(model_name, served.names):
+        raise ConfigError(
+            f"{client.url} serves {' = '.join(served.names)!r}, the target is {target.path!r}. Set "
+            "target.path to the same, or if it is: start the server with "
+            f"--served-model-name {model_name(target.path)}"
+        )
+    ids: list[int] = tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
+    body = {"model": served.id, "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True}
+    try:
+        text = client.complete(body, QUICK).text
+    except Refused as exc:
+        raise ConfigError(
+            f"{client.url} refuses a prompt of token ids ({exc}), so it would not read what the "
+            "target's chat template writes. Start a server whose /v1/completions takes them, "
+            "or answer in this process: regenerate.urls=[]"
+        ) from exc
+    if not _same_start(text, str(tokenizer.decode(ids))):
+        raise ConfigError(
+            f"{client.url} reads the token ids of {PROBE[:13]!r} as {text[:40]!r}: it does not "
+            f"echo prompts, or has another vocabulary than {target.path!r}. Serve the target"
+        )
+    return served
+
+
+def _same_start(text: str, start: str) -> bool:
+    """Compare without spaces, which versions of the libraries clean up unlike."""
+    return "".join(text.split()).startswith("".join(start.split()))
+
+
+def model_name(path: str) -> str:
+    """Return the last part of a Hugging Face id or directory; of a cache's, its model."""
+    parts: Sequence[str] = (Path(path).resolve() if Path(path).is_dir() else Path(path)).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached[-1].rpartition("--")[2] if cached else parts[-1]).lower()

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specforge_core.config import TargetConfig
+from specforge_core.data.completions import Client, Refused, ServerDown, check_server, model_name
+from specforge_core.errors import ConfigError
+from specforge_core.testing.toy import toy_tokenizer
+
+BODY = {"prompt": [72, 105], "max_tokens": 4}
+
+
+@pytest.fixture
+def server(completions_server: Any) -> Any:
+    return completions_server()
+
+
+def refusal(server: Any, target: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        check_server(Client(server.url), TargetConfig(path=str(target)), toy_tokenizer())
+    return str(error.value)
+
+
+def test_answer(server: Any) -> None:
+    answer = Client(server.url).complete(BODY)
+    assert (answer.text, answer.finish_reason, answer.num_tokens) == ("2 tokens", "stop", 2)
+    assert server.bodies == [BODY]
+    assert "Authorization" not in server.headers
+
+
+def test_key_is_sent(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECFORGE_API_KEY", "a-key")
+    Client(server.url).complete(BODY)
+    assert server.headers["Authorization"] == "Bearer a-key"
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "message"),
+    [
+        ((400, {"error": {"message": "too  long"}}), Refused, "HTTP 400: too long"),
+        ((404, b"<html>"), Refused, "HTTP 404: <html>"),
+        ((429, {"message": "busy"}), ServerDown, "HTTP 429: busy"),
+        ((503, b""), ServerDown, "HTTP 503: no reason given"),
+        ((200, b"<html>"), Refused, "/v1/completions is not JSON: b'<html>'"),
+        ((200, {"choices": []}), ServerDown, "no completion"),
+        ((200, {"choices": [{"text": None, "finish_reason": "stop"}]}), ServerDown, "ended with"),
+        ((200, {"choices": [{"text": "a", "finish_reason": "abort"}]}), ServerDown, "'abort'"),
+        ((0, None), ServerDown, "RemoteDisconnected"),
+    ],
+)
+def test_answers_that_are_none(server: Any, answer: Any, kind: Any, message: str) -> None:
+    server.answer = lambda body: answer
+    with pytest.raises(kind) as error:
+        Client(server.url).complete(BODY)
+    assert message in str(error.value)
+
+
+def test_no_server() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(ServerDown, match="ConnectionRefusedError"):
+            Client(url).served()
+
+
+def test_the_target_is_served(server: Any, toy_target: Path) -> None:
+    server.model = {"id": "alias", "root": f"/elsewhere/{toy_target.name.upper()}"}
+    target = TargetConfig(path=str(toy_target))
+    served = check_server(Client(server.url), target, toy_tokenizer())
+    assert (served.id, served.positions) == ("alias", None)
+
+
+def test_another_model(server: Any, toy_target: Path) -> None:
+    server.model = {"id": "qwen", "root": "Qwen/Qwen3-8B"}
+    message = refusal(server, toy_target)
+    assert f"{server.url} serves 'qwen = Qwen/Qwen3-8B', the target is '{toy_target}'" in message
+    assert f"--served-model-name {toy_target.name}" in message
+
+
+def test_another_vocabulary(server: Any, toy_target: Path) -> None:
+    server.model["id"] = toy_target.name
+    server.answer = lambda body: server.said("Xello, world! 1234")
+    assert (
+        "as 'Xello, world! 1234': it does not echo prompts, or has another vocabulary"
+        in refusal(server, toy_target)
+    )
+
+
+def test_prompts_of_token_ids_are_refused(server: Any, toy_target: Path) -> None:
+    server.model["id"] = toy_target.name
+    server.answer = lambda body: (422, {"error": "prompt must be a string"})
+    message = refusal(server, toy_target)
+    assert "refuses a prompt of token ids (HTTP 422: prompt must be a string)" in message
+    assert "regenerate.urls=[]" in message
+
+
+@pytest.mark.parametrize("models", [{}, [], "x"])
+def test_no_model_is_named(server: Any, toy_target: Path, models: Any) -> None:
+    server.model = models
+    assert "does not speak OpenAI's API (its /v1/models names no model" in refusal(
+        server, toy_target
+    )
+
+
+def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Toy-1B").mkdir()
+    assert model_name("Qwen/Qwen3-8B") == "qwen3-8b"
+    assert model_name("./Toy-1B/") == "toy-1b"
+    assert model_name("/hub/models--Qwen--Qwen3-8B/snapshots/abc") == "qwen3-8b"
