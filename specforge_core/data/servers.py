@@ -80,8 +80,7 @@ class Servers:
     def answer(self, tasks: Sequence[Task], done: Set[str]) -> Iterator[list[Chat]]:
         """Yield chats as they are finished; what finishes meanwhile is in the next list."""
         self._started = self._started or time.perf_counter()
-        ordered = sorted(tasks, key=lambda task: -task.length)  # a long one does not come last
-        waiting = deque(task for task in ordered if task.id not in done)
+        waiting = deque(task for task in tasks if task.id not in done)
         left = len(waiting)
         finished: SimpleQueue[Chat | BaseException] = SimpleQueue()
         for _ in range(min(left, self.run.regenerate.batch_size)):

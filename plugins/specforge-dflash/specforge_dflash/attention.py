@@ -67,7 +67,16 @@ def attend(
         raise ConfigError(
             "flex attention has no backward pass on a CPU. Try: strategy.attention=auto"
         )
-    out: Tensor = _flex(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    out: Tensor = _flex(q.is_cuda)(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        enable_gqa=q.shape[1] != k.shape[1],
+        # not the one for few queries, which torch would choose below 128 slots: it is compiled
+        # apart, and for changing lengths not at all
+        kernel_options={"BACKEND": "TRITON"},
+    )
     return out
 
 
