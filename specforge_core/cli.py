@@ -179,6 +179,40 @@ def export(checkpoint: Path, format_: str, output: Path, force: bool) -> None:
     click.echo(f"wrote {export_checkpoint(checkpoint, format_, output, force=force)}")
 
 
+@cli.command()
+@config_option
+@click.option("--draft", type=EXISTING, required=True, help="Run or checkpoint.")
+@click.option("--export", type=EXISTING, required=True, help="What was exported of it.")
+@click.option("--format", "format_", help="Format of the export, if it does not say.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@overrides_argument
+def doctor(
+    config: Path,
+    draft: Path,
+    export: Path,
+    format_: str | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Check that trainer, reference loop and engine accept alike."""
+    run, strategy = _load(config, overrides)
+    from .doctor.report import render
+    from .doctor.run import diagnose
+    from .errors import RunError
+
+    report = diagnose(run, strategy, draft, export, format_)
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    else:
+        from rich.console import Console
+
+        Console().print(render(report))
+    if not report.verdict.healthy:
+        raise RunError(report.verdict.message)
+    if not as_json:
+        click.echo(report.verdict.message)
+
+
 def _load(config: Path, overrides: tuple[str, ...]) -> tuple[RunConfig, Strategy]:
     from .config import load_config
 

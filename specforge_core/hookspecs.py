@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         CaptureSpec,
         Collate,
         Draft,
+        DraftServer,
         Export,
+        NotServed,
         Problem,
         Proposer,
         Reader,
@@ -162,4 +164,16 @@ def specforge_import(
     """Load an export's weights into `draft.model`; the inverse of `specforge_export`.
 
     Called when `--draft` names an exported directory.  True when it was loaded.
+    """
+
+
+@hookspec(firstresult=True)
+def specforge_serve(
+    target: TargetConfig, export: Path, draft_tokens: int
+) -> DraftServer | NotServed | None:
+    """Serve the target with an exported draft, as users of `target.engine` would.
+
+    Called by `specforge doctor`, once per export that it measures.  A chain has
+    `draft_tokens` tokens, unless the method drafts another number at once.  None when
+    `target.engine` is not the name of this engine.
     """

@@ -41,6 +41,7 @@ def export_checkpoint(path: Path, format: str, output: Path, *, force: bool) -> 
     export = strategy.export(run.strategy, restored.draft, restored.target, format)
     provenance: dict[str, Any] = {
         "strategy": state.strategy,
+        "format": format,
         "versions": state.versions,
         "step": state.step,
         "tokens": state.num_tokens,

@@ -14,6 +14,7 @@ import pluggy
 
 from . import plugins
 from .errors import PluginError
+from .types import NotServed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         CaptureSpec,
         Collate,
         Draft,
+        DraftServer,
         Export,
         Problem,
         Proposer,
@@ -155,6 +157,19 @@ class Strategy:
                 f"strategy {self.name!r} cannot load an exported directory. "
                 "Give a checkpoint instead: --draft OUTPUT_DIR"
             )
+
+    def serve(
+        self, target: TargetConfig, export: Path, draft_tokens: int
+    ) -> DraftServer | NotServed:
+        found: DraftServer | NotServed | None = self.pm.hook.specforge_serve(
+            target=target, export=export, draft_tokens=draft_tokens
+        )
+        if found is None:
+            return NotServed(
+                f"target.engine={target.engine} serves no drafts. "
+                "Try: target.engine=ENGINE of an installed plugin that does"
+            )
+        return found
 
     def _need(self, hook: str, result: T | None) -> T:
         if result is None:

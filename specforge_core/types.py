@@ -181,6 +181,21 @@ class TrainStep(Protocol):
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput: ...
 
 
+@runtime_checkable
+class Simulator(Protocol):
+    """A TrainStep that also says what its drafts would get accepted.
+
+    Its metric `acceptance_length` is 1 + the drafted tokens right before the first wrong
+    one, mean over the places where both the last token and the first drafted one are
+    supervised; the end of what is supervised is a wrong one.
+    """
+
+    @property
+    def draft_tokens(self) -> int:
+        """Tokens that a simulated draft has at most."""
+        ...
+
+
 # ---- export and evaluation -------------------------------------------------
 
 
@@ -225,3 +240,33 @@ class Proposer(Protocol):
     def start(self, prefix: TargetCapture, /) -> None: ...
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal: ...
     def accept(self, accepted: TargetCapture, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAnswer:
+    """One greedy answer of a serving engine, counted as `evaluate.decode.DecodeStats` counts."""
+
+    tokens: tuple[int, ...]
+    verifications: int
+    emitted: int  # tokens the verifications yielded; the prompt's own run counts nowhere
+
+
+class DraftServer(Protocol):
+    """An engine that serves the target with an exported draft, drafting chains."""
+
+    @property
+    def name(self) -> str:
+        """Engine and version, for reports."""
+        ...
+
+    def answer(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: frozenset[int], /
+    ) -> list[ServedAnswer]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NotServed:
+    """Why an engine cannot serve an export here, and what to type instead."""
+
+    reason: str

@@ -26,6 +26,7 @@ LAYERS = (
     {"config", "listing"},
     {"data", "capture", "train", "evaluate", "export", "ops", "defaults", "testing"},
     {"restore"},
+    {"doctor"},
     {"cli"},
 )
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "matplotlib", "pydantic"}

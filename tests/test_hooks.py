@@ -57,7 +57,7 @@ def test_a_whole_run_calls_every_hook_in_order(
         "data": {"train": [str(data)], "capture_dir": str(tmp_path / "capture")},
         "output_dir": str(tmp_path / "run"),
         "train": {"max_steps": 2, "log_every": 1, "device": "cpu"},
-        "eval": {"prompts": {"toy": str(data)}, "limit": 1, "max_new_tokens": 4},
+        "eval": {"prompts": {"toy": str(data)}, "limit": 2, "max_new_tokens": 4},
     }
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(raw))
@@ -79,6 +79,15 @@ def test_a_whole_run_calls_every_hook_in_order(
     assert called() == ["config", "draft", "adapter", "proposer"]
     run("export", "--checkpoint", str(tmp_path / "run"), "-o", str(tmp_path / "export"))
     assert called() == ["config", "draft", "export"]
+    out = run(
+        *("doctor", "-c", str(config), "--draft", str(tmp_path / "run")),
+        *("--export", str(tmp_path / "export")),
+    )
+    assert "no engine was measured" in out
+    assert set(called()) == {
+        *("config", "adapter", "target_engine", "verify_capture", "transform", "collate", "draft"),
+        *("train_step", "proposer", "export", "import", "serve"),
+    }
     run("train", "-c", str(config), "data.capture_dir=null", f"output_dir={tmp_path / 'online'}")
     assert called() == [
         *("config", "adapter", "target_engine", "draft", "train_step"),

@@ -211,7 +211,9 @@ class TransformersEngine:
         """Load the target's weights onto its device; ConfigError when that fails."""
         info = load_target_info(target)
         pinned = target.model_copy(update={"revision": info.revision})  # the branch may move on
-        options = {"dtype": target.dtype, "output_loading_info": True, **target.options}
+        # evaluation runs the target here whatever engine captures: its options are not for this one
+        own = target.options if target.engine == "transformers" else {}
+        options = {"dtype": target.dtype, "output_loading_info": True, **own}
         device = pick_device(target.device)
         model, report = _load(AutoModelForCausalLM, pinned, **options)
         # transformers would go on with random weights

@@ -182,7 +182,7 @@ def generate(
     logits, prefix = target.run(prompt, keep=1)
     assert prefix is not None
     emitted = [next_token(logits[-1], sampling)]
-    proposer.start(_pick(prefix, list(range(len(prompt))), supervised=False))
+    proposer.start(pick(prefix, list(range(len(prompt))), supervised=False))
     wanted = min(limits.max_new_tokens, space)
     stats = DecodeStats()
     while len(emitted) < wanted and emitted[-1] not in limits.eos:
@@ -207,7 +207,7 @@ def generate(
             keep_path(target.cache, past, verdict.kept)
         target.forget(len(drafted) - verdict.accepted)
         assert states is not None
-        proposer.accept(_pick(states, [0, *(1 + i for i in verdict.kept)], supervised=True))
+        proposer.accept(pick(states, [0, *(1 + i for i in verdict.kept)], supervised=True))
         levels = len(drafted) if parents is None else max(depths(parents), default=0)
         stats += _round(levels, verdict.accepted, len(new))
         emitted += new
@@ -255,7 +255,7 @@ def _until_eos(proposal: Proposal, eos: frozenset[int]) -> Proposal:
     return proposal
 
 
-def _pick(capture: TargetCapture, places: list[int], *, supervised: bool) -> TargetCapture:
+def pick(capture: TargetCapture, places: list[int], *, supervised: bool) -> TargetCapture:
     """Return the tokens at `places`; the mask says whether they are an answer's."""
     rows = torch.tensor(places, device=capture.input_ids.device)
     return TargetCapture(

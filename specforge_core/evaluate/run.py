@@ -45,13 +45,13 @@ def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
     """
     info = load_target_info(run.target)
     sets = load_prompt_sets(run, load_tokenizer(run.target), info)
-    _make_directory(run.output_dir / Path(REPORT).parent)
+    make_directory(run.output_dir / Path(REPORT).parent)
     options = run.eval
     engine = TransformersEngine.load(run.target.model_copy(update={"dtype": options.dtype}))
     try:
         check_cache(engine.model)
         spec = strategy.adapter(run.strategy, engine.info).spec
-        proposer = _proposer(run, strategy, draft, engine)
+        proposer = ready_proposer(run, strategy, draft, engine)
         most = min(proposer.max_tokens, options.max_draft_tokens or proposer.max_tokens)
         bench = _Bench(
             engine.model, proposer, spec, limits(engine.model, options.max_new_tokens), most, run
@@ -175,9 +175,10 @@ class _Bench:
         return PromptResult(prompt.where, answer, alone, difference)
 
 
-def _proposer(
+def ready_proposer(
     run: RunConfig, strategy: Strategy, draft: Draft, engine: TransformersEngine
 ) -> Proposer:
+    """Return a proposer whose draft is on the target's device and in its dtype, in place."""
     for module in (draft.model, draft.frozen):
         if module is not None:
             module.to(device=engine.model.device, dtype=engine.model.dtype).eval()
@@ -188,7 +189,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _make_directory(path: Path) -> None:
+def make_directory(path: Path) -> None:
     """Create the report's directory before the long part, so that it cannot fail after it."""
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -75,8 +75,12 @@ def train_step(draft: Draft, batch: Batch, ctx: StepContext) -> StepOutput:
     labels, mask = batch["input_ids"][:, 2:], batch["loss_mask"][:, 2:].float()
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     hits = (logits.argmax(-1) == labels) * mask
-    accuracy = Ratio(hits.sum(), mask.sum())
-    return StepOutput((losses * mask).sum(), mask.sum(), {"accuracy": accuracy})
+    starts = mask * batch["loss_mask"][:, 1:-1]  # within an answer, as a draft is served
+    metrics = {
+        "accuracy": Ratio(hits.sum(), mask.sum()),
+        "acceptance_length": Ratio(((1 + hits) * starts).sum(), starts.sum()),
+    }
+    return StepOutput((losses * mask).sum(), mask.sum(), metrics)
 
 
 class LinearProposer:

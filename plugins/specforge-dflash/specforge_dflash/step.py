@@ -26,6 +26,10 @@ class DFlashStep:
 
     config: DFlashConfig
 
+    @property
+    def draft_tokens(self) -> int:
+        return self.config.num_draft_tokens
+
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
         frozen, model = draft.frozen, draft.model
         assert isinstance(frozen, Frozen)

@@ -65,6 +65,8 @@ class Rows:
     students: Tensor  # [U, R] int64, the row that predicts the label at each step
     present: Tensor  # [U, R] bool: that row is in the label's document; else `students` is 0
     supervised: Tensor  # [N] bool: rows whose label of step 0 is supervised, drafted or not
+    starts: Tensor  # [N] bool: of these, the ones a draft starts from within an answer
+    answers: Tensor  # [U] bool: the label's token is supervised, whatever the mask is on
 
     @classmethod
     def build(cls, batch: Batch, t2d: Tensor, mask_on: str, steps: int) -> Rows:
@@ -102,7 +104,11 @@ class Rows:
         students = (labels[:, None] - back).masked_fill(~present, 0)
         supervised = torch.zeros_like(asked)
         supervised[:-1] = asked[1:]
-        found = (upload(x, ids.device) for x in (labels, students, present, supervised))
+        starts = torch.zeros_like(asked)
+        within = trained_labels(loss_mask, "label", unique)
+        starts[:-1] = (asked & within & loss_mask.bool())[1:]
+        own = (labels, students, present, supervised, starts, within[labels])
+        found = (upload(x, ids.device) for x in own)
         return cls(Documents(counts.tolist(), ids.device), flat, *found)
 
     def prefix_hits(self, hits: Tensor) -> Tensor:

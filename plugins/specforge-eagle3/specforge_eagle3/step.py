@@ -29,6 +29,10 @@ class Eagle3Step:
 
     config: Eagle3Config
 
+    @property
+    def draft_tokens(self) -> int:
+        return min(self.config.steps, self.config.draft_length)
+
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
         model, frozen = draft.model, draft.frozen
         assert isinstance(model, Eagle3Model)
@@ -47,27 +51,27 @@ class Eagle3Step:
             weight = task.row_weights.sum() / sum(config.step_weights)
         tokens = target_tokens(model.d2t)
         hits = tokens[found.best] == rows.batch["target_argmax"][rows.labels][:, None]
-        return StepOutput(loss_sum, weight, _metrics(rows, hits & rows.present, found))
+        return StepOutput(loss_sum, weight, self._metrics(rows, hits & rows.present, found))
 
+    def _metrics(self, rows: Rows, hits: Tensor, found: SoftRows) -> dict[str, Ratio]:
+        """Return what the draft would get right, and would get accepted.
 
-def _metrics(rows: Rows, hits: Tensor, found: SoftRows) -> dict[str, Ratio]:
-    """Return what the draft would get right, and would get accepted.
-
-    accuracy_k: of the rows of step k that are trained, those whose best token is the
-    target's.  acceptance_rate: sum of min(p, q) over the draft vocabulary, mean over trained
-    rows.  acceptance_length counts the verified token too: 1 + the hits before the first
-    miss, over all rows supervised at step 1, where a target token outside of the draft
-    vocabulary and the end of what is supervised are misses.
-    """
-    present = rows.present
-    right, total = hits.sum(0).float(), present.sum(0).float()
-    prefix = rows.prefix_hits(hits) * rows.supervised
-    metrics = {
-        "acceptance_rate": Ratio((found.overlaps * present).sum(), total.sum()),
-        "acceptance_length": Ratio(
-            (prefix.sum() + rows.supervised.sum()).float(), rows.supervised.sum().float()
-        ),
-        "in_draft_vocab": Ratio(total[0], rows.supervised.sum().float()),
-    }
-    metrics |= {f"accuracy_{k + 1}": Ratio(right[k], total[k]) for k in range(len(total))}
-    return metrics
+        accuracy_k: of the rows of step k that are trained, those whose best token is the
+        target's.  acceptance_rate: sum of min(p, q) over the draft vocabulary, mean over trained
+        rows.  acceptance_length counts the verified token too: 1 + the hits before the first
+        miss, at most draft_tokens, over the rows whose last and first drafted token are both an
+        answer's.  A target token outside of the draft vocabulary and the end of what is
+        supervised are misses.
+        """
+        present = rows.present
+        right, total = hits.sum(0).float(), present.sum(0).float()
+        accepted = rows.prefix_hits(hits & rows.answers[:, None]).clamp(max=self.draft_tokens)
+        metrics = {
+            "acceptance_rate": Ratio((found.overlaps * present).sum(), total.sum()),
+            "acceptance_length": Ratio(
+                ((1 + accepted) * rows.starts).sum().float(), rows.starts.sum().float()
+            ),
+            "in_draft_vocab": Ratio(total[0], rows.supervised.sum().float()),
+        }
+        metrics |= {f"accuracy_{k + 1}": Ratio(right[k], total[k]) for k in range(len(total))}
+        return metrics

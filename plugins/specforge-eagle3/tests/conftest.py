@@ -185,7 +185,7 @@ class Exact:
     loss: Tensor  # divided
     hits: list[list[bool]]  # [step] of each trained row
     overlaps: list[float]
-    lengths: list[int]  # 1 + joint hits of each row that is supervised at step 0
+    lengths: list[int]  # 1 + joint hits of each row whose last and first drafted token are kept
 
 
 def objective(w: dict[str, Tensor], tiny: Tiny, samples: list[dict[str, Tensor]]) -> Exact:
@@ -200,13 +200,18 @@ def objective(w: dict[str, Tensor], tiny: Tiny, samples: list[dict[str, Tensor]]
         states = sample_states(w, tiny, sample, config.steps)
         mask, choice = sample["loss_mask"].tolist(), sample["target_argmax"].tolist()
         length = len(mask)
+
+        def is_answer(u: int) -> bool:
+            return u < length and bool(mask[u])  # noqa: B023
+
         alive: dict[int, bool] = {}
         joint: dict[int, int] = {}
         for i in range(config.steps):
             for t in states[i]:
                 looked = {"feature": t + i, "input": t + 1 + i, "label": t + 2 + i}[config.mask_on]
                 supervised = looked < length and bool(mask[looked])
-                if i == 0 and supervised:
+                kept = is_answer(t + 2 + i)
+                if i == 0 and supervised and kept and is_answer(t + 1):
                     alive[t], joint[t] = True, 0
                 u = t + 1 + i
                 hit = False
@@ -232,7 +237,7 @@ def objective(w: dict[str, Tensor], tiny: Tiny, samples: list[dict[str, Tensor]]
                     hits[i].append(hit)
                     overlaps.append(float(a.detach()))
                 if t in alive:
-                    alive[t] = alive[t] and hit
+                    alive[t] = alive[t] and hit and kept and i < config.draft_length
                     joint[t] += alive[t]
         lengths += [1 + n for n in joint.values()]
     decays = [config.step_decay**i for i in range(config.steps)]

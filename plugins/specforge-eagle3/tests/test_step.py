@@ -26,6 +26,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"layer_type": "qwen3"},
     {"draft_vocab_size": "full"},
     {"steps": 1},
+    {"draft_length": 1},
     {"steps": 5, "step_decay": 0.5, "norm_output": True, "fc_norm": True},
     {"head_chunk": 1},
     {"softcap": 3.0},
@@ -67,7 +68,7 @@ def test_loss_gradients_and_metrics_are_the_formulas(
 def test_some_rows_hit_and_some_tokens_cannot_be_drafted(kit: Any) -> None:
     """What the comparison above is over: hits, misses and labels outside of the vocabulary."""
     tiny = kit.tiny(torch.float64)
-    samples = kit.samples((60, 40))
+    samples = kit.samples((90, 60))
     exact = kit.objective64(kit.weights64(tiny), tiny, samples)
     assert any(itertools.chain(*exact.hits))
     assert len(set(exact.lengths)) > 1

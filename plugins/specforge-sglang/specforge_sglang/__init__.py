@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from specforge_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from specforge_core.config import TargetConfig
-    from specforge_core.types import TargetEngine
+    from specforge_core.types import DraftServer, NotServed, TargetEngine
 
 
 @hookimpl
@@ -19,3 +21,15 @@ def specforge_target_engine(target: TargetConfig) -> TargetEngine | None:
     from .engine import SGLangEngine
 
     return SGLangEngine.load(target)
+
+
+@hookimpl
+def specforge_serve(
+    target: TargetConfig, export: Path, draft_tokens: int
+) -> DraftServer | NotServed | None:
+    """Serve an exported draft with stock SGLang, when the config asks for `sglang`."""
+    if target.engine != "sglang":
+        return None
+    from .serve import serve
+
+    return serve(target, export, draft_tokens)

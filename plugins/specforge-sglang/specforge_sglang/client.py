@@ -49,6 +49,11 @@ class Client:
         if cached:
             raise Refused(f"{cached} of its tokens came from the radix cache")
 
+    def generate(self, input_ids: Sequence[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer one prompt."""
+        body = {"input_ids": list(input_ids), "sampling_params": dict(sampling), "stream": False}
+        return self._request("POST", "/generate", body)
+
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         parts = urlsplit(self.url)
         secure = parts.scheme == "https"

@@ -1,0 +1,184 @@
+"""SGLang as a draft's server: flags, counts, refusals, and a real process that stands in for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from specforge_sglang import specforge_serve
+from specforge_sglang.options import read_options
+from specforge_sglang.serve import SGLangServer, counted, drafting_flags, serve
+
+from specforge_core.config import TargetConfig
+from specforge_core.errors import CaptureError, CheckpointError, RunError
+from specforge_core.types import NotServed
+
+# a server of a few lines: every verification accepts 2 tokens, and 7 ends an answer
+LAUNCHER = """
+import json, os, subprocess, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+BEHAVE
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class Handler(BaseHTTPRequestHandler):
+    def reply(self, body, status=200):
+        raw = json.dumps(body).encode()
+        self.send_response(status); self.end_headers(); self.wfile.write(raw)
+    def do_GET(self):
+        env = {k: v for k, v in os.environ.items() if "SGLANG" in k}
+        pids = [os.getpid(), worker.pid]
+        self.reply({"version": "0.5.14", "argv": sys.argv, "env": env, "pids": pids})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        ids, sampling = body["input_ids"], body["sampling_params"]
+        if len(ids) > 8:
+            return self.reply({"error": {"message": "the input is too long."}}, 400)
+        assert sampling["temperature"] == 0 and sampling["no_stop_trim"]
+        ends = sampling["stop_token_ids"] == ids[:1]
+        tokens = [1, 2, 3, 4, *ids[:1]] if ends else [1] * sampling["max_new_tokens"]
+        meta = {"completion_tokens": len(tokens), "spec_verify_ct": 2, "spec_num_correct_drafts": 4}
+        meta["finish_reason"] = {"type": "stop" if ends else "length"}
+        self.reply({"output_ids": tokens, "meta_info": meta})
+    def log_message(self, *_):
+        pass
+port = int(sys.argv[sys.argv.index("--port") + 1])
+ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+DFLASH = {"architectures": ["DFlashDraftModel"]}
+EAGLE3 = {"architectures": ["LlamaForCausalLMEagle3"]}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    def make(config: dict[str, Any]) -> Path:
+        path = tmp_path / "export"
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, toy_target: Path) -> Callable[..., TargetConfig]:
+    """Return a function that gives a target whose SGLang is LAUNCHER."""
+
+    def make(behave: str = "", **options: Any) -> TargetConfig:
+        site = tmp_path / "site"
+        (site / "sglang").mkdir(parents=True)
+        (site / "sglang" / "__init__.py").touch()
+        (site / "sglang" / "launch_server.py").write_text(LAUNCHER.replace("BEHAVE", behave))
+        info = site / "sglang-0.5.14.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.14\n")
+        given = {"python": sys.executable, "env": {"PYTHONPATH": str(site)}, **options}
+        return TargetConfig(
+            path=str(toy_target), engine="sglang", dtype="float32", device="cuda:0", options=given
+        )
+
+    return make
+
+
+def gone(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        if Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_draft_is_served_without_the_plugin_and_counted(
+    stand_in: Callable[..., TargetConfig], write: Callable[[dict[str, Any]], Path]
+) -> None:
+    target = stand_in(server_args={"attention_backend": "flashinfer", "mem_fraction_static": 0.3})
+    export = write(EAGLE3)
+    server = serve(target, Path(os.path.relpath(export)), 3)
+    assert isinstance(server, SGLangServer)
+    try:
+        assert server.name == "SGLang 0.5.14"
+        told = server._client.get("/server_info")
+        ended, cut = server.answer([[7, 5], [8, 5]], 6, frozenset([7]))
+        with pytest.raises(RunError, match="did not answer a prompt of 9 tokens: HTTP 400: the in"):
+            server.answer([[1] * 9], 6, frozenset())
+    finally:
+        server.close()
+    assert (ended.tokens, ended.verifications, ended.emitted) == ((1, 2, 3, 4, 7), 2, 4)
+    assert (cut.tokens, cut.verifications, cut.emitted) == ((1,) * 6, 2, 6)
+    argv = " ".join(told["argv"])
+    assert "--speculative-algorithm EAGLE3 --speculative-num-steps 3" in argv
+    assert "--speculative-eagle-topk 1 --speculative-num-draft-tokens 4" in argv
+    assert f"--speculative-draft-model-path {export}" in argv
+    assert "--disable-radix-cache --chunked-prefill-size -1" in argv
+    assert "--attention-backend flashinfer" in argv
+    assert "--mem-fraction-static 0.3" in argv
+    assert "triton" not in argv
+    assert told["env"]["SPECFORGE_SGLANG_CAPTURE"] == "0"
+    assert all(gone(pid) for pid in told["pids"])
+
+
+def test_a_server_that_ends_says_why(
+    stand_in: Callable[..., TargetConfig], write: Callable[[dict[str, Any]], Path]
+) -> None:
+    target = stand_in('raise RuntimeError("no such draft")')
+    with pytest.raises(CaptureError, match="RuntimeError: no such draft"):
+        serve(target, write(DFLASH), 3)
+
+
+def test_a_block_has_the_length_of_its_config(write: Callable[[dict[str, Any]], Path]) -> None:
+    assert drafting_flags(write(DFLASH), 7) == {"speculative_algorithm": "DFLASH"}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "reason"),
+    [
+        ({"architectures": ["Eagle3Speculator"]}, {}, "no draft of architecture Eagle3Speculator"),
+        ({}, {}, "no draft of architecture none"),
+        (EAGLE3, {"device": "cpu"}, "SGLang drafts on a GPU only"),
+        (EAGLE3, {"options": {"url": "http://localhost:1"}}, "run without this draft"),
+    ],
+)
+def test_what_is_not_served_says_why(
+    stand_in: Callable[..., TargetConfig],
+    write: Callable[[dict[str, Any]], Path],
+    config: dict[str, Any],
+    changes: dict[str, Any],
+    reason: str,
+) -> None:
+    found = specforge_serve(stand_in().model_copy(update=changes), write(config), 3)
+    assert isinstance(found, NotServed)
+    assert reason in found.reason
+    assert "Try: " in found.reason
+
+
+def test_another_engine_is_not_ours(tmp_path: Path) -> None:
+    assert specforge_serve(TargetConfig(path="x", engine="other"), tmp_path, 3) is None
+
+
+def test_an_export_without_a_config_is_an_error(
+    stand_in: Callable[..., TargetConfig], tmp_path: Path
+) -> None:
+    target = stand_in()
+    assert read_options(target).python
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        serve(target, tmp_path / "none", 3)
+
+
+def test_answers_of_one_token_need_no_verification() -> None:
+    found = counted({"output_ids": [7], "meta_info": {"completion_tokens": 1}}, "SGLang 1")
+    assert (found.tokens, found.verifications, found.emitted) == ((7,), 0, 0)
+
+
+@pytest.mark.parametrize("meta", [{}, {"spec_accept_length": 2.0, "spec_verify_ct": 3}])
+def test_an_answer_that_does_not_say_what_was_drafted_is_an_error(meta: dict[str, Any]) -> None:
+    body = {"output_ids": [1] * 5, "meta_info": {"completion_tokens": 5, **meta}}
+    with pytest.raises(RunError, match="SGLang 1 does not say how much it drafted"):
+        counted(body, "SGLang 1")

@@ -1,0 +1,1 @@
+"""`specforge doctor`: does what was trained get accepted where it is served?"""

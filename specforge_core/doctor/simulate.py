@@ -1,0 +1,101 @@
+"""The acceptance that the trainer simulates, on answers of the target itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.identity import capture_identity
+from ..capture.manifest import CaptureManifest
+from ..capture.worker import capture_in_order, to_host
+from ..data.loader import to_device
+from ..errors import CaptureError
+from ..progress import track
+from ..train.dist import pick_device
+from ..train.run import compute_dtype
+from ..types import Adapter, Draft, Prompt, Sample, StepContext, TargetEngine
+from .bench import Answers, Bench, free_memory
+from .stats import Measurement, Tally
+
+SIMULATED = "trainer, simulated"
+METRIC = "acceptance_length"
+
+
+@torch.no_grad()
+def simulate(bench: Bench, draft: Draft, answers: Answers) -> Measurement | None:
+    """Take the answers the way of training: capture, adapter, checks, transform, collate, step.
+
+    With `target.engine`, in the trainer's dtype, one sample a batch; the draft is moved in
+    place.  None when the step has no metric `acceptance_length`.
+    """
+    run, strategy = bench.run, bench.strategy
+    device = pick_device(run.train.device)
+    dtype = compute_dtype(run.train, device)
+    for module in (draft.model, draft.frozen):
+        if module is not None:
+            module.to(device, dtype).eval()
+    draft.model.register_forward_pre_hook(partial(_cast, dtype), with_kwargs=True)
+    step = strategy.train_step(run.strategy)
+    tallies = [Tally(0, 0)] * len(answers)
+    free_memory()
+    engine = strategy.target_engine(run.target)
+    try:
+        adapter = strategy.adapter(run.strategy, engine.info)
+        collate = strategy.collate(run.strategy, adapter.spec)
+        with track("simulating", len(answers)) as tracker:
+            for index, sample in _samples(bench, engine, adapter, answers):
+                batch = to_device(collate([sample]), device)
+                context = StepContext(0, 1, torch.Generator().manual_seed(run.train.seed))
+                metrics = step(draft, batch, context).metrics
+                if METRIC not in metrics:
+                    return None
+                found = metrics[METRIC]
+                tallies[index] = Tally(float(found.num), float(found.den))
+                tracker.advance()
+    finally:
+        engine.close()
+    return Measurement(SIMULATED, tuple(tallies))
+
+
+def _samples(
+    bench: Bench, engine: TargetEngine, adapter: Adapter, answers: Answers
+) -> Iterator[tuple[int, Sample]]:
+    """Yield what becomes of each answer, uncut; the strategy may skip one too short for it."""
+    run, strategy, spec = bench.run, bench.strategy, adapter.spec
+    identity = capture_identity(run, strategy, engine.info, spec, bench.tokenizer)
+    manifest = CaptureManifest(identity=identity)
+    prompts = []
+    for index, (prompt, answer) in enumerate(zip(bench.prompts, answers, strict=True)):
+        ids = torch.tensor([*prompt.input_ids, *answer])
+        mask = torch.zeros_like(ids)
+        mask[len(prompt.input_ids) :] = 1
+        prompts.append(Prompt(index, ids, mask))
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    transform = strategy.transform(run.strategy, spec, longest, False)
+    for index, sample in capture_in_order(engine, adapter, prompts, run.capture.window):
+        if sample is None:
+            continue
+        stored = to_host(index, sample)
+        if problems := strategy.verify_capture(run.strategy, spec, manifest, stored, None):
+            raise CaptureError(
+                f"the answer to {bench.prompts[index].where} cannot be trained on: {problems[0]}. "
+                f"Try: specforge check {strategy.name}"
+            )
+        if (kept := transform(sample)) is not None:
+            yield index, kept
+
+
+def _cast(
+    dtype: torch.dtype, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give the model its inputs in the dtype that FSDP's mixed precision casts them to."""
+
+    def plain(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
+
+    return tuple(map(plain, args)), {name: plain(value) for name, value in kwargs.items()}

@@ -1,0 +1,248 @@
+"""The doctor with a strategy and an engine of its own: engine alone, refusals, what is printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from specforge_core.cli import cli
+from specforge_core.config import load_config
+from specforge_core.doctor.report import DoctorReport
+from specforge_core.doctor.run import diagnose
+from specforge_core.errors import CheckpointError, ConfigError, RunError
+from specforge_core.hookspecs import hookimpl
+from specforge_core.restore import export_checkpoint
+from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.predictable import save_predictable_target, write_own_answers
+from specforge_core.train.run import train
+from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
+
+# the linear strategy, whose exports name their layer and can be read back
+STRATEGY = """
+from specforge_linear import *
+from specforge_linear import LinearProposer, train_step as step
+from specforge_core import hookimpl
+from specforge_core.types import Export
+
+@hookimpl
+def specforge_export(config, draft, format):
+    if format == "hf":
+        return Export({"layer_ids": [config.layer]}, draft.model.state_dict())
+
+@hookimpl
+def specforge_import(config, draft, export):
+    draft.model.load_state_dict(dict(export.weights))
+    return True
+"""
+# another engine: decodes in this process, and reads what config.json says
+ENGINE = """
+import torch
+from specforge_core import hookimpl
+from specforge_core.capture.hf import TransformersEngine
+from specforge_core.errors import CaptureError
+from specforge_core.evaluate.decode import generate, Limits
+from specforge_core.export.writer import read_export
+from specforge_core.types import CaptureSpec, NotServed, Sampling, ServedAnswer
+from specforge_linear import Head, LinearProposer
+
+class Server:
+    name = "stand-in 1.0"
+    def __init__(self, target, export):
+        found = read_export(export)
+        size = found.config.get("block_size", 1)
+        if size < target.options.get("min_block", 0):
+            raise CaptureError(f"no block of {size} tokens. Try: another")
+        self.engine = TransformersEngine.load(target)
+        weights = found.weights
+        head = Head(*reversed(weights["weight"].shape))
+        head.load_state_dict(dict(weights))
+        layer = target.options.get("layer", found.config["layer_ids"][0])
+        layer %= self.engine.info.num_layers
+        self.spec = CaptureSpec((layer,), "none", {})
+        self.proposer = LinearProposer(head, layer)
+    def answer(self, prompts, max_new_tokens, eos):
+        found = []
+        for prompt in prompts:
+            greedy = Sampling(0.0, torch.Generator())
+            limits = Limits(max_new_tokens, eos)
+            got = generate(
+                self.engine.model, self.proposer, self.spec, prompt, limits, greedy
+            )
+            found.append(ServedAnswer(got.tokens, got.stats.verifications, got.stats.emitted))
+        return found
+    def close(self):
+        self.engine.close()
+
+@hookimpl
+def specforge_target_engine(target):
+    if target.engine == "standin":
+        return TransformersEngine.load(target)
+
+@hookimpl
+def specforge_serve(target, export, draft_tokens):
+    assert draft_tokens == 1 and export.is_absolute()
+    if target.engine == "standin":
+        if "refuse" in target.options:
+            return NotServed("there is no device")
+        return Server(target, export)
+"""
+
+
+@pytest.fixture
+def trained(env: FakeSite, tmp_path: Path) -> Path:
+    env.strategy("served", STRATEGY)
+    group = {"specforge.plugins": {"standin": "specforge_standin"}}
+    env.dist("specforge-standin", "1.0", group, module="specforge_standin", source=ENGINE)
+    save_predictable_target(tmp_path / "target", initializer_range=0.2)
+    data = write_own_answers(tmp_path / "target", tmp_path / "train.jsonl", 48, length=24)
+    held = write_own_answers(tmp_path / "target", tmp_path / "held.jsonl", 8, length=1, seed=7)
+    raw: dict[str, Any] = {
+        "target": {"path": str(tmp_path / "target"), "dtype": "float32", "engine": "standin"},
+        "strategy": {"name": "served"},
+        "data": {"train": [str(data)]},
+        "output_dir": str(tmp_path / "run"),
+        "train": {"max_steps": 80, "batch_size": 8, "learning_rate": 0.03, "device": "cpu"},
+        "eval": {"prompts": {"held": str(held)}, "max_new_tokens": 16},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    train(*load_config(tmp_path / "run.yaml"))
+    export_checkpoint(tmp_path / "run", "hf", tmp_path / "export", force=False)
+    return tmp_path
+
+
+def examine(trained: Path, *overrides: str, **options: Any) -> DoctorReport:
+    run, strategy = load_config(trained / "run.yaml", overrides)
+    paths = {"draft": trained / "run", "export": trained / "export", **options}
+    return diagnose(run, strategy, **paths)
+
+
+def edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_trainer_reference_and_engine_agree(trained: Path) -> None:
+    report = examine(trained)
+    assert report.verdict.healthy, report.verdict.message
+    assert "the reference and stand-in 1.0 agree" in report.verdict.message
+    found = {m.name: m.value for m in report.measurements}
+    assert len(found) == 5
+    assert found["engine"] == found["reference loop"] == found["reference loop, export"]
+    assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=0.01)
+    assert found["engine"] is not None
+    assert found["engine"] > 1.3
+    assert "stand-in 1.0: 8 of 8 answers are the reference's own" in report.notes
+
+
+def test_what_only_the_engine_reads_is_found_by_serving_repaired_copies(trained: Path) -> None:
+    edit(trained / "export" / "config.json", layer_ids=[0])
+    report = examine(trained)
+    loop, served = (pair for pair in report.comparisons if pair.left == "reference loop")
+    assert not loop.differs
+    assert served.differs
+    assert report.verdict.cause == "layer ids"
+    assert "the export, served by stand-in 1.0, gets" in report.verdict.message
+    assert "Cause: layer ids: layer_ids is [0], expected [-2]. Try: " in report.verdict.message
+
+
+def test_without_an_engine_such_a_difference_is_an_error_too(trained: Path) -> None:
+    edit(trained / "export" / "config.json", layer_ids=[0])
+    report = examine(trained, "target.options={refuse: true}")
+    assert "no engine was measured: there is no device" in report.notes
+    assert report.verdict.cause == "layer ids"
+    assert "which only an engine reads: layer_ids is [0], expected [-2]" in report.verdict.message
+
+
+def test_an_engine_that_serves_otherwise_is_told_from_a_bad_export(trained: Path) -> None:
+    """The engine reads another layer than the one named, and the export is right."""
+    report = examine(trained, "target.options={layer: 0}")
+    assert (report.verdict.healthy, report.verdict.cause) == (False, None)
+    assert "but is exactly what this checkpoint exports: it is served" in report.verdict.message
+    assert "Look at the engine's own flags" in report.verdict.message
+
+
+def test_the_export_says_of_which_template_it_is(trained: Path) -> None:
+    path = trained / "export" / "provenance.json"
+    capture = json.loads(path.read_text())["capture"] | {"chat_template_fingerprint": "0123456789"}
+    edit(path, capture=capture, step=7)
+    report = examine(trained)
+    assert report.verdict.cause == "template"
+    assert "of the export is" in report.verdict.message
+    assert "expected 0123456789" in report.verdict.message
+    assert "the export is of step 7, the checkpoint of step 80" in report.notes
+
+
+def test_a_step_that_simulates_too_much_is_told_from_a_bad_export(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = sys.modules["specforge_served"]
+
+    def boast(draft: Draft, batch: Batch, ctx: StepContext) -> StepOutput:
+        output: StepOutput = plugin.step(draft, batch, ctx)
+        found = output.metrics["acceptance_length"]
+        more = {"acceptance_length": Ratio(found.num * 1.1, found.den)}
+        return StepOutput(output.loss_sum, output.weight, more)
+
+    def specforge_train_step() -> Any:
+        return boast
+
+    monkeypatch.setattr(plugin, "specforge_train_step", hookimpl(specforge_train_step))
+    report = examine(trained)
+    assert (report.verdict.healthy, report.verdict.cause) == (False, None)
+    assert "the trainer simulates 1." in report.verdict.message
+    assert "(+10.0%; chance explains 0.0%): no export is part of that" in report.verdict.message
+
+
+def test_answers_of_one_token_measure_nothing(trained: Path) -> None:
+    with pytest.raises(ConfigError, match="no answer has a second token, so nothing was drafted"):
+        examine(trained, "eval.max_new_tokens=1")
+
+
+def test_an_engine_that_fails_on_an_export_is_repaired_as_one_that_accepts_less(
+    trained: Path,
+) -> None:
+    edit(trained / "export" / "config.json", layer_ids=[0], block_size=0)
+    report = examine(trained, "target.options={min_block: 1}")
+    assert report.verdict.cause == "layer ids"
+    assert "is refused (no block of 0 tokens.). Cause: layer ids" in report.verdict.message
+    assert "together with block size" in report.verdict.message
+
+
+def test_few_prompts_are_said_to_be_few(trained: Path) -> None:
+    with pytest.raises(ConfigError, match=r"1 prompt says nothing of chance.*eval\.limit=50"):
+        examine(trained, "eval.limit=1")
+
+
+def test_an_export_is_no_checkpoint(trained: Path) -> None:
+    with pytest.raises(ConfigError, match="is an exported draft, and the doctor compares one"):
+        examine(trained, draft=trained / "export")
+    with pytest.raises(CheckpointError, match="is not an exported draft"):
+        examine(trained, export=trained / "run")
+
+
+def test_an_export_of_another_tool_needs_its_format(trained: Path) -> None:
+    (trained / "export" / "provenance.json").unlink()
+    with pytest.raises(ConfigError, match="does not say in which format it was exported"):
+        examine(trained)
+    assert examine(trained, format="hf").verdict.healthy
+
+
+def test_the_command_prints_a_table_and_fails_with_one_message(trained: Path) -> None:
+    command = ["doctor", "-c", str(trained / "run.yaml"), "--draft", str(trained / "run")]
+    command += ["--export", str(trained / "export")]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.exception
+    assert "reference loop, export" in done.stdout
+    assert "agree on what is accepted" in done.stdout
+    edit(trained / "export" / "config.json", layer_ids=[0])
+    failed = CliRunner().invoke(cli, [*command, "--json"])
+    assert isinstance(failed.exception, RunError)
+    report = json.loads(failed.stdout)
+    assert report == json.loads((trained / "run" / "doctor" / "report.json").read_text())
+    assert (report["healthy"], report["cause"]) == (False, "layer ids")
+    assert str(failed.exception) == report["message"]
