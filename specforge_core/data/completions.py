@@ -19,6 +19,7 @@ from .chat import PROBE
 
 TIMEOUT = 1800.0  # seconds for one answer: long ones, behind a server's queue
 QUICK = 20.0  # seconds for an answer that needs no queue
+FIRST = 300.0  # seconds for a first answer: a server that just started compiles its kernels
 
 
 class ServerDown(Exception):
@@ -139,7 +140,7 @@ def check_server(
     ids: list[int] = tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
     body = {"model": served.id, "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True}
     try:
-        text = client.complete(body, QUICK).text
+        text = client.complete(body, FIRST).text
     except Refused as exc:
         raise ConfigError(
             f"{client.url} refuses a prompt of token ids ({exc}), so it would not read what the "
