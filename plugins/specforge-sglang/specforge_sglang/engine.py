@@ -284,5 +284,5 @@ def _open_handoff(options: SGLangOptions) -> Handoff:
     if way == "auto":
         way = "files" if hosts <= LOCAL else "http"
     if way == "files":
-        return FileHandoff(options.directory or spool.default_root())
+        return FileHandoff(options.directory or spool.default_root(), options.max_bytes)
     return HttpHandoff(options.receiver_host, options.receiver_port)

@@ -1,6 +1,6 @@
 """The reader's end of a hand-off: where frames arrive, and how one waits for them.
 
-A frame that nobody waits for any more is thrown away when it arrives.
+A frame that nobody waits for any more is overwritten or thrown away when it arrives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import finalize
 
+import numpy as np
 import torch
 from specforge_sglang_capture import spool
 from specforge_sglang_capture.ask import Way
@@ -43,11 +45,15 @@ class Handoff(Protocol):
 
 
 class FileHandoff:
-    """Files in a directory of this process's own, mapped and unlinked when they are read."""
+    """Files in a directory of this process's own, mapped as long as what was read is used.
+
+    Then a file is free to be written again; the mapping stays, so that neither side waits for
+    new memory.  Files of at most `keep` bytes together are kept.
+    """
 
     way: Way = "files"
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, keep: int = 1 << 30) -> None:
         self.root = root or spool.default_root()
         try:
             spool.sweep(self.root)
@@ -57,6 +63,8 @@ class FileHandoff:
                 f"no hand-off directory can be made in {self.root}: {exc.strerror}. "
                 "Try: target.options.directory=DIRECTORY, on a tmpfs"
             ) from exc
+        self._keep = keep
+        self._maps: dict[int, mmap.mmap] = {}  # by inode, which a mapping keeps from being reused
         self._forgotten: set[str] = set()
 
     @property
@@ -64,17 +72,22 @@ class FileHandoff:
         return self.path.name
 
     def free_bytes(self) -> int:
-        """Return how much the file system can still hold."""
-        return shutil.disk_usage(self.root).free
+        """Return how much the file system can still hold, files that are used again included."""
+        kept = sum(path.stat().st_size for path in self.path.glob(f"{spool.FREE}*"))
+        return shutil.disk_usage(self.root).free + kept
 
     def expect(self, name: str) -> None:
-        """Delete what came too late for anyone."""
+        """Free what came too late for anyone."""
         for late in list(self._forgotten):
-            if self._unlink(late):
+            if spool.free(self.path / late):
                 self._forgotten.discard(late)
 
     def take(self, name: str, timeout: float) -> Any:
-        """Map the file that is called `name`, and unlink it; None when it did not come in time."""
+        """Return the file called `name`, mapped; None when it did not come in time.
+
+        The bytes may be followed by others.  Once the array and all that shares its memory
+        are gone, they are written over.
+        """
         path, pause = self.path / name, 0.0005
         give_up = time.monotonic() + timeout
         while not path.exists():
@@ -83,21 +96,28 @@ class FileHandoff:
             time.sleep(pause)
             pause = min(2 * pause, 0.004)
         with path.open("r+b") as file:
-            mapped = mmap.mmap(file.fileno(), 0)
-        path.unlink()
-        return mapped
+            found = os.fstat(file.fileno())
+            mapped = self._maps.get(found.st_ino)
+            if mapped is None or len(mapped) < found.st_size:
+                mapped = self._maps[found.st_ino] = mmap.mmap(file.fileno(), 0)
+        held = self.path / f".held-{found.st_ino}"
+        path.rename(held)
+        array = np.frombuffer(mapped, dtype=np.uint8)
+        finalize(array, self._release, held, found.st_ino).atexit = False
+        return array
+
+    def _release(self, held: Path, inode: int) -> None:
+        """Let a file be written again.  Called wherever its last user ends: it takes no lock."""
+        if sum(map(len, self._maps.copy().values())) <= self._keep:
+            spool.free(held)
+            return
+        held.unlink(missing_ok=True)
+        self._maps.pop(inode, None)
 
     def forget(self, name: str) -> None:
         """Say that nobody waits for `name` any more."""
-        if not self._unlink(name):
+        if not spool.free(self.path / name):
             self._forgotten.add(name)
-
-    def _unlink(self, name: str) -> bool:
-        try:
-            (self.path / name).unlink()
-        except FileNotFoundError:
-            return False
-        return True
 
     def close(self) -> None:
         """Delete the directory; writers see that it has no reader any more."""

@@ -68,9 +68,9 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def unpack(buffer: Any) -> Frame:
-    """Return the frame in a writable buffer; its tensors share the buffer's memory.
+    """Return the frame that a writable buffer begins with; its tensors share the buffer's memory.
 
-    Raises FrameError when the buffer is not exactly one frame.
+    Raises FrameError when it does not begin with a whole one.
     """
     import torch
 
@@ -87,8 +87,8 @@ def unpack(buffer: Any) -> Frame:
     tokens, width, count = header["tokens"], header["width"], header["states"]
     dtype = getattr(torch, header["dtype"])
     each = tokens * width * dtype.itemsize
-    if len(view) != start + 8 * tokens + count * each:
-        raise FrameError(f"it has {len(view)} bytes, its header promises another number")
+    if len(view) < start + 8 * tokens + count * each:
+        raise FrameError(f"it has {len(view)} bytes, its header promises more")
     ids = torch.frombuffer(buffer, dtype=torch.int64, count=tokens, offset=start)
     place = start + 8 * tokens
     states = [

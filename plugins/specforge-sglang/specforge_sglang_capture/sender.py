@@ -72,11 +72,12 @@ class Sender:
         give_up = time.monotonic() + NO_SPACE_SECONDS
         while spool.has_reader(directory):
             try:
+                spool.claim(directory, part, sum(map(len, pieces)))
                 _write(part, pieces)
                 part.rename(directory / ask.name)
                 return
             except OSError as exc:
-                part.unlink(missing_ok=True)
+                spool.free(part)
                 if exc.errno != errno.ENOSPC or time.monotonic() > give_up:
                     raise
                 time.sleep(0.05)
@@ -89,10 +90,18 @@ class Sender:
 
 
 def _write(path: Path, pieces: Sequence[memoryview]) -> None:
-    with path.open("wb", buffering=0) as file:
-        for piece in pieces:
-            while len(piece):
-                piece = piece[file.write(piece) :]
+    """Write the pieces at the beginning of a file, which may be longer."""
+    left = [piece for piece in pieces if len(piece)]
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while left:
+            count = os.writev(descriptor, left)  # all at once: each call waits for the model's
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if left:
+                left[0] = left[0][count:]
+    finally:
+        os.close(descriptor)
 
 
 def _send_http(ask: Ask, pieces: Sequence[memoryview]) -> None:

@@ -53,8 +53,7 @@ def test_an_error_is_a_frame_too() -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda raw: raw[:-1], "promises another number"),
-        (lambda raw: raw + b"\0", "promises another number"),
+        (lambda raw: raw[:-1], "promises more"),
         (lambda raw: raw[:40], "header is torn"),
         (lambda raw: b"X" + raw[1:], "does not begin as a capture"),
         (lambda raw: b"", "does not begin as a capture"),
