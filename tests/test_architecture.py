@@ -21,7 +21,7 @@ SOURCES = sorted(CORE.rglob("*.py"))
 LAYERS = (
     {"types", "errors"},
     {"hookspecs"},
-    {"plugins", "progress"},
+    {"plugins", "progress", "http_json"},
     {"strategy"},
     {"config", "listing"},
     {"data", "capture", "train", "evaluate", "export", "ops", "defaults", "testing"},

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from specforge_core.config import TargetConfig
-from specforge_core.data.completions import Client, Refused, ServerDown, check_server, model_name
+from specforge_core.data.completions import Client, check_server, model_name
 from specforge_core.errors import ConfigError
+from specforge_core.http_json import Refused, ServerDown
 from specforge_core.testing.toy import toy_tokenizer
 
 BODY = {"prompt": [72, 105], "max_tokens": 4}

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
 from ..config import TargetConfig
 from ..errors import ConfigError
+from ..http_json import Refused, ServerDown, request_json
 from .chat import PROBE
 
 TIMEOUT = 1800.0  # seconds for one answer: long ones, behind a server's queue
 QUICK = 20.0  # seconds for an answer that needs no queue
 FIRST = 300.0  # seconds for a first answer: a server that just started compiles its kernels
-
-
-class ServerDown(Exception):
-    """A server that could not do what it was asked now."""
-
-
-class Refused(Exception):
-    """A server's answer that it will not do what was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +46,7 @@ class Client:
 
     def served(self) -> Served:
         """Return the server's first model."""
-        answer = self._request("GET", "/v1/models", None, QUICK)
+        answer = self._request("/v1/models", None, QUICK)
         try:
             card = answer["data"][0]
             names = {str(card[key]): None for key in ("id", "root") if card.get(key)}
@@ -67,7 +57,7 @@ class Client:
 
     def complete(self, body: Mapping[str, Any], timeout: float = TIMEOUT) -> Completion:
         """Return what continues `body["prompt"]`."""
-        answer = self._request("POST", "/v1/completions", body, timeout)
+        answer = self._request("/v1/completions", body, timeout)
         try:
             (choice,) = answer["choices"]
             text, reason = choice["text"], choice["finish_reason"]
@@ -78,43 +68,9 @@ class Client:
             raise ServerDown(f"an answer that ended with {reason!r}, not with stop or length")
         return Completion(text, reason, count)
 
-    def _request(
-        self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float
-    ) -> Any:
-        parts = urlsplit(self.url)
-        secure = parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("SPECFORGE_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        connection = kind(parts.netloc, timeout=timeout)
-        try:
-            text = None if body is None else json.dumps(body)
-            connection.request(method, parts.path + path, text, headers)
-            response = connection.getresponse()
-            status, raw = response.status, response.read()
-        except (OSError, http.client.HTTPException) as exc:
-            raise ServerDown(f"{type(exc).__name__}: {exc}") from exc
-        finally:
-            connection.close()
-        if 400 <= status < 500 and status != http.HTTPStatus.TOO_MANY_REQUESTS:
-            raise Refused(f"HTTP {status}: {_reason(raw)}")
-        if status != http.HTTPStatus.OK:
-            raise ServerDown(f"HTTP {status}: {_reason(raw)}")
-        try:
-            return json.loads(raw)
-        except ValueError as exc:
-            raise Refused(f"{path} is not JSON: {raw[:80]!r}") from exc
-
-
-def _reason(raw: bytes) -> str:
-    try:
-        error = json.loads(raw)
-        error = error.get("error", error) if isinstance(error, dict) else error
-        error = error.get("message", error) if isinstance(error, dict) else error
-    except ValueError:
-        error = raw.decode("utf-8", "replace")
-    return " ".join(str(error).split())[:300] or "no reason given"
+    def _request(self, path: str, body: Mapping[str, Any] | None, timeout: float) -> Any:
+        key = os.environ.get("SPECFORGE_API_KEY")
+        return request_json(self.url, path, body, timeout=timeout, api_key=key)
 
 
 def check_server(

@@ -16,8 +16,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..capture.hf import load_target_info
 from ..config import RunConfig, TargetConfig
 from ..errors import DataError, RunError
+from ..http_json import Refused, ServerDown
 from ..progress import console
-from .completions import Client, Completion, Refused, ServerDown, check_server
+from .completions import Client, Completion, check_server
 from .respond import Chat, Rules, Task, end_tokens
 
 TRIES = 3  # of one request, on servers that are up

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from specforge_core.config import StrategyConfig
 from specforge_core.errors import ConfigError
-from specforge_core.ops.rotary import draft_rope
+from specforge_core.ops.decoder import DecoderOptions, DecoderShape, decoder_fields
 from specforge_core.types import TargetInfo
 
 LayerType: TypeAlias = Literal["full_attention", "sliding_attention"]
 LabelLayout: TypeAlias = Literal["same_position", "next_token"]
 
-# Factors on logits that this package does not reproduce.
-UNSUPPORTED_FACTORS = ("logit_scale", "logits_scaling")
 
-
-class DFlashConfig(StrategyConfig):
+class DFlashConfig(DecoderOptions):
     """The `strategy:` section of a DFlash run."""
 
     block_size: int = Field(16, ge=2, description="Slots of one block, the known token included.")
@@ -51,11 +46,6 @@ class DFlashConfig(StrategyConfig):
     )
     attention: Literal["auto", "flex", "eager"] = Field("auto", description="auto: flex on a GPU.")
     head_chunk: int = Field(1024, gt=0, description="Rows whose logits exist at a time.")
-    num_heads: int | None = Field(None, gt=0, description="As the target's if not set.")
-    num_kv_heads: int | None = Field(None, gt=0, description="As the target's if not set.")
-    head_dim: int | None = Field(None, gt=0, multiple_of=2, description="As the target's.")
-    intermediate_size: int | None = Field(None, gt=0, description="As the target's if not set.")
-    rope_theta: float | None = Field(None, gt=0, description="Plain RoPE, not the target's.")
     export_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of weights.")
     seed: int = Field(0, ge=0, description="Of the draft's first weights.")
 
@@ -93,66 +83,31 @@ class DFlashConfig(StrategyConfig):
         return self.block_size / 2 if self.block_size <= 10 else 5 + (self.block_size - 10) / 3
 
 
-@dataclass(frozen=True, slots=True)
-class DraftShape:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftShape(DecoderShape):
     """Everything about a draft's structure, resolved against one target."""
 
-    hidden_size: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_norm_eps: float
-    max_positions: int
-    rope: Mapping[str, Any]
     block_size: int
     capture_layers: tuple[int, ...]
     layer_types: tuple[LayerType, ...]
     sliding_window: int | None
     mask_token_id: int
-    vocab_size: int
-    softcap: float | None
-    init_std: float
 
 
 def draft_shape(config: DFlashConfig, target: TargetInfo, mask_token_id: int) -> DraftShape:
     """Resolve the options against the target.  Raises ConfigError when they do not fit it."""
-    found = target.config
-    for name in UNSUPPORTED_FACTORS:
-        if found.get(name) not in (None, 1, 1.0):
-            raise ConfigError(
-                f"target {target.name_or_path!r} has {name}={found[name]}, which DFlash drafts "
-                "do not apply. Try: another target.path"
-            )
-    heads = config.num_heads or int(found["num_attention_heads"])
-    kv_heads = config.num_kv_heads or int(found.get("num_key_value_heads") or heads)
-    if heads % kv_heads:
-        raise ConfigError(
-            f"{heads} attention heads cannot share {kv_heads} key/value heads. "
-            "Try: strategy.num_kv_heads, a divisor of strategy.num_heads"
-        )
     types = config.layer_types or (
         ("sliding_attention" if config.sliding_window else "full_attention",) * config.num_layers
     )
     return DraftShape(
-        hidden_size=target.hidden_size,
+        **decoder_fields(config, target),
         num_layers=config.num_layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=config.head_dim or int(found.get("head_dim") or target.hidden_size // heads),
-        intermediate_size=config.intermediate_size or int(found["intermediate_size"]),
-        rms_norm_eps=float(found.get("rms_norm_eps") or 1e-6),
-        max_positions=int(found.get("max_position_embeddings") or 32768),
-        rope=draft_rope(found, config.rope_theta),
         block_size=config.block_size,
         capture_layers=capture_layers(config, target.num_layers),
         layer_types=types,
         sliding_window=config.sliding_window if "sliding_attention" in types else None,
         mask_token_id=mask_token_id,
-        vocab_size=target.vocab_size,
-        softcap=found.get("final_logit_softcapping"),
-        init_std=float(found.get("initializer_range") or 0.02),
     )
 
 

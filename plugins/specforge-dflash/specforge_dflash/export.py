@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from specforge_core.errors import CheckpointError, ConfigError
+from specforge_core.ops.decoder import decoder_config
 from specforge_core.types import Export, TargetInfo
 
 from .config import DFlashConfig, DraftShape
@@ -46,7 +47,6 @@ def export_draft(
 
 def export_config(config: DFlashConfig, shape: DraftShape, target: TargetInfo) -> dict[str, Any]:
     """Return config.json."""
-    scaling = {k: v for k, v in shape.rope.items() if k != "rope_theta"}
     sliding = shape.sliding_window is not None
     out: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
@@ -70,22 +70,7 @@ def export_config(config: DFlashConfig, shape: DraftShape, target: TargetInfo) -
         "max_window_layers": shape.layer_types.index("sliding_attention")
         if sliding
         else shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.rms_norm_eps,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": shape.init_std,
-        "max_position_embeddings": shape.max_positions,
-        "rope_theta": shape.rope["rope_theta"],
-        "rope_scaling": None if shape.rope["rope_type"] == "default" else scaling,
-        "rope_parameters": dict(shape.rope),
-        "tie_word_embeddings": False,
-        "vocab_size": shape.vocab_size,
+        **decoder_config(shape),
         "dtype": config.export_dtype,
     }
     if shape.softcap is not None:

@@ -104,7 +104,7 @@ def test_heads_that_do_not_divide_are_refused(kit: Any) -> None:
 
 
 def test_targets_that_scale_their_logits_are_refused(kit: Any) -> None:
-    with pytest.raises(ConfigError, match=r"logits_scaling=8.0, which DFlash drafts do not apply"):
+    with pytest.raises(ConfigError, match=r"logits_scaling=8.0, which drafts do not apply"):
         draft_shape(kit.config(), kit.target(logits_scaling=8.0), 40)
 
 

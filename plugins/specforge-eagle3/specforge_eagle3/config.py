@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from specforge_core.config import StrategyConfig
 from specforge_core.errors import ConfigError
+from specforge_core.ops.decoder import DecoderOptions, DecoderShape, decoder_fields
 from specforge_core.ops.linear_soft_cross_entropy import SoftLoss
-from specforge_core.ops.rotary import draft_rope
 from specforge_core.types import TargetInfo
 
-# Factors on logits that this package does not reproduce.
-UNSUPPORTED_FACTORS = ("logit_scale", "logits_scaling")
 
-
-class Eagle3Config(StrategyConfig):
+class Eagle3Config(DecoderOptions):
     """The `strategy:` section of an EAGLE-3 run."""
 
     steps: int = Field(7, gt=0, description="Steps of training-time test.")
@@ -57,11 +52,6 @@ class Eagle3Config(StrategyConfig):
         "auto", description="auto: flash, but for dtypes its kernels do not know."
     )
     head_chunk: int = Field(3584, gt=0, description="Rows whose logits exist at a time, about.")
-    num_heads: int | None = Field(None, gt=0, description="As the target's if not set.")
-    num_kv_heads: int | None = Field(None, gt=0, description="As the target's if not set.")
-    head_dim: int | None = Field(None, gt=0, multiple_of=2, description="As the target's.")
-    intermediate_size: int | None = Field(None, gt=0, description="As the target's if not set.")
-    rope_theta: float | None = Field(None, gt=0, description="Plain RoPE, not the target's.")
     draft_length: int = Field(7, gt=0, description="Tokens of a drafted chain; levels of a tree.")
     tree_top_k: int = Field(1, gt=0, description="Branches of a drafted tree; 1 drafts a chain.")
     tree_tokens: int = Field(31, gt=0, description="Tokens of a drafted tree, at most.")
@@ -95,26 +85,15 @@ class Eagle3Config(StrategyConfig):
         return [self.step_decay**i for i in range(self.steps)]
 
 
-@dataclass(frozen=True, slots=True)
-class DraftShape:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftShape(DecoderShape):
     """Everything about a draft's structure, resolved against one target."""
 
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_norm_eps: float
-    max_positions: int
-    rope: Mapping[str, Any]
     capture_layers: tuple[int, ...]
-    vocab_size: int
     draft_vocab_size: int
     qk_norm: bool
     fc_norm: bool
     norm_output: bool
-    softcap: float | None  # of the target's logits
-    init_std: float
 
     @property
     def full_vocab(self) -> bool:
@@ -123,20 +102,6 @@ class DraftShape:
 
 def draft_shape(config: Eagle3Config, target: TargetInfo) -> DraftShape:
     """Resolve the options against the target.  Raises ConfigError when they do not fit it."""
-    found = target.config
-    for name in UNSUPPORTED_FACTORS:
-        if found.get(name) not in (None, 1, 1.0):
-            raise ConfigError(
-                f"target {target.name_or_path!r} has {name}={found[name]}, which EAGLE-3 drafts "
-                "do not apply. Try: another target.path"
-            )
-    heads = config.num_heads or int(found["num_attention_heads"])
-    kv_heads = config.num_kv_heads or int(found.get("num_key_value_heads") or heads)
-    if heads % kv_heads:
-        raise ConfigError(
-            f"{heads} attention heads cannot share {kv_heads} key/value heads. "
-            "Try: strategy.num_kv_heads, a divisor of strategy.num_heads"
-        )
     wanted = config.draft_vocab_size
     if wanted != "full" and wanted > target.vocab_size:
         raise ConfigError(
@@ -144,22 +109,12 @@ def draft_shape(config: Eagle3Config, target: TargetInfo) -> DraftShape:
             f"{target.vocab_size}. Try: strategy.draft_vocab_size=full"
         )
     return DraftShape(
-        hidden_size=target.hidden_size,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=config.head_dim or int(found.get("head_dim") or target.hidden_size // heads),
-        intermediate_size=config.intermediate_size or int(found["intermediate_size"]),
-        rms_norm_eps=float(found.get("rms_norm_eps") or 1e-6),
-        max_positions=int(found.get("max_position_embeddings") or 32768),
-        rope=draft_rope(found, config.rope_theta),
+        **decoder_fields(config, target),
         capture_layers=capture_layers(config, target.num_layers),
-        vocab_size=target.vocab_size,
         draft_vocab_size=target.vocab_size if wanted == "full" else wanted,
         qk_norm=config.layer_type == "qwen3",
         fc_norm=config.fc_norm,
         norm_output=config.norm_output,
-        softcap=found.get("final_logit_softcapping"),
-        init_std=float(found.get("initializer_range") or 0.02),
     )
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from specforge_core.errors import ConfigError
-from specforge_core.export.dialects import layer_inputs, rope_fields
+from specforge_core.export.dialects import layer_inputs
+from specforge_core.ops.decoder import decoder_config
 from specforge_core.types import Draft, Export, TargetInfo
 
 from .config import DraftShape, Eagle3Config
@@ -97,21 +98,8 @@ def layer_config(config: Eagle3Config, shape: DraftShape, target: TargetInfo) ->
     return {
         "model_type": "qwen3" if shape.qk_norm else "llama",
         "num_hidden_layers": 1,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.rms_norm_eps,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
+        **decoder_config(shape),
         "mlp_bias": False,
-        "initializer_range": shape.init_std,
-        "max_position_embeddings": shape.max_positions,
-        **rope_fields({"rope_parameters": dict(shape.rope)}),
-        "tie_word_embeddings": False,  # SGLang would take the embedding for the head
-        "vocab_size": shape.vocab_size,
         "dtype": config.export_dtype,
         "torch_dtype": config.export_dtype,
         **{name: value for name, value in special.items() if value is not None},

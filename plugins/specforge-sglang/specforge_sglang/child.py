@@ -21,9 +21,10 @@ from specforge_sglang_capture import DIRECTORY_ENV, ENABLE_ENV, LIFELINE_ENV
 
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError, ConfigError
+from specforge_core.http_json import Refused, ServerDown
 from specforge_core.types import TargetInfo
 
-from .client import Client, Refused, ServerDown
+from .client import Client
 from .options import Flag, SGLangOptions
 
 LOG_LINES = 20

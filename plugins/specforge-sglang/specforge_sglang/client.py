@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from specforge_sglang_capture import MIN_VERSION, parse_version
 
 from specforge_core.errors import CaptureError
+from specforge_core.http_json import Refused, ServerDown, request_json
 
 START = "python -m specforge_sglang_capture --model-path MODEL --port PORT"
-
-
-class ServerDown(Exception):
-    """A server that cannot be used now; its work goes to another one."""
-
-
-class Refused(Exception):
-    """A server's answer that it cannot do what was asked, whichever server is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +24,7 @@ class Client:
 
     def get(self, path: str) -> dict[str, Any]:
         """Return the JSON object at a path; ServerDown when the server does not answer."""
-        return self._request("GET", path, None)
+        return self._request(path, None)
 
     def prefill(self, input_ids: Sequence[int], request_id: str) -> None:
         """Run a prompt; its states are handed over elsewhere, named in `request_id`."""
@@ -44,7 +34,7 @@ class Client:
             "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
             "stream": False,
         }
-        answer = self._request("POST", "/generate", body)
+        answer = self._request("/generate", body)
         cached = answer.get("meta_info", {}).get("cached_tokens")
         if cached:
             raise Refused(f"{cached} of its tokens came from the radix cache")
@@ -52,44 +42,13 @@ class Client:
     def generate(self, input_ids: Sequence[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
         """Answer one prompt."""
         body = {"input_ids": list(input_ids), "sampling_params": dict(sampling), "stream": False}
-        return self._request("POST", "/generate", body)
+        return self._request("/generate", body)
 
-    def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        parts = urlsplit(self.url)
-        secure = parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        connection = kind(parts.netloc, timeout=self.timeout)
-        try:
-            text = None if body is None else json.dumps(body)
-            connection.request(method, parts.path + path, text, headers)
-            response = connection.getresponse()
-            status, raw = response.status, response.read()
-        except (OSError, http.client.HTTPException) as exc:
-            raise ServerDown(f"{type(exc).__name__}: {exc}") from exc
-        finally:
-            connection.close()
-        if 400 <= status < 500:
-            raise Refused(f"HTTP {status}: {_reason(raw)}")
-        try:
-            answer = json.loads(raw)
-        except ValueError:
-            answer = None
-        if status != 200 or not isinstance(answer, dict):
-            raise ServerDown(f"HTTP {status}: {_reason(raw)}")
+    def _request(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        answer = request_json(self.url, path, body, timeout=self.timeout, api_key=self.api_key)
+        if not isinstance(answer, dict):
+            raise ServerDown(f"no answer of SGLang: {str(answer)[:80]}")
         return answer
-
-
-def _reason(raw: bytes) -> str:
-    try:
-        error = json.loads(raw)
-        error = error.get("error", error) if isinstance(error, dict) else error
-        error = error.get("message", error) if isinstance(error, dict) else error
-    except ValueError:
-        error = raw.decode("utf-8", "replace")
-    return " ".join(str(error).split())[:300] or "no reason given"
 
 
 def check_server(client: Client) -> None:

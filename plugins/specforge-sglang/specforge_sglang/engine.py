@@ -19,11 +19,12 @@ from specforge_sglang_capture.frame import FrameError, unpack
 from specforge_core.capture.hf import load_target_info
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
+from specforge_core.http_json import Refused, ServerDown
 from specforge_core.types import CaptureSpec, Prompt, TargetCapture, TargetInfo
 
 from .answer import as_capture
 from .child import ChildServer
-from .client import START, Client, Refused, ServerDown, check_server
+from .client import START, Client, check_server
 from .handoff import FileHandoff, Handoff, HttpHandoff
 from .options import SGLangOptions, read_options
 from .pool import Pool, Server

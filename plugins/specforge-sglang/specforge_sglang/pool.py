@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from specforge_core.errors import CaptureError
+from specforge_core.http_json import ServerDown
 
-from .client import Client, ServerDown
+from .client import Client
 
 RETRY_SECONDS = 3.0  # between two looks at a server that was retired
 

@@ -23,10 +23,11 @@ from typing import Any
 from specforge_core.capture.hf import load_target_info
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CheckpointError, RunError
+from specforge_core.http_json import Refused, ServerDown
 from specforge_core.types import DraftServer, NotServed, ServedAnswer
 
 from .child import PLAIN, ChildServer, server_flags, uses_cpu
-from .client import Client, Refused, ServerDown
+from .client import Client
 from .options import Flag, SGLangOptions, read_options
 
 # by architectures of an export's config.json

@@ -18,12 +18,23 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
 from sglang.srt.layers.dp_attention import initialize_dp_attention
 from sglang.srt.models.registry import ModelRegistry
-from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.srt.server_args import ServerArgs
+
+try:
+    from sglang.srt.runtime_context import SpawnRanks, publish
+except ImportError:  # 0.5.14
+    from sglang.srt.server_args import set_global_server_args_for_scheduler
+
+    publish = None
 
 
-def build(path: str, port: str) -> Any:
+def prepare(path: str, port: str) -> None:
+    """Set up what SGLang's layers expect of a process: one rank, on a CPU."""
     args = ServerArgs(model_path=path, device="cpu", skip_tokenizer_init=True)
-    set_global_server_args_for_scheduler(args)
+    if publish is None:
+        set_global_server_args_for_scheduler(args)
+    else:
+        publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0))
     init_distributed_environment(
         backend="gloo",
         world_size=1,
@@ -35,13 +46,20 @@ def build(path: str, port: str) -> Any:
     config = ModelConfig.from_server_args(args, model_path=path)
     wanted = len(inspect.signature(initialize_dp_attention).parameters)
     initialize_dp_attention(*(args, config)[:wanted])  # versions differ
+
+
+def build(path: str, dtype: torch.dtype) -> Any:
+    """Return SGLang's class for the config at `path`, with weights of no meaning."""
+    args = ServerArgs(model_path=path, device="cpu", skip_tokenizer_init=True)
+    config = ModelConfig.from_server_args(args, model_path=path)
     model_class, _ = ModelRegistry.resolve_model_cls(config.hf_config.architectures)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     return model_class(config.hf_config)
 
 
 def main(path: str, port: str) -> None:
-    model = build(path, port)
+    prepare(path, port)
+    model = build(path, torch.bfloat16)
     parameters = dict(model.named_parameters())
     for value in parameters.values():
         value.data.fill_(float("nan"))

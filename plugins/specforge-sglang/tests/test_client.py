@@ -6,9 +6,10 @@ import socket
 from typing import Any
 
 import pytest
-from specforge_sglang.client import Client, Refused, ServerDown, check_server
+from specforge_sglang.client import Client, check_server
 
 from specforge_core.errors import CaptureError
+from specforge_core.http_json import Refused, ServerDown
 
 
 def test_nobody_listening_is_down() -> None:

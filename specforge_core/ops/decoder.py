@@ -1,0 +1,96 @@
+"""The shape of a draft's decoder layers: the target's, unless options say otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from ..config import StrategyConfig
+from ..errors import ConfigError
+from ..export.dialects import rope_fields
+from ..types import TargetInfo
+from .rotary import draft_rope
+
+# Factors of some targets' logits, which engines do not apply to those of a draft.
+UNSUPPORTED_FACTORS = ("logit_scale", "logits_scaling")
+
+
+class DecoderOptions(StrategyConfig):
+    """Base of a `strategy:` section whose draft has decoder layers."""
+
+    num_heads: int | None = Field(None, gt=0, description="As the target's if not set.")
+    num_kv_heads: int | None = Field(None, gt=0, description="As the target's if not set.")
+    head_dim: int | None = Field(None, gt=0, multiple_of=2, description="As the target's.")
+    intermediate_size: int | None = Field(None, gt=0, description="As the target's if not set.")
+    rope_theta: float | None = Field(None, gt=0, description="Plain RoPE, not the target's.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderShape:
+    """What every decoder layer of a draft needs to know, resolved against one target."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    max_positions: int
+    rope: Mapping[str, Any]
+    vocab_size: int
+    softcap: float | None  # of the target's logits
+    init_std: float
+
+
+def decoder_fields(options: DecoderOptions, target: TargetInfo) -> dict[str, Any]:
+    """Return the fields of a DecoderShape.  Raises ConfigError when they do not fit the target."""
+    found = target.config
+    for name in UNSUPPORTED_FACTORS:
+        if found.get(name) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"target {target.name_or_path!r} has {name}={found[name]}, which drafts do not "
+                "apply. Try: another target.path"
+            )
+    heads = options.num_heads or int(found["num_attention_heads"])
+    kv_heads = options.num_kv_heads or int(found.get("num_key_value_heads") or heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"{heads} attention heads cannot share {kv_heads} key/value heads. "
+            "Try: strategy.num_kv_heads, a divisor of strategy.num_heads"
+        )
+    return {
+        "hidden_size": target.hidden_size,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": options.head_dim or int(found.get("head_dim") or target.hidden_size // heads),
+        "intermediate_size": options.intermediate_size or int(found["intermediate_size"]),
+        "rms_norm_eps": float(found.get("rms_norm_eps") or 1e-6),
+        "max_positions": int(found.get("max_position_embeddings") or 32768),
+        "rope": draft_rope(found, options.rope_theta),
+        "vocab_size": target.vocab_size,
+        "softcap": found.get("final_logit_softcapping"),
+        "init_std": float(found.get("initializer_range") or 0.02),
+    }
+
+
+def decoder_config(shape: DecoderShape) -> dict[str, Any]:
+    """Return what config.json says of such layers; rotary embeddings in both spellings."""
+    return {
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.rms_norm_eps,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": shape.init_std,
+        "max_position_embeddings": shape.max_positions,
+        **rope_fields({"rope_parameters": dict(shape.rope)}),
+        "tie_word_embeddings": False,  # else an engine takes the embedding for the head
+        "vocab_size": shape.vocab_size,
+    }

@@ -1,0 +1,62 @@
+"""A draft's layers take the target's shape, unless options say otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from specforge_core.errors import ConfigError
+from specforge_core.ops.decoder import (
+    DecoderOptions,
+    DecoderShape,
+    decoder_config,
+    decoder_fields,
+)
+from specforge_core.types import TargetInfo
+
+TARGET: dict[str, Any] = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 300,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "rope_theta": 5e5,
+    "final_logit_softcapping": 30.0,
+    "initializer_range": 0.01,
+}
+
+
+def shape(target: dict[str, Any], **options: Any) -> DecoderShape:
+    info = TargetInfo("a/target", None, 128, 6, 1000, target)
+    return DecoderShape(**decoder_fields(DecoderOptions(name="x", **options), info))
+
+
+def test_the_shape_is_the_targets() -> None:
+    found = shape(TARGET)
+    assert (found.num_heads, found.num_kv_heads, found.head_dim) == (8, 2, 16)
+    assert (found.intermediate_size, found.rms_norm_eps, found.max_positions) == (300, 1e-5, 4096)
+    assert found.rope == {"rope_type": "default", "rope_theta": 5e5}
+    assert (found.vocab_size, found.softcap, found.init_std) == (1000, 30.0, 0.01)
+
+
+def test_options_win() -> None:
+    options = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 64, "intermediate_size": 7}
+    found = shape(TARGET, **options, rope_theta=1e4)
+    assert {name: getattr(found, name) for name in options} == options
+    assert found.rope["rope_theta"] == 1e4
+
+
+def test_the_config_reads_back_as_the_same_shape() -> None:
+    first = shape({**TARGET, "final_logit_softcapping": None})
+    written = decoder_config(first)
+    assert shape(written) == first
+    assert written["tie_word_embeddings"] is False
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5e5
+
+
+def test_what_does_not_fit_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'a/target' has logit_scale=0\.5, which drafts do not"):
+        shape({**TARGET, "logit_scale": 0.5})
+    with pytest.raises(ConfigError, match=r"8 attention heads cannot share 3 key/value heads"):
+        shape(TARGET, num_kv_heads=3)

@@ -1,0 +1,80 @@
+"""JSON over real HTTP, and what its failures are called."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from specforge_core.http_json import Refused, ServerDown, request_json
+
+ANSWERS = {
+    "/down": (503, b'{"error": {"message": "out of  memory"}}'),
+    "/busy": (429, b"slowly"),
+    "/wrong": (400, b'{"message": "too long"}'),
+    "/page": (200, b"<html>"),
+}
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, body: str | None) -> None:
+            path = self.path.removeprefix("/base")
+            said = {"path": self.path, "body": body, "key": self.headers.get("Authorization")}
+            status, raw = ANSWERS.get(path, (200, json.dumps(said).encode()))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def do_GET(self) -> None:
+            self.answer(None)
+
+        def do_POST(self) -> None:
+            self.answer(self.rfile.read(int(self.headers["Content-Length"])).decode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/base"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_body_makes_it_a_post(url: str) -> None:
+    assert request_json(url, "/x", timeout=5) == {"path": "/base/x", "body": None, "key": None}
+    answer = request_json(url, "/x", {"a": [1]}, timeout=5, api_key="secret")
+    assert answer == {"path": "/base/x", "body": '{"a": [1]}', "key": "Bearer secret"}
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("/down", ServerDown, "HTTP 503: out of memory"),
+        ("/busy", ServerDown, "HTTP 429: slowly"),
+        ("/wrong", Refused, "HTTP 400: too long"),
+        ("/page", Refused, "/page is not JSON: b'<html>'"),
+    ],
+)
+def test_failures(url: str, path: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as found:
+        request_json(url, path, timeout=5)
+    assert str(found.value) == message
+
+
+def test_a_server_that_is_not_there_or_silent_is_down() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ServerDown, match="ConnectionRefusedError"):
+            request_json(url, "/", timeout=5)
+        silent.listen()
+        with pytest.raises(ServerDown, match="TimeoutError"):
+            request_json(url, "/", timeout=0.2)
