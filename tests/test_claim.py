@@ -51,6 +51,18 @@ def test_a_second_run_is_refused_until_the_first_ends(tmp_path: Path) -> None:
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
+def test_a_run_that_writes_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with claim(tmp_path / "new"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with claim(tmp_path):
+        pass
+    assert tmp_path.is_dir()
+    with claim(tmp_path):
+        (tmp_path / "metrics.jsonl").touch()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "metrics.jsonl"]
+
+
 def test_an_output_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (

@@ -22,9 +22,11 @@ ORPHANED = signal.SIGUSR1  # may come twice: one for each thread of a parent tha
 def claim(output_dir: Path) -> Iterator[None]:
     """Keep other runs out of `output_dir` until the block, or the process, ends.
 
+    A block that writes nothing there leaves nothing, nor the directory if it was not there.
     Raises ConfigError when the directory cannot be written or another run holds it.
     """
     path = output_dir / LOCK
+    there = output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = path.open("a+")
@@ -47,7 +49,13 @@ def claim(output_dir: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield
+        try:
+            yield
+        finally:
+            if list(output_dir.iterdir()) == [path]:
+                path.unlink()
+                if not there:
+                    output_dir.rmdir()
 
 
 def end_with_launcher() -> None:
