@@ -24,10 +24,11 @@ LAYERS = (
     {"plugins", "progress", "http_json"},
     {"strategy"},
     {"config", "listing"},
-    {"data", "capture", "train", "evaluate", "export", "ops", "defaults", "testing"},
+    {"data", "capture", "train", "evaluate", "export", "ops", "defaults"},
     {"restore"},
     {"doctor"},
     {"cli"},
+    {"testing"},
 )
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "matplotlib", "pydantic"}
 LIGHT = ("cli", "plugins", "hookspecs", "types", "errors", "listing")

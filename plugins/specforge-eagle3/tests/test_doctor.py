@@ -2,66 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
 
-from specforge_core.cli import cli
-from specforge_core.config import load_config
-from specforge_core.doctor.report import DoctorReport
-from specforge_core.doctor.run import diagnose
 from specforge_core.errors import ConfigError
-from specforge_core.restore import export_checkpoint
-from specforge_core.testing.predictable import save_predictable_target, write_own_answers
-from specforge_core.train.run import train
+from specforge_core.testing.ward import Patient, Plant, values
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with run.yaml, a run whose drafts are mostly accepted, and its export."""
-    path = tmp_path_factory.mktemp("trained")
-    save_predictable_target(path / "target", num_hidden_layers=8)
-    data = write_own_answers(path / "target", path / "train.jsonl", 48, length=40)
-    held = write_own_answers(path / "target", path / "held.jsonl", 8, length=1, seed=7)
-    raw: dict[str, Any] = {
-        "target": {"path": str(path / "target"), "dtype": "float32"},
-        "strategy": {
-            "name": "eagle3",
-            "steps": 3,
-            "draft_length": 3,
-            "draft_vocab_size": 24,
-            "layers": [1, 3, 5],
-        },
-        "data": {"train": [str(data)]},
-        "output_dir": str(path / "run"),
-        "train": {"max_steps": 60, "batch_size": 8, "learning_rate": 0.01, "device": "cpu"},
-        "eval": {"prompts": {"held": str(held)}, "max_new_tokens": 20},
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Patient:
+    strategy = {
+        "name": "eagle3",
+        "steps": 3,
+        "draft_length": 3,
+        "draft_vocab_size": 24,
+        "layers": [1, 3, 5],
     }
-    (path / "run.yaml").write_text(yaml.safe_dump(raw))
-    train(*load_config(path / "run.yaml"))
-    export_checkpoint(path / "run", "sglang", path / "export", force=False)
-    return path
+    return Patient.raise_in(tmp_path_factory.mktemp("patient"), strategy, max_steps=60)
 
 
-def examine(trained: Path, export: Path, *overrides: str) -> DoctorReport:
-    run, strategy = load_config(trained / "run.yaml", overrides)
-    return diagnose(run, strategy, trained / "run", export)
-
-
-def values(report: DoctorReport) -> dict[str, float | None]:
-    return {found.name: found.value for found in report.measurements}
-
-
-def test_a_clean_export_passes_and_all_numbers_agree(trained: Path) -> None:
-    report = examine(trained, trained / "export")
+def test_a_clean_export_passes_and_all_numbers_agree(patient: Patient) -> None:
+    report = patient.examine()
     assert report.verdict.healthy, report.verdict.message
     found = values(report)
     assert found["reference loop"] is not None
@@ -77,24 +41,17 @@ def test_a_clean_export_passes_and_all_numbers_agree(trained: Path) -> None:
     "option", ["mask_on=input", "mask_on=feature", "steps=2", "draft_length=2"]
 )
 def test_the_simulation_is_what_is_drafted_whatever_is_trained_on(
-    trained: Path, tmp_path: Path, option: str
+    patient: Patient, tmp_path: Path, option: str
 ) -> None:
-    options = (f"strategy.{option}", f"output_dir={tmp_path / 'run'}", "train.max_steps=30")
-    run, strategy = load_config(trained / "run.yaml", options)
-    train(run, strategy)
-    export_checkpoint(tmp_path / "run", "hf", tmp_path / "export", force=False)
-    found = values(diagnose(run, strategy, tmp_path / "run", tmp_path / "export"))
+    found = values(patient.train_again(tmp_path, f"strategy.{option}", "train.max_steps=30"))
     # where the feature's token decides, the first token of an answer is no label
     near = 0.05 if option == "mask_on=feature" else 0.005
     assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=near)
 
 
-def test_trees_are_no_chains(trained: Path) -> None:
+def test_trees_are_no_chains(patient: Patient) -> None:
     with pytest.raises(ConfigError, match="compares drafted chains, and this run drafts trees"):
-        examine(trained, trained / "export", "strategy.tree_top_k=2")
-
-
-Plant = Callable[[dict[str, Any], dict[str, Any]], None]  # changes config and weights
+        patient.examine("strategy.tree_top_k=2")
 
 
 def layer_ids(config: dict[str, Any], weights: dict[str, Any]) -> None:
@@ -148,31 +105,14 @@ PLANTED: tuple[tuple[Plant, str, str], ...] = (
 @pytest.mark.slow
 @pytest.mark.parametrize(("plant", "cause", "text"), PLANTED, ids=[p[0].__name__ for p in PLANTED])
 def test_a_planted_cause_is_named(
-    trained: Path, tmp_path: Path, plant: Plant, cause: str, text: str
+    patient: Patient, tmp_path: Path, plant: Plant, cause: str, text: str
 ) -> None:
-    export = tmp_path / "export"
-    shutil.copytree(trained / "export", export)
-    config = json.loads((export / "config.json").read_text())
-    weights = load_file(export / "model.safetensors")
-    plant(config, weights)
-    (export / "config.json").write_text(json.dumps(config))
-    save_file(weights, export / "model.safetensors")
-    done = CliRunner().invoke(
-        cli,
-        [
-            *("doctor", "-c", str(trained / "run.yaml"), "--draft", str(trained / "run")),
-            *("--export", str(export), "--json", f"output_dir={tmp_path / 'out'}"),
-        ],
-    )
-    assert done.exit_code == 1
-    report = json.loads((tmp_path / "out" / "doctor" / "report.json").read_text())
-    assert (report["healthy"], report["cause"]) == (False, cause)
-    assert str(done.exception) == report["message"]
-    assert text in report["message"]
-    assert f"Try: specforge export --checkpoint {trained}" in report["message"]
+    named, message = patient.name_cause(tmp_path, plant)
+    assert named == cause
+    assert text in message
 
 
-def test_another_template_than_in_training_is_named(trained: Path, tmp_path: Path) -> None:
-    report = examine(trained, trained / "export", "data.chat_template_kwargs={date: today}")
+def test_another_template_than_in_training_is_named(patient: Patient) -> None:
+    report = patient.examine("data.chat_template_kwargs={date: today}")
     assert report.verdict.cause == "template"
     assert "or data.chat_template_kwargs, of the checkpoint is" in report.verdict.message

@@ -1,0 +1,95 @@
+"""For tests of a method under `specforge doctor`: a patient, and ways to make it ill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from ..cli import cli
+from ..config import load_config
+from ..doctor.report import DoctorReport
+from ..doctor.run import diagnose
+from ..restore import export_checkpoint
+from ..train.run import train
+from .predictable import save_predictable_target, write_own_answers
+
+Plant = Callable[[dict[str, Any], dict[str, Any]], None]  # changes an export's config and weights
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """A run whose drafts are mostly accepted, and its export, in one directory."""
+
+    path: Path
+
+    @classmethod
+    def raise_in(cls, path: Path, strategy: Mapping[str, Any], *, max_steps: int) -> Patient:
+        """Train a draft for a predictable toy target in seconds, and export it for SGLang."""
+        save_predictable_target(path / "target", num_hidden_layers=8)
+        data = write_own_answers(path / "target", path / "train.jsonl", 48, length=40)
+        held = write_own_answers(path / "target", path / "held.jsonl", 8, length=1, seed=7)
+        settings = {"batch_size": 8, "learning_rate": 0.01, "device": "cpu"}
+        raw: dict[str, Any] = {
+            "target": {"path": str(path / "target"), "dtype": "float32"},
+            "strategy": dict(strategy),
+            "data": {"train": [str(data)]},
+            "output_dir": str(path / "run"),
+            "train": {"max_steps": max_steps, **settings},
+            "eval": {"prompts": {"held": str(held)}, "max_new_tokens": 20},
+        }
+        (path / "run.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+        train(*load_config(path / "run.yaml"))
+        export_checkpoint(path / "run", "sglang", path / "export", force=False)
+        return cls(path)
+
+    def examine(self, *overrides: str) -> DoctorReport:
+        """Compare the export with the run, as `specforge doctor` does."""
+        run, strategy = load_config(self.path / "run.yaml", overrides)
+        return diagnose(run, strategy, self.path / "run", self.path / "export")
+
+    def train_again(self, path: Path, *overrides: str) -> DoctorReport:
+        """Train with other options into `path`, and compare that."""
+        options = (*overrides, f"output_dir={path / 'run'}")
+        run, strategy = load_config(self.path / "run.yaml", options)
+        train(run, strategy)
+        export_checkpoint(path / "run", "hf", path / "export", force=False)
+        return diagnose(run, strategy, path / "run", path / "export")
+
+    def name_cause(self, path: Path, plant: Plant) -> tuple[str | None, str]:
+        """Plant something in a copy of the export; return the cause that is named, and how.
+
+        Goes through the command, and asserts that it fails with the message of the report.
+        """
+        export = path / "export"
+        shutil.copytree(self.path / "export", export)
+        config = json.loads((export / "config.json").read_text(encoding="utf-8"))
+        weights = load_file(export / "model.safetensors")
+        plant(config, weights)
+        (export / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        save_file(weights, export / "model.safetensors")
+        done = CliRunner().invoke(
+            cli,
+            [
+                *("doctor", "-c", str(self.path / "run.yaml"), "--draft", str(self.path / "run")),
+                *("--export", str(export), "--json", f"output_dir={path / 'out'}"),
+            ],
+        )
+        assert done.exit_code == 1, done.output
+        report = json.loads((path / "out/doctor/report.json").read_text(encoding="utf-8"))
+        assert not report["healthy"]
+        assert str(done.exception) == report["message"]
+        assert f"Try: specforge export --checkpoint {self.path}" in report["message"]
+        return report["cause"], report["message"]
+
+
+def values(report: DoctorReport) -> dict[str, float | None]:
+    """Return the acceptance lengths of a report, by what measured them."""
+    return {found.name: found.value for found in report.measurements}
