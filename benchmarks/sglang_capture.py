@@ -114,8 +114,9 @@ def measure(engine: SGLangEngine, way: str, options: argparse.Namespace) -> None
     print(f"  capture         {total / seconds:10,.0f} tokens/s, {speed:.3f} GB/s")
     print(
         f"  of the plain    {median(ratios):10.1%} ({ratios[0]:.1%} to {ratios[-1]:.1%})",
-        flush=True,
     )
+    rounds = ", ".join(f"{a:.2f} and {b:.2f}" for a, b, _ in pairs)
+    print(f"  seconds, plain and captured, round by round: {rounds}", flush=True)
 
 
 def pairs_of(texts: list[str]) -> dict[str, Any]:
