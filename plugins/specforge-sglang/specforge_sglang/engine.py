@@ -286,4 +286,4 @@ def _open_handoff(options: SGLangOptions) -> Handoff:
         way = "files" if hosts <= LOCAL else "http"
     if way == "files":
         return FileHandoff(options.directory or spool.default_root(), options.max_bytes)
-    return HttpHandoff(options.receiver_host, options.receiver_port)
+    return HttpHandoff(options.receiver_host, options.receiver_port, options.max_bytes)

@@ -18,11 +18,12 @@ from typing import Any, Protocol
 from weakref import finalize
 
 import numpy as np
-import torch
 from specforge_sglang_capture import spool
 from specforge_sglang_capture.ask import Way
 
 from specforge_core.errors import ConfigError
+
+from .buffers import Buffers
 
 
 class Handoff(Protocol):
@@ -135,9 +136,10 @@ class HttpHandoff:
 
     way: Way = "http"
 
-    def __init__(self, host: str | None = None, port: int = 0) -> None:
+    def __init__(self, host: str | None = None, port: int = 0, keep: int = 1 << 30) -> None:
         self._token = secrets.token_urlsafe(16)
-        self._arrived: dict[str, memoryview] = {}
+        self._arrived: dict[str, Any] = {}
+        self._buffers = Buffers(keep)
         self._expected: set[str] = set()
         self._changed = threading.Condition()
         handoff = self
@@ -177,8 +179,7 @@ class HttpHandoff:
             request.close_connection = True
             request.send_error(404)
             return
-        # not filled with zeros first, as a bytearray would be
-        body: Any = torch.empty(int(request.headers["Content-Length"]), dtype=torch.uint8).numpy()
+        body = self._buffers.take(int(request.headers["Content-Length"]))
         view, have = memoryview(body), 0
         while have < len(view):
             count = request.rfile.readinto(view[have:])
@@ -189,7 +190,7 @@ class HttpHandoff:
         with self._changed:
             if name in self._expected:
                 self._expected.discard(name)
-                self._arrived[name] = view
+                self._arrived[name] = body
                 self._changed.notify_all()
         request.send_response(200)
         request.send_header("Content-Length", "0")
