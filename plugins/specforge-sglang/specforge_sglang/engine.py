@@ -284,6 +284,7 @@ def _open_handoff(options: SGLangOptions) -> Handoff:
     way = options.handoff
     if way == "auto":
         way = "files" if hosts <= LOCAL else "http"
+    keep = options.max_bytes * 3 // 2  # memory used again is as large as the longest it had
     if way == "files":
-        return FileHandoff(options.directory or spool.default_root(), options.max_bytes)
-    return HttpHandoff(options.receiver_host, options.receiver_port, options.max_bytes)
+        return FileHandoff(options.directory or spool.default_root(), keep)
+    return HttpHandoff(options.receiver_host, options.receiver_port, keep)
