@@ -5,6 +5,7 @@ A frame that nobody waits for any more is overwritten or thrown away when it arr
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import secrets
@@ -122,7 +123,12 @@ class FileHandoff:
 
     def close(self) -> None:
         """Delete the directory; writers see that it has no reader any more."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        # under another name first: what writers, or this process's last users of an array, do
+        # to files at this moment would keep the directory from being deleted
+        gone = self.path.with_name(f"{self.path.name}.closed")
+        with contextlib.suppress(OSError):
+            self.path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
         os.close(self._lock)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,32 @@ def test_what_comes_too_late_can_be_written_over(tmp_path: Path) -> None:
     reader.expect("next")
     assert [name[:7] for name in names(reader)] == ["free-1-"]
     reader.close()
+
+
+def test_closing_deletes_the_directory_under_the_hands_of_writers(tmp_path: Path) -> None:
+    for _ in range(20):
+        reader = FileHandoff(tmp_path)
+        stop = threading.Event()
+
+        def write(reader: FileHandoff = reader, stop: threading.Event = stop) -> None:
+            for number in itertools.count():
+                try:
+                    send(reader, str(number), b"x")
+                except OSError:
+                    return  # the directory is gone
+                if stop.is_set():
+                    return
+
+        threads = [threading.Thread(target=write) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while reader.take("3", 0.01) is None:
+            pass
+        reader.close()
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
