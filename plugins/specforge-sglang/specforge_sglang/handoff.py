@@ -75,8 +75,7 @@ class FileHandoff:
 
     def free_bytes(self) -> int:
         """Return how much the file system can still hold, files that are used again included."""
-        kept = sum(path.stat().st_size for path in self.path.glob(f"{spool.FREE}*"))
-        return shutil.disk_usage(self.root).free + kept
+        return shutil.disk_usage(self.root).free + sum(spool.free_files(self.path).values())
 
     def expect(self, name: str) -> None:
         """Free what came too late for anyone."""

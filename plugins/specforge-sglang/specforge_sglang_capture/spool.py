@@ -76,9 +76,14 @@ def free(path: Path) -> bool:
     return True
 
 
+def free_files(directory: Path) -> dict[Path, int]:
+    """Return the files that can be written again, and their sizes; others may take them."""
+    return {found: int(found.name.split("-")[1]) for found in directory.glob(f"{FREE}*")}
+
+
 def claim(directory: Path, path: Path, size: int) -> None:
     """Call a free file `path`, if there is one: the smallest of `size` bytes, else the largest."""
-    sizes = {found: int(found.name.split("-")[1]) for found in directory.glob(f"{FREE}*")}
+    sizes = free_files(directory)
     for found in sorted(sizes, key=lambda found: (sizes[found] < size, abs(sizes[found] - size))):
         try:
             found.rename(path)
