@@ -122,12 +122,17 @@ class FileHandoff:
 
     def close(self) -> None:
         """Delete the directory; writers see that it has no reader any more."""
-        # under another name first: what writers, or this process's last users of an array, do
-        # to files at this moment would keep the directory from being deleted
+        # Under another name first, so that nobody begins to do anything to a file in it: writers,
+        # or this process's last users of an array.  What they are in the middle of ends at once,
+        # but it may leave a file behind the first try's back.
         gone = self.path.with_name(f"{self.path.name}.closed")
         with contextlib.suppress(OSError):
             self.path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        for _ in range(100):
+            shutil.rmtree(gone, ignore_errors=True)
+            if not gone.exists():
+                break
+            time.sleep(0.001)
         os.close(self._lock)
 
 

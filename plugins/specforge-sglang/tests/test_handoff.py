@@ -134,19 +134,19 @@ def test_closing_deletes_the_directory_under_the_hands_of_writers(tmp_path: Path
         reader = FileHandoff(tmp_path)
         stop = threading.Event()
 
-        def write(reader: FileHandoff = reader, stop: threading.Event = stop) -> None:
+        def write(writer: int, reader: FileHandoff, stop: threading.Event) -> None:
             for number in itertools.count():
                 try:
-                    send(reader, str(number), b"x")
+                    send(reader, f"{writer}-{number}", b"x")
                 except OSError:
                     return  # the directory is gone
                 if stop.is_set():
                     return
 
-        threads = [threading.Thread(target=write) for _ in range(2)]
+        threads = [threading.Thread(target=write, args=(i, reader, stop)) for i in range(2)]
         for thread in threads:
             thread.start()
-        while reader.take("3", 0.01) is None:
+        while reader.take("0-3", 0.01) is None:
             pass
         reader.close()
         stop.set()
