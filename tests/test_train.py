@@ -286,6 +286,25 @@ def test_sigterm_finishes_the_step_saves_and_exits(config: Path, tmp_path: Path)
     assert state.step == lines(tmp_path / "run")[-1]["step"]
 
 
+def test_a_signal_while_ranks_agree_is_not_lost(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specforge_core.train import metrics
+
+    reduce = metrics.reduce
+
+    def interrupted(*arguments: Any) -> Any:
+        found = reduce(*arguments)
+        if not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    sent: list[bool] = []
+    monkeypatch.setattr(metrics, "reduce", interrupted)
+    assert train(*load(config)).step == 2
+
+
 @pytest.mark.slow
 def test_training_while_another_process_captures_gives_the_same(
     config: Path, tmp_path: Path

@@ -94,9 +94,9 @@ def _stop_on_signal(trainer: Trainer) -> Iterator[None]:
     """On SIGTERM or Ctrl-C finish the step, save and leave the loop; the second time at once."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        if trainer.stopping and signum != ORPHANED:
+        if trainer.stop_asked and signum != ORPHANED:
             raise KeyboardInterrupt
-        trainer.stopping = True
+        trainer.stop_asked = True
 
     signals = (signal.SIGTERM, signal.SIGINT, ORPHANED)
     old = {number: signal.signal(number, stop) for number in signals}

@@ -79,7 +79,8 @@ class Trainer:
     num_tokens: int = 0
     seconds: float = 0.0
     position: int = 0
-    stopping: bool = False
+    stop_asked: bool = False  # of this rank, by a signal at any moment
+    stopping: bool = False  # as all ranks agreed
 
     def resume(self) -> None:
         """Continue from the newest complete checkpoint of this output directory, if any."""
@@ -164,7 +165,7 @@ class Trainer:
                 torch.autograd.backward(output.loss_sum)
             outputs.append(output)
         with phases.time("optimizer"):
-            counts = [tokens, int(self.stopping)]
+            counts = [tokens, int(self.stop_asked)]
             sums, (tokens, stopping) = metrics.reduce(outputs, counts, world_.device)
             self.num_tokens += tokens
             self.stopping = stopping > 0  # all ranks stop at the same step
