@@ -6,7 +6,6 @@ listed there is captured again by the next one.
 
 from __future__ import annotations
 
-import fcntl
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaptureError
+from ..locks import hold
 from ..types import Sample
 from .identity import check_identity
 from .layout import is_ragged, layout_problems, num_tokens
@@ -75,15 +75,11 @@ class ShardWriter:
         self._writing: Future[None] | None = None
 
     def _take_over(self, identity: CaptureIdentity) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
+        if not hold(self._lock):
             raise CaptureError(
                 f"another process is capturing into {self.directory}. Wait for it, or give "
                 "another data.capture_dir"
-            ) from exc
-        except OSError:  # a file system without locks
-            pass
+            )
         if not (self.directory / MANIFEST).exists():
             if found := next(self.directory.glob("shard-*"), None):
                 raise CaptureError(

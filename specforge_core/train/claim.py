@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..locks import hold
 
 LOCK = ".lock"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -35,17 +35,13 @@ def claim(output_dir: Path) -> Iterator[None]:
             f"output_dir {str(output_dir)!r} cannot be written: {exc.strerror}. Try: output_dir=DIR"
         ) from exc
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
+        if not hold(lock):
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
             raise ConfigError(
                 f"another run (process {holder}) is training in {str(output_dir)!r}. Wait for "
                 f"it, end it with `kill {holder}`, or try: output_dir=DIR"
-            ) from exc
-        except OSError:  # a file system without locks
-            pass
+            )
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
