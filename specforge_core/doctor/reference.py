@@ -10,8 +10,8 @@ import torch
 
 from ..capture.hf import TransformersEngine
 from ..errors import ConfigError
-from ..evaluate.decode import CachedTarget, Limits, check_cache, generate, limits, pick, room
-from ..evaluate.run import EvalPrompt, ready_proposer
+from ..evaluate.decode import CachedTarget, Limits, generate, pick, room
+from ..evaluate.run import EvalPrompt, open_target, ready_proposer
 from ..progress import track
 from ..types import CaptureSpec, Draft, Proposer, Sampling
 from .bench import Answers, Bench
@@ -94,15 +94,9 @@ class Reference:
 
 @contextmanager
 def open_reference(bench: Bench) -> Iterator[Reference]:
-    """Load the target in `eval.dtype`; it is dropped again, whatever happens."""
-    options = bench.run.eval
-    engine = TransformersEngine.load(bench.run.target.model_copy(update={"dtype": options.dtype}))
-    try:
-        check_cache(engine.model)
-        spec = bench.strategy.adapter(bench.run.strategy, engine.info).spec
-        yield Reference(bench, engine, spec, limits(engine.model, options.max_new_tokens))
-    finally:
-        engine.close()
+    """Load the target as `specforge eval` does; it is dropped again, whatever happens."""
+    with open_target(bench.run, bench.strategy) as (engine, spec, limits):
+        yield Reference(bench, engine, spec, limits)
 
 
 def greedy() -> Sampling:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,20 +48,12 @@ def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
     sets = load_prompt_sets(run, load_tokenizer(run.target), info)
     make_directory(run.output_dir / Path(REPORT).parent)
     options = run.eval
-    engine = TransformersEngine.load(run.target.model_copy(update={"dtype": options.dtype}))
-    try:
-        check_cache(engine.model)
-        spec = strategy.adapter(run.strategy, engine.info).spec
+    with open_target(run, strategy) as (engine, spec, limits_):
         proposer = ready_proposer(run, strategy, draft, engine)
         most = min(proposer.max_tokens, options.max_draft_tokens or proposer.max_tokens)
-        bench = _Bench(
-            engine.model, proposer, spec, limits(engine.model, options.max_new_tokens), most, run
-        )
-        results = bench.run_sets(sets)
+        results = _Bench(engine.model, proposer, spec, limits_, most, run).run_sets(sets)
         dtype = str(engine.model.dtype).removeprefix("torch.")
         device = _device_name(engine.model.device)
-    finally:
-        engine.close()
     setup = Setup(
         strategy=strategy.name,
         target=run.target.path,
@@ -173,6 +166,20 @@ class _Bench:
         alone = reference(self.model, prompt.input_ids, limits)
         difference = first_difference(self.model, prompt.input_ids, answer.tokens, alone.tokens)
         return PromptResult(prompt.where, answer, alone, difference)
+
+
+@contextmanager
+def open_target(
+    run: RunConfig, strategy: Strategy
+) -> Iterator[tuple[TransformersEngine, CaptureSpec, Limits]]:
+    """Load the target in `eval.dtype`, to verify drafts with; drop it again, whatever happens."""
+    engine = TransformersEngine.load(run.target.model_copy(update={"dtype": run.eval.dtype}))
+    try:
+        check_cache(engine.model)
+        spec = strategy.adapter(run.strategy, engine.info).spec
+        yield engine, spec, limits(engine.model, run.eval.max_new_tokens)
+    finally:
+        engine.close()
 
 
 def ready_proposer(
