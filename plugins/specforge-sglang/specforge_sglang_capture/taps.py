@@ -41,6 +41,7 @@ class Seen:
 
     asks: list[Ask | None] = field(default_factory=list)  # of each request in the batch
     batch: Any = None
+    wanted: frozenset[int] = frozenset()  # layers that some request asks for
     problem: str | None = None
     embedding: Tensor | None = None
     last: Tensor | None = None
@@ -78,18 +79,12 @@ class Taps:
         if norm is not None:
             norm.register_forward_pre_hook(self._see_norm_input)
 
-    @property
-    def _wanted(self) -> set[int]:
-        asks = [ask for ask in self.seen.asks if ask is not None]
-        last = {self.num_layers - 1} if any(a.final == "pre_norm" for a in asks) else set()
-        return {layer for ask in asks for layer in ask.layers} | last
-
     def begin(self, batch: Any) -> None:
         """Look at a batch before it runs, and choose the layers that its requests need."""
         extends = batch.forward_mode.is_extend()
         asks = [parse(rid) for rid in getattr(batch, "rids", None) or ()] if extends else []
-        self.seen = Seen(asks, batch) if any(asks) else Seen()
-        inner = tuple(sorted(i for i in self._wanted if 0 <= i < self.num_layers - 1))
+        self.seen = Seen(asks, batch, self._wanted(asks)) if any(asks) else Seen()
+        inner = tuple(sorted(i for i in self.seen.wanted if 0 <= i < self.num_layers - 1))
         if not inner or inner == self.chosen or self.setter is None:
             return
         for layer in self.layers or ():  # some models mark layers, and never unmark them
@@ -102,8 +97,13 @@ class Taps:
             logger.exception("the layer setter failed")
             self.seen.problem = f"the layer setter failed: {type(exc).__name__}: {exc}"
 
+    def _wanted(self, asks: Sequence[Ask | None]) -> frozenset[int]:
+        given = [ask for ask in asks if ask is not None]
+        last = {self.num_layers - 1} if any(ask.final == "pre_norm" for ask in given) else set()
+        return frozenset({layer for ask in given for layer in ask.layers} | last)
+
     def _see_first_layer(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if -1 in self._wanted:
+        if -1 in self.seen.wanted:
             states = states_in((*args, *kwargs.values()))
             # later layers add to it in place
             self.seen.embedding = states[0].clone() if states else None
@@ -111,7 +111,7 @@ class Taps:
     def _see_layer_input(
         self, before: int, signature: inspect.Signature, _: nn.Module, args: Any, kwargs: Any
     ) -> None:
-        if before not in self.unproven or before not in self._wanted:
+        if before not in self.unproven or before not in self.seen.wanted:
             return
         try:
             given = signature.bind(*args, **kwargs).arguments
@@ -135,7 +135,7 @@ class Taps:
         self.unproven.discard(layer)
 
     def _see_norm_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.num_layers - 1 in self._wanted:
+        if self.num_layers - 1 in self.seen.wanted:
             states = states_in(args)  # the output, and its residual if kept
             self.seen.last = sum(states[1:], states[0]) if states else None
 
