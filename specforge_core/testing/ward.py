@@ -93,3 +93,18 @@ class Patient:
 def values(report: DoctorReport) -> dict[str, float | None]:
     """Return the acceptance lengths of a report, by what measured them."""
     return {found.name: found.value for found in report.measurements}
+
+
+def epsilon(config: dict[str, Any], weights: dict[str, Any]) -> None:
+    """Plant another epsilon of the norms."""
+    config["rms_norm_eps"] = 0.5
+
+
+def rope(config: dict[str, Any], weights: dict[str, Any]) -> None:
+    """Plant another rotary base, in both spellings."""
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 100.0
+
+
+def other_weights(config: dict[str, Any], weights: dict[str, Any]) -> None:
+    """Plant a projection of the captured states that reads them in another order."""
+    weights["fc.weight"] = weights["fc.weight"].flip(1)

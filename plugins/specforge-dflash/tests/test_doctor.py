@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from specforge_core.testing.ward import Patient, Plant, values
+from specforge_core.testing.ward import Patient, Plant, epsilon, other_weights, rope, values
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +49,12 @@ def norms(config: dict[str, Any], weights: dict[str, Any]) -> None:
     weights[one], weights[other] = 3 * weights[other], -weights[one]
 
 
-def epsilon(config: dict[str, Any], weights: dict[str, Any]) -> None:
-    config["rms_norm_eps"] = 0.5
-
-
-def rope(config: dict[str, Any], weights: dict[str, Any]) -> None:
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 100.0
-
-
 def mask_token(config: dict[str, Any], weights: dict[str, Any]) -> None:
     config["dflash_config"]["mask_token_id"] = 5
 
 
 def block_size(config: dict[str, Any], weights: dict[str, Any]) -> None:
     config["block_size"] = config["dflash_config"]["block_size"] = 8
-
-
-def other_weights(config: dict[str, Any], weights: dict[str, Any]) -> None:
-    weights["fc.weight"] = weights["fc.weight"].flip(1)
 
 
 PLANTED: tuple[tuple[Plant, str, str], ...] = (

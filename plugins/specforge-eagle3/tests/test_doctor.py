@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specforge_core.errors import ConfigError
-from specforge_core.testing.ward import Patient, Plant, values
+from specforge_core.testing.ward import Patient, Plant, epsilon, other_weights, rope, values
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +63,6 @@ def norms(config: dict[str, Any], weights: dict[str, Any]) -> None:
     weights[one], weights[other] = 3 * weights[other], -weights[one]
 
 
-def epsilon(config: dict[str, Any], weights: dict[str, Any]) -> None:
-    config["rms_norm_eps"] = 0.5
-
-
-def rope(config: dict[str, Any], weights: dict[str, Any]) -> None:
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 100.0
-
-
 def vocabulary(config: dict[str, Any], weights: dict[str, Any]) -> None:
     """Every drafted token is the one after."""
     weights["d2t"] = weights["d2t"] + 1
@@ -79,10 +71,6 @@ def vocabulary(config: dict[str, Any], weights: dict[str, Any]) -> None:
 
 def absolute_ids(config: dict[str, Any], weights: dict[str, Any]) -> None:
     weights["d2t"] = weights["d2t"] + torch.arange(24)
-
-
-def other_weights(config: dict[str, Any], weights: dict[str, Any]) -> None:
-    weights["fc.weight"] = weights["fc.weight"].flip(1)
 
 
 def two_causes(config: dict[str, Any], weights: dict[str, Any]) -> None:
