@@ -29,6 +29,7 @@ from specforge_sglang.engine import SGLangEngine
 from specforge_sglang_capture import spool
 
 from specforge_core.config import TargetConfig
+from specforge_core.cpu import use_few_threads
 from specforge_core.types import CaptureSpec, Prompt
 
 
@@ -173,6 +174,7 @@ def run(target: Path, options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse()
+    use_few_threads()  # as the command line does
     if options.target is not None:
         run(options.target, options)
         return

@@ -215,7 +215,9 @@ def doctor(
 
 def _load(config: Path, overrides: tuple[str, ...]) -> tuple[RunConfig, Strategy]:
     from .config import load_config
+    from .cpu import use_few_threads
 
+    use_few_threads()
     return load_config(config, overrides)
 
 

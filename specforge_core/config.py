@@ -117,7 +117,9 @@ class TrainConfig(Section):
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="torch.compile the draft's units; auto does so on a GPU."
     )
-    threads: int | None = Field(None, gt=0, description="CPU threads of one operation.")
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads of one operation; with a GPU at most 4 if not set."
+    )
     save_every: int = Field(500, gt=0, description="Steps between checkpoints.")
     keep: int = Field(2, gt=0, description="Checkpoints kept.")
     log_every: int = Field(10, gt=0, description="Steps between logged metrics.")

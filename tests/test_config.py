@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from specforge_core.config import RunConfig, load_config
+from specforge_core.config import RegenerateConfig, RunConfig, load_config
 from specforge_core.errors import ConfigError
 from specforge_core.testing.plugin import FakeSite
 
@@ -99,3 +99,9 @@ def test_a_stored_config_loads_again(config: Path) -> None:
     run = load(config, "data.train=[a.jsonl]", "strategy.block_size=4")
     again, _ = validate(run.model_dump(mode="json"), "stored")
     assert again == run
+
+
+def test_addresses_of_servers() -> None:
+    with pytest.raises(ValueError, match="'localhost:30000' is no address of a server, such as"):
+        RegenerateConfig(urls=("localhost:30000",))
+    assert RegenerateConfig(urls=("http://a:1/v1/",)).urls == ("http://a:1",)

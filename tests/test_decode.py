@@ -18,7 +18,7 @@ from transformers import (
 
 from specforge_core.errors import ConfigError, DataError, PluginError
 from specforge_core.evaluate import decode
-from specforge_core.evaluate.decode import Answer, DecodeStats, Limits, generate, generate_plain
+from specforge_core.evaluate.decode import Answer, Limits, generate, generate_plain
 from specforge_core.evaluate.lossless import first_difference, reference
 from specforge_core.types import CaptureSpec, Proposal, Sampling, TargetCapture
 
@@ -297,14 +297,3 @@ def test_a_proposer_that_drafts_too_much_is_named() -> None:
         PluginError, match=r"drafted tokens of shape \[4\] when asked for at most 3"
     ):
         run(model, proposer, Limits(9, frozenset()))
-
-
-def test_stats_add_up_over_answers_of_different_drafts() -> None:
-    first = DecodeStats(2, 5, (2, 2, 1), (2, 1, 0), 6, 1.0)
-    second = DecodeStats(1, 2, (1,), (1,), 3, 0.5)
-    total = first + second
-    assert total == DecodeStats(3, 7, (3, 2, 1), (3, 1, 0), 9, 1.5)
-    assert total.acceptance_length == pytest.approx(7 / 3)
-    assert total.per_position == (1.0, 0.5, 0.0)
-    assert total.tokens_per_second == 6.0
-    assert (total.drafted, total.accepted) == (6, 4)

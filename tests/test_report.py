@@ -124,3 +124,14 @@ def test_a_table_of_sampled_answers_says_so() -> None:
     text = shown(report(result(FIRST, alone=False), temperature=0.7))
     assert "temperature 0.7" in text
     assert "sampled answers differ" in text
+
+
+def test_stats_add_up_over_answers_of_different_drafts() -> None:
+    first = DecodeStats(2, 5, (2, 2, 1), (2, 1, 0), 6, 1.0)
+    second = DecodeStats(1, 2, (1,), (1,), 3, 0.5)
+    total = first + second
+    assert total == DecodeStats(3, 7, (3, 2, 1), (3, 1, 0), 9, 1.5)
+    assert total.acceptance_length == pytest.approx(7 / 3)
+    assert total.per_position == (1.0, 0.5, 0.0)
+    assert total.tokens_per_second == 6.0
+    assert (total.drafted, total.accepted) == (6, 4)

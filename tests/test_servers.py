@@ -294,17 +294,9 @@ def test_a_server_of_another_model_is_refused_beside_a_right_one(
 
 
 def test_ends_are_those_of_the_models_files(start: Any, toy_target: Path, tmp_path: Path) -> None:
-    server = start()
-    target = tmp_path / toy_target.name
-    shutil.copytree(toy_target, target)
-    (target / "generation_config.json").write_text('{"eos_token_id": [5, 9], "top_k": 20}')
+    server, target = start(), shutil.copytree(toy_target, tmp_path / toy_target.name)
+    (named := target / "generation_config.json").write_text('{"eos_token_id": [5, 9], "top_k": 20}')
     eos = TOKENIZER.eos_token_id
     assert Servers(make_run(target, server), TOKENIZER).ends == [5, 9, eos]
-    (target / "generation_config.json").unlink()
+    named.unlink()
     assert Servers(make_run(target, server), TOKENIZER).ends == [eos]
-
-
-def test_addresses(toy_target: Path) -> None:
-    with pytest.raises(ValueError, match="'localhost:30000' is no address of a server, such as"):
-        RegenerateConfig(urls=("localhost:30000",))
-    assert RegenerateConfig(urls=("http://a:1/v1/",)).urls == ("http://a:1",)

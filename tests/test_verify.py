@@ -6,93 +6,21 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from specforge_core.capture.hf import load_target_info
 from specforge_core.capture.identity import target_fingerprint
-from specforge_core.capture.manifest import CaptureIdentity, CaptureManifest, Shard
-from specforge_core.capture.verify import check_sample, verify_directory
+from specforge_core.capture.manifest import CaptureManifest, Shard
+from specforge_core.capture.verify import verify_directory
 from specforge_core.capture.worker import run_capture
 from specforge_core.config import load_config
 from specforge_core.data.chat import load_tokenizer, template_fingerprint
 from specforge_core.errors import CaptureError
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.toy import save_toy_target, write_conversations
-from specforge_core.types import CaptureSpec, Field, Sample
 
-SOURCE = """
-    from dataclasses import dataclass
-    import torch
-    from specforge_core import hookimpl
-    from specforge_core.config import StrategyConfig
-    from specforge_core.types import CaptureSpec, Field, Problem
-
-    class Config(StrategyConfig):
-        layers: tuple[int, ...] = (1, 3)
-        final: str = "post_norm"
-        keep_ids: bool = True
-        complain: bool = False
-
-    @dataclass
-    class Adapter:
-        spec: CaptureSpec
-
-        def __call__(self, capture):
-            states = [capture.hidden_states[i] for i in self.spec.layers]
-            sample = {
-                "input_ids": capture.input_ids,
-                "loss_mask": capture.loss_mask,
-                "hidden": torch.cat(states, -1),
-                "final": capture.final,
-            }
-            return {name: sample[name] for name in self.spec.fields}
-
-    @hookimpl
-    def specforge_config():
-        return Config
-
-    @hookimpl
-    def specforge_adapter(config, target):
-        tokens = Field((None,), "int64")
-        fields = {
-            "hidden": Field((None, len(config.layers) * target.hidden_size), "float32"),
-            "final": Field((None, target.hidden_size), "float32"),
-        }
-        if config.keep_ids:
-            fields |= {"input_ids": tokens, "loss_mask": tokens}
-        return Adapter(CaptureSpec(config.layers, config.final, fields))
-
-    @hookimpl
-    def specforge_verify_capture(config, sample, fresh):
-        if config.complain and fresh is not None:
-            assert set(fresh.hidden_states) == set(config.layers)
-            return [Problem("tiny", "complains of a fresh sample")]
-
-    @hookimpl
-    def specforge_draft(): ...
-
-    @hookimpl
-    def specforge_train_step(): ...
-"""
-# an engine that is wrong on purpose, as a cross-cutting plugin
-WRONG = """
-    from dataclasses import replace
-    from specforge_core import hookimpl
-    from specforge_core.capture.hf import TransformersEngine
-
-    class Wrong(TransformersEngine):
-        def capture(self, prompts, spec):
-            shifted = replace(spec, layers=tuple(i + STEP for i in spec.layers), final=FINAL)
-            for capture in super().capture(prompts, shifted):
-                states = {i - STEP: state for i, state in capture.hidden_states.items()}
-                yield replace(capture, hidden_states=states)
-
-    @hookimpl
-    def specforge_target_engine(target):
-        return Wrong.load(target) if target.engine == "wrong" else None
-"""
+from .captured import SOURCE, WRONG
 
 
 @pytest.fixture
@@ -142,77 +70,6 @@ def disguise(directory: Path, **changes: object) -> None:
     manifest = CaptureManifest.read(directory)
     identity = manifest.identity.model_copy(update=changes)
     manifest.model_copy(update={"identity": identity}).write(directory)
-
-
-# ---- check_sample -----------------------------------------------------------
-
-IDENTITY = CaptureIdentity(
-    strategy="tiny",
-    strategy_package="specforge-tiny 0.1.0",
-    core_version="0.1.0",
-    spec_version=1,
-    layers=(1,),
-    final="none",
-    fields={},
-    target="target",
-    target_revision=None,
-    target_fingerprint="t",
-    tokenizer_fingerprint="k",
-    chat_template_fingerprint="c",
-    hidden_size=4,
-    num_layers=6,
-    vocab_size=100,
-    max_length=64,
-)
-TOKENS = Field((None,), "int64")
-SPEC = CaptureSpec(
-    (1,),
-    "none",
-    {"input_ids": TOKENS, "loss_mask": TOKENS, "hidden": Field((None, 4), "float32")},
-)
-
-
-def sample(**changes: torch.Tensor) -> Sample:
-    ids = torch.tensor([0, 5, 99])
-    good = {"input_ids": ids, "loss_mask": torch.tensor([0, 1, 1]), "hidden": torch.ones(3, 4)}
-    return {**good, **changes}
-
-
-def test_a_good_sample_has_no_problems():
-    assert check_sample(SPEC, IDENTITY, sample()) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"input_ids": torch.tensor([0, 5, 100])},
-            "field 'input_ids': has values 0 to 100, allowed are 0 to 99",
-        ),
-        (
-            {"input_ids": torch.tensor([-100, 5, 9])},
-            "field 'input_ids': has values -100 to 9, allowed are 0 to 99",
-        ),
-        (
-            {"loss_mask": torch.tensor([0, 2, 1])},
-            "field 'loss_mask': has values 0 to 2, allowed are 0 to 1",
-        ),
-        ({"hidden": torch.full((3, 4), float("nan"))}, "field 'hidden': holds NaN or infinity"),
-        (
-            {"hidden": torch.ones(2, 4)},
-            "sample: fields differ in their number of tokens: hidden 2, input_ids 3, loss_mask 3",
-        ),
-        (
-            {"hidden": torch.ones(3, 4).half()},
-            "field 'hidden': is float16, the spec says float32. Cast it in the strategy's adapter",
-        ),
-    ],
-)
-def test_what_is_wrong_with_a_sample_is_said(changes: Sample, message: str):
-    assert [str(p) for p in check_sample(SPEC, IDENTITY, sample(**changes))] == [message]
-
-
-# ---- verify_directory -------------------------------------------------------
 
 
 def test_a_good_capture_verifies_with_and_without_its_target(config: Path, directory: Path):

@@ -4,7 +4,8 @@
 
 Parts, in order, all of them unless some are named; one that is done is left out next time:
 
-    answers   SGLang serves the target, which answers the prompts greedily and at temperature 1
+    answers   SGLang serves the target, which answers the prompts greedily and, meanwhile, at
+              temperature 1
     dflash    training                            eagle3    training, on the same answers
     eval      acceptance on held-out prompts, each draft at temperature 0 and 1, side by side
     speed     tokens a second with and without the draft, alone on the machine, fewer prompts
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -86,15 +88,15 @@ class Recipe:
     def answers(self) -> str:
         files = [self.prompts / "samples.jsonl", self.prompts / "prompts.jsonl"]
         limit = [f"data.limit={self.limit}"] if self.limit else []
-        said = ""
+        commands = []
         with serving(self.target, self.out / "server.log") as url:
             for output, temperature in zip(ANSWERS, (0, 1), strict=True):
                 chosen = ",".join(map(str, files[1 - temperature :]))  # greedy ones would repeat
                 options = [f"regenerate.prompts=[{chosen}]", f"regenerate.urls=[{url}]"]
                 options += [f"regenerate.temperature={temperature}", *limit, *self.overrides]
                 path = str(self.out / output)
-                said += self.call(self.command("regenerate", "dflash", "-o", path, *options))
-        return said
+                commands.append(self.command("regenerate", "dflash", "-o", path, *options))
+            return self.call(*commands)
 
     def train(self, draft: str) -> str:
         data = ",".join(str(self.out / name) for name in ANSWERS)
@@ -159,9 +161,7 @@ def serving(target: Path, log: Path) -> Iterator[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     gpu = torch.cuda.is_available()
     env |= {"HF_HUB_OFFLINE": "1"} | ({} if gpu else {"SGLANG_USE_CPU_ENGINE": "1"})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = f"--model-path {shlex.quote(str(target))} --port {port} --dtype bfloat16"
     flags += f" --log-level warning {GPU_FLAGS if gpu else CPU_FLAGS}"
     flags += " " + os.environ.get("SGLANG_ARGS", "")
@@ -183,6 +183,15 @@ def serving(target: Path, log: Path) -> Iterator[str]:
     finally:
         if process is not None:
             end(process)
+
+
+def free_port() -> int:
+    """Return a port for which SGLang's second one, 10,000 above it, exists too."""
+    for port in random.sample(range(20_000, 50_000), 100):
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    sys.exit("no port is free")
 
 
 def ready(process: subprocess.Popen[bytes], port: int) -> bool:

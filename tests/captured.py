@@ -1,0 +1,73 @@
+"""A strategy whose captures are verified, and an engine that is wrong on purpose."""
+
+SOURCE = """
+    from dataclasses import dataclass
+    import torch
+    from specforge_core import hookimpl
+    from specforge_core.config import StrategyConfig
+    from specforge_core.types import CaptureSpec, Field, Problem
+
+    class Config(StrategyConfig):
+        layers: tuple[int, ...] = (1, 3)
+        final: str = "post_norm"
+        keep_ids: bool = True
+        complain: bool = False
+
+    @dataclass
+    class Adapter:
+        spec: CaptureSpec
+
+        def __call__(self, capture):
+            states = [capture.hidden_states[i] for i in self.spec.layers]
+            sample = {
+                "input_ids": capture.input_ids,
+                "loss_mask": capture.loss_mask,
+                "hidden": torch.cat(states, -1),
+                "final": capture.final,
+            }
+            return {name: sample[name] for name in self.spec.fields}
+
+    @hookimpl
+    def specforge_config():
+        return Config
+
+    @hookimpl
+    def specforge_adapter(config, target):
+        tokens = Field((None,), "int64")
+        fields = {
+            "hidden": Field((None, len(config.layers) * target.hidden_size), "float32"),
+            "final": Field((None, target.hidden_size), "float32"),
+        }
+        if config.keep_ids:
+            fields |= {"input_ids": tokens, "loss_mask": tokens}
+        return Adapter(CaptureSpec(config.layers, config.final, fields))
+
+    @hookimpl
+    def specforge_verify_capture(config, sample, fresh):
+        if config.complain and fresh is not None:
+            assert set(fresh.hidden_states) == set(config.layers)
+            return [Problem("tiny", "complains of a fresh sample")]
+
+    @hookimpl
+    def specforge_draft(): ...
+
+    @hookimpl
+    def specforge_train_step(): ...
+"""
+# an engine that is wrong on purpose, as a cross-cutting plugin
+WRONG = """
+    from dataclasses import replace
+    from specforge_core import hookimpl
+    from specforge_core.capture.hf import TransformersEngine
+
+    class Wrong(TransformersEngine):
+        def capture(self, prompts, spec):
+            shifted = replace(spec, layers=tuple(i + STEP for i in spec.layers), final=FINAL)
+            for capture in super().capture(prompts, shifted):
+                states = {i - STEP: state for i, state in capture.hidden_states.items()}
+                yield replace(capture, hidden_states=states)
+
+    @hookimpl
+    def specforge_target_engine(target):
+        return Wrong.load(target) if target.engine == "wrong" else None
+"""

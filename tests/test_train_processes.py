@@ -1,0 +1,111 @@
+"""Training in processes of its own: several ranks, and processes that are killed or stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specforge_core.train import checkpoint
+from specforge_core.train.run import train
+
+from .runs import cli, finish, lines, load, losses, write_run
+
+pytest.importorskip("specforge_linear", reason="the linear example is not installed")
+
+
+@pytest.fixture
+def config(tmp_path: Path, toy_target: Path) -> Path:
+    return write_run(tmp_path, toy_target)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_losses_of_one(config: Path, tmp_path: Path) -> None:
+    # 4 samples a step either way; 3 epochs of ragged batches
+    common = ("train.max_steps=14", "train.batch_size=1")
+    train(*load(config, *common, "train.accumulate=4"))
+    two = f"output_dir={tmp_path / 'two'}"
+    finish(cli("train", "-c", str(config), "--nproc", "2", *common, "train.accumulate=2", two))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=2e-5)
+    # and a checkpoint of two ranks goes on as one process
+    train(*load(config, *common, "train.accumulate=4", two, "train.max_steps=16"))
+    assert len(losses(tmp_path / "two")) == 16
+
+
+@pytest.mark.slow
+def test_muon_gives_the_same_on_two_ranks(config: Path, tmp_path: Path, env: Any) -> None:
+    env.strategy(
+        "deep",
+        """
+        from specforge_core import hookimpl
+        from specforge_core.types import Draft
+        from specforge_linear import (
+            Head, specforge_adapter, specforge_config, specforge_train_step)
+        from torch import nn
+        @hookimpl
+        def specforge_draft(target):
+            hidden = Head(target.hidden_size, target.hidden_size)
+            model = nn.Sequential(hidden, nn.SiLU(), Head(target.hidden_size, target.vocab_size))
+            return Draft(model, (hidden,))
+        """,
+    )
+    common = ("strategy.name=deep", "train.optimizer=muon", "train.batch_size=1")
+    train(*load(config, *common, "train.accumulate=4"))
+    two = f"output_dir={tmp_path / 'two'}"
+    environment = os.environ | {"PYTHONPATH": str(env.path)}
+    finish(
+        cli(
+            *("train", "-c", str(config), "--nproc", "2", *common, "train.accumulate=2", two),
+            env=environment,
+        )
+    )
+    # Newton-Schulz runs in bfloat16, so the two agree only to its rounding
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=2e-3)
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing_that_was_saved(config: Path, tmp_path: Path) -> None:
+    steps = ("train.max_steps=60", "train.save_every=5")
+    process = cli("train", "-c", str(config), *steps)
+    while len(checkpoint.checkpoints(tmp_path / "run")) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finish(cli("train", "-c", str(config), *steps))
+    train(*load(config, *steps, f"output_dir={tmp_path / 'whole'}"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_the_step_saves_and_exits(config: Path, tmp_path: Path) -> None:
+    process = cli("train", "-c", str(config), "train.max_steps=100000", "train.save_every=100000")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process)
+    assert "stopped at step" in out
+    state = checkpoint.read_state(checkpoint.find(tmp_path / "run"))
+    assert state.step == lines(tmp_path / "run")[-1]["step"]
+
+
+@pytest.mark.slow
+def test_training_while_another_process_captures_gives_the_same(
+    config: Path, tmp_path: Path
+) -> None:
+    directory = f"data.capture_dir={tmp_path / 'capture'}"
+    small = "capture.shard_tokens=100"
+    follower = cli(
+        *("train", "-c", str(config), directory, "data.follow=true"),
+        *(f"output_dir={tmp_path / 'followed'}",),
+    )
+    finish(cli("capture", "-c", str(config), directory, small))
+    finish(follower)
+    train(*load(config, directory))
+    assert losses(tmp_path / "followed") == losses(tmp_path / "run")
