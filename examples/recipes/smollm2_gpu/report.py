@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 DRAFTS = {"dflash": "DFlash", "eagle3": "EAGLE-3"}
-SMOOTH = 0.9  # of a curve's last value, at each logged step
+SMOOTH = 0.6  # of a curve's last value, at each logged step
 
 
 def load(path: Path) -> Any:
