@@ -1,4 +1,34 @@
-"""A strategy whose captures are verified, and an engine that is wrong on purpose."""
+"""What captures say they are; a strategy whose captures are verified, and a wrong engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specforge_core.capture.manifest import CaptureIdentity
+
+
+def identity(**given: Any) -> CaptureIdentity:
+    """Return the identity of a capture by a strategy called tiny."""
+    usual: dict[str, Any] = {
+        "strategy": "tiny",
+        "strategy_package": "specforge-tiny 0.1.0",
+        "core_version": "0.1.0",
+        "spec_version": 1,
+        "layers": (1,),
+        "final": "none",
+        "fields": {},
+        "target": "target",
+        "target_revision": None,
+        "target_fingerprint": "t",
+        "tokenizer_fingerprint": "k",
+        "chat_template_fingerprint": "c",
+        "hidden_size": 4,
+        "num_layers": 6,
+        "vocab_size": 100,
+        "max_length": 64,
+    }
+    return CaptureIdentity(**{**usual, **given})
+
 
 SOURCE = """
     from dataclasses import dataclass

@@ -6,27 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from specforge_core.capture.manifest import CaptureIdentity, CaptureManifest, Shard
+from specforge_core.capture.manifest import CaptureManifest, Shard
 from specforge_core.errors import CaptureError
 from specforge_core.types import CaptureSpec, Field
 
-IDENTITY = CaptureIdentity(
-    strategy="tiny",
-    strategy_package="specforge-tiny 0.1.0",
-    core_version="0.1.0",
+from .captured import identity
+
+IDENTITY = identity(
     spec_version=2,
     layers=(-1, 3),
     final="pre_norm",
     fields={"hidden": ((None, 4), "float32"), "scale": ((), "float32")},
-    target="target",
-    target_revision=None,
-    target_fingerprint="t",
-    tokenizer_fingerprint="k",
-    chat_template_fingerprint="c",
-    hidden_size=4,
-    num_layers=6,
-    vocab_size=100,
-    max_length=64,
 )
 
 

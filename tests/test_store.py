@@ -8,33 +8,21 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from specforge_core.capture.manifest import CaptureIdentity, CaptureManifest
+from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.store import ShardReader, read_token_counts
 from specforge_core.capture.writer import ShardWriter
 from specforge_core.errors import CaptureError
 from specforge_core.types import Sample
 
-IDENTITY = CaptureIdentity(
-    strategy="tiny",
-    strategy_package="specforge-tiny 0.1.0",
-    core_version="0.1.0",
-    spec_version=1,
+from .captured import identity
+
+IDENTITY = identity(
     layers=(1, 3),
-    final="none",
     fields={
         "input_ids": ((None,), "int64"),
         "hidden": ((None, 4), "bfloat16"),
         "label": ((2,), "float32"),
     },
-    target="target",
-    target_revision=None,
-    target_fingerprint="t",
-    tokenizer_fingerprint="k",
-    chat_template_fingerprint="c",
-    hidden_size=4,
-    num_layers=6,
-    vocab_size=100,
-    max_length=64,
 )
 
 

@@ -3,28 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specforge_core.capture.manifest import CaptureIdentity
 from specforge_core.capture.verify import check_sample
 from specforge_core.types import CaptureSpec, Field, Sample
 
-IDENTITY = CaptureIdentity(
-    strategy="tiny",
-    strategy_package="specforge-tiny 0.1.0",
-    core_version="0.1.0",
-    spec_version=1,
-    layers=(1,),
-    final="none",
-    fields={},
-    target="target",
-    target_revision=None,
-    target_fingerprint="t",
-    tokenizer_fingerprint="k",
-    chat_template_fingerprint="c",
-    hidden_size=4,
-    num_layers=6,
-    vocab_size=100,
-    max_length=64,
-)
+from .captured import identity
+
+IDENTITY = identity()
 TOKENS = Field((None,), "int64")
 SPEC = CaptureSpec(
     (1,),

@@ -12,30 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from specforge_core.capture.manifest import CaptureIdentity, CaptureManifest
+from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.store import ShardReader
 from specforge_core.capture.writer import ShardWriter
 from specforge_core.errors import CaptureError
 from specforge_core.types import Sample
 
-IDENTITY = CaptureIdentity(
-    strategy="tiny",
-    strategy_package="specforge-tiny 0.1.0",
-    core_version="0.1.0",
-    spec_version=1,
-    layers=(1,),
-    final="none",
-    fields={"hidden": ((None, 4), "float32")},
-    target="target",
-    target_revision=None,
-    target_fingerprint="t",
-    tokenizer_fingerprint="k",
-    chat_template_fingerprint="c",
-    hidden_size=4,
-    num_layers=6,
-    vocab_size=100,
-    max_length=64,
-)
+from .captured import identity
+
+IDENTITY = identity(fields={"hidden": ((None, 4), "float32")})
 
 
 def sample(index: int, length: int = 5) -> Sample:
