@@ -141,7 +141,7 @@ class Strategy:
         if found is None:
             raise PluginError(
                 f"strategy {self.name!r} cannot export to format {format!r}. "
-                f"Try: specforge check {self.name}"
+                "Try: --format hf, sglang or vllm, or what its package documents"
             )
         return found
 
