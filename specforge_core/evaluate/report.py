@@ -46,8 +46,8 @@ class SetReport:
 
 
 @dataclass(frozen=True, slots=True)
-class EvalReport:
-    """What `specforge eval` measured, over all prompts and per set."""
+class Setup:
+    """The part of a report that is known before anything is measured."""
 
     strategy: str
     target: str
@@ -56,6 +56,12 @@ class EvalReport:
     device: str
     max_new_tokens: int
     max_draft_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport(Setup):
+    """What `specforge eval` measured, over all prompts and per set."""
+
     num_prompts: int
     acceptance_length: float | None
     per_position: tuple[float, ...]
@@ -74,19 +80,6 @@ class EvalReport:
     def to_json(self) -> str:
         """Return the report as indented JSON."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """The part of a report that is known before anything is measured."""
-
-    strategy: str
-    target: str
-    temperature: float
-    dtype: str
-    device: str
-    max_new_tokens: int
-    max_draft_tokens: int
 
 
 def summarize(setup: Setup, results: Mapping[str, Sequence[PromptResult]]) -> EvalReport:
