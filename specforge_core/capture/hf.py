@@ -1,28 +1,21 @@
-"""The target in this process, through transformers: its states are tapped by forward hooks.
-
-Shapes: B sequences, T tokens, H hidden size.
-"""
+"""The target in this process, through transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import TargetConfig
 from ..errors import CaptureError, ConfigError
 from ..types import CaptureSpec, Prompt, TargetCapture, TargetInfo
+from .asked import check_prompts
 from .batching import group_by_length
-
-LAYER_LISTS = ("layers", "h", "blocks")
-FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm")
+from .taps import Taps, find_parts, tap_states
 
 
 def load_target_info(target: TargetConfig) -> TargetInfo:
@@ -80,123 +73,6 @@ def _load(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:
         ) from exc
 
 
-class _Enough(Exception):
-    """Ends a forward pass once everything asked for has been seen."""
-
-
-@dataclass(slots=True)
-class Taps:
-    """What `tap_states` saw in the last forward pass."""
-
-    hidden_states: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, H]
-    final: Tensor | None = None  # [B, T, H]
-
-
-@contextmanager
-def tap_states(model: nn.Module, spec: CaptureSpec, *, stop: bool) -> Iterator[Taps]:
-    """Collect the states that `spec` asks for from one forward pass inside the `with` block.
-
-    With `stop`, the pass ends after the last layer needed, and the block with it:
-    its result is only in the Taps.  Raises CaptureError when the model's layers
-    are not found, do not fit `spec`, or did not run.
-    """
-    parts = find_parts(model)
-    taps = Taps()
-    wanted = set(spec.layers)
-    last = len(parts.layers) - 1
-    _check_fits(model, parts, spec)
-    deepest = last if spec.final != "none" else max(wanted, default=-1)
-
-    def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        taps.hidden_states[-1] = _hidden(args[0] if args else kwargs["hidden_states"])
-        if stop and deepest == -1:
-            raise _Enough
-
-    def see_layer(index: int, output: Any) -> None:
-        if index in wanted:
-            taps.hidden_states[index] = _hidden(output)
-        if index == last and spec.final == "pre_norm":
-            taps.final = _hidden(output)
-        if stop and index == deepest and spec.final != "post_norm":
-            raise _Enough
-
-    def see_norm(_: nn.Module, __: Any, output: Any) -> None:
-        taps.final = _hidden(output)
-        if stop:
-            raise _Enough
-
-    handles = []
-    if -1 in {*wanted, deepest}:
-        handles.append(parts.layers[0].register_forward_pre_hook(see_input, with_kwargs=True))
-    for index in sorted({*wanted, deepest} - {-1}):
-        hook = lambda _, __, output, index=index: see_layer(index, output)  # noqa: E731
-        handles.append(parts.layers[index].register_forward_hook(hook))
-    if spec.final == "post_norm":
-        assert parts.norm is not None
-        handles.append(parts.norm.register_forward_hook(see_norm))
-    try:
-        yield taps
-    except _Enough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    if wanted - set(taps.hidden_states) or (spec.final != "none" and taps.final is None):
-        raise CaptureError(
-            f"{type(model).__name__} did not run the layers asked for: {sorted(wanted)}, "
-            f"final {spec.final}. Choose another target.engine"
-        )
-
-
-def _check_fits(model: nn.Module, parts: Parts, spec: CaptureSpec) -> None:
-    last = len(parts.layers) - 1
-    if wrong := sorted(i for i in spec.layers if not -1 <= i <= last):
-        raise CaptureError(
-            f"layers {wrong} are not in the target: it has layers 0 to {last}, and -1 is the "
-            "embedding output. Change the strategy's layers"
-        )
-    if spec.final == "post_norm" and parts.norm is None:
-        raise CaptureError(
-            f"no final norm found in {type(model).__name__} (looked for {', '.join(FINAL_NORMS)}). "
-            "Choose a strategy that needs no normed final state, or another target.engine"
-        )
-
-
-def _hidden(output: Any) -> Tensor:
-    tensor = output[0] if isinstance(output, tuple) else output
-    if not isinstance(tensor, Tensor) or tensor.ndim != 3:
-        shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise CaptureError(
-            f"a decoder layer put out {shape} where [batch, tokens, hidden] was expected. "
-            "Choose another target.engine"
-        )
-    return tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Where a causal language model keeps its decoder."""
-
-    decoder: nn.Module  # runs everything but the LM head
-    layers: nn.ModuleList
-    norm: nn.Module | None
-
-
-def find_parts(model: Any) -> Parts:
-    """Find the decoder, its list of layers and its final norm; CaptureError when there are none."""
-    decoder = model.get_decoder()
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    layers = next((getattr(decoder, n) for n in LAYER_LISTS if hasattr(decoder, n)), None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) != count:
-        raise CaptureError(
-            f"the {count} decoder layers of {type(model).__name__} are not where they are looked "
-            f"for ({', '.join(LAYER_LISTS)} of {type(decoder).__name__}). "
-            "Choose another target.engine"
-        )
-    norm = next((getattr(decoder, n) for n in FINAL_NORMS if hasattr(decoder, n)), None)
-    return Parts(decoder, layers, norm)
-
-
 class TransformersEngine:
     """A TargetEngine in this process.  Its captures are slices of one padded batch."""
 
@@ -235,13 +111,7 @@ class TransformersEngine:
             yield from self._run([prompts[i] for i in batch], spec)
 
     def _run(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> list[TargetCapture]:
-        for prompt in prompts:
-            low, high = int(prompt.input_ids.min()), int(prompt.input_ids.max())
-            if low < 0 or high >= self.info.vocab_size:
-                raise CaptureError(
-                    f"prompt {prompt.index} has token ids {low} to {high}, the target's vocabulary "
-                    f"is 0 to {self.info.vocab_size - 1}. Use the target's own tokenizer"
-                )
+        check_prompts(prompts, self.info.vocab_size)
         device = self.model.device
         # padding on the right needs no attention mask: no token sees a later one
         ids = pad_sequence([p.input_ids for p in prompts], batch_first=True).to(device)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..capture.hf import tap_states
+from ..capture.taps import tap_states
 from ..errors import ConfigError, DataError
 from ..types import CaptureSpec, Proposal, Proposer, Sampling, TargetCapture
 from .sampling import check_proposal, next_token, verify_chain

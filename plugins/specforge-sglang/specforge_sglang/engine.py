@@ -16,6 +16,7 @@ from specforge_sglang_capture import ENABLE_ENV, spool
 from specforge_sglang_capture.ask import Ask
 from specforge_sglang_capture.frame import FrameError, unpack
 
+from specforge_core.capture.asked import check_layers, check_prompts
 from specforge_core.capture.hf import load_target_info
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
@@ -152,21 +153,10 @@ class SGLangEngine:
             stop.set()
 
     def _check(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> None:
-        last = self.info.num_layers - 1
-        if wrong := sorted(i for i in spec.layers if not -1 <= i <= last):
-            raise CaptureError(
-                f"layers {wrong} are not in the target: it has layers 0 to {last}, and -1 is the "
-                "embedding output. Change the strategy's layers"
-            )
+        check_layers(spec.layers, self.info.num_layers)
+        check_prompts(prompts, self.info.vocab_size)
         if not spec.layers and spec.final == "none":
             raise CaptureError("the strategy asks for no states at all. Change its layers")
-        for prompt in prompts:
-            low, high = int(prompt.input_ids.min()), int(prompt.input_ids.max())
-            if low < 0 or high >= self.info.vocab_size:
-                raise CaptureError(
-                    f"prompt {prompt.index} has token ids {low} to {high}, the target's vocabulary "
-                    f"is 0 to {self.info.vocab_size - 1}. Use the target's own tokenizer"
-                )
 
     def _limit(self) -> int:
         """Return how many bytes may be on their way: a small tmpfs allows fewer."""

@@ -1,0 +1,29 @@
+"""What may be asked of a target, whichever engine runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..errors import CaptureError
+from ..types import Prompt
+
+
+def check_layers(layers: Iterable[int], num_layers: int) -> None:
+    """Raise CaptureError for layers that the target does not have."""
+    last = num_layers - 1
+    if wrong := sorted(i for i in layers if not -1 <= i <= last):
+        raise CaptureError(
+            f"layers {wrong} are not in the target: it has layers 0 to {last}, and -1 is the "
+            "embedding output. Change the strategy's layers"
+        )
+
+
+def check_prompts(prompts: Sequence[Prompt], vocab_size: int) -> None:
+    """Raise CaptureError for token ids that the target does not have."""
+    for prompt in prompts:
+        low, high = int(prompt.input_ids.min()), int(prompt.input_ids.max())
+        if low < 0 or high >= vocab_size:
+            raise CaptureError(
+                f"prompt {prompt.index} has token ids {low} to {high}, the target's vocabulary "
+                f"is 0 to {vocab_size - 1}. Use the target's own tokenizer"
+            )
