@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from specforge_core.errors import ConfigError
 from specforge_core.ops.decoder import (
@@ -12,6 +14,7 @@ from specforge_core.ops.decoder import (
     DecoderShape,
     decoder_config,
     decoder_fields,
+    init_weights,
 )
 from specforge_core.types import TargetInfo
 
@@ -60,3 +63,17 @@ def test_what_does_not_fit_is_named() -> None:
         shape({**TARGET, "logit_scale": 0.5})
     with pytest.raises(ConfigError, match=r"8 attention heads cannot share 3 key/value heads"):
         shape(TARGET, num_kv_heads=3)
+
+
+def test_weights_come_from_the_seed_alone() -> None:
+    def weights(seed: int) -> list[torch.Tensor]:
+        torch.rand(seed + 1)  # what was drawn before does not matter
+        model = nn.Sequential(nn.Linear(64, 512, bias=False), nn.RMSNorm(512))
+        init_weights(model, 0.02, seed)
+        return [parameter.detach() for parameter in model.parameters()]
+
+    linear, norm = weights(0)
+    assert torch.equal(linear, weights(0)[0])
+    assert not torch.equal(linear, weights(1)[0])
+    assert float(linear.std()) == pytest.approx(0.02, rel=0.02)
+    assert bool((norm == 1).all())

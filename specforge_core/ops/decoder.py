@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import Field
+from torch import nn
 
 from ..config import StrategyConfig
 from ..errors import ConfigError
@@ -94,3 +96,13 @@ def decoder_config(shape: DecoderShape) -> dict[str, Any]:
         "tie_word_embeddings": False,  # else an engine takes the embedding for the head
         "vocab_size": shape.vocab_size,
     }
+
+
+def init_weights(model: nn.Module, std: float, seed: int) -> None:
+    """Fill linear layers (normal, `std`) and norms (ones) from `seed` alone: alike on all ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std, generator=generator)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)

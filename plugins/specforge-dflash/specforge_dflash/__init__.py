@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from specforge_core.hookspecs import hookimpl
+from specforge_core.ops.decoder import init_weights
 from specforge_core.types import (
     Adapter,
     CaptureSpec,
@@ -92,7 +93,7 @@ def build_draft(
     with torch.device("meta"):
         model = DFlashModel(shape, config.attention)
     model.to_empty(device="cpu")
-    model.init_weights(config.seed)
+    init_weights(model, shape.init_std, config.seed)
     # states of unit size then give logits that spread by about 1, whatever the head's scale
     torch.nn.init.constant_(model.norm.weight, 1 / float(lm_head.float().norm(dim=1).mean()))
     model.to(device)

@@ -146,15 +146,6 @@ class DFlashModel(nn.Module):
         self.layers = nn.ModuleList(BlockLayer(shape, i) for i in range(shape.num_layers))
         self.norm = nn.RMSNorm(width, eps=shape.rms_norm_eps)
 
-    def init_weights(self, seed: int) -> None:
-        """Fill the weights from `seed` alone, so that every rank has the same."""
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=self.shape.init_std, generator=generator)
-            elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
-
     def forward(
         self,
         features: Tensor,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from specforge_core.ops.decoder import init_weights
 from specforge_core.ops.linear_soft_cross_entropy import (
     SoftLoss,
     SoftRows,
@@ -146,12 +147,7 @@ class Eagle3Model(nn.Module):
 
     def init_weights(self, seed: int) -> None:
         """Fill the weights from `seed` alone, so that every rank has the same."""
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=self.shape.init_std, generator=generator)
-            elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
+        init_weights(self, self.shape.init_std, seed)
         nn.init.zeros_(self.d2t)
         nn.init.ones_(self.t2d)
 
