@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -222,6 +223,14 @@ def _load(config: Path, overrides: tuple[str, ...]) -> tuple[RunConfig, Strategy
 
 
 def main() -> None:
+    """Run the command and end the process with its status."""
+    status = 1
+    atexit.register(lambda: _skip_teardown(status))  # the first one registered is called last
+    status = _run()
+    sys.exit(status)
+
+
+def _run() -> int:
     """Run the command; turn errors into one message and an exit status."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
@@ -233,18 +242,31 @@ def main() -> None:
         cli.main(args=arguments, prog_name="specforge", standalone_mode=False)
     except click.ClickException as exc:
         exc.show()
-        sys.exit(exc.exit_code)
+        return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        return 130
     except Exception as exc:
         if debug:
             raise
         if isinstance(exc, SpecForgeError):
             click.echo(f"{prefix}{exc}", err=True)
-            sys.exit(exc.exit_code)
+            return exc.exit_code
         kind = type(exc).__name__
         click.echo(f"{prefix}{kind}: {exc}\nAdd --debug to see where it came from", err=True)
-        sys.exit(1)
+        return 1
+    return 0
+
+
+def _skip_teardown(status: int) -> None:
+    """End a process that used torch, before Python is torn down around threads that still run.
+
+    One that comes back from an operation of torch at that time makes the process abort (pytorch
+    issue 38228).  Its caches keep process groups, and so their threads, whatever is destroyed.
+    """
+    if "torch" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":

@@ -109,3 +109,35 @@ def test_training_while_another_process_captures_gives_the_same(
     finish(follower)
     train(*load(config, directory))
     assert losses(tmp_path / "followed") == losses(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_thread_that_still_runs_does_not_make_the_end_an_abort(
+    config: Path, tmp_path: Path, env: Any
+) -> None:
+    env.strategy(
+        "restless",
+        """
+        import atexit, threading
+        from pathlib import Path
+        import torch
+        from specforge_core import hookimpl
+        from specforge_linear import (
+            specforge_adapter, specforge_config, specforge_draft, specforge_train_step)
+
+        def work():
+            values = torch.ones(100)
+            while True:  # every addition gives the interpreter's lock back and takes it again
+                values + values
+
+        @hookimpl
+        def specforge_step_finished(output_dir):
+            threading.Thread(target=work, daemon=True).start()
+            atexit.register((Path(output_dir) / "ended").touch)
+        """,
+    )
+    environment = os.environ | {"PYTHONPATH": str(env.path)}
+    options = ("strategy.name=restless", "train.max_steps=2", "train.log_every=2")
+    out = finish(cli("train", "-c", str(config), *options, env=environment))
+    assert "finished at step 2/2" in out
+    assert (tmp_path / "run" / "ended").exists()  # what was registered is still called
