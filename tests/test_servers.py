@@ -67,11 +67,9 @@ def answers(chat: Chat) -> list[str]:
 
 
 def write(path: Path, count: int) -> Path:
-    rows = [
-        {"id": str(i), "messages": [{"role": "user", "content": "x" * (1 + i)}]}
-        for i in range(count)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = [[{"role": "user", "content": "x" * (1 + i)}] for i in range(count)]
+    rows = [json.dumps({"id": str(i), "messages": said[i]}) + "\n" for i in range(count)]
+    path.write_text("".join(rows))
     return path
 
 
