@@ -261,7 +261,7 @@ def _skip_teardown(status: int) -> None:
     """End a process that used torch, before Python is torn down around threads that still run.
 
     One that comes back from an operation of torch at that time makes the process abort (pytorch
-    issue 38228).  Its caches keep process groups, and so their threads, whatever is destroyed.
+    issue 38228).  torch's caches keep process groups, and so their threads, whatever is destroyed.
     """
     if "torch" in sys.modules:
         sys.stdout.flush()

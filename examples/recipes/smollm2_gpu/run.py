@@ -22,10 +22,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -35,6 +33,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from specforge_sglang.child import free_port
 
 HERE = Path(__file__).parent
 TARGET = Path("~/.cache/specforge/smollm2-135m-instruct").expanduser()
@@ -183,15 +182,6 @@ def serving(target: Path, log: Path) -> Iterator[str]:
     finally:
         if process is not None:
             end(process)
-
-
-def free_port() -> int:
-    """Return a port for which SGLang's second one, 10,000 above it, exists too."""
-    for port in random.sample(range(20_000, 50_000), 100):
-        with socket.socket() as tried, suppress(OSError):
-            tried.bind(("127.0.0.1", port))
-            return port
-    sys.exit("no port is free")
 
 
 def ready(process: subprocess.Popen[bytes], port: int) -> bool:
