@@ -12,21 +12,30 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from specforge_core.capture.worker import run_capture
 from specforge_core.errors import CheckpointError, ConfigError, DataError, RunError
+from specforge_core.testing.runs import lines, load, losses
 from specforge_core.train import checkpoint
 from specforge_core.train.plan import plan_run
 from specforge_core.train.run import train
 
-from .runs import lines, load, losses, weights, write_run
+from .runs import linear_run
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
 
 @pytest.fixture
 def config(tmp_path: Path, toy_target: Path) -> Path:
-    return write_run(tmp_path, toy_target)
+    return linear_run(tmp_path, toy_target)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(checkpoint.find(path).glob("*.safetensors")):
+        found |= load_file(file)
+    return found
 
 
 def test_online_training_lowers_the_loss_and_logs_every_step(config: Path, tmp_path: Path) -> None:

@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 
+from specforge_core.testing.runs import cli, finish, lines, load, losses
 from specforge_core.train import checkpoint
 from specforge_core.train.run import train
 
-from .runs import cli, finish, lines, load, losses, write_run
+from .runs import linear_run
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
 
 @pytest.fixture
 def config(tmp_path: Path, toy_target: Path) -> Path:
-    return write_run(tmp_path, toy_target)
+    return linear_run(tmp_path, toy_target)
 
 
 @pytest.mark.slow

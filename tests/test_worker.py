@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from specforge_core.data.order import epoch_order
 from specforge_core.data.prompts import PromptSet, load_prompts
 from specforge_core.errors import CaptureError, ConfigError
 from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.runs import cli
 from specforge_core.testing.toy import write_conversations
 from specforge_core.types import (
     CaptureSpec,
@@ -226,14 +226,7 @@ def test_a_batching_engine_that_mixes_up_sequences_is_caught_before_the_first_wr
 
 def start(config: Path, site: Path, sleep: float, *overrides: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(site), "TINY_SLEEP": str(sleep)}
-    command = [sys.executable, "-m", "specforge_core.cli", "capture", "-c", str(config)]
-    return subprocess.Popen(
-        [*command, *overrides],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return cli("capture", "-c", str(config), *overrides, env=environment)
 
 
 def shards(directory: Path) -> int:

@@ -3,61 +3,31 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from specforge_core.capture.worker import run_capture
-from specforge_core.config import RunConfig, load_config
 from specforge_core.evaluate.run import evaluate
 from specforge_core.restore import export_checkpoint, restore
-from specforge_core.strategy import Strategy
-from specforge_core.testing.toy import write_conversations
+from specforge_core.testing.runs import cli, finish, load, losses, write_run
 from specforge_core.train.run import train
 
 
 @pytest.fixture
 def config(tmp_path: Path, toy_target: Path) -> Path:
     """Every possible anchor is used, so that no draw decides what a step sees."""
-    data = write_conversations(tmp_path / "train.jsonl", 16)
-    raw: dict[str, Any] = {
-        "target": {"path": str(toy_target), "dtype": "float32"},
-        "strategy": {
-            "name": "dflash",
-            "block_size": 4,
-            "num_layers": 2,
-            "num_anchors": 512,
-        },
-        "data": {"train": [str(data)], "max_length": 256},
-        "capture": {"window": 4},
-        "output_dir": str(tmp_path / "run"),
-        "train": {
-            "max_steps": 8,
-            "batch_size": 1,
-            "accumulate": 4,
-            "learning_rate": 0.003,
-            "log_every": 1,
-            "device": "cpu",
-        },
-        "eval": {"prompts": {"toy": str(data)}, "limit": 2, "max_new_tokens": 12},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
-
-
-def load(config: Path, *overrides: str) -> tuple[RunConfig, Strategy]:
-    return load_config(config, overrides)
-
-
-def losses(output_dir: Path) -> list[float]:
-    text = (output_dir / "metrics.jsonl").read_text()
-    return [json.loads(line)["loss"] for line in text.splitlines()]
+    held = {"prompts": {"toy": str(tmp_path / "train.jsonl")}, "limit": 2, "max_new_tokens": 12}
+    return write_run(
+        tmp_path,
+        toy_target,
+        conversations=16,
+        strategy={"name": "dflash", "block_size": 4, "num_layers": 2, "num_anchors": 512},
+        data={"max_length": 256},
+        train={"max_steps": 8, "batch_size": 1, "accumulate": 4, "learning_rate": 0.003},
+        eval=held,
+    )
 
 
 def test_offline_training_gives_what_online_training_gives(config: Path, tmp_path: Path) -> None:
@@ -99,12 +69,5 @@ def test_samples_too_short_for_a_block_are_skipped_and_counted(
 def test_two_ranks_give_the_losses_of_one(config: Path, tmp_path: Path) -> None:
     train(*load(config))
     two = ("train.accumulate=2", f"output_dir={tmp_path / 'two'}")
-    command = ("train", "-c", str(config), "--nproc", "2", *two)
-    done = subprocess.run(
-        [sys.executable, "-m", "specforge_core.cli", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    finish(cli("train", "-c", str(config), "--nproc", "2", *two))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import yaml
 
 from specforge_core.capture.verify import verify_directory
 from specforge_core.capture.worker import run_capture
-from specforge_core.config import RunConfig, load_config
 from specforge_core.errors import CaptureError, CheckpointError, ConfigError
 from specforge_core.evaluate.run import evaluate
 from specforge_core.restore import export_checkpoint, restore
-from specforge_core.strategy import Strategy
+from specforge_core.testing.runs import cli, finish, lines, load, losses, write_run
 from specforge_core.testing.toy import save_toy_target, write_conversations
 from specforge_core.train.plan import plan_run
 from specforge_core.train.run import train
@@ -31,36 +29,14 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, target: Path) -> Path:
-    raw: dict[str, Any] = {
-        "target": {"path": str(target), "dtype": "float32", "batch_tokens": 512},
-        "strategy": {"name": "eagle3", "steps": 3, "draft_vocab_size": 64, "layers": [1, 3, 4]},
-        "data": {"train": [str(write_conversations(tmp_path / "train.jsonl", 24))]},
-        "capture": {"window": 4},
-        "output_dir": str(tmp_path / "run"),
-        "train": {
-            "max_steps": 6,
-            "batch_size": 3,
-            "learning_rate": 0.01,
-            "log_every": 1,
-            "save_every": 3,
-            "device": "cpu",
-        },
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
-
-
-def load(config: Path, *overrides: str) -> tuple[RunConfig, Strategy]:
-    return load_config(config, overrides)
-
-
-def lines(output_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(output_dir: Path) -> list[float]:
-    return [row["loss"] for row in lines(output_dir)]
+    return write_run(
+        tmp_path,
+        target,
+        conversations=24,
+        target={"batch_tokens": 512},
+        strategy={"name": "eagle3", "steps": 3, "draft_vocab_size": 64, "layers": [1, 3, 4]},
+        train={"max_steps": 6, "batch_size": 3, "learning_rate": 0.01, "save_every": 3},
+    )
 
 
 def test_a_draft_learns_and_says_how_well(config: Path, tmp_path: Path) -> None:
@@ -199,12 +175,7 @@ def test_evaluation_is_lossless(
 
 @pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(config: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     train(*load(config, "train.batch_size=1", "train.accumulate=4"))
-    command = [sys.executable, "-m", "specforge_core.cli", "train", "-c", str(config), "--nproc"]
-    options = ["2", "train.batch_size=1", "train.accumulate=2", f"output_dir={tmp_path / 'two'}"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    two = ("train.batch_size=1", "train.accumulate=2", f"output_dir={tmp_path / 'two'}")
+    finish(cli("train", "-c", str(config), "--nproc", "2", *two))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=2e-5)
