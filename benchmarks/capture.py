@@ -21,10 +21,10 @@ from statistics import median
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from specforge_core.capture.batching import group_by_length
-from specforge_core.capture.hf import TransformersEngine
+from specforge_core.target.batching import group_by_length
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.capture.manifest import CaptureIdentity
-from specforge_core.capture.taps import find_parts
+from specforge_core.target.taps import find_parts
 from specforge_core.capture.worker import capture_in_order, to_host
 from specforge_core.capture.writer import ShardWriter
 from specforge_core.config import TargetConfig

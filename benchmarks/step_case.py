@@ -11,7 +11,7 @@ from specforge_dflash.config import DFlashConfig
 from specforge_dflash.step import DFlashStep
 from torch import Tensor
 
-from specforge_core.ops.linear_cross_entropy import linear_cross_entropy
+from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
 from specforge_core.types import Batch, Draft, StepContext, TargetInfo
 
 

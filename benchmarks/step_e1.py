@@ -26,7 +26,7 @@ from specforge_eagle3.step import Eagle3Step
 from specforge_eagle3.vocab import offsets
 from torch import Tensor
 
-from specforge_core.ops.linear_soft_cross_entropy import SoftLoss, linear_soft_cross_entropy
+from specforge_core.nn.linear_soft_cross_entropy import SoftLoss, linear_soft_cross_entropy
 from specforge_core.types import Batch, Draft, StepContext, TargetInfo
 
 

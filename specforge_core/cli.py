@@ -92,7 +92,7 @@ def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
 def capture(config: Path, overrides: tuple[str, ...]) -> None:
     """Store hidden states for offline training; resumes."""
     run, strategy = _load(config, overrides)
-    from .capture.worker import run_capture
+    from .capture.job import run_capture
 
     manifest = run_capture(run, strategy)
     click.echo(
@@ -155,9 +155,9 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
 def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Measure acceptance by lossless speculative decoding."""
     run, strategy = _load(config, overrides)
+    from .drafts.load import restore
     from .evaluate.report import render
     from .evaluate.run import evaluate as run_evaluate
-    from .restore import restore
 
     report = run_evaluate(run, strategy, restore(run, strategy, draft).draft)
     if as_json:
@@ -175,48 +175,14 @@ def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 def export(checkpoint: Path, format_: str, output: Path, force: bool) -> None:
     """Write a trained draft in an engine's layout."""
-    from .restore import export_checkpoint
+    from .drafts.load import export_checkpoint
 
     click.echo(f"wrote {export_checkpoint(checkpoint, format_, output, force=force)}")
 
 
-@cli.command()
-@config_option
-@click.option("--draft", type=EXISTING, required=True, help="Run or checkpoint.")
-@click.option("--export", type=EXISTING, required=True, help="What was exported of it.")
-@click.option("--format", "format_", help="Format of the export, if it does not say.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@overrides_argument
-def doctor(
-    config: Path,
-    draft: Path,
-    export: Path,
-    format_: str | None,
-    as_json: bool,
-    overrides: tuple[str, ...],
-) -> None:
-    """Check that trainer, reference loop and engine accept alike."""
-    run, strategy = _load(config, overrides)
-    from .doctor.report import render
-    from .doctor.run import diagnose
-    from .errors import RunError
-
-    report = diagnose(run, strategy, draft, export, format_)
-    if as_json:
-        click.echo(report.to_json(), nl=False)
-    else:
-        from rich.console import Console
-
-        Console().print(render(report))
-    if not report.verdict.healthy:
-        raise RunError(report.verdict.message)
-    if not as_json:
-        click.echo(report.verdict.message)
-
-
 def _load(config: Path, overrides: tuple[str, ...]) -> tuple[RunConfig, Strategy]:
-    from .config import load_config
     from .cpu import use_few_threads
+    from .load import load_config
 
     use_few_threads()
     return load_config(config, overrides)

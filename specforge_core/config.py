@@ -1,28 +1,18 @@
-"""The run config: core sections, plus one strategy section owned by a plugin.
-
-Two passes: `strategy.name` picks the plugin, whose own model then validates the
-`strategy:` section; the core validates the rest.
-"""
+"""The settings of a run: the core's sections, and the bases of a plugin's own."""
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     SerializeAsAny,
-    ValidationError,
     model_validator,
 )
-
-from .errors import ConfigError
-from .strategy import Strategy
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -68,7 +58,7 @@ class TargetConfig(Section):
 class DataConfig(Section):
     """What is trained on.  With `capture_dir` training is offline, without it online."""
 
-    train: tuple[Path, ...] = Field((), description="JSONL files of conversations.")
+    train: tuple[str, ...] = Field((), description="Conversations: JSONL files.")
     capture_dir: Path | None = Field(None, description="Where `capture` writes and `train` reads.")
     follow: bool = Field(False, description="Train while `capture_dir` is still being written.")
     max_length: int = Field(2048, gt=1, description="Longest sample, in tokens.")
@@ -101,9 +91,13 @@ class TrainConfig(Section):
     batch_size: int = Field(1, gt=0, description="Samples per micro-batch and rank.")
     accumulate: int = Field(1, gt=0, description="Micro-batches per optimizer step.")
     learning_rate: float = Field(6e-4, gt=0, description="Peak learning rate.")
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="Muon takes the matrices.")
+    optimizer: str = Field(
+        "adamw", description="adamw, muon (for the hidden layers' matrices), or a plugin's."
+    )
     muon_learning_rate: float = Field(6e-3, gt=0, description="Peak learning rate of Muon.")
-    schedule: Literal["constant", "cosine", "wsd"] = Field("cosine", description="After warm-up.")
+    schedule: str = Field(
+        "cosine", description="After the warm-up: constant, cosine, wsd, or a plugin's."
+    )
     warmup_ratio: float = Field(0.04, ge=0, le=1, description="Part of the steps that warm up.")
     decay_ratio: float = Field(0.2, gt=0, le=1, description="Part of the steps wsd decays over.")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over the peak.")
@@ -168,111 +162,12 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     regenerate: RegenerateConfig = RegenerateConfig()
+    plugins: dict[str, SerializeAsAny[Section]] = Field(
+        default_factory=dict, description="Sections of plugins, by name; off unless named."
+    )
 
     @model_validator(mode="after")
     def _follow_needs_a_directory(self) -> RunConfig:
         if self.data.follow and self.data.capture_dir is None:
             raise ValueError("data.follow needs data.capture_dir, the directory to follow")
         return self
-
-
-def load_config(path: Path, overrides: tuple[str, ...] = ()) -> tuple[RunConfig, Strategy]:
-    """Read a YAML file, apply dotted overrides (`train.max_steps=10`), and validate.
-
-    Relative paths inside the file are taken from the working directory.
-    """
-    raw = read_yaml(path)
-    for override in overrides:
-        _apply(raw, override)
-    return validate(raw, str(path))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise ConfigError(
-            f"config file {str(path)!r} cannot be read: {exc.strerror}. Try: -c PATH"
-        ) from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path} is not valid YAML: {exc}") from exc
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, not {type(raw).__name__}")
-    return raw
-
-
-def validate(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Strategy]:
-    """Validate a config mapping; the plugin it names validates the strategy section."""
-    section = raw.get("strategy")
-    name = section.get("name") if isinstance(section, dict) else None
-    if not isinstance(name, str):
-        raise ConfigError(
-            f"{origin}: strategy.name is missing. `specforge strategies` lists what is installed"
-        )
-    strategy = Strategy.load(name)
-    model = strategy.config()
-    try:
-        chosen = model.model_validate(section)
-    except ValidationError as exc:
-        raise ConfigError(_explain(exc, origin, model, prefix=("strategy",))) from exc
-    try:
-        return RunConfig.model_validate({**raw, "strategy": chosen}), strategy
-    except ValidationError as exc:
-        raise ConfigError(_explain(exc, origin, RunConfig)) from exc
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *parents, last = key.split(".")
-    if not equals or not last:
-        raise ConfigError(f"override {override!r} is not KEY=VALUE. Try: train.max_steps=100")
-    try:
-        value = yaml.safe_load(text)
-        if isinstance(value, str) and text[:1] in "0123456789.+-":
-            value = _number(value)  # YAML 1.1 reads 1e-4 as text; a person means the number
-    except yaml.YAMLError as exc:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {exc}") from exc
-    node = raw
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} is not a section")
-    node[last] = value
-
-
-def _number(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _explain(
-    exc: ValidationError, origin: str, model: type[BaseModel], prefix: tuple[str, ...] = ()
-) -> str:
-    lines = []
-    for error in exc.errors(include_url=False):
-        where = ".".join(str(part) for part in (*prefix, *error["loc"]))
-        if error["type"] == "extra_forbidden":
-            hint = _similar(model, error["loc"])
-            lines.append(f"{where}: unknown key{hint}")
-        elif error["type"] == "missing":
-            lines.append(f"{where}: required, and missing")
-        else:
-            message = error["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {message}, got {error['input']!r}" if where else message)
-    listing = "\n  ".join(lines)
-    return f"{origin} is not a valid config:\n  {listing}\nTry: specforge train --help"
-
-
-def _similar(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    for part in loc[:-1]:
-        field = model.model_fields.get(str(part))
-        inner = field.annotation if field is not None else None
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
-    close = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1)
-    return (
-        f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(model.model_fields)})"
-    )

@@ -1,89 +1,108 @@
-"""What a strategy gets for free.  Every hook here is trylast, so a strategy's own wins."""
+"""What a strategy gets for free.  Every hook here is trylast, so a plugin's own wins."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
-    from .capture.manifest import CaptureManifest
-    from .config import TargetConfig
+    import torch
+    from torch.optim import Optimizer
+
+    from .config import RunConfig, TargetConfig, TrainConfig
     from .types import (
-        Batch,
         CaptureSpec,
         Collate,
+        Draft,
         Problem,
         Reader,
         Sample,
-        TargetCapture,
         TargetEngine,
+        TargetInfo,
+        Tracker,
         Transform,
     )
 
 
 @hookimpl(trylast=True)
-def specforge_target_engine(target: TargetConfig) -> TargetEngine | None:
+def specforge_conversations(source: str) -> Iterable[Mapping[str, Any]]:
+    """Read a file of JSON lines."""
+    from .data.sources import read_jsonl
+
+    return read_jsonl(source)  # type: ignore[return-value]  # a bad line is a DataError
+
+
+@hookimpl(trylast=True)
+def specforge_target_engine(target: TargetConfig, device: torch.device) -> TargetEngine | None:
     """Run the target in this process, when the config asks for `transformers`."""
     if target.engine != "transformers":
         return None
-    from .capture.hf import TransformersEngine
+    from .target.engine import TransformersEngine
 
-    return TransformersEngine.load(target)
+    return TransformersEngine.load(target, device)
 
 
 @hookimpl(trylast=True)
 def specforge_verify_capture(
-    spec: CaptureSpec, manifest: CaptureManifest, sample: Sample, fresh: TargetCapture | None
+    target: TargetInfo, spec: CaptureSpec, sample: Sample
 ) -> list[Problem]:
     """Check names, shapes, dtypes, finiteness and token ids, whatever the strategy."""
-    from .capture.verify import check_sample
+    from .capture.layout import check_sample
 
-    return check_sample(spec, manifest.identity, sample)
+    return check_sample(spec, target.vocab_size, sample)
 
 
 @hookimpl(trylast=True)
-def specforge_reader(manifest: CaptureManifest, path: Path) -> Reader:
+def specforge_reader(path: Path) -> Reader:
     """Read the safetensors shards that capture wrote."""
+    from .capture.manifest import CaptureManifest
     from .capture.store import ShardReader
 
-    return ShardReader(path, manifest)
+    return ShardReader(path, CaptureManifest.read(path))
 
 
 @hookimpl(trylast=True)
 def specforge_transform(spec: CaptureSpec, max_length: int) -> Transform:
     """Cut samples to `max_length` tokens."""
-    return partial(truncate, spec=spec, max_length=max_length)
+    from .batches.collate import token_fields, truncate
+
+    ragged = token_fields(spec)
+    return lambda sample, generator: truncate(sample, ragged, max_length)
 
 
 @hookimpl(trylast=True)
-def specforge_collate() -> Collate:
-    """Right-pad with zeros to the longest sample of the batch."""
-    return pad
+def specforge_collate(spec: CaptureSpec) -> Collate:
+    """Put the samples behind each other in one row."""
+    from .batches.collate import pack, token_fields
+
+    return partial(pack, ragged=token_fields(spec))
 
 
 @hookimpl(trylast=True)
-def specforge_step_finished(step: int, metrics: dict[str, float], output_dir: Path) -> None:
-    """Append the metrics to metrics.jsonl."""
-    from .train.metrics import append
+def specforge_optimizers(train: TrainConfig, draft: Draft) -> list[Optimizer] | None:
+    """Build `adamw`, or `muon` for the hidden layers' matrices with AdamW for the rest."""
+    from .train.optim import build_optimizers
 
-    append(output_dir, step, metrics)
-
-
-def truncate(sample: Sample, *, spec: CaptureSpec, max_length: int) -> Sample:
-    """Keep the first `max_length` tokens of every field that has a token axis."""
-    return {
-        name: sample[name][:max_length] if field.shape[:1] == (None,) else sample[name]
-        for name, field in spec.fields.items()
-    }
+    return build_optimizers(draft, train) if train.optimizer in ("adamw", "muon") else None
 
 
-def pad(samples: Sequence[Sample]) -> Batch:
-    """Stack samples into [B, longest, ...]; zeros are the padding."""
-    from torch.nn.utils.rnn import pad_sequence
+@hookimpl(trylast=True)
+def specforge_schedule(train: TrainConfig) -> Callable[[float], float] | None:
+    """Return `constant`, `cosine` or `wsd`."""
+    from .train.optim import SCHEDULES
 
-    return {name: pad_sequence([s[name] for s in samples], batch_first=True) for name in samples[0]}
+    found = SCHEDULES.get(train.schedule)
+    return None if found is None else partial(found, config=train)
+
+
+@hookimpl(trylast=True)
+def specforge_tracker(run: RunConfig) -> Tracker:
+    """Append to `output_dir`/metrics.jsonl."""
+    from .train.metrics import MetricsFile
+
+    return MetricsFile(run.output_dir)

@@ -2,29 +2,33 @@
 
 A strategy is a module with hook implementations, named by an entry point in
 the group `specforge.strategies`.  Only the module of the strategy that a run
-names is imported, so it may import torch at the top.
+names is imported, so it may import torch at the top.  Packages that cut across
+strategies (an engine, a tracker, a data source) register a module under
+`specforge.plugins`, and a click command under `specforge.commands`.
 
-Hooks that return something are called once per run, never per step.  An
-implementation may take any subset of the arguments, by name and without
-defaults.  Arguments are only ever added.
+Hooks are never called per step; what they return is.  An implementation may
+take any subset of the arguments, by name and without defaults.  Arguments are
+only ever added.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch.optim import Optimizer
 
-    from .capture.manifest import CaptureManifest
-    from .config import StrategyConfig, TargetConfig
+    from .config import DataConfig, RunConfig, Section, StrategyConfig, TargetConfig, TrainConfig
     from .types import (
         Adapter,
         CaptureSpec,
         Collate,
+        DataInfo,
         Draft,
         DraftServer,
         Export,
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
         TargetCapture,
         TargetEngine,
         TargetInfo,
+        Tracker,
         TrainStep,
         Transform,
     )
@@ -56,6 +61,26 @@ def specforge_config() -> type[StrategyConfig] | None:
     """
 
 
+@hookspec
+def specforge_plugin_config() -> type[Section] | None:
+    """Return the model of the section `plugins.NAME` of a cross-cutting plugin.
+
+    A plugin that implements this takes part in a run only where the run has that section.
+    """
+
+
+# ---- data ------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def specforge_conversations(source: str, data: DataConfig) -> Iterable[Mapping[str, Any]] | None:
+    """Yield the rows of one entry of `data.train`; None when it is not of this kind.
+
+    A row has `messages` (OpenAI) or `conversations` (ShareGPT).  An entry that comes back as
+    an exception of type DataError stands for one bad row.  Default: JSON lines files.
+    """
+
+
 # ---- capture ---------------------------------------------------------------
 
 
@@ -65,51 +90,56 @@ def specforge_adapter(config: StrategyConfig, target: TargetInfo) -> Adapter | N
 
 
 @hookspec(firstresult=True)
-def specforge_target_engine(target: TargetConfig) -> TargetEngine | None:
+def specforge_target_engine(target: TargetConfig, device: torch.device) -> TargetEngine | None:
     """Load the target; None when `target.engine` is not the name of this engine.
 
-    Called by capture, online training and verification.  Default:
-    `transformers`, in process.
+    `device` is where this process computes.  Default: `transformers`, in process.
     """
 
 
 @hookspec
 def specforge_verify_capture(
     config: StrategyConfig,
+    target: TargetInfo,
     spec: CaptureSpec,
-    manifest: CaptureManifest,
     sample: Sample,
     fresh: TargetCapture | None,
 ) -> list[Problem] | None:
     """Report what is wrong with a sample.
 
-    Called before the first sample of a run is stored or trained on, at the start
-    of offline training, and by `specforge verify`.  `fresh` is the same sequence
-    captured again, when the target is loaded.  Every implementation runs; the
-    core's checks names, shapes, dtypes, finiteness and token ids.
+    Called before the first sample of a run is stored or trained on, at the start of offline
+    training, and for every sample by `specforge verify`.  `fresh` is the same sequence captured
+    again, when the target is loaded.  Every implementation runs; the core's checks names,
+    shapes, dtypes, finiteness and token ids.
     """
-
-
-# ---- data ------------------------------------------------------------------
 
 
 @hookspec(firstresult=True)
 def specforge_reader(
-    config: StrategyConfig, spec: CaptureSpec, manifest: CaptureManifest, path: Path
+    config: StrategyConfig, spec: CaptureSpec, target: TargetInfo, path: Path
 ) -> Reader | None:
-    """Open a capture for offline training.  Default: the shards capture wrote."""
+    """Open a capture for offline training.  Default: the shards that `specforge capture` wrote."""
+
+
+# ---- batches ---------------------------------------------------------------
 
 
 @hookspec(firstresult=True)
 def specforge_transform(
-    config: StrategyConfig, spec: CaptureSpec, max_length: int, training: bool
+    config: StrategyConfig, spec: CaptureSpec, max_length: int
 ) -> Transform | None:
-    """Return the per-sample function of training.  Default: truncate to `max_length`."""
+    """Return the per-sample function of training.  Default: truncate to `max_length`.
+
+    All that is random in training is drawn by it.
+    """
 
 
 @hookspec(firstresult=True)
-def specforge_collate(config: StrategyConfig, spec: CaptureSpec) -> Collate | None:
-    """Return the function from samples to one batch.  Default: right-pad with zeros."""
+def specforge_collate(config: StrategyConfig, spec: CaptureSpec, draft: Draft) -> Collate | None:
+    """Return the function from samples to one batch.  Default: `batches.collate.pack`.
+
+    Called once the draft has its weights, whose buffers it may read.
+    """
 
 
 # ---- training --------------------------------------------------------------
@@ -117,15 +147,11 @@ def specforge_collate(config: StrategyConfig, spec: CaptureSpec) -> Collate | No
 
 @hookspec(firstresult=True)
 def specforge_draft(
-    config: StrategyConfig,
-    target: TargetInfo,
-    manifest: CaptureManifest | None,
-    token_counts: Tensor | None,
+    config: StrategyConfig, target: TargetInfo, data: DataInfo | None
 ) -> Draft | None:
     """Build the draft model, seeded alike on every rank.  Required.
 
-    `token_counts` [V] says how often each token is supervised in the training
-    data.  It and `manifest` are None when weights are about to be loaded.
+    `data` is None when weights, and the buffers with them, are about to be loaded.
     """
 
 
@@ -134,11 +160,27 @@ def specforge_train_step(config: StrategyConfig) -> TrainStep | None:
     """Return the function that computes one micro-batch's loss.  Required."""
 
 
-@hookspec
-def specforge_step_finished(step: int, metrics: dict[str, float], output_dir: Path) -> None:
-    """Receive the reduced metrics of a logged step.  Called on rank 0 only.
+@hookspec(firstresult=True)
+def specforge_optimizers(train: TrainConfig, draft: Draft) -> list[Optimizer] | None:
+    """Return the optimizers of the draft's (sharded) parameters; None when not of this name.
 
-    The core's implementation appends to `output_dir`/metrics.jsonl.
+    `train.optimizer` names them.  Each group's `lr` is its peak.  Default: `adamw`, `muon`.
+    """
+
+
+@hookspec(firstresult=True)
+def specforge_schedule(train: TrainConfig) -> Callable[[float], float] | None:
+    """Return the learning rate over its peak, by progress from 0 to 1 after the warm-up.
+
+    None when `train.schedule` is not of this name.  Default: `constant`, `cosine`, `wsd`.
+    """
+
+
+@hookspec
+def specforge_tracker(run: RunConfig) -> Tracker | None:
+    """Return where the run's numbers go.  Every implementation runs, on rank 0 only.
+
+    The core's own appends to `output_dir`/metrics.jsonl.
     """
 
 
@@ -173,7 +215,7 @@ def specforge_serve(
 ) -> DraftServer | NotServed | None:
     """Serve the target with an exported draft, as users of `target.engine` would.
 
-    Called by `specforge doctor`, once per export that it measures.  A chain has
-    `draft_tokens` tokens, unless the method drafts another number at once.  None when
-    `target.engine` is not the name of this engine.
+    A chain has `draft_tokens` tokens, unless the method drafts another number at once.  What the
+    engine needs to know of the method is in the export's `serve`.  None when `target.engine` is
+    not the name of this engine.
     """

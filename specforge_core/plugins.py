@@ -7,9 +7,12 @@ to everyone else.
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import os
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points, version
 
 import pluggy
@@ -20,7 +23,10 @@ from .errors import PluginError
 CORE = "specforge-core"
 STRATEGIES = "specforge.strategies"
 PLUGINS = "specforge.plugins"
+COMMANDS = "specforge.commands"
+DEFAULT_PLUGINS = ("specforge_core.defaults",)
 DISABLE_ENV = "SPECFORGE_DISABLE_PLUGINS"
+OWN_SECTION = "specforge_plugin_config"
 REQUIRED = ("specforge_adapter", "specforge_draft", "specforge_train_step")
 
 
@@ -47,10 +53,18 @@ class Installed:
                 f"Uninstall all but one: pip uninstall {self.dist}"
             )
         if self.needs is not None:
-            from packaging.specifiers import SpecifierSet  # only when a plugin pins us
+            # only when a plugin pins us
+            from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
             have = version(CORE)
-            if not SpecifierSet(self.needs).contains(have, prereleases=True):
+            try:
+                allowed = SpecifierSet(self.needs)
+            except InvalidSpecifier:
+                return (
+                    f"{self} says that it needs {CORE}{self.needs}, which is no version. "
+                    f"Try: pip install -U {self.dist}"
+                )
+            if not allowed.contains(have, prereleases=True):
                 return (
                     f"{self} needs {CORE}{self.needs}, but {have} is installed. "
                     f"Try: pip install -U {self.dist} {CORE}"
@@ -63,25 +77,27 @@ def discover(group: str) -> dict[str, Installed]:
     found: dict[str, Installed] = {}
     for ep in entry_points(group=group):
         assert ep.dist is not None  # always set by entry_points()
-        new = Installed(ep.name, ep.dist.name, ep.dist.version, ep, _needs(ep.dist.requires))
+        needs = _needs(ep.dist.requires)
+        new = Installed(ep.name, ep.dist.name, ep.dist.version, ep, needs)
         old = found.setdefault(ep.name, new)
         if old.dist != new.dist:
             rivals = (*old.rivals, f"{new.dist} {new.version}")
-            found[ep.name] = Installed(
-                old.name, old.dist, old.version, old.entry_point, old.needs, rivals
-            )
+            found[ep.name] = replace(old, rivals=rivals)
     return found
 
 
 def _needs(requires: Iterable[str] | None) -> str | None:
-    if not any(r.lower().startswith(CORE) for r in requires or ()):
-        return None
-    from packaging.requirements import Requirement
+    """Return the versions of the core that a package asks for, as it spells them.
 
+    Read by hand: parsing every requirement of every package would cost each start, and one that
+    nobody can read must not break the others.
+    """
     for text in requires or ():
-        req = Requirement(text)
-        if req.name.lower() == CORE and req.marker is None and str(req.specifier):
-            return str(req.specifier)
+        match = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[^]]*\])?\s*\(?([^;)]*)", text)
+        if match is None or re.sub(r"[-_.]+", "-", match[1]).lower() != CORE:
+            continue
+        if ";" not in text and match[3].strip():
+            return match[3].strip()
     return None
 
 
@@ -91,7 +107,7 @@ def load(installed: Installed) -> object:
         raise PluginError(problem)
     try:
         return installed.entry_point.load()
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise PluginError(
             f"{installed} could not be imported from {installed.entry_point.value!r}: "
             f"{type(exc).__name__}: {exc}. Try: pip install --force-reinstall {installed.dist}"
@@ -109,19 +125,17 @@ def find_strategy(name: str) -> Installed:
     )
 
 
-def run_manager(name: str, *, disable: Iterable[str] = ()) -> pluggy.PluginManager:
-    """Build the plugin manager of one run: core, cross-cutting plugins, one strategy."""
+def run_manager(
+    name: str, *, using: frozenset[str] = frozenset(), disable: Iterable[str] = ()
+) -> pluggy.PluginManager:
+    """Build the plugin manager of one run: core, cross-cutting plugins, one strategy.
+
+    Plugins with a section of their own take part only if `using` names them.
+    """
     strategy = find_strategy(name)
-    pm = core_manager(disable=disable)
+    pm = core_manager(using=using, disable=disable)
     _register(pm, strategy)
-    try:
-        pm.check_pending()
-    except pluggy.PluginValidationError as exc:
-        raise PluginError(
-            f"{strategy} does not fit the hook specs: {exc}. "
-            f"Try: pip install -U {strategy.dist} {CORE}"
-        ) from exc
-    missing = [h for h in REQUIRED if not getattr(pm.hook, h).get_hookimpls()]
+    missing = [h for h in REQUIRED if not _implements(pm, name, h)]
     if missing:
         raise PluginError(
             f"{strategy} does not implement {', '.join(missing)}. "
@@ -130,22 +144,84 @@ def run_manager(name: str, *, disable: Iterable[str] = ()) -> pluggy.PluginManag
     return pm
 
 
-def core_manager(*, disable: Iterable[str] = ()) -> pluggy.PluginManager:
+def core_manager(
+    *, using: frozenset[str] = frozenset(), disable: Iterable[str] = ()
+) -> pluggy.PluginManager:
     """Build a manager of the core's defaults and the cross-cutting plugins, no strategy."""
-    from . import defaults
-
     pm = pluggy.PluginManager(hookspecs.PROJECT)
     pm.add_hookspecs(hookspecs)
-    pm.register(defaults, "core")
+    for module in DEFAULT_PLUGINS:
+        pm.register(importlib.import_module(module), "core")
     disabled = {*disable, *os.environ.get(DISABLE_ENV, "").split(",")}
     for plugin in discover(PLUGINS).values():
         if plugin.name not in disabled:
             _register(pm, plugin)
+            if plugin.name not in using and _implements(pm, plugin.name, OWN_SECTION):
+                pm.unregister(name=plugin.name)
     return pm
 
 
+def _implements(pm: pluggy.PluginManager, name: str, hook: str) -> bool:
+    return any(impl.plugin_name == name for impl in getattr(pm.hook, hook).get_hookimpls())
+
+
 def _register(pm: pluggy.PluginManager, installed: Installed) -> None:
+    module = load(installed)
     try:
-        pm.register(load(installed), installed.name)
+        pm.register(module, installed.name)
     except (pluggy.PluginValidationError, ValueError) as exc:
         raise PluginError(f"{installed} does not fit the hook specs: {exc}") from exc
+    known = [hook for hook in vars(hookspecs) if hook.startswith(f"{hookspecs.PROJECT}_")]
+    for caller in pm.get_hookcallers(module) or ():
+        if caller.name not in known:
+            close = difflib.get_close_matches(caller.name, known, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise PluginError(
+                f"{installed} implements {caller.name}, which is no hook{hint} "
+                f"docs/hooks.md lists them. Try: pip install -U {installed.dist} {CORE}"
+            )
+        for impl in caller.get_hookimpls():
+            if impl.plugin is module and impl.kwargnames:
+                # pluggy 1.6 never passes these, 1.7 does
+                raise PluginError(
+                    f"{installed}: {caller.name} gives a default to {', '.join(impl.kwargnames)}. "
+                    "A hook takes its arguments without defaults"
+                )
+
+
+# ---- whose fault it was ------------------------------------------------------
+
+
+def package_of(pm: pluggy.PluginManager, name: str) -> str:
+    """Return the distribution and version behind a registered plugin's name."""
+    if name == "core":
+        return f"{CORE} {version(CORE)}"
+    plugin = pm.get_plugin(name)
+    for group in (STRATEGIES, PLUGINS):
+        found = discover(group).get(name)
+        if found is not None and found.entry_point.value.partition(":")[0] == getattr(
+            plugin, "__name__", None
+        ):
+            return f"{found.dist} {found.version}"
+    return name
+
+
+def provider(pm: pluggy.PluginManager, hook: str, strategy: str) -> str:
+    """Return the package whose implementation of a hook came first."""
+    names = [impl.plugin_name for impl in reversed(getattr(pm.hook, hook).get_hookimpls())]
+    if strategy in names:
+        return package_of(pm, strategy)
+    return package_of(pm, names[0]) if names else package_of(pm, strategy)
+
+
+def blamed(pm: pluggy.PluginManager, hook: str, exc: BaseException, default: str) -> str:
+    """Return the package whose implementation an exception came through."""
+    codes = set()
+    trace = exc.__traceback__
+    while trace is not None:
+        codes.add(trace.tb_frame.f_code)
+        trace = trace.tb_next
+    for impl in reversed(getattr(pm.hook, hook).get_hookimpls()):
+        if getattr(impl.function, "__code__", None) in codes:
+            return package_of(pm, impl.plugin_name)
+    return package_of(pm, default)

@@ -1,40 +1,42 @@
 """The chosen strategy of one run, as typed calls.
 
-The only module that touches `pm.hook`.  Everything else calls these methods,
-so a hook's name and arguments are spelled once and checked by mypy everywhere.
+The only module that calls hooks.  Everything else calls these methods, so a
+hook's name and arguments are spelled once and checked by mypy everywhere, and
+what goes wrong in a plugin names its package and the hook.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
 from . import plugins
-from .errors import PluginError
-from .types import NotServed
+from .errors import PluginError, SpecForgeError
+from .types import Draft, Export, NotServed, Problem
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch.optim import Optimizer
 
-    from .capture.manifest import CaptureManifest
-    from .config import StrategyConfig, TargetConfig
+    from .config import DataConfig, RunConfig, Section, StrategyConfig, TargetConfig, TrainConfig
     from .types import (
         Adapter,
         CaptureSpec,
         Collate,
-        Draft,
+        DataInfo,
         DraftServer,
-        Export,
-        Problem,
         Proposer,
         Reader,
         Sample,
         TargetCapture,
         TargetEngine,
         TargetInfo,
+        Tracker,
         TrainStep,
         Transform,
     )
@@ -51,108 +53,159 @@ class Strategy:
     pm: pluggy.PluginManager
 
     @classmethod
-    def load(cls, name: str) -> Strategy:
+    def load(cls, name: str, *, using: frozenset[str] = frozenset()) -> Strategy:
+        """Import a strategy; of the plugins with a section of their own only those in `using`."""
         found = plugins.find_strategy(name)
-        return cls(name, f"{found.dist} {found.version}", plugins.run_manager(name))
+        pm = plugins.run_manager(name, using=using)
+        return cls(name, f"{found.dist} {found.version}", pm)
+
+    # ---- config ----
 
     def config(self) -> type[StrategyConfig]:
         from .config import StrategyConfig
 
-        found: type[StrategyConfig] | None = self.pm.hook.specforge_config()
-        return found or StrategyConfig
+        found = self._first("specforge_config")
+        if found is None:
+            return StrategyConfig
+        if not (isinstance(found, type) and issubclass(found, StrategyConfig)):
+            raise self._unexpected("specforge_config", found, "a subclass of StrategyConfig")
+        return found
 
-    def target_engine(self, target: TargetConfig) -> TargetEngine:
-        found: TargetEngine | None = self.pm.hook.specforge_target_engine(target=target)
+    def plugin_configs(self) -> dict[str, type[Section]]:
+        """Return the sections of cross-cutting plugins, by the plugins' names."""
+        models: dict[str, type[Section]] = {}
+        for impl in self.pm.hook.specforge_plugin_config.get_hookimpls():
+            with self.guard("specforge_plugin_config", impl.plugin_name):
+                found: Any = impl.function()
+                models[impl.plugin_name] = found
+        return models
+
+    # ---- data and capture ----
+
+    def conversations(self, source: str, data: DataConfig) -> Iterable[Mapping[str, Any]]:
+        found: Iterable[Mapping[str, Any]] | None = self._first(
+            "specforge_conversations", source=source, data=data
+        )
+        if found is None:
+            raise PluginError(f"data source {source!r}: no installed plugin reads it")
+        return found
+
+    def adapter(self, config: StrategyConfig, target: TargetInfo) -> Adapter:
+        found: Adapter = self._need("specforge_adapter", config=config, target=target)
+        return self._with("specforge_adapter", found, "spec", "__call__")
+
+    def target_engine(self, target: TargetConfig, device: torch.device) -> TargetEngine:
+        found: TargetEngine | None = self._first(
+            "specforge_target_engine", target=target, device=device
+        )
         if found is None:
             raise PluginError(
                 f"target.engine {target.engine!r} is not provided by any installed plugin. "
                 f"Try: pip install specforge-{target.engine}, or target.engine=transformers"
             )
-        return found
-
-    def adapter(self, config: StrategyConfig, target: TargetInfo) -> Adapter:
-        found: Adapter | None = self.pm.hook.specforge_adapter(config=config, target=target)
-        return self._need("specforge_adapter", found)
+        return self._with("specforge_target_engine", found, "info", "capture", "generate", "close")
 
     def verify_capture(
         self,
         config: StrategyConfig,
+        target: TargetInfo,
         spec: CaptureSpec,
-        manifest: CaptureManifest,
         sample: Sample,
         fresh: TargetCapture | None,
     ) -> list[Problem]:
-        found: list[list[Problem]] = self.pm.hook.specforge_verify_capture(
-            config=config, spec=spec, manifest=manifest, sample=sample, fresh=fresh
+        hook = "specforge_verify_capture"
+        found = self._first(
+            hook, config=config, target=target, spec=spec, sample=sample, fresh=fresh
         )
-        return [problem for problems in found for problem in problems]
+        problems = [problem for answer in found for problem in answer]
+        if wrong := [problem for problem in problems if not isinstance(problem, Problem)]:
+            raise self._unexpected(hook, wrong[0], "a list of Problem")
+        return problems
 
     def reader(
-        self, config: StrategyConfig, spec: CaptureSpec, manifest: CaptureManifest, path: Path
+        self, config: StrategyConfig, spec: CaptureSpec, target: TargetInfo, path: Path
     ) -> Reader:
-        found: Reader | None = self.pm.hook.specforge_reader(
-            config=config, spec=spec, manifest=manifest, path=path
-        )
-        return self._need("specforge_reader", found)
+        hook = "specforge_reader"
+        found: Reader = self._need(hook, config=config, spec=spec, target=target, path=path)
+        return self._with(hook, found, "__len__", "__getitem__")
 
-    def transform(
-        self, config: StrategyConfig, spec: CaptureSpec, max_length: int, training: bool
-    ) -> Transform:
-        found: Transform | None = self.pm.hook.specforge_transform(
-            config=config, spec=spec, max_length=max_length, training=training
-        )
-        return self._need("specforge_transform", found)
+    # ---- batches ----
 
-    def collate(self, config: StrategyConfig, spec: CaptureSpec) -> Collate:
-        found: Collate | None = self.pm.hook.specforge_collate(config=config, spec=spec)
-        return self._need("specforge_collate", found)
+    def transform(self, config: StrategyConfig, spec: CaptureSpec, max_length: int) -> Transform:
+        hook = "specforge_transform"
+        found: Transform = self._need(hook, config=config, spec=spec, max_length=max_length)
+        return self._with(hook, found, "__call__")
 
-    def draft(
-        self,
-        config: StrategyConfig,
-        target: TargetInfo,
-        manifest: CaptureManifest | None,
-        token_counts: Tensor | None,
-    ) -> Draft:
-        found: Draft | None = self.pm.hook.specforge_draft(
-            config=config, target=target, manifest=manifest, token_counts=token_counts
-        )
-        return self._need("specforge_draft", found)
+    def collate(self, config: StrategyConfig, spec: CaptureSpec, draft: Draft) -> Collate:
+        hook = "specforge_collate"
+        found: Collate = self._need(hook, config=config, spec=spec, draft=draft)
+        return self._with(hook, found, "__call__")
+
+    # ---- training ----
+
+    def draft(self, config: StrategyConfig, target: TargetInfo, data: DataInfo | None) -> Draft:
+        found = self._need("specforge_draft", config=config, target=target, data=data)
+        return self._typed("specforge_draft", found, Draft)
 
     def train_step(self, config: StrategyConfig) -> TrainStep:
-        found: TrainStep | None = self.pm.hook.specforge_train_step(config=config)
-        return self._need("specforge_train_step", found)
+        found: TrainStep = self._need("specforge_train_step", config=config)
+        return self._with("specforge_train_step", found, "__call__")
 
-    def step_finished(self, step: int, metrics: dict[str, float], output_dir: Path) -> None:
-        self.pm.hook.specforge_step_finished(step=step, metrics=metrics, output_dir=output_dir)
+    def optimizers(self, train: TrainConfig, draft: Draft) -> list[Optimizer]:
+        found: list[Optimizer] | None = self._first(
+            "specforge_optimizers", train=train, draft=draft
+        )
+        if not found:
+            raise PluginError(
+                f"train.optimizer {train.optimizer!r} is not provided by any installed plugin. "
+                "Try: train.optimizer=adamw, or muon"
+            )
+        return found
+
+    def schedule(self, train: TrainConfig) -> Callable[[float], float]:
+        found: Callable[[float], float] | None = self._first("specforge_schedule", train=train)
+        if found is None:
+            raise PluginError(
+                f"train.schedule {train.schedule!r} is not provided by any installed plugin. "
+                "Try: train.schedule=cosine, constant or wsd"
+            )
+        return self._with("specforge_schedule", found, "__call__")
+
+    def trackers(self, run: RunConfig) -> list[tuple[str, Tracker]]:
+        """Return the run's trackers, each with the name of its package."""
+        found: list[tuple[str, Tracker]] = []
+        for impl in reversed(self.pm.hook.specforge_tracker.get_hookimpls()):
+            with self.guard("specforge_tracker", impl.plugin_name):
+                tracker = impl.function(**dict.fromkeys(impl.argnames, run))
+            if tracker is not None:
+                found.append((plugins.package_of(self.pm, impl.plugin_name), tracker))
+        return found
+
+    # ---- evaluation and export ----
 
     def proposer(self, config: StrategyConfig, draft: Draft, target: TargetInfo) -> Proposer:
-        found: Proposer | None = self.pm.hook.specforge_proposer(
-            config=config, draft=draft, target=target
-        )
-        return self._need("specforge_proposer", found)
+        hook = "specforge_proposer"
+        found: Proposer = self._need(hook, config=config, draft=draft, target=target)
+        return self._with(hook, found, "start", "propose", "accept", "max_tokens")
 
     def export(
         self, config: StrategyConfig, draft: Draft, target: TargetInfo, format: str
     ) -> Export:
-        found: Export | None = self.pm.hook.specforge_export(
-            config=config, draft=draft, target=target, format=format
-        )
+        hook = "specforge_export"
+        found = self._first(hook, config=config, draft=draft, target=target, format=format)
         if found is None:
             raise PluginError(
                 f"strategy {self.name!r} cannot export to format {format!r}. "
                 "Try: --format hf, sglang or vllm, or what its package documents"
             )
-        return found
+        return self._typed(hook, found, Export)
 
     def load_export(
         self, config: StrategyConfig, draft: Draft, target: TargetInfo, export: Export
     ) -> None:
         """Call `specforge_import` (`import` is a keyword, so the method is not named so)."""
-        done: bool | None = self.pm.hook.specforge_import(
-            config=config, draft=draft, target=target, export=export
-        )
-        if not done:
+        hook = "specforge_import"
+        if not self._first(hook, config=config, draft=draft, target=target, export=export):
             raise PluginError(
                 f"strategy {self.name!r} cannot load an exported directory. "
                 "Give a checkpoint instead: --draft OUTPUT_DIR"
@@ -161,20 +214,63 @@ class Strategy:
     def serve(
         self, target: TargetConfig, export: Path, draft_tokens: int
     ) -> DraftServer | NotServed:
-        found: DraftServer | NotServed | None = self.pm.hook.specforge_serve(
-            target=target, export=export, draft_tokens=draft_tokens
+        found: DraftServer | NotServed | None = self._first(
+            "specforge_serve", target=target, export=export, draft_tokens=draft_tokens
         )
         if found is None:
             return NotServed(
-                f"target.engine={target.engine} serves no drafts. "
+                reason=f"target.engine={target.engine} serves no drafts. "
                 "Try: target.engine=ENGINE of an installed plugin that does"
             )
         return found
 
-    def _need(self, hook: str, result: T | None) -> T:
-        if result is None:
+    # ---- what goes wrong in a plugin ----
+
+    @contextmanager
+    def guard(self, hook: str, plugin: str | None = None) -> Iterator[None]:
+        """Turn what a plugin raises, in a hook or in what the hook returned, into a PluginError."""
+        try:
+            yield
+        except (SpecForgeError, OSError, MemoryError):
+            raise
+        except Exception as exc:
+            if _out_of_memory(exc):
+                raise
+            who = plugins.blamed(self.pm, hook, exc, plugin or self.name)
+            raise PluginError(f"{who}, {hook}: {type(exc).__name__}: {exc}") from exc
+
+    def check_returned(self, hook: str, value: object, kind: type[T], text: str) -> T:
+        """Return what a plugin's callable returned; PluginError if it is of another type."""
+        if not isinstance(value, kind):
+            raise self._unexpected(hook, value, text)
+        return value
+
+    def _first(self, hook: str, **arguments: object) -> Any:
+        with self.guard(hook):
+            return getattr(self.pm.hook, hook)(**arguments)
+
+    def _need(self, hook: str, **arguments: object) -> Any:
+        found = self._first(hook, **arguments)
+        if found is None:
             raise PluginError(
-                f"strategy {self.name!r} returned nothing from {hook}. "
-                f"Try: specforge check {self.name}"
+                f"{self.package}, {hook}: returned nothing. Its package has to return what "
+                "docs/hooks.md says"
             )
-        return result
+        return found
+
+    def _typed(self, hook: str, value: object, kind: type[T]) -> T:
+        return self.check_returned(hook, value, kind, f"{kind.__name__}")
+
+    def _with(self, hook: str, value: T, *names: str) -> T:
+        if missing := [name for name in names if not hasattr(value, name)]:
+            wanted = "a function" if names == ("__call__",) else f"an object with {missing[0]!r}"
+            raise self._unexpected(hook, value, wanted)
+        return value
+
+    def _unexpected(self, hook: str, value: object, expected: str) -> PluginError:
+        who = plugins.provider(self.pm, hook, self.name)
+        return PluginError(f"{who}, {hook}: returned {type(value).__name__}, expected {expected}")
+
+
+def _out_of_memory(exc: Exception) -> bool:
+    return type(exc).__name__ == "OutOfMemoryError"

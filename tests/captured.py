@@ -88,7 +88,7 @@ SOURCE = """
 WRONG = """
     from dataclasses import replace
     from specforge_core import hookimpl
-    from specforge_core.capture.hf import TransformersEngine
+    from specforge_core.target.engine import TransformersEngine
 
     class Wrong(TransformersEngine):
         def capture(self, prompts, spec):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 
-from specforge_core.capture.batching import group_by_length
+from specforge_core.target.batching import group_by_length
 
 
 def test_every_sequence_is_in_one_batch_and_no_batch_is_over_the_budget():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specforge_core.capture.hf import TransformersEngine
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.capture.worker import capture_in_order
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError

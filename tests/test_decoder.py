@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from specforge_core.errors import ConfigError
-from specforge_core.ops.decoder import (
+from specforge_core.nn.decoder import (
     DecoderOptions,
     DecoderShape,
     decoder_config,

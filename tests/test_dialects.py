@@ -6,7 +6,7 @@ import pytest
 from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from specforge_core.errors import PluginError
-from specforge_core.export.dialects import from_layer_inputs, layer_inputs, rope_fields
+from specforge_core.drafts.dialects import from_layer_inputs, layer_inputs, rope_fields
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from specforge_core.capture.hf import load_target_info
+from specforge_core.target.engine import load_target_info
 from specforge_core.config import RunConfig, validate
 from specforge_core.data.chat import load_tokenizer
 from specforge_core.errors import ConfigError, DataError, SpecForgeError

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from specforge_core.capture.hf import load_target_info
+from specforge_core.target.engine import load_target_info
 from specforge_core.capture.identity import capture_identity, check_identity, target_fingerprint
 from specforge_core.capture.manifest import CaptureIdentity
 from specforge_core.config import RunConfig, StrategyConfig, TargetConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specforge_core.ops.linear_cross_entropy import linear_cross_entropy
+from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
 
 DEVICES = [
     "cpu",

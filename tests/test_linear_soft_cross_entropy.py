@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specforge_core.ops.linear_soft_cross_entropy import (
+from specforge_core.nn.linear_soft_cross_entropy import (
     Objective,
     SoftLoss,
     SoftRows,

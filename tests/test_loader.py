@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
-from specforge_core.data.loader import Micro, OnlineSource, Share, StoredSource, micro_batches
+from specforge_core.batches.loader import Micro, OnlineSource, Share, StoredSource, micro_batches
 from specforge_core.data.order import epoch_order
 from specforge_core.defaults import pad
 from specforge_core.errors import DataError
@@ -105,7 +105,7 @@ def test_an_epoch_without_a_sample_to_train_on_is_an_error() -> None:
 def test_a_growing_capture_is_waited_for_and_gives_the_same_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("specforge_core.data.loader.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("specforge_core.batches.loader.POLL_SECONDS", 0.0)
     grown = seen(batches(StoredSource(Growing(7), Share(0, 1, 3))), 7)
     assert grown == seen(batches(StoredSource(Stored(7), Share(0, 1, 3))), 7)
 

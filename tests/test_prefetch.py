@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from specforge_core.data.order import epoch_order
-from specforge_core.data.prefetch import Prefetcher
+from specforge_core.batches.prefetch import Prefetcher
 
 
 def test_items_come_in_order_and_end() -> None:

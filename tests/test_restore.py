@@ -8,7 +8,7 @@ import yaml
 
 from specforge_core.config import load_config
 from specforge_core.errors import CheckpointError, PluginError
-from specforge_core.restore import export_checkpoint, restore
+from specforge_core.drafts.restore import export_checkpoint, restore
 from specforge_core.testing.toy import write_conversations
 from specforge_core.train import checkpoint
 from specforge_core.train.run import train

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specforge_core.errors import ConfigError
-from specforge_core.ops.rotary import Rotary, draft_rope, rotate
+from specforge_core.nn.rotary import Rotary, draft_rope, rotate
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {

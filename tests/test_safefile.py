@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specforge_core.capture.safefile import CODES, OpenFile, read_header, read_into, write_file
+from specforge_core.tensorfile import CODES, OpenFile, read_header, read_into, write_file
 from specforge_core.errors import CaptureError
 
 

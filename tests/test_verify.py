@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from specforge_core.capture.hf import load_target_info
+from specforge_core.target.engine import load_target_info
 from specforge_core.capture.identity import target_fingerprint
 from specforge_core.capture.manifest import CaptureManifest, Shard
 from specforge_core.capture.verify import verify_directory

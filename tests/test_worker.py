@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from specforge_core.capture.hf import TransformersEngine
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.store import ShardReader, read_token_counts
 from specforge_core.capture.worker import run_capture
@@ -215,7 +215,7 @@ def test_a_batching_engine_that_mixes_up_sequences_is_caught_before_the_first_wr
                 yield replace(capture, hidden_states=states)
                 previous = states
 
-    monkeypatch.setattr("specforge_core.capture.hf.TransformersEngine", Mixed)
+    monkeypatch.setattr("specforge_core.target.engine.TransformersEngine", Mixed)
     with pytest.raises(CaptureError, match=r"(?s)first sample.*values: "):
         run_capture(run, strategy)
     assert not (tmp_path / "capture" / "manifest.json").exists()

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config import RunConfig
-from ..data.chat import template_fingerprint, tokenizer_fingerprint
 from ..errors import CaptureError
 from ..plugins import CORE
 from ..strategy import Strategy
+from ..target.fingerprint import target_fingerprint
+from ..target.tokenizer import template_fingerprint, tokenizer_fingerprint
 from ..types import CaptureSpec, TargetInfo
 from .manifest import CaptureIdentity
-from .safefile import OpenFile, read_header
-from .weights import fetch, tensor_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLED_TENSORS = 256
-SAMPLED_BYTES = 1024
-VOLATILE = ("transformers_version", "_name_or_path", "_commit_hash")  # change without the model
-
 AGAIN = "or capture again into another data.capture_dir"
 # field -> how it is called in the error, and what can be done about it
 MUST_AGREE = {
-    "strategy": ("strategy", f"Name that strategy in the config, {AGAIN}"),
     "spec_version": (
         "version of the strategy's capture format",
         f"Install the strategy version that captured, {AGAIN}",
     ),
     "layers": ("captured layers", f"Set the strategy's layers to those of the capture, {AGAIN}"),
     "final": ("final hidden state", f"Set the strategy's options to the capture's, {AGAIN}"),
+    "next_tokens": ("target's next tokens", f"Set the strategy to the capture's, {AGAIN}"),
+    "logsumexp": ("target's log-sum-exp", f"Set the strategy to the capture's, {AGAIN}"),
     "fields": ("stored fields", f"Set the strategy's options to the capture's, {AGAIN}"),
     "hidden_size": ("target's hidden size", f"Set target.path to the captured one, {AGAIN}"),
     "num_layers": ("target's layers", f"Set target.path to the captured one, {AGAIN}"),
@@ -69,6 +61,8 @@ def capture_identity(
         spec_version=spec.version,
         layers=spec.layers,
         final=spec.final,
+        next_tokens=spec.next_tokens,
+        logsumexp=spec.logsumexp,
         fields={name: (field.shape, field.dtype) for name, field in spec.fields.items()},
         target=info.name_or_path,
         target_revision=info.revision,
@@ -80,39 +74,6 @@ def capture_identity(
         vocab_size=info.vocab_size,
         max_length=run.data.max_length,
     )
-
-
-def target_fingerprint(info: TargetInfo) -> str:
-    """Hash the target's config.json, every tensor's name and shape, and bytes of some of them.
-
-    Where the files are, and how the weights are split over them, does not matter.
-    """
-    digest = hashlib.sha256()
-    if (path := fetch(info, "config.json")) is not None:
-        config: dict[str, Any] = json.loads(path.read_bytes())
-        kept = {key: value for key, value in config.items() if key not in VOLATILE}
-        digest.update(json.dumps(kept, sort_keys=True).encode())
-    files = tensor_files(info)
-    every = max(1, len(files) // SAMPLED_TENSORS)
-    sampled = set(sorted(files)[::every])
-    pieces: dict[str, bytes] = {}
-    for path in sorted(set(files.values())):
-        pieces |= _pieces(path, sampled)
-    for name in sorted(pieces):
-        digest.update(pieces[name])
-    return digest.hexdigest()
-
-
-def _pieces(path: Path, sampled: Iterable[str]) -> dict[str, bytes]:
-    """Return what is hashed of each tensor of a file."""
-    pieces = {}
-    file = OpenFile(path)
-    for name, entry in read_header(file).items():
-        pieces[name] = f"{name} {entry.code} {entry.shape}".encode()
-        if name in sampled:
-            middle = entry.start + (entry.end - entry.start) // 2
-            pieces[name] += os.pread(file.number, min(SAMPLED_BYTES, entry.end - middle), middle)
-    return pieces
 
 
 def check_identity(

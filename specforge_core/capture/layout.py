@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..types import Field, Problem, Sample
+from ..types import CaptureSpec, Field, Problem, Sample
 
 
 def is_ragged(field: Field) -> bool:
@@ -22,11 +22,17 @@ def num_tokens(fields: Mapping[str, Field], sample: Sample) -> int:
 def layout_problems(fields: Mapping[str, Field], sample: Sample) -> list[Problem]:
     """Compare a sample's names, dtypes and shapes with what the spec promises."""
     problems = [
-        Problem(f"field {name!r}", "is not in the sample. Return it from the strategy's adapter")
+        Problem(
+            where=f"field {name!r}",
+            message="is not in the sample. Return it from the strategy's adapter",
+        )
         for name in fields.keys() - sample.keys()
     ]
     problems += [
-        Problem(f"field {name!r}", "is not in the capture spec. Declare it in CaptureSpec.fields")
+        Problem(
+            where=f"field {name!r}",
+            message="is not in the capture spec. Declare it in CaptureSpec.fields",
+        )
         for name in sample.keys() - fields.keys()
     ]
     lengths = {}
@@ -36,8 +42,8 @@ def layout_problems(fields: Mapping[str, Field], sample: Sample) -> list[Problem
         if dtype != field.dtype:
             problems.append(
                 Problem(
-                    f"field {name!r}",
-                    f"is {dtype}, the spec says {field.dtype}. Cast it in the strategy's adapter",
+                    where=f"field {name!r}",
+                    message=f"is {dtype}, the spec says {field.dtype}. Cast it in the strategy's adapter",
                 )
             )
         fits = tensor.ndim == len(field.shape) and all(
@@ -46,13 +52,18 @@ def layout_problems(fields: Mapping[str, Field], sample: Sample) -> list[Problem
         if not fits:
             want = [n if n is not None else "tokens" for n in field.shape]
             problems.append(
-                Problem(f"field {name!r}", f"has shape {list(tensor.shape)}, the spec says {want}")
+                Problem(
+                    where=f"field {name!r}",
+                    message=f"has shape {list(tensor.shape)}, the spec says {want}",
+                )
             )
         elif is_ragged(field):
             lengths[name] = len(tensor)
     if len(set(lengths.values())) > 1:
         listing = ", ".join(f"{name} {length}" for name, length in sorted(lengths.items()))
-        problems.append(Problem("sample", f"fields differ in their number of tokens: {listing}"))
+        problems.append(
+            Problem(where="sample", message=f"fields differ in their number of tokens: {listing}")
+        )
     return sorted(problems, key=str)
 
 
@@ -65,3 +76,28 @@ def non_finite(sample: Sample) -> list[str]:
         for name, tensor in sorted(floating.items())
         if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all()
     ]
+
+
+def check_sample(spec: CaptureSpec, vocab_size: int, sample: Sample) -> list[Problem]:
+    """Return what is wrong with a sample, whatever the strategy.
+
+    Looks at names, shapes, dtypes, token counts and finiteness, at the range of
+    `input_ids`, and that `loss_mask` is 0 or 1.
+    """
+    problems = layout_problems(spec.fields, sample)
+    problems += [
+        Problem(where=f"field {n!r}", message="holds NaN or infinity") for n in non_finite(sample)
+    ]
+    for name, most in (("input_ids", vocab_size - 1), ("loss_mask", 1)):
+        values = sample.get(name)
+        if values is None or not values.numel():
+            continue
+        low, high = values.min().item(), values.max().item()
+        if low < 0 or high > most:
+            problems.append(
+                Problem(
+                    where=f"field {name!r}",
+                    message=f"has values {low} to {high}, allowed are 0 to {most}",
+                )
+            )
+    return problems

@@ -11,7 +11,8 @@ from ..errors import CaptureError
 from ..types import CaptureSpec, Field, FinalState
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # 1: before specs could ask for next_tokens and logsumexp
 
 
 class Frozen(BaseModel):
@@ -32,12 +33,14 @@ class Shard(Frozen):
 class CaptureIdentity(Frozen):
     """What must agree between a capture and the run that trains on it."""
 
-    strategy: str
+    strategy: str  # that captured, for information: another that asks for the same may train
     strategy_package: str  # distribution name and version, for information
     core_version: str  # for information
     spec_version: int
     layers: tuple[int, ...]
     final: FinalState
+    next_tokens: bool = False
+    logsumexp: bool = False
     fields: dict[str, tuple[tuple[int | None, ...], str]]  # name -> shape, dtype
     target: str  # its path or Hugging Face id, for information
     target_revision: str | None
@@ -51,8 +54,16 @@ class CaptureIdentity(Frozen):
 
     def spec(self) -> CaptureSpec:
         """Return the CaptureSpec this capture was made with."""
-        fields = {name: Field(shape, dtype) for name, (shape, dtype) in self.fields.items()}
-        return CaptureSpec(self.layers, self.final, fields, self.spec_version)
+        return CaptureSpec(
+            layers=self.layers,
+            final=self.final,
+            fields={
+                n: Field(shape=shape, dtype=dtype) for n, (shape, dtype) in self.fields.items()
+            },
+            next_tokens=self.next_tokens,
+            logsumexp=self.logsumexp,
+            version=self.spec_version,
+        )
 
 
 class CaptureManifest(Frozen):
@@ -93,10 +104,10 @@ class CaptureManifest(Frozen):
             raise CaptureError(
                 f"{path} cannot be read: {exc}. Capture again into an empty directory"
             ) from exc
-        if manifest.format_version != FORMAT_VERSION:
+        if manifest.format_version not in READABLE:
             raise CaptureError(
-                f"{path} is of format {manifest.format_version}, and this version reads format "
-                f"{FORMAT_VERSION}. Try: pip install -U specforge-core"
+                f"{path} is of format {manifest.format_version}, and this version reads formats "
+                f"up to {FORMAT_VERSION}. Try: pip install -U specforge-core"
             )
         return manifest
 

@@ -45,12 +45,17 @@ class Fresh:
         """Run the target on the prompt alone."""
         near = {i + step for i in spec.layers for step in (-1, 0, 1)}
         layers = tuple(sorted(i for i in near if -1 <= i < engine.info.num_layers))
-        (base,) = engine.capture([prompt], replace(spec, layers=layers))
+        wide = replace(spec, layers=layers)
+        if not engine.supports(wide):  # it replays what was stored, say
+            wide = spec
+        (base,) = engine.capture([prompt], wide)
         finals: dict[FinalState, Tensor | None] = {spec.final: base.final}
         if spec.final in OTHER:
             other = OTHER[spec.final]
-            (again,) = engine.capture([prompt], replace(spec, layers=(), final=other))
-            finals[other] = again.final
+            unlike = replace(spec, layers=(), final=other, next_tokens=False, logsumexp=False)
+            if engine.supports(unlike):
+                (again,) = engine.capture([prompt], unlike)
+                finals[other] = again.final
         return cls(base, spec, finals)
 
     def capture(self, swap: tuple[int, int] | None = None, other: bool = False) -> TargetCapture:
@@ -70,7 +75,7 @@ class Fresh:
                 if wrong in self.base.hidden_states:
                     text = f"layer {layer} looks like the output of layer {wrong}"
                     yield text, self.capture(swap=(layer, wrong))
-        if self.spec.final in OTHER:
+        if OTHER.get(self.spec.final) in self.finals:
             text = f"the final state looks like {OTHER[self.spec.final]}, not {self.spec.final}"
             yield text, self.capture(other=True)
 
@@ -79,7 +84,7 @@ def compare(fresh: Fresh, adapter: Adapter, stored: Sample) -> list[Problem]:
     """Return how a stored sample differs from what its prompt gives now."""
     expected = adapter(fresh.capture())
     if expected is None:
-        return [Problem("sample", "is stored, but the strategy now skips its prompt")]
+        return [Problem(where="sample", message="is stored, but the strategy now skips its prompt")]
     problems = [*_differing(stored, expected)]
     if problems:
         return problems
@@ -92,13 +97,15 @@ def compare(fresh: Fresh, adapter: Adapter, stored: Sample) -> list[Problem]:
     for text, capture in fresh.mistakes():
         sample = adapter(capture)
         if sample is not None and sum(e * e for e in _errors(stored, sample, floating)) < total:
-            problems.append(Problem("values", f"{text}. Capture again with a corrected engine"))
+            problems.append(
+                Problem(where="values", message=f"{text}. Capture again with a corrected engine")
+            )
     limit = _tolerance(stored, fresh, floating)
     if not problems and not median(errors) <= limit:
         problems.append(
             Problem(
-                "values",
-                f"differ from a fresh capture by {median(errors):.1%} (at most {limit:.1%} is "
+                where="values",
+                message=f"differ from a fresh capture by {median(errors):.1%} (at most {limit:.1%} is "
                 "rounding): another revision or dtype of the target? Capture again",
             )
         )
@@ -109,7 +116,9 @@ def _differing(stored: Sample, expected: Sample) -> Iterator[Problem]:
     """Compare what must be equal: shapes, tokens and masks, nearly all other whole numbers."""
     if stored.keys() != expected.keys():
         have, want = ", ".join(sorted(stored)), ", ".join(sorted(expected))
-        yield Problem("sample", f"has the fields {have}, a fresh capture {want}. Capture again")
+        yield Problem(
+            where="sample", message=f"has the fields {have}, a fresh capture {want}. Capture again"
+        )
     for name in sorted(stored.keys() & expected.keys()):
         old, new = stored[name], expected[name].cpu()
         if old.shape != new.shape:
@@ -119,7 +128,9 @@ def _differing(stored: Sample, expected: Sample) -> Iterator[Problem]:
         else:
             continue
         why = "another chat template, tokenizer, data or data.max_length?"
-        yield Problem(f"field {name!r}", f"{detail}: {why} Capture again, or correct the config")
+        yield Problem(
+            where=f"field {name!r}", message=f"{detail}: {why} Capture again, or correct the config"
+        )
 
 
 def _may_move(name: str, count: int) -> float:

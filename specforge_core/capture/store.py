@@ -17,10 +17,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import CaptureError
+from ..tensorfile import Entry, OpenFile, read_header
 from ..types import Sample
 from .layout import is_ragged
 from .manifest import CaptureManifest
-from .safefile import Entry, OpenFile, read_header
 
 OFFSETS, INDEX, SKIPPED = "_offsets", "_index", "_skipped"
 MAX_OPEN = 256  # shards: a process may hold 1,024 files
@@ -29,8 +29,7 @@ MAX_OPEN = 256  # shards: a process may hold 1,024 files
 class ShardReader:
     """Random access to a capture's samples, in the order they were stored.
 
-    Every read is a copy of its own, straight from the page cache.  Pickles, and
-    may be shared by threads.
+    Every read is a copy of its own, straight from the page cache.  Threads may share it.
     """
 
     def __init__(self, directory: Path, manifest: CaptureManifest) -> None:
@@ -54,9 +53,6 @@ class ShardReader:
             else shard.entries[name].rows(shard.file, row, row + 1)[0]
             for name, field in self._fields.items()
         }
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return ShardReader, (self._directory, self.manifest)
 
     def prompt_index(self, index: int) -> int:
         """Return which prompt a sample is of."""

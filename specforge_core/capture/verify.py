@@ -12,16 +12,14 @@ from pathlib import Path
 import torch
 
 from ..config import RunConfig
-from ..data.chat import load_tokenizer
-from ..data.prompts import load_prompts
 from ..errors import CaptureError
 from ..progress import track
 from ..strategy import Strategy
-from ..types import Adapter, CaptureSpec, Problem, Prompt, Sample
-from .hf import load_target_info
-from .identity import capture_identity, check_identity
-from .layout import layout_problems, non_finite
-from .manifest import CaptureIdentity, CaptureManifest
+from ..types import Problem, Prompt, Sample
+from .identity import check_identity
+from .job import Job
+from .layout import check_sample
+from .manifest import CaptureManifest
 from .recapture import Fresh, compare
 from .store import ShardReader
 
@@ -46,26 +44,6 @@ class VerifyReport:
         )
 
 
-def check_sample(spec: CaptureSpec, identity: CaptureIdentity, sample: Sample) -> list[Problem]:
-    """Return what is wrong with a sample, whatever the strategy.
-
-    Looks at names, shapes, dtypes, token counts and finiteness, at the range of
-    `input_ids`, and that `loss_mask` is 0 or 1.
-    """
-    problems = layout_problems(spec.fields, sample)
-    problems += [Problem(f"field {n!r}", "holds NaN or infinity") for n in non_finite(sample)]
-    for name, most in (("input_ids", identity.vocab_size - 1), ("loss_mask", 1)):
-        values = sample.get(name)
-        if values is None or not values.numel():
-            continue
-        low, high = values.min().item(), values.max().item()
-        if low < 0 or high > most:
-            problems.append(
-                Problem(f"field {name!r}", f"has values {low} to {high}, allowed are 0 to {most}")
-            )
-    return problems
-
-
 def verify_directory(
     directory: Path, run: RunConfig | None, strategy: Strategy | None, recapture: int
 ) -> VerifyReport:
@@ -80,15 +58,17 @@ def verify_directory(
     fresh: dict[int, Fresh] = {}
     problems: Iterator[str] = _bookkeeping(manifest, reader)
     if run is None or strategy is None:
-        check = partial(check_sample, manifest.identity.spec(), manifest.identity)
+        check = partial(check_sample, manifest.identity.spec(), manifest.identity.vocab_size)
         problems = chain(problems, _each(reader, lambda _, sample: check(sample)))
     else:
-        adapter = _matching_adapter(run, strategy, manifest, directory)
-        fresh = _recapture(run, strategy, adapter.spec, reader, recapture)
+        job = Job.open(run, strategy)
+        check_identity(manifest.identity, job.identity, directory)
+        adapter, target = job.adapter, job.target
+        fresh = _recapture(job, reader, recapture)
 
         def ask(number: int, sample: Sample) -> list[Problem]:
             again = fresh[number].capture() if number in fresh else None
-            found = strategy.verify_capture(run.strategy, adapter.spec, manifest, sample, again)
+            found = strategy.verify_capture(run.strategy, target, adapter.spec, sample, again)
             return found or (compare(fresh[number], adapter, sample) if again else [])
 
         problems = chain(problems, _each(reader, ask))
@@ -122,31 +102,16 @@ def _each(reader: ShardReader, check: Callable[[int, Sample], list[Problem]]) ->
             progress.advance()
 
 
-def _matching_adapter(
-    run: RunConfig, strategy: Strategy, manifest: CaptureManifest, directory: Path
-) -> Adapter:
-    """Return the run's adapter; CaptureError when the capture is not of this run."""
-    info = load_target_info(run.target)
-    adapter = strategy.adapter(run.strategy, info)
-    tokenizer = load_tokenizer(run.target)
-    expected = capture_identity(run, strategy, info, adapter.spec, tokenizer)
-    check_identity(manifest.identity, expected, directory)
-    return adapter
-
-
-def _recapture(
-    run: RunConfig, strategy: Strategy, spec: CaptureSpec, reader: ShardReader, count: int
-) -> dict[int, Fresh]:
+def _recapture(job: Job, reader: ShardReader, count: int) -> dict[int, Fresh]:
     """Run the target on `count` samples' prompts, spread evenly over the capture."""
     count = min(count, len(reader))
     chosen = [i * (len(reader) - 1) // max(count - 1, 1) for i in range(count)]
     if not chosen:
         return {}
-    if not run.data.train:
+    if not job.run.data.train:
         prompts = [_prompt(reader, number) for number in chosen]
     else:
-        vocab_size = load_target_info(run.target).vocab_size
-        known = load_prompts(run.data, load_tokenizer(run.target), vocab_size)
+        known = job.prompts()
         indices = [reader.prompt_index(number) for number in chosen]
         if (last := max(indices)) >= len(known):
             raise CaptureError(
@@ -154,10 +119,10 @@ def _recapture(
                 "prompts: it is not the data that was captured. Correct data.train"
             )
         prompts = [known[index] for index in indices]
-    engine = strategy.target_engine(run.target)
+    engine = job.engine()
     try:
         pairs = zip(chosen, prompts, strict=True)
-        return {number: Fresh.of(engine, spec, prompt) for number, prompt in pairs}
+        return {number: Fresh.of(engine, job.adapter.spec, prompt) for number, prompt in pairs}
     finally:
         engine.close()
 
@@ -171,4 +136,5 @@ def _prompt(reader: ShardReader, number: int) -> Prompt:
             "Try: data.train=[FILE.jsonl]"
         )
     ids = sample["input_ids"].long()
-    return Prompt(index, ids, sample.get("loss_mask", torch.ones_like(ids)).long())
+    mask = sample.get("loss_mask", torch.ones_like(ids)).long()
+    return Prompt(index=index, input_ids=ids, loss_mask=mask)

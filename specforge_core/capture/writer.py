@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..errors import CaptureError
 from ..locks import hold
+from ..tensorfile import write_file
 from ..types import Sample
 from .identity import check_identity
 from .layout import is_ragged, layout_problems, num_tokens
 from .manifest import MANIFEST, CaptureIdentity, CaptureManifest, Shard
-from .safefile import write_file
 from .store import INDEX, OFFSETS, SKIPPED, ShardReader
 
 TOKEN_COUNTS = "token_counts.safetensors"

@@ -13,21 +13,19 @@ from transformers import PreTrainedTokenizerBase
 from ..config import DataConfig
 from ..errors import DataError
 from ..progress import track
+from ..target.tokenizer import chat_template
 from ..types import Prompt
-from .chat import Row, chat_template, encode
-from .sources import Conversation, nothing_left, scan
+from .chat import Row, encode
+from .sources import Conversation, Rows, nothing_left, scan
 
 
 class PromptSet(Sequence[Prompt]):
     """Tokenized conversations, 5 bytes a token.  Prompt i has index i."""
 
-    def __init__(
-        self, input_ids: Tensor, loss_mask: Tensor, offsets: Tensor, num_skipped: int = 0
-    ) -> None:
+    def __init__(self, input_ids: Tensor, loss_mask: Tensor, offsets: Tensor) -> None:
         self._input_ids = input_ids  # [tokens] int32
         self._loss_mask = loss_mask  # [tokens] int8
         self._offsets = offsets  # [prompts + 1] int64
-        self.num_skipped = num_skipped  # conversations and rows left out, whatever the reason
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -41,13 +39,11 @@ class PromptSet(Sequence[Prompt]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         span = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
-        return Prompt(index, self._input_ids[span].long(), self._loss_mask[span].long())
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each prompt."""
-        lengths: list[int] = self._offsets.diff().tolist()
-        return lengths
+        return Prompt(
+            index=index,
+            input_ids=self._input_ids[span].long(),
+            loss_mask=self._loss_mask[span].long(),
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -59,7 +55,7 @@ class PromptSet(Sequence[Prompt]):
 
 
 def load_prompts(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, source_rows: Rows
 ) -> PromptSet:
     """Read and tokenize `data.train`, with progress.
 
@@ -70,22 +66,21 @@ def load_prompts(
         raise DataError("data.train names no file. Try: data.train=[FILE.jsonl]")
     chat_template(tokenizer)  # a missing template is no fault of the first line
     ids, mask, offsets = array("i"), array("b"), array("q", [0])
-    skipped = used = 0
+    used = 0
     first_bad: DataError | None = None
     with track("reading conversations", data.limit) as progress:
-        for found in scan(data.train, need_answer=True):
+        for found in scan(data.train, data, source_rows, need_answer=True):
             try:
                 rows = _encode(found, data, tokenizer)
             except DataError as exc:
                 if data.on_error == "raise":
                     raise
-                skipped, first_bad = skipped + 1, first_bad or exc
+                first_bad = first_bad or exc
                 continue
             used += 1
             for where, row in rows:
                 fitting = _fit(row, data, where)
                 if fitting is None:
-                    skipped += 1
                     continue
                 check_ids(fitting.input_ids, vocab_size, where)
                 ids.extend(fitting.input_ids)
@@ -105,7 +100,6 @@ def load_prompts(
         torch.frombuffer(ids, dtype=torch.int32),
         torch.frombuffer(mask, dtype=torch.int8),
         torch.frombuffer(offsets, dtype=torch.int64),
-        skipped,
     )
 
 

@@ -101,7 +101,7 @@ def read_tasks(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     files = run.regenerate.prompts
     if not files:
         raise DataError("regenerate.prompts names no file. Try: regenerate.prompts=[PROMPTS.jsonl]")
-    for found in scan(files, need_answer=False):
+    for found in scan(files, run.data, source_rows, need_answer=False):
         try:
             task = _task(found, run, tokenizer)
         except DataError as exc:

@@ -1,15 +1,18 @@
-"""Conversations from JSONL files: OpenAI `messages`, and ShareGPT `conversations`."""
+"""Conversations from rows of data: OpenAI `messages`, and ShareGPT `conversations`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
+from ..config import DataConfig
 from ..errors import DataError
 
+# what opens one source: the rows of it, a DataError in the place of a bad one
+Rows: TypeAlias = Callable[[str, DataConfig], Iterable[Mapping[str, Any] | DataError]]
 Message = dict[str, str]  # "role", "content", and "reasoning_content" where there is one
 
 ROLES = {
@@ -39,55 +42,93 @@ class Conversation:
 
 
 def read_conversations(
-    files: Iterable[Path],
+    sources: Iterable[str],
+    data: DataConfig,
+    rows: Rows,
     *,
-    on_error: Literal["raise", "skip"] = "raise",
     limit: int | None = None,
     need_answer: bool = True,
 ) -> Iterator[Conversation]:
-    """Yield the conversations of JSONL files, in order, at most `limit` of them.
+    """Yield the conversations of all sources, in order, at most `limit` of them.
 
-    Raises DataError for a bad line (unless `on_error` is "skip"), and always for
-    a missing file or when nothing is left.  Without `need_answer` a conversation
+    Raises DataError for a bad row (unless `data.on_error` is "skip"), and always for
+    a missing source or when nothing is left.  Without `need_answer` a conversation
     needs a user turn only.
     """
-    files = tuple(files)
+    sources = tuple(sources)
     first_bad: DataError | None = None
     count = 0
-    for found in scan(files, need_answer=need_answer):
+    for found in scan(sources, data, rows, need_answer=need_answer):
         if isinstance(found, Conversation):
             count += 1
             yield found
             if count == limit:
                 return
-        elif on_error == "raise":
+        elif data.on_error == "raise":
             raise found
         else:
             first_bad = first_bad or found
     if not count:
-        raise nothing_left(files, first_bad)
+        raise nothing_left(sources, first_bad)
 
 
-def scan(files: Iterable[Path], *, need_answer: bool) -> Iterator[Conversation | DataError]:
-    """Yield every line of the files, read or as the error that says what is wrong with it."""
-    files = tuple(files)
-    for path in files:  # before any work: a misspelled last file should not cost an hour
-        if not path.is_file():
-            raise DataError(
-                f"data file {str(path)!r} does not exist. Paths are taken from the working "
-                f"directory, {Path.cwd()}; correct it in the config, or with KEY=[PATH]"
-            )
-    for path in files:
-        try:
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _parse(line, f"{path.name}:{number}", need_answer)
-        except OSError as exc:
-            raise DataError(f"data file {str(path)!r} cannot be read: {exc.strerror}") from exc
+def scan(
+    sources: Iterable[str], data: DataConfig, rows: Rows, *, need_answer: bool
+) -> Iterator[Conversation | DataError]:
+    """Yield every row of the sources, read or as the error that says what is wrong with it."""
+    # all of them before any work: a misspelled last one should not cost an hour
+    opened = [(source, rows(source, data)) for source in sources]
+    for source, found in opened:
+        for number, row in enumerate(found, 1):
+            if isinstance(row, DataError):
+                yield row
+            else:
+                where = row.where if isinstance(row, Line) else f"{source}:{number}"
+                yield _conversation(row, where, need_answer)
 
 
-def nothing_left(files: Iterable[Path], first_bad: DataError | None) -> DataError:
+class Line(dict[str, Any]):
+    """A row that knows where it was read."""
+
+    def __init__(self, row: Mapping[str, Any], where: str) -> None:
+        super().__init__(row)
+        self.where = where
+
+
+def read_jsonl(source: str) -> Iterator[Line | DataError]:
+    """Yield the rows of a file of JSON lines; DataError at once when there is no such file."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"data file {source!r} does not exist. Paths are taken from the working "
+            f"directory, {Path.cwd()}; correct it in the config, or with KEY=[PATH]"
+        )
+    return _lines(path)
+
+
+def _lines(path: Path) -> Iterator[Line | DataError]:
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _parse(line, f"{path.name}:{number}")
+    except OSError as exc:
+        raise DataError(f"data file {str(path)!r} cannot be read: {exc.strerror}") from exc
+
+
+def _parse(line: bytes, where: str) -> Line | DataError:
+    try:
+        row = json.loads(line)
+    except ValueError as exc:  # also bytes that are not UTF-8
+        array = line.lstrip().startswith(b"[")
+        hint = "one JSON array? Try: jq -c '.[]' FILE > FILE.jsonl" if array else _SKIP
+        return DataError(f"{where} is not a line of JSON ({exc}). {hint}")
+    if not isinstance(row, dict):
+        return DataError(f"{where}: expected an object, found {type(row).__name__}. {_SKIP}")
+    return Line(row, where)
+
+
+def nothing_left(files: Iterable[str], first_bad: DataError | None) -> DataError:
     """Return the error for data without one usable conversation."""
     names = ", ".join(map(str, files))
     if first_bad is None:
@@ -97,13 +138,9 @@ def nothing_left(files: Iterable[Path], first_bad: DataError | None) -> DataErro
     )
 
 
-def _parse(line: bytes, where: str, need_answer: bool) -> Conversation | DataError:
-    try:
-        row = json.loads(line)
-    except ValueError as exc:  # also bytes that are not UTF-8
-        array = line.lstrip().startswith(b"[")
-        hint = "one JSON array? Try: jq -c '.[]' FILE > FILE.jsonl" if array else _SKIP
-        return DataError(f"{where} is not a line of JSON ({exc}). {hint}")
+def _conversation(
+    row: Mapping[str, Any], where: str, need_answer: bool
+) -> Conversation | DataError:
     try:
         messages = _messages(row)
     except ValueError as exc:
@@ -119,9 +156,7 @@ def _parse(line: bytes, where: str, need_answer: bool) -> Conversation | DataErr
     return Conversation(tuple(messages), where, row)
 
 
-def _messages(row: object) -> list[Message]:
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, found {type(row).__name__}")
+def _messages(row: Mapping[str, Any]) -> list[Message]:
     turns = row.get("messages", row.get("conversations"))
     if not isinstance(turns, list):
         keys = ", ".join(map(repr, row)) or "none"

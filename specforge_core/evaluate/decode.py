@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..capture.taps import tap_states
 from ..errors import ConfigError, DataError
+from ..target.taps import tap_states
 from ..types import CaptureSpec, Proposal, Proposer, Sampling, TargetCapture
 from .sampling import check_proposal, next_token, verify_chain
 from .tree import check_attention, check_tree, depths, keep_path, prune, tree_inputs, verify_tree
@@ -144,7 +144,9 @@ class CachedTarget:
         states = {layer: tap.hidden_states[layer][0] for layer in self.spec.layers}
         final = None if tap.final is None else tap.final[0]
         ones = torch.ones_like(ids[0])
-        return logits, TargetCapture(0, ids[0], ones, states, final)
+        return logits, TargetCapture(
+            index=0, input_ids=ids[0], loss_mask=ones, hidden_states=states, final=final
+        )
 
     def _forward(self, ids: Tensor, keep: int, extra: dict[str, Tensor]) -> Tensor:
         output = self.model(
@@ -251,7 +253,7 @@ def _until_eos(proposal: Proposal, eos: frozenset[int]) -> Proposal:
     for place, token in enumerate(proposal.tokens.tolist()):
         if token in eos:
             probs = None if proposal.probs is None else proposal.probs[: place + 1]
-            return Proposal(proposal.tokens[: place + 1], probs)
+            return Proposal(tokens=proposal.tokens[: place + 1], probs=probs)
     return proposal
 
 
@@ -259,11 +261,13 @@ def pick(capture: TargetCapture, places: list[int], *, supervised: bool) -> Targ
     """Return the tokens at `places`; the mask says whether they are an answer's."""
     rows = torch.tensor(places, device=capture.input_ids.device)
     return TargetCapture(
-        capture.index,
-        capture.input_ids[rows],
-        capture.loss_mask[rows] * int(supervised),
-        {layer: states[rows.to(states.device)] for layer, states in capture.hidden_states.items()},
-        None if capture.final is None else capture.final[rows.to(capture.final.device)],
+        index=capture.index,
+        input_ids=capture.input_ids[rows],
+        loss_mask=capture.loss_mask[rows] * int(supervised),
+        hidden_states={
+            layer: states[rows.to(states.device)] for layer, states in capture.hidden_states.items()
+        },
+        final=None if capture.final is None else capture.final[rows.to(capture.final.device)],
     )
 
 

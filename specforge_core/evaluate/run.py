@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..capture.hf import TransformersEngine, load_target_info
 from ..config import RunConfig
-from ..data.chat import encode_prompt, load_tokenizer
+from ..data.chat import encode_prompt
 from ..data.sources import Conversation, Message, read_conversations
+from ..devices import pick_device
+from ..drafts.export import write_file
 from ..errors import ConfigError, DataError
-from ..export.writer import write_file
 from ..progress import track
 from ..strategy import Strategy
+from ..target.engine import TransformersEngine
+from ..target.info import load_target_info
+from ..target.tokenizer import load_tokenizer
 from ..types import CaptureSpec, Draft, Proposer, Sampling, TargetInfo
 from .decode import Limits, check_cache, generate, generate_plain, limits
 from .lossless import first_difference, reference
@@ -45,7 +48,7 @@ def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
     ConfigError and DataError before the target is loaded.
     """
     info = load_target_info(run.target)
-    sets = load_prompt_sets(run, load_tokenizer(run.target), info)
+    sets = load_prompt_sets(run, strategy, load_tokenizer(run.target), info)
     make_directory(run.output_dir / Path(REPORT).parent)
     options = run.eval
     with open_target(run, strategy) as (engine, spec, limits_):
@@ -70,7 +73,7 @@ def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
 
 
 def load_prompt_sets(
-    run: RunConfig, tokenizer: PreTrainedTokenizerBase, info: TargetInfo
+    run: RunConfig, strategy: Strategy, tokenizer: PreTrainedTokenizerBase, info: TargetInfo
 ) -> dict[str, list[EvalPrompt]]:
     """Tokenize the prompt sets; a prompt is a conversation up to its first user turn.
 
@@ -88,7 +91,11 @@ def load_prompt_sets(
     sets = {}
     for name, path in run.eval.prompts.items():
         found = read_conversations(
-            [path], on_error=run.data.on_error, limit=run.eval.limit, need_answer=False
+            [str(path)],
+            run.data,
+            strategy.conversations,
+            limit=run.eval.limit,
+            need_answer=False,
         )
         sets[name] = [_tokenize(conversation, run, tokenizer, info) for conversation in found]
     return sets
@@ -147,7 +154,8 @@ class _Bench:
 
     def _answer(self, prompt: EvalPrompt, limits: Limits, seed: int) -> PromptResult:
         temperature = self.run.eval.temperature
-        sampling = Sampling(temperature, torch.Generator().manual_seed(seed))
+        draw = torch.Generator().manual_seed(seed)
+        sampling = Sampling(temperature=temperature, generator=draw)
         answer = generate(
             self.model,
             self.proposer,
@@ -173,7 +181,9 @@ def open_target(
     run: RunConfig, strategy: Strategy
 ) -> Iterator[tuple[TransformersEngine, CaptureSpec, Limits]]:
     """Load the target in `eval.dtype`, to verify drafts with; drop it again, whatever happens."""
-    engine = TransformersEngine.load(run.target.model_copy(update={"dtype": run.eval.dtype}))
+    device = pick_device(run.target.device, "target.device")
+    exact = run.target.model_copy(update={"dtype": run.eval.dtype})
+    engine = TransformersEngine.load(exact, device)
     try:
         check_cache(engine.model)
         spec = strategy.adapter(run.strategy, engine.info).spec

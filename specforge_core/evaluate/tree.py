@@ -121,9 +121,9 @@ def prune(proposal: Proposal, ends: frozenset[int]) -> Proposal:
     chosen = torch.tensor([i for i in kept if i >= 0], dtype=torch.long)
     probs = proposal.probs
     return Proposal(
-        proposal.tokens[chosen.to(proposal.tokens.device)],
-        None if probs is None else probs[chosen.to(probs.device)],
-        torch.tensor([kept[parents[int(i)]] for i in chosen], dtype=torch.long),
+        tokens=proposal.tokens[chosen.to(proposal.tokens.device)],
+        probs=None if probs is None else probs[chosen.to(probs.device)],
+        parents=torch.tensor([kept[parents[int(i)]] for i in chosen], dtype=torch.long),
     )
 
 

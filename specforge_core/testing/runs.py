@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from ..config import RunConfig, load_config
+from ..config import RunConfig
+from ..load import load_config
 from ..strategy import Strategy
 from .toy import write_conversations
 

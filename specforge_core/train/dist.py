@@ -13,8 +13,6 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..errors import ConfigError
-
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -28,15 +26,6 @@ class World:
     @property
     def main(self) -> bool:
         return self.rank == 0
-
-
-def pick_device(wanted: str) -> torch.device:
-    """Return the device of this rank: "auto" is its GPU if there is one."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, but torch sees no GPU. Try: train.device=cpu")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextmanager

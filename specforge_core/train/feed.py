@@ -7,33 +7,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from ..capture.hf import load_target_info
-from ..capture.identity import capture_identity, check_identity
-from ..capture.manifest import MANIFEST, CaptureManifest
+from ..batches.loader import (
+    NOTE_SECONDS,
+    POLL_SECONDS,
+    OnlineSource,
+    Share,
+    Source,
+    StoredSource,
+)
+from ..capture.identity import check_identity
+from ..capture.job import Job
+from ..capture.manifest import MANIFEST, CaptureIdentity, CaptureManifest
+from ..capture.samples import check_first
 from ..capture.store import read_token_counts
-from ..capture.worker import Job, to_host, verify_first
 from ..config import RunConfig
-from ..data.chat import load_tokenizer
-from ..data.loader import NOTE_SECONDS, POLL_SECONDS, OnlineSource, Share, Source, StoredSource
-from ..data.prompts import load_prompts
+from ..data.order import epoch_order
 from ..errors import CaptureError, ConfigError
 from ..progress import console
 from ..strategy import Strategy
-from ..types import Adapter, CaptureSpec, Sample, TargetCapture, TargetInfo
+from ..types import CaptureSpec, DataInfo, TargetInfo
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Feed:
     """One rank's samples, and what the draft may know of them."""
 
     source: Source
-    adapter: Adapter
+    spec: CaptureSpec
     target: TargetInfo
-    manifest: CaptureManifest
-    epoch_length: int | None  # samples of one pass; None while the capture still grows
-    token_counts: Tensor | None  # [V] supervised tokens; None while the capture still grows
+    identity: CaptureIdentity
+    data: DataInfo
     close: Callable[[], None]
 
 
@@ -43,61 +46,34 @@ def open_feed(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
     Raises ConfigError when it asks for none, CaptureError when a capture does not fit.
     """
     if run.data.capture_dir is not None:
-        return _offline(run, strategy, share)
+        return _offline(Job.open(run, strategy), run.data.capture_dir, share)
     if run.data.train:
-        return _online(run, strategy, share)
+        return _online(Job.open(run, strategy), share)
     raise ConfigError(
         "nothing to train on: give data.train=[FILE.jsonl] for online training, or "
         "data.capture_dir=DIR for a capture made with `specforge capture`"
     )
 
 
-@dataclass(slots=True)
-class CheckedAdapter:
-    """An adapter whose first sample is checked before anything is trained on it."""
-
-    inner: Adapter
-    check: Callable[[int, Sample], None]  # the prompt's index, and what became of it
-    checked: bool = False
-
-    @property
-    def spec(self) -> CaptureSpec:
-        return self.inner.spec
-
-    def __call__(self, capture: TargetCapture) -> Sample | None:
-        sample = self.inner(capture)
-        if sample is not None and not self.checked:
-            self.check(capture.index, sample)
-            self.checked = True
-        return sample
-
-
-def _offline(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
-    directory = run.data.capture_dir
-    assert directory is not None
+def _offline(job: Job, directory: Path, share: Share) -> Feed:
+    run, strategy, spec = job.run, job.strategy, job.adapter.spec
     if run.data.follow:
         _wait_for_manifest(directory)
     manifest = CaptureManifest.read(directory)
-    target = load_target_info(run.target)
-    adapter = strategy.adapter(run.strategy, target)
-    tokenizer = load_tokenizer(run.target)
-    check_identity(
-        manifest.identity,
-        capture_identity(run, strategy, target, adapter.spec, tokenizer),
-        directory,
-    )
+    check_identity(manifest.identity, job.identity, directory)
     if not manifest.complete and not run.data.follow:
         raise CaptureError(
             f"the capture in {directory} is not complete ({manifest.num_samples} samples so far). "
             "Finish it with the same `specforge capture` command, or train while it grows: "
             "data.follow=true"
         )
-    reader = strategy.reader(run.strategy, adapter.spec, manifest, directory)
+    reader = strategy.reader(run.strategy, spec, job.target, directory)
     source = StoredSource(reader, share, f"is `specforge capture` still filling {directory}?")
     if manifest.complete and len(reader) == 0:
         raise CaptureError(f"the capture in {directory} has no samples. Check data.train")
-    _, sample = next(source.samples(0))
-    problems = strategy.verify_capture(run.strategy, adapter.spec, manifest, sample, None)
+    sample = next(source.samples(0)).sample
+    assert sample is not None
+    problems = strategy.verify_capture(run.strategy, job.target, spec, sample, None)
     if problems:
         listing = "\n  ".join(str(problem) for problem in problems)
         raise CaptureError(
@@ -106,37 +82,35 @@ def _offline(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
         )
     return Feed(
         source=source,
-        adapter=adapter,
-        target=target,
-        manifest=manifest,
-        epoch_length=len(reader) if manifest.complete else None,
-        token_counts=read_token_counts(directory, manifest),
+        spec=spec,
+        target=job.target,
+        identity=manifest.identity,
+        data=DataInfo(
+            token_counts=read_token_counts(directory, manifest),
+            num_samples=len(reader) if manifest.complete else None,
+        ),
         close=_nothing,
     )
 
 
-def _online(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
-    target = load_target_info(run.target)
-    adapter = strategy.adapter(run.strategy, target)
-    tokenizer = load_tokenizer(run.target)
-    prompts = load_prompts(run.data, tokenizer, target.vocab_size)
-    identity = capture_identity(run, strategy, target, adapter.spec, tokenizer)
-    manifest = CaptureManifest(identity=identity)
-    engine = strategy.target_engine(run.target)
-    job = Job(run, strategy, engine, adapter)
-
-    def check(index: int, sample: Sample) -> None:
-        verify_first(job, manifest, prompts[index], to_host(index, sample))
-
+def _online(job: Job, share: Share) -> Feed:
+    run, strategy, adapter = job.run, job.strategy, job.adapter
+    prompts = job.prompts()
+    engine = job.engine()
+    try:
+        order = epoch_order(len(prompts), share.seed, 0)
+        check_first(strategy, run.strategy, engine, adapter, (prompts[i] for i in order))
+    except BaseException:
+        engine.close()
+        raise
     return Feed(
-        source=OnlineSource(
-            engine, CheckedAdapter(adapter, check), prompts, share, run.capture.window
+        source=OnlineSource(strategy, engine, adapter, prompts, share, run.capture.window),
+        spec=adapter.spec,
+        target=job.target,
+        identity=job.identity,
+        data=DataInfo(
+            token_counts=prompts.token_counts(job.target.vocab_size), num_samples=len(prompts)
         ),
-        adapter=adapter,
-        target=target,
-        manifest=manifest,
-        epoch_length=len(prompts),
-        token_counts=prompts.token_counts(target.vocab_size),
         close=engine.close,
     )
 
@@ -151,4 +125,4 @@ def _wait_for_manifest(directory: Path) -> None:
 
 
 def _nothing() -> None:
-    """Close nothing: shards are mapped files."""
+    """Close nothing: shards are files that close themselves."""

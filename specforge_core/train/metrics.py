@@ -1,18 +1,23 @@
-"""Sums over ranks and steps, divided once."""
+"""Sums over ranks and steps, divided once; and where they are written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from ..types import StepOutput
+from ..errors import PluginError
+from ..progress import console
+from ..types import RESERVED_METRICS, StepOutput, Tracker
 
 METRICS = "metrics.jsonl"
+RESERVED_PREFIXES = ("seconds_", "validation/", "eval/")
 
 
 @dataclass(slots=True)
@@ -36,39 +41,104 @@ class Sums:
         return {name: num / den for name, (num, den) in self.values.items() if den}
 
 
-def reduce(
-    outputs: list[StepOutput], counts: list[int], device: torch.device
-) -> tuple[Sums, list[int]]:
-    """Sum one step's micro-batches and the `counts` over all ranks, in one all_reduce.
+@dataclass(slots=True)
+class Reducer:
+    """Sums what the ranks' micro-batches came to, in one all_reduce a step.
 
-    In float64, so that counts stay exact.
+    Raises PluginError, naming the package, for metrics that the core or another rank cannot add.
     """
-    names = sorted(outputs[0].metrics)
-    rows = []
-    for output in outputs:
-        parts = [output.loss_sum.detach(), output.weight]
-        for name in names:
-            parts += [output.metrics[name].num, output.metrics[name].den]
-        rows.append(torch.stack([p.detach().to(device, torch.float64) for p in parts]))
-    total = torch.stack(rows).sum(0)
-    total = torch.cat([total, torch.tensor(counts, dtype=torch.float64, device=device)])
-    dist.all_reduce(total)
-    values = total.tolist()
-    sums = Sums()
-    for i, name in enumerate(["loss", *names]):
-        sums.add(name, values[2 * i], values[2 * i + 1])
-    return sums, [int(v) for v in values[len(values) - len(counts) :]]
+
+    package: str
+    device: torch.device
+    names: list[str] | None = None  # of the first step, the same on every rank
+
+    def reduce(
+        self, outputs: Sequence[StepOutput], extra: Sequence[Tensor | float]
+    ) -> tuple[Sums, list[float]]:
+        """Return the sums, and each of `extra` summed over the ranks.
+
+        In float64, so that counts stay exact.  Waits for the device, the only time in a step.
+        """
+        names = self._names(outputs)
+        rows = []
+        for output in outputs:
+            parts = [output.loss_sum, output.weight]
+            for name in names:
+                parts += [output.metrics[name].num, output.metrics[name].den]
+            rows.append(torch.stack([p.detach().to(self.device, torch.float64) for p in parts]))
+        numbers = [e for e in extra if not isinstance(e, Tensor)]
+        tensors = [
+            e.detach().to(self.device, torch.float64) for e in extra if isinstance(e, Tensor)
+        ]
+        pinned = torch.tensor(numbers, dtype=torch.float64)
+        if self.device.type == "cuda":
+            pinned = pinned.pin_memory().to(self.device, non_blocking=True)
+        total = torch.cat([torch.stack(rows).sum(0), pinned, *(t.reshape(1) for t in tensors)])
+        dist.all_reduce(total)
+        values = total.tolist()
+        sums = Sums()
+        for i, name in enumerate(["loss", *names]):
+            sums.add(name, values[2 * i], values[2 * i + 1])
+        rest = iter(values[2 + 2 * len(names) :])
+        scalars = [next(rest) for _ in numbers]
+        found = iter(scalars), rest
+        return sums, [next(found[isinstance(e, Tensor)]) for e in extra]
+
+    def _names(self, outputs: Sequence[StepOutput]) -> list[str]:
+        hook = f"{self.package}, specforge_train_step: "
+        if self.names is None:
+            names = sorted(outputs[0].metrics)
+            if taken := [n for n in names if _is_reserved(n)]:
+                raise PluginError(
+                    f"{hook}the metric name {taken[0]!r} is the core's own. Rename it in the step"
+                )
+            everyone: list[list[str]] = [names] * dist.get_world_size()
+            if len(everyone) > 1:
+                dist.all_gather_object(everyone, names)
+            for rank, others in enumerate(everyone):
+                if others != everyone[0]:
+                    raise PluginError(
+                        f"{hook}rank 0 has the metrics {everyone[0]}, rank {rank} {others}. Their "
+                        "names must not depend on the data: use a Ratio whose denominator is 0"
+                    )
+            self.names = names
+        for output in outputs:
+            if sorted(output.metrics) != self.names:
+                raise PluginError(
+                    f"{hook}its metrics were {self.names}, and now are {sorted(output.metrics)}. "
+                    "Their names must not depend on the data: use a Ratio whose denominator is 0"
+                )
+        return self.names
 
 
-def append(output_dir: Path, step: int, metrics: Mapping[str, float]) -> None:
-    """Add one line to the run's metrics.jsonl."""
-    with (output_dir / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, **metrics}) + "\n")
+def _is_reserved(name: str) -> bool:
+    return name in RESERVED_METRICS or name.startswith(RESERVED_PREFIXES)
 
 
-def rewind(output_dir: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run will write again."""
-    path = output_dir / METRICS
+class MetricsFile:
+    """The core's own Tracker: one line of JSON a logged step."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.path = output_dir / METRICS
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        """Drop the lines after the step that the run begins at: it will write them again."""
+        rewind(self.path, int(info["step"]))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def event(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write nothing: the file has numbers only."""
+
+    def close(self) -> None:
+        """Close nothing: every line is written whole."""
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a line torn by a kill."""
     if not path.exists():
         return
     kept = []
@@ -76,10 +146,42 @@ def rewind(output_dir: Path, step: int) -> None:
         try:
             row = json.loads(line)
         except ValueError:
-            break  # torn by a kill
+            break
         if row["step"] > step:
             break
         kept.append(line + "\n")
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(kept), encoding="utf-8")
     beside.replace(path)
+
+
+@dataclass(slots=True)
+class Trackers:
+    """A run's trackers; one that fails is told of once, and then left alone."""
+
+    alive: list[tuple[str, Tracker]]
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        self._each("start", info)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._each("log", step, metrics)
+
+    def event(self, name: str, **values: object) -> None:
+        self._each("event", name, values)
+
+    def close(self) -> None:
+        self._each("close")
+
+    def _each(self, method: str, *arguments: object) -> None:
+        for entry in tuple(self.alive):
+            package, tracker = entry
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as exc:
+                self.alive.remove(entry)
+                console.print(
+                    f"warning: the tracker of {package} failed ({type(exc).__name__}: {exc}); "
+                    "training goes on without it",
+                    markup=False,
+                )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..config import TrainConfig
@@ -33,29 +35,29 @@ def wsd(progress: float, config: TrainConfig) -> float:
 SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}
 
 
-def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Return the learning rate of `step`, from 0, over its peak: a warm-up, then a schedule."""
+def lr_factor(
+    step: int, total_steps: int, config: TrainConfig, schedule: Callable[[float], float]
+) -> float:
+    """Return the learning rate of `step`, from 0, over its peak: a warm-up, then the schedule."""
     warmup = round(config.warmup_ratio * total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(total_steps - 1 - warmup, 1)
-    return SCHEDULES[config.schedule](min(progress, 1.0), config)
+    return schedule(min(progress, 1.0))
 
 
 def build_optimizers(draft: Draft, config: TrainConfig) -> list[Optimizer]:
     """Return the optimizers of a draft's (sharded) parameters.
 
-    AdamW decays matrices only.  Muon takes the matrices of the draft's units:
-    those are the hidden layers, which its orthogonalised update is meant for;
-    the rest stays with AdamW.
+    AdamW decays matrices only.  Muon takes the matrices of the draft's hidden layers, which its
+    orthogonalised update is meant for; the rest stays with AdamW.
     """
     params = [p for p in draft.model.parameters() if p.requires_grad]
-    units = (*draft.shard_units, *draft.repeated_units)
-    hidden = {id(p) for unit in units for p in unit.parameters() if p.ndim == 2}
+    hidden = {id(p) for unit in draft.hidden_units for p in unit.parameters() if p.ndim == 2}
     muon = [p for p in params if id(p) in hidden] if config.optimizer == "muon" else []
     if config.optimizer == "muon" and not muon:
         raise ConfigError(
-            "train.optimizer is muon, but this draft has no matrix in its shard units for it. "
+            "train.optimizer is muon, but this draft names no hidden layer with a matrix for it. "
             "Try: train.optimizer=adamw"
         )
     taken = {id(p) for p in muon}
@@ -76,10 +78,14 @@ def build_optimizers(draft: Draft, config: TrainConfig) -> list[Optimizer]:
         optimizers.append(
             torch.optim.Muon(muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
         )
+    return optimizers
+
+
+def remember_peaks(optimizers: list[Optimizer]) -> None:
+    """Take each group's learning rate as its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-    return optimizers
 
 
 def set_learning_rate(optimizers: list[Optimizer], factor: float) -> None:
@@ -89,8 +95,13 @@ def set_learning_rate(optimizers: list[Optimizer], factor: float) -> None:
             group["lr"] = group["peak_lr"] * factor
 
 
-def scale_gradients(model: nn.Module, factor: float) -> None:
-    """Multiply every gradient by `factor`, in place."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    for grad in grads:
-        grad.mul_(factor)
+def local_gradients(model: nn.Module) -> list[Tensor]:
+    """Return this rank's parts of all gradients, as plain tensors that share their memory."""
+    grads = (p.grad for p in model.parameters() if p.grad is not None)
+    return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+
+
+def square_norm(grads: list[Tensor]) -> Tensor:
+    """Return the sum of squares of this rank's gradients, a scalar on their device."""
+    norms = torch._foreach_norm([g for g in grads if g.numel()])
+    return torch.stack([n.double() for n in norms]).square().sum()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import yaml
 
-from ..capture.hf import load_target_info
 from ..capture.manifest import CaptureManifest
 from ..config import RunConfig
+from ..drafts.checkpoint import checkpoints
 from ..errors import SpecForgeError
 from ..strategy import Strategy
-from .checkpoint import checkpoints
+from ..target.info import load_target_info
 
 
 def plan_run(run: RunConfig, strategy: Strategy, nproc: int) -> str:

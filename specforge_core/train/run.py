@@ -10,16 +10,18 @@ from types import FrameType
 
 import torch
 
+from ..batches.loader import Share
 from ..config import RunConfig, TrainConfig
-from ..data.loader import Share
+from ..devices import pick_device
+from ..drafts.load import first_draft
 from ..errors import ConfigError
 from ..strategy import Strategy
 from .claim import ORPHANED, claim, end_with_launcher
-from .dist import World, pick_device, world
+from .dist import World, world
 from .feed import Feed, open_feed
 from .fsdp import shard
-from .initial import first_draft
-from .optim import build_optimizers
+from .metrics import Reducer, Trackers
+from .optim import remember_peaks
 from .trainer import Trainer, TrainReport
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -28,7 +30,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def train(run: RunConfig, strategy: Strategy) -> TrainReport:
     """Train a draft as the config says; resumes from `output_dir` by itself."""
     config = run.train
-    device = pick_device(config.device)
+    device = pick_device(config.device, "train.device")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     end_with_launcher()
@@ -39,6 +41,7 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
         feed = open_feed(run, strategy, Share(world_.rank, world_.size, config.seed))
         stack.callback(feed.close)
         trainer = _build(run, strategy, world_, feed)
+        stack.callback(trainer.trackers.close)
         trainer.resume()
         with _stop_on_signal(trainer):
             return trainer.loop()
@@ -47,25 +50,30 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
 def _build(run: RunConfig, strategy: Strategy, world_: World, feed: Feed) -> Trainer:
     config = run.train
     torch.manual_seed(config.seed)
-    draft = first_draft(run, strategy, feed)
+    draft = first_draft(run, strategy, feed.target, feed.data)
     dtype = compute_dtype(config, world_.device)
     draft.model.to(world_.device, torch.float32).train()
     if draft.frozen is not None:
         draft.frozen.to(world_.device, dtype).requires_grad_(False)
     if config.compile == "always" or (config.compile == "auto" and world_.device.type == "cuda"):
-        for unit in (*draft.shard_units, *draft.repeated_units):
+        for unit in draft.compiled:
             unit.compile()  # the second length makes it compile once more, for all lengths
+    model = shard(draft, world_.mesh, dtype)
+    optimizers = strategy.optimizers(config, draft)
+    remember_peaks(optimizers)
     return Trainer(
         run=run,
         strategy=strategy,
         world=world_,
         feed=feed,
         draft=draft,
-        model=shard(draft, world_.mesh, dtype),
-        optimizers=build_optimizers(draft, config),
+        model=model,
+        optimizers=optimizers,
+        schedule=strategy.schedule(config),
         step_function=strategy.train_step(run.strategy),
-        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + world_.rank),
-        total_steps=count_steps(config, feed.epoch_length, world_.size),
+        reducer=Reducer(strategy.package, world_.device),
+        trackers=Trackers(strategy.trackers(run) if world_.main else []),
+        total_steps=count_steps(config, feed.data.num_samples, world_.size),
     )
 
 

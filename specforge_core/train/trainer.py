@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from ..batches.loader import Batches, Micro, Share
+from ..batches.prefetch import Prefetcher
 from ..config import RunConfig
-from ..data.loader import Micro, micro_batches
-from ..data.prefetch import Prefetcher
+from ..drafts.checkpoint import TrainState, check_strategy, checkpoints, find, read_state
 from ..errors import RunError
 from ..progress import console, track
 from ..strategy import Strategy
-from ..types import Draft, StepContext, StepOutput, TrainStep
+from ..types import Draft, Ratio, StepContext, StepOutput, TrainStep
 from . import checkpoint, metrics
-from .checkpoint import TrainState, decode_generator, encode_generator
 from .dist import World
 from .feed import Feed
-from .optim import lr_factor, scale_gradients, set_learning_rate
+from .optim import local_gradients, lr_factor, set_learning_rate, square_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,37 +70,35 @@ class Trainer:
     draft: Draft
     model: FSDPModule
     optimizers: list[Optimizer]
+    schedule: Callable[[float], float]
     step_function: TrainStep
-    generator: torch.Generator
+    reducer: metrics.Reducer
+    trackers: metrics.Trackers
     total_steps: int
     step: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
-    position: int = 0
+    position: int = 0  # samples of the endless sequence of epochs, of all ranks
     stop_asked: bool = False  # of this rank, by a signal at any moment
     stopping: bool = False  # as all ranks agreed
 
     def resume(self) -> None:
         """Continue from the newest complete checkpoint of this output directory, if any."""
-        found = checkpoint.checkpoints(self.run.output_dir)
+        found = checkpoints(self.run.output_dir)
         if not found:
             return
-        state = checkpoint.read_state(found[-1])
-        checkpoint.check_strategy(found[-1], state, self.strategy.name)
-        checkpoint.load(found[-1], self.draft.model, self.optimizers)
+        state = read_state(found[-1])
+        check_strategy(found[-1], state, self.strategy.name)
+        checkpoint.load(found[-1], self.draft, self.optimizers)
         self.step, self.num_tokens, self.seconds = state.step, state.num_tokens, state.seconds
-        if state.world_size == self.world.size:
-            self.position = state.positions[self.world.rank]
-            self.generator.set_state(decode_generator(state.generators[self.world.rank]))
-        else:  # another world size: go on where the slowest rank was; draws begin anew
-            self.position = min(state.positions) * state.world_size // self.world.size
+        self.position = state.position
         if self.world.main:
-            metrics.rewind(self.run.output_dir, self.step)
             console.print(f"resuming at step {self.step} from {found[-1]}", markup=False)
 
     def loop(self) -> TrainReport:
         """Train until the last step or a signal to stop; save; say where."""
         config = self.run.train
+        self.trackers.start(self._info())
         batches = self._batches()
         phases = Phases(config.profile)
         window = metrics.Sums()
@@ -131,26 +127,28 @@ class Trainer:
         finally:
             batches.close()
         if saved is None:  # resumed after the last step
-            saved = checkpoint.find(self.run.output_dir)
+            saved = find(self.run.output_dir)
         return TrainReport(self.step, self.total_steps, self.num_tokens, self.seconds, saved)
 
     def _batches(self) -> Prefetcher[Micro]:
-        run, strategy, spec = self.run, self.strategy, self.feed.adapter.spec
-        stream = micro_batches(
-            self.feed.source,
-            strategy.transform(run.strategy, spec, run.data.max_length, training=True),
-            strategy.collate(run.strategy, spec),
+        run, strategy, spec = self.run, self.strategy, self.feed.spec
+        batches = Batches(
+            strategy=strategy,
+            spec=spec,
+            transform=strategy.transform(run.strategy, spec, run.data.max_length),
+            collate=strategy.collate(run.strategy, spec, self.draft),
+            share=Share(self.world.rank, self.world.size, run.train.seed),
             batch_size=run.train.batch_size,
-            position=self.position,
-            epoch_length=self.feed.epoch_length,
+            epoch_length=self.feed.data.num_samples,
             device=self.world.device,
         )
+        stream = batches.micro_batches(self.feed.source, self.position)
         return Prefetcher(stream, run.capture.prefetch)
 
     def _optimizer_step(
         self, batches: Prefetcher[Micro], phases: Phases
     ) -> tuple[metrics.Sums, float]:
-        config, world_ = self.run.train, self.world
+        config, ranks = self.run.train, self.world.size
         outputs: list[StepOutput] = []
         tokens = 0
         for number in range(config.accumulate):
@@ -159,34 +157,60 @@ class Trainer:
             self.position, tokens = micro.position, tokens + micro.num_tokens
             self.model.set_requires_gradient_sync(number == config.accumulate - 1)
             with phases.time("forward"):
-                context = StepContext(self.step, self.total_steps, self.generator)
-                output = self.step_function(self.draft, micro.batch, context)
+                output = self._forward(micro)
             with phases.time("backward"):
                 torch.autograd.backward(output.loss_sum)
             outputs.append(output)
         with phases.time("optimizer"):
-            counts = [tokens, int(self.stop_asked)]
-            sums, (tokens, stopping) = metrics.reduce(outputs, counts, world_.device)
-            self.num_tokens += tokens
+            gradients = local_gradients(self.draft.model)
+            extra = (float(tokens), float(self.stop_asked), square_norm(gradients))
+            sums, (told, stopping, square) = self.reducer.reduce(outputs, extra)
+            self.num_tokens += int(told)
             self.stopping = stopping > 0  # all ranks stop at the same step
             loss, weight = sums.values["loss"]
-            if not math.isfinite(loss):
-                raise RunError(
-                    f"the loss of step {self.step + 1} is {loss}. Start again from the last "
-                    "checkpoint with a lower train.learning_rate, or check the capture: "
-                    "specforge verify CAPTURE_DIR"
-                )
             if weight == 0:  # nothing supervised anywhere in this step
                 return sums, 0.0
             # FSDP averaged over ranks; the loss is a sum over all of them, divided once
-            scale_gradients(self.draft.model, world_.size / weight)
-            norm = nn.utils.clip_grad_norm_(self.draft.model.parameters(), config.max_grad_norm)
-            set_learning_rate(self.optimizers, lr_factor(self.step, self.total_steps, config))
+            norm = math.sqrt(square) * ranks / weight
+            self._check_finite(loss, norm)
+            clipping = min(1.0, config.max_grad_norm / (norm + 1e-6))
+            torch._foreach_mul_(gradients, clipping * ranks / weight)
+            factor = lr_factor(self.step, self.total_steps, config, self.schedule)
+            set_learning_rate(self.optimizers, factor)
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return sums, float(full)
+        return sums, norm
+
+    def _forward(self, micro: Micro) -> StepOutput:
+        generator = torch.Generator()
+        generator.manual_seed(
+            (self.run.train.seed * 1_000_003 + self.step) * 65_537 + self.world.rank
+        )
+        context = StepContext(
+            step=self.step,
+            total_steps=self.total_steps,
+            generator=generator,
+            training=True,
+            mesh=self.world.mesh,
+        )
+        hook = "specforge_train_step"
+        with self.strategy.guard(hook):
+            output = self.step_function(self.draft, micro.batch, context)
+        self.strategy.check_returned(hook, output, StepOutput, "StepOutput")
+        if micro.num_samples:
+            return output
+        nothing = {n: Ratio(num=r.num * 0, den=r.den * 0) for n, r in output.metrics.items()}
+        return StepOutput(loss_sum=output.loss_sum * 0, weight=output.weight * 0, metrics=nothing)
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise RunError(
+                    f"the {name} of step {self.step + 1} is {value}. Start again from the last "
+                    "checkpoint with a lower train.learning_rate, or check the capture: "
+                    "specforge verify CAPTURE_DIR"
+                )
 
     def _log(self, window: metrics.Sums, norm: float, rate: float, phases: Phases) -> None:
         values = window.ratios() | {
@@ -198,27 +222,36 @@ class Trainer:
         }
         values |= {f"seconds_{name}": spent for name, spent in phases.seconds.items()}
         phases.seconds.clear()
-        self.strategy.step_finished(self.step, values, self.run.output_dir)
+        self.trackers.log(self.step, values)
+
+    def _info(self) -> dict[str, object]:
+        """Return what trackers are told of the run."""
+        return {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "strategy": self.strategy.name,
+            "target": self.run.target.path,
+            "output_dir": str(self.run.output_dir),
+            "config": self.run.model_dump(mode="json"),
+            "versions": _versions(self.strategy),
+        }
 
     def _save(self) -> Path:
-        mine = (self.position, encode_generator(self.generator))
-        everyone: list[tuple[int, str]] = [mine] * self.world.size
-        dist.all_gather_object(everyone, mine)
         state = TrainState(
             step=self.step,
             num_tokens=self.num_tokens,
             seconds=self.seconds,
             strategy=self.strategy.name,
-            world_size=self.world.size,
-            positions=[position for position, _ in everyone],
-            generators=[text for _, text in everyone],
+            position=self.position,
             config=self.run.model_dump(mode="json"),
             versions=_versions(self.strategy),
-            identity=self.feed.manifest.identity.model_dump(mode="json"),
+            identity=self.feed.identity.model_dump(mode="json"),
         )
-        return checkpoint.save(
-            self.run.output_dir, self.draft.model, self.optimizers, state, self.run.train.keep
+        saved = checkpoint.save(
+            self.run.output_dir, self.draft, self.optimizers, state, self.run.train.keep
         )
+        self.trackers.event("checkpoint", step=self.step, path=str(saved))
+        return saved
 
 
 def _versions(strategy: Strategy) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The smallest strategy: one linear layer from a hidden state to a drafted token.
 
 At serving, the states up to token t - 1 are known when token t is the last one,
-so state t - 1 drafts token t + 1.  T tokens, H hidden size, V vocabulary, B batch.
+so state t - 1 drafts token t + 1.  H hidden size, V vocabulary, B rows of S tokens.
 """
 
 from __future__ import annotations
@@ -71,16 +71,18 @@ class Head(nn.Module):
 
 def train_step(draft: Draft, batch: Batch, ctx: StepContext) -> StepOutput:
     """Cross-entropy of the token two places on, where it is supervised."""
-    logits = draft.model(batch["hidden"][:, :-2]).float()  # [B, T - 2, V]
-    labels, mask = batch["input_ids"][:, 2:], batch["loss_mask"][:, 2:].float()
+    logits = draft.model(batch["hidden"][:, :-2]).float()  # [B, S - 2, V]
+    documents = batch["document_ids"]  # a row holds several, and none predicts another's tokens
+    same = documents[:, 2:] == documents[:, :-2]
+    labels, mask = batch["input_ids"][:, 2:], (batch["loss_mask"][:, 2:] * same).float()
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     hits = (logits.argmax(-1) == labels) * mask
     starts = mask * batch["loss_mask"][:, 1:-1]  # within an answer, as a draft is served
     metrics = {
-        "accuracy": Ratio(hits.sum(), mask.sum()),
-        "acceptance_length": Ratio(((1 + hits) * starts).sum(), starts.sum()),
+        "accuracy": Ratio(num=hits.sum(), den=mask.sum()),
+        "acceptance_length": Ratio(num=((1 + hits) * starts).sum(), den=starts.sum()),
     }
-    return StepOutput((losses * mask).sum(), mask.sum(), metrics)
+    return StepOutput(loss_sum=(losses * mask).sum(), weight=mask.sum(), metrics=metrics)
 
 
 class LinearProposer:
@@ -105,7 +107,7 @@ class LinearProposer:
         """Draft the most likely token."""
         dtype = next(self.model.parameters()).dtype
         logits: Tensor = self.model(self.state.to(dtype))
-        return Proposal(logits.argmax(-1, keepdim=True), None)
+        return Proposal(tokens=logits.argmax(-1, keepdim=True), probs=None)
 
 
 @hookimpl
@@ -117,15 +119,16 @@ def specforge_config() -> type[LinearConfig]:
 @hookimpl
 def specforge_adapter(config: LinearConfig, target: TargetInfo) -> Adapter:
     """Ask for one layer's output."""
-    tokens, hidden = Field((None,), "int64"), Field((None, target.hidden_size), "bfloat16")
+    tokens = Field(shape=(None,), dtype="int64")
+    hidden = Field(shape=(None, target.hidden_size), dtype="bfloat16")
     fields = {"input_ids": tokens, "loss_mask": tokens, "hidden": hidden}
-    return LinearAdapter(CaptureSpec((config.layer % target.num_layers,), "none", fields))
+    return LinearAdapter(CaptureSpec(layers=(config.layer % target.num_layers,), fields=fields))
 
 
 @hookimpl
 def specforge_draft(target: TargetInfo) -> Draft:
     """Build the layer."""
-    return Draft(Head(target.hidden_size, target.vocab_size))
+    return Draft(model=Head(target.hidden_size, target.vocab_size))
 
 
 @hookimpl
@@ -146,4 +149,5 @@ def specforge_export(config: LinearConfig, draft: Draft, format: str) -> Export 
     if format != "hf":
         return None
     weights: Mapping[str, Tensor] = draft.model.state_dict()
-    return Export({"model_type": "specforge_linear", "layer": config.layer}, weights)
+    config_json = {"model_type": "specforge_linear", "layer": config.layer}
+    return Export(config=config_json, weights=weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from specforge_core.hookspecs import hookimpl
-from specforge_core.ops.decoder import init_weights
+from specforge_core.nn.decoder import init_weights
 from specforge_core.types import (
     Adapter,
     CaptureSpec,
@@ -58,7 +58,7 @@ def specforge_transform(spec: CaptureSpec, max_length: int) -> Transform:
 @hookimpl
 def specforge_draft(config: DFlashConfig, target: TargetInfo) -> Draft:
     """Build the draft around the target's own embedding and head."""
-    from specforge_core.capture.weights import embedding_scale, load_target_tensors
+    from specforge_core.target.weights import embedding_scale, load_target_tensors
 
     tied = bool(target.config.get("tie_word_embeddings"))
     tensors = load_target_tensors(

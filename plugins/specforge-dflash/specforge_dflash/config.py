@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from specforge_core.errors import ConfigError
-from specforge_core.ops.decoder import DecoderOptions, DecoderShape, decoder_fields
+from specforge_core.nn.decoder import DecoderOptions, DecoderShape, decoder_fields
 from specforge_core.types import TargetInfo
 
 LayerType: TypeAlias = Literal["full_attention", "sliding_attention"]

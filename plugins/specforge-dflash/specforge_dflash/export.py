@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from specforge_core.errors import CheckpointError, ConfigError
-from specforge_core.ops.decoder import decoder_config
+from specforge_core.nn.decoder import decoder_config
 from specforge_core.types import Export, TargetInfo
 
 from .config import DFlashConfig, DraftShape

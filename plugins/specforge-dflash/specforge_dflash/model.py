@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specforge_core.ops.rotary import Rope, Rotary, rotate
+from specforge_core.nn.rotary import Rope, Rotary, rotate
 
 from .attention import EagerMask, Mask, attend, block_mask
 from .config import DraftShape, LayerType

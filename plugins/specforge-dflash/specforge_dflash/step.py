@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specforge_core.ops.linear_cross_entropy import linear_cross_entropy
+from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .anchors import Blocks, draw_blocks

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from specforge_dflash.config import capture_layers, draft_shape
 
 from specforge_core.errors import ConfigError
-from specforge_core.ops.rotary import draft_rope
+from specforge_core.nn.rotary import draft_rope
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models
 
-from specforge_core.capture.hf import load_target_info
+from specforge_core.target.engine import load_target_info
 from specforge_core.config import TargetConfig
 from specforge_core.strategy import Strategy
 from specforge_core.types import Prompt, Sampling, StepContext

@@ -10,7 +10,7 @@ import torch
 
 from specforge_core.capture.worker import run_capture
 from specforge_core.evaluate.run import evaluate
-from specforge_core.restore import export_checkpoint, restore
+from specforge_core.drafts.restore import export_checkpoint, restore
 from specforge_core.testing.runs import cli, finish, load, losses, write_run
 from specforge_core.train.run import train
 

@@ -73,7 +73,7 @@ def specforge_draft(
     token_counts: Tensor | None,
 ) -> Draft:
     """Build the draft around the target's embedding, with its vocabulary's rows of the head."""
-    from specforge_core.capture.weights import load_target_tensors
+    from specforge_core.target.weights import load_target_tensors
 
     shape = draft_shape(config, target)
     count = target.vocab_size  # rows beyond it are padding

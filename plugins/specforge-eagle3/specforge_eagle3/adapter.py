@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from specforge_core.capture.weights import load_target_tensors
+from specforge_core.target.weights import load_target_tensors
 from specforge_core.defaults import truncate
 from specforge_core.types import (
     Batch,

@@ -9,8 +9,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from specforge_core.errors import ConfigError
-from specforge_core.ops.decoder import DecoderOptions, DecoderShape, decoder_fields
-from specforge_core.ops.linear_soft_cross_entropy import SoftLoss
+from specforge_core.nn.decoder import DecoderOptions, DecoderShape, decoder_fields
+from specforge_core.nn.linear_soft_cross_entropy import SoftLoss
 from specforge_core.types import TargetInfo
 
 

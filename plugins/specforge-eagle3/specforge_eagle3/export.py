@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from specforge_core.errors import ConfigError
-from specforge_core.export.dialects import layer_inputs
-from specforge_core.ops.decoder import decoder_config
+from specforge_core.drafts.dialects import layer_inputs
+from specforge_core.nn.decoder import decoder_config
 from specforge_core.types import Draft, Export, TargetInfo
 
 from .config import DraftShape, Eagle3Config

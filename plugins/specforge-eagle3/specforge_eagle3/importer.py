@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from specforge_core.errors import CheckpointError
-from specforge_core.export.dialects import from_layer_inputs
-from specforge_core.ops.rotary import draft_rope
+from specforge_core.drafts.dialects import from_layer_inputs
+from specforge_core.nn.rotary import draft_rope
 from specforge_core.types import Draft, Export
 
 from .config import DraftShape, Eagle3Config

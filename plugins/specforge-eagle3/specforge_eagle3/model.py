@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from specforge_core.ops.decoder import init_weights
-from specforge_core.ops.linear_soft_cross_entropy import (
+from specforge_core.nn.decoder import init_weights
+from specforge_core.nn.linear_soft_cross_entropy import (
     SoftLoss,
     SoftRows,
     linear_soft_cross_entropy,
 )
-from specforge_core.ops.rotary import Rope, Rotary, rotate
+from specforge_core.nn.rotary import Rope, Rotary, rotate
 
 from .attention import KeyValue, attend
 from .config import DraftShape

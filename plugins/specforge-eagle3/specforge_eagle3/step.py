@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from specforge_core.ops.linear_soft_cross_entropy import SoftRows
+from specforge_core.nn.linear_soft_cross_entropy import SoftRows
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .config import Eagle3Config

@@ -18,7 +18,7 @@ from specforge_eagle3.adapter import (
 from specforge_eagle3.config import Eagle3Config
 from transformers import AutoModelForCausalLM
 
-from specforge_core.capture.hf import TransformersEngine
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.config import TargetConfig
 from specforge_core.testing.toy import save_toy_target
 from specforge_core.types import Prompt

@@ -12,7 +12,7 @@ from specforge_eagle3.importer import load_export
 from torch import Tensor
 
 from specforge_core.errors import CheckpointError, ConfigError
-from specforge_core.export.writer import read_export, write_export
+from specforge_core.drafts.export import read_export, write_export
 from specforge_core.types import Export
 
 H, VD, V, I, Q, KV = 24, 17, 29, 40, 32, 16  # noqa: E741

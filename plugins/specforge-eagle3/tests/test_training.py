@@ -13,7 +13,7 @@ from specforge_core.capture.verify import verify_directory
 from specforge_core.capture.worker import run_capture
 from specforge_core.errors import CaptureError, CheckpointError, ConfigError
 from specforge_core.evaluate.run import evaluate
-from specforge_core.restore import export_checkpoint, restore
+from specforge_core.drafts.restore import export_checkpoint, restore
 from specforge_core.testing.runs import cli, finish, lines, load, losses, write_run
 from specforge_core.testing.toy import save_toy_target, write_conversations
 from specforge_core.train.plan import plan_run

@@ -16,8 +16,8 @@ from specforge_sglang_capture import ENABLE_ENV, spool
 from specforge_sglang_capture.ask import Ask
 from specforge_sglang_capture.frame import FrameError, unpack
 
-from specforge_core.capture.asked import check_layers, check_prompts
-from specforge_core.capture.hf import load_target_info
+from specforge_core.target.asked import check_layers, check_prompts
+from specforge_core.target.engine import load_target_info
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
 from specforge_core.http_json import Refused, ServerDown

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from specforge_core.capture.hf import load_target_info
+from specforge_core.target.engine import load_target_info
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CheckpointError, RunError
 from specforge_core.http_json import Refused, ServerDown

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from specforge_sglang.engine import SGLangEngine
 
-from specforge_core.capture.hf import TransformersEngine
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.verify import verify_directory
 from specforge_core.capture.worker import run_capture

@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..capture.hf import load_target_info
 from ..config import RunConfig, validate
 from ..data.chat import template_fingerprint, tokenizer_fingerprint
+from ..drafts.export import CONFIG, PROVENANCE, read_export, write_file
+from ..drafts.restore import restore
 from ..errors import CheckpointError, ConfigError, PluginError
 from ..evaluate.run import make_directory
-from ..export.writer import CONFIG, PROVENANCE, read_export, write_file
-from ..restore import restore
 from ..strategy import Strategy
+from ..target.engine import load_target_info
 from ..train.checkpoint import STATE, TrainState, check_strategy, find, read_state
 from ..types import Draft, Export, NotServed, Simulator
 from .bench import Answers, Bench

@@ -17,7 +17,7 @@ from ..cli import cli
 from ..config import load_config
 from ..doctor.report import DoctorReport
 from ..doctor.run import diagnose
-from ..restore import export_checkpoint
+from ..drafts.restore import export_checkpoint
 from ..train.run import train
 from .predictable import save_predictable_target, write_own_answers
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CaptureError
+from .errors import CaptureError
 
 CODES = {
     torch.bool: "BOOL",

@@ -17,7 +17,7 @@ from specforge_core.doctor.report import DoctorReport
 from specforge_core.doctor.run import diagnose
 from specforge_core.errors import CheckpointError, ConfigError, RunError
 from specforge_core.hookspecs import hookimpl
-from specforge_core.restore import export_checkpoint
+from specforge_core.drafts.restore import export_checkpoint
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.predictable import save_predictable_target, write_own_answers
 from specforge_core.train.run import train
@@ -44,10 +44,10 @@ def specforge_import(config, draft, export):
 ENGINE = """
 import torch
 from specforge_core import hookimpl
-from specforge_core.capture.hf import TransformersEngine
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.errors import CaptureError
 from specforge_core.evaluate.decode import generate, Limits
-from specforge_core.export.writer import read_export
+from specforge_core.drafts.export import read_export
 from specforge_core.types import CaptureSpec, NotServed, Sampling, ServedAnswer
 from specforge_linear import Head, LinearProposer
 

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import nn
 
 from ..config import StrategyConfig
+from ..drafts.dialects import rope_fields
 from ..errors import ConfigError
-from ..export.dialects import rope_fields
 from ..types import TargetInfo
 from .rotary import draft_rope
 

@@ -104,14 +104,14 @@ def read_export(directory: Path) -> Export:
             raise CheckpointError(
                 f"{directory} lacks tensor {missing[0]!r}, which {INDEX} lists. Export again"
             )
-        return Export(config, weights)
+        return Export(config=config, weights=weights)
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     if pickled and not (directory / WEIGHTS).is_file():
         raise CheckpointError(
             f"{directory} holds its weights as {pickled[0]}, a pickle, which can run code and is "
             f"never read. Convert it to {WEIGHTS} first"
         )
-    return Export(config, _read_weights(directory / WEIGHTS))
+    return Export(config=config, weights=_read_weights(directory / WEIGHTS))
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -29,7 +29,8 @@ class Taps:
     """What `tap_states` saw in the last forward pass."""
 
     hidden_states: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, H]
-    final: Tensor | None = None  # [B, T, H]
+    final: Tensor | None = None  # [B, T, H], as the spec asked
+    normed: Tensor | None = None  # [B, T, H], the head's input, where it is needed
 
 
 @contextmanager
@@ -44,8 +45,8 @@ def tap_states(model: nn.Module, spec: CaptureSpec, *, stop: bool) -> Iterator[T
     taps = Taps()
     wanted = set(spec.layers)
     last = len(parts.layers) - 1
-    _check_fits(model, parts, spec)
-    deepest = last if spec.final != "none" else max(wanted, default=-1)
+    norm = _norm(model, parts, spec)
+    deepest = last if spec.final != "none" or norm is not None else max(wanted, default=-1)
 
     def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         taps.hidden_states[-1] = _hidden(args[0] if args else kwargs["hidden_states"])
@@ -57,11 +58,13 @@ def tap_states(model: nn.Module, spec: CaptureSpec, *, stop: bool) -> Iterator[T
             taps.hidden_states[index] = _hidden(output)
         if index == last and spec.final == "pre_norm":
             taps.final = _hidden(output)
-        if stop and index == deepest and spec.final != "post_norm":
+        if stop and index == deepest and norm is None:
             raise _Enough
 
     def see_norm(_: nn.Module, __: Any, output: Any) -> None:
-        taps.final = _hidden(output)
+        taps.normed = _hidden(output)
+        if spec.final == "post_norm":
+            taps.final = taps.normed
         if stop:
             raise _Enough
 
@@ -71,9 +74,8 @@ def tap_states(model: nn.Module, spec: CaptureSpec, *, stop: bool) -> Iterator[T
     for index in sorted({*wanted, deepest} - {-1}):
         hook = lambda _, __, output, index=index: see_layer(index, output)  # noqa: E731
         handles.append(parts.layers[index].register_forward_hook(hook))
-    if spec.final == "post_norm":
-        assert parts.norm is not None
-        handles.append(parts.norm.register_forward_hook(see_norm))
+    if norm is not None:
+        handles.append(norm.register_forward_hook(see_norm))
     try:
         yield taps
     except _Enough:
@@ -88,13 +90,17 @@ def tap_states(model: nn.Module, spec: CaptureSpec, *, stop: bool) -> Iterator[T
         )
 
 
-def _check_fits(model: nn.Module, parts: Parts, spec: CaptureSpec) -> None:
+def _norm(model: nn.Module, parts: Parts, spec: CaptureSpec) -> nn.Module | None:
+    """Return the final norm if its output is needed; CaptureError if the spec does not fit."""
     check_layers(spec.layers, len(parts.layers))
-    if spec.final == "post_norm" and parts.norm is None:
+    if spec.final != "post_norm" and not (spec.next_tokens or spec.logsumexp):
+        return None
+    if parts.norm is None:
         raise CaptureError(
             f"no final norm found in {type(model).__name__} (looked for {', '.join(FINAL_NORMS)}). "
             "Choose a strategy that needs no normed final state, or another target.engine"
         )
+    return parts.norm
 
 
 def _hidden(output: Any) -> Tensor:

@@ -13,11 +13,11 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..capture.hf import load_target_info
 from ..config import RunConfig, TargetConfig
 from ..errors import DataError, RunError
 from ..http_json import Refused, ServerDown
 from ..progress import console
+from ..target.engine import load_target_info
 from .completions import Client, Completion, check_server
 from .respond import Chat, Rules, Task, end_tokens
 

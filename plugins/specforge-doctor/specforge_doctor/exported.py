@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..drafts.export import write_export
 from ..errors import CheckpointError, SpecForgeError
-from ..export.writer import write_export
 from ..progress import console
 from ..types import Export, NotServed
 from .bench import Answers, Bench, free_memory

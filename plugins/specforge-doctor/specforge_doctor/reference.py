@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..capture.hf import TransformersEngine
 from ..errors import ConfigError
 from ..evaluate.decode import CachedTarget, Limits, generate, pick, room
 from ..evaluate.run import EvalPrompt, open_target, ready_proposer
 from ..progress import track
+from ..target.engine import TransformersEngine
 from ..types import CaptureSpec, Draft, Proposer, Sampling
 from .bench import Answers, Bench
 from .stats import Measurement, Tally

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batches.loader import to_device
 from ..capture.identity import capture_identity
 from ..capture.manifest import CaptureManifest
 from ..capture.worker import capture_in_order, to_host
-from ..data.loader import to_device
 from ..errors import CaptureError
 from ..progress import track
 from ..train.dist import pick_device

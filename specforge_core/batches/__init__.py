@@ -1,0 +1,1 @@
+"""From stored or captured samples to the batches one rank trains on."""

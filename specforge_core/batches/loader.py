@@ -1,0 +1,226 @@
+"""From a reader, or straight from the target, to the batches one rank trains on.
+
+The samples of all epochs make one endless sequence, whose order hangs on (seed, epoch) alone.
+W ranks take it in turns: from `position` on, rank r takes the places position + r, + W, + 2W ...
+So a run's progress is one number, the samples all ranks are done with, and goes on under any
+number of ranks.  A sample that is dropped leaves its micro-batch smaller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ..capture.samples import capture_in_order
+from ..data.order import epoch_order
+from ..errors import DataError
+from ..progress import console
+from ..strategy import Strategy
+from ..types import (
+    Adapter,
+    Batch,
+    CaptureSpec,
+    Collate,
+    GrowingReader,
+    Prompt,
+    Reader,
+    Sample,
+    TargetEngine,
+    Transform,
+)
+from .collate import num_tokens
+
+POLL_SECONDS = 0.2  # between two looks at a capture that is still being written
+NOTE_SECONDS = 30.0  # between two lines that say so
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which part of the data one rank sees, and in which order."""
+
+    rank: int
+    world_size: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One sample of the endless sequence."""
+
+    epoch: int
+    number: int  # which sample of an epoch it is, the same in every epoch
+    sample: Sample | None  # None: the strategy's adapter turned it down
+
+
+@dataclass(frozen=True, slots=True)
+class Micro:
+    """One micro-batch."""
+
+    batch: Batch
+    position: int  # samples of the endless sequence that all ranks are done with after it
+    num_samples: int  # 0: all were dropped, and the batch only stands in so that ranks keep step
+    num_tokens: int
+
+
+class Source(Protocol):
+    """Yields one rank's samples from a position of the endless sequence on, without end."""
+
+    def samples(self, position: int, /) -> Iterator[Placed]: ...
+
+
+@dataclass(slots=True)
+class StoredSource:
+    """Samples of a capture directory; the first epoch reads them as they were stored."""
+
+    reader: Reader
+    share: Share
+    wait_note: str = ""
+    _order: dict[int, list[int]] = field(default_factory=dict)
+
+    def samples(self, position: int) -> Iterator[Placed]:
+        place = position + self.share.rank
+        while True:
+            epoch, index = self._locate(place)
+            yield Placed(epoch, index, self.reader[index])
+            place += self.share.world_size
+
+    def _locate(self, place: int) -> tuple[int, int]:
+        """Return the epoch and the stored index at `place` of the endless sequence."""
+        if isinstance(self.reader, GrowingReader) and place >= len(self.reader):
+            self._wait(place)
+        total = len(self.reader)
+        epoch, within = divmod(place, total)
+        if epoch == 0:
+            return 0, within
+        if epoch not in self._order:
+            self._order = {epoch: epoch_order(total, self.share.seed, epoch)}
+        return epoch, self._order[epoch][within]
+
+    def _wait(self, place: int) -> None:
+        assert isinstance(self.reader, GrowingReader)
+        noted = time.monotonic()
+        while not self.reader.refresh() and place >= len(self.reader):
+            if time.monotonic() - noted > NOTE_SECONDS:
+                noted = time.monotonic()
+                console.print(f"waiting for sample {place}: {self.wait_note}", markup=False)
+            time.sleep(POLL_SECONDS)
+        if len(self.reader) == 0:
+            raise DataError("the capture finished without a sample. Try: specforge verify DIR")
+
+
+@dataclass(slots=True)
+class OnlineSource:
+    """Samples captured from the target as they are needed, never stored."""
+
+    strategy: Strategy
+    engine: TargetEngine
+    adapter: Adapter
+    prompts: Sequence[Prompt]
+    share: Share
+    window: int  # prompts grouped by length together
+
+    def samples(self, position: int) -> Iterator[Placed]:
+        first = epoch_order(len(self.prompts), self.share.seed, 0)
+        order: dict[int, list[int]] = {}
+        ranks = self.share.world_size
+        # windows begin at fixed places, so that a resumed run batches as it did: another batch
+        # would round differently
+        done = position // ranks % self.window if position % ranks == 0 else 0
+        place = position - done * ranks + self.share.rank
+        while True:
+            numbers: list[tuple[int, int]] = []
+            for _ in range(self.window):
+                epoch, within = divmod(place, len(first))
+                if epoch and epoch not in order:
+                    order = {epoch: epoch_order(len(first), self.share.seed, epoch)}
+                numbers.append((epoch, order[epoch][within] if epoch else within))
+                place += ranks
+            chosen = [self.prompts[first[number]] for _, number in numbers]
+            captured = capture_in_order(
+                self.strategy, self.engine, self.adapter, chosen, self.window
+            )
+            for (epoch, number), (_, sample) in zip(numbers, captured, strict=True):
+                if done:
+                    done -= 1
+                    continue
+                yield Placed(epoch, number, sample)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batches:
+    """What makes micro-batches of a source's samples."""
+
+    strategy: Strategy
+    spec: CaptureSpec
+    transform: Transform
+    collate: Collate
+    share: Share
+    batch_size: int
+    epoch_length: int | None  # None while a capture grows
+    device: torch.device
+
+    def micro_batches(self, source: Source, position: int) -> Iterator[Micro]:
+        """Yield batches of `batch_size` samples on the device, without end.
+
+        Raises DataError when a whole epoch gave no sample to train on.
+        """
+        samples = source.samples(position)
+        ahead: deque[Placed] = deque()
+        stand_in: list[Sample] = []
+        while True:
+            taken = [ahead.popleft() if ahead else next(samples) for _ in range(self.batch_size)]
+            position += self.batch_size * self.share.world_size
+            kept = [sample for placed in taken if (sample := self._ready(placed)) is not None]
+            if not kept and not stand_in:
+                stand_in = [self._look_ahead(samples, ahead)]
+            tokens = sum(num_tokens(sample, self.spec) for sample in kept)
+            with self.strategy.guard("specforge_collate"):
+                batch = self.collate(kept or stand_in)
+            self.strategy.check_returned(
+                "specforge_collate", batch, dict, "Batch, a dict of tensors"
+            )
+            yield Micro(to_device(batch, self.device), position, len(kept), tokens)
+            stand_in = kept[:1] or stand_in
+
+    def _ready(self, placed: Placed) -> Sample | None:
+        if placed.sample is None:
+            return None
+        generator = sample_generator(self.share.seed, placed.epoch, placed.number)
+        with self.strategy.guard("specforge_transform"):
+            return self.transform(placed.sample, generator)
+
+    def _look_ahead(self, samples: Iterator[Placed], ahead: deque[Placed]) -> Sample:
+        """Return the next sample that can be trained on; what is before it waits in `ahead`."""
+        for placed in samples:
+            ahead.append(placed)
+            if (sample := self._ready(placed)) is not None:
+                return sample
+            if self.epoch_length is not None and len(ahead) > self.epoch_length:
+                break
+        raise DataError(
+            f"none of {self.epoch_length} samples can be trained on: each was skipped by the "
+            "strategy (too short, or nothing supervised). Check data.train and data.max_length"
+        )
+
+
+def sample_generator(seed: int, epoch: int, number: int) -> torch.Generator:
+    """Return the generator of one sample's draws, which depend on nothing else."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{number}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to the device, through pinned memory when that is a GPU."""
+    if device.type == "cpu":
+        return batch
+    moved = {}
+    for name, tensor in batch.items():
+        pinned = tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+        moved[name] = pinned.to(device, non_blocking=True)
+    return moved

@@ -1,0 +1,140 @@
+"""What is captured for a run, and `specforge capture`, which stores it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config import RunConfig
+from ..data.order import epoch_order
+from ..data.prompts import PromptSet, load_prompts
+from ..devices import pick_device
+from ..errors import ConfigError
+from ..progress import track
+from ..strategy import Strategy
+from ..target.info import load_target_info
+from ..target.tokenizer import load_tokenizer
+from ..types import Adapter, Prompt, TargetEngine, TargetInfo
+from .identity import capture_identity
+from .manifest import CaptureIdentity, CaptureManifest
+from .samples import capture_in_order, check_first, to_host
+from .writer import ShardWriter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run's target, and what is captured from it: made once, in one place."""
+
+    run: RunConfig
+    strategy: Strategy
+    target: TargetInfo
+    adapter: Adapter
+    tokenizer: PreTrainedTokenizerBase
+    identity: CaptureIdentity
+
+    @classmethod
+    def open(cls, run: RunConfig, strategy: Strategy) -> Job:
+        """Read the target's config and tokenizer, and a little of its weights; load nothing."""
+        target = load_target_info(run.target)
+        adapter = strategy.adapter(run.strategy, target)
+        tokenizer = load_tokenizer(run.target)
+        return cls(
+            run=run,
+            strategy=strategy,
+            target=target,
+            adapter=adapter,
+            tokenizer=tokenizer,
+            identity=capture_identity(run, strategy, target, adapter.spec, tokenizer),
+        )
+
+    def prompts(self) -> PromptSet:
+        """Read and tokenize the run's conversations."""
+        data, vocab_size = self.run.data, self.target.vocab_size
+        return load_prompts(data, self.tokenizer, vocab_size, self.strategy.conversations)
+
+    def engine(self) -> TargetEngine:
+        """Load the target."""
+        target = self.run.target
+        return self.strategy.target_engine(target, pick_device(target.device, "target.device"))
+
+
+def run_capture(run: RunConfig, strategy: Strategy) -> CaptureManifest:
+    """Capture the run's data into `data.capture_dir`, going on where an earlier run stopped.
+
+    Samples are stored in the order that training first sees them.  Raises a
+    SpecForgeError for anything wrong before the first sample is written.
+    """
+    directory = _directory(run)
+    job = Job.open(run, strategy)
+    prompts = job.prompts()
+    order = epoch_order(len(prompts), run.train.seed, 0)
+    digest = prompts_fingerprint(prompts, order)
+    with ShardWriter(
+        directory, job.identity, run.capture.shard_tokens, prompts=digest, num_prompts=len(prompts)
+    ) as writer:
+        if writer.manifest.complete:
+            return writer.manifest
+        engine = job.engine()
+        try:
+            _fill(job, engine, writer, prompts, order)
+        finally:
+            engine.close()
+        return writer.close()
+
+
+def _directory(run: RunConfig) -> Path:
+    if run.data.capture_dir is None:
+        raise ConfigError("data.capture_dir is not set. Try: data.capture_dir=DIRECTORY")
+    if not run.data.train:
+        raise ConfigError("data.train is empty. Try: data.train=[FILE.jsonl]")
+    return run.data.capture_dir
+
+
+def prompts_fingerprint(prompts: Sequence[Prompt], order: Iterable[int]) -> str:
+    """Hash all prompts in the order they are captured."""
+    digest = hashlib.sha256()
+    for index in order:
+        prompt = prompts[index]
+        digest.update(f"{index} {len(prompt.input_ids)} ".encode())
+        digest.update(prompt.input_ids.numpy().data)
+        digest.update(prompt.loss_mask.numpy().data)
+    return digest.hexdigest()
+
+
+def _fill(
+    job: Job, engine: TargetEngine, writer: ShardWriter, prompts: PromptSet, order: Sequence[int]
+) -> None:
+    """Capture what is not done yet; nothing is written before a first sample was verified."""
+    counts = prompts.token_counts(job.target.vocab_size)
+    window = job.run.capture.window
+    begun, tokens, started = False, 0, time.monotonic()
+    left = (i for i in order if i not in writer.done)
+    check_first(job.strategy, job.run.strategy, engine, job.adapter, (prompts[i] for i in left))
+    with track("capturing", len(order)) as progress:
+        progress.advance(len(writer.done))
+        # windows begin at fixed places and run whole, so that a resumed capture batches as an
+        # uninterrupted one does: another batch would round differently
+        for start in range(0, len(order), window):
+            chosen = order[start : start + window]
+            if writer.done.issuperset(chosen):
+                continue
+            asked = [prompts[i] for i in chosen]
+            for index, sample in capture_in_order(job.strategy, engine, job.adapter, asked, window):
+                if index in writer.done:
+                    continue
+                if sample is None:
+                    writer.skip(index)
+                else:
+                    stored = to_host(index, sample)
+                    if not begun:
+                        writer.begin(counts)
+                        begun = True
+                    writer.add(index, stored)
+                tokens += len(prompts[index].input_ids)
+                rate = tokens / (time.monotonic() - started)
+                progress.advance(note=f"{rate:,.0f} tokens/s")

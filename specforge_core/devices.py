@@ -1,0 +1,27 @@
+"""Which device a part of a run computes on."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .errors import ConfigError
+
+
+def pick_device(name: str, option: str) -> torch.device:
+    """Return the device called `name`; `auto` is this rank's GPU, or the CPU.
+
+    Raises ConfigError naming the `option` it was given for when there is no such device.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        reason = str(exc).splitlines()[0]
+        raise ConfigError(
+            f"{option} {name!r} cannot be used: {reason}. Try: {option}=auto"
+        ) from exc
+    return device

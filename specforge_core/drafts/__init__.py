@@ -1,0 +1,1 @@
+"""A draft's life: built, loaded, started from, exported."""

@@ -1,1 +1,0 @@
-"""Drafts as files that serving engines load."""

@@ -1,0 +1,1 @@
+"""Layers and fused losses that methods share; the core itself never imports them."""

@@ -1,0 +1,131 @@
+"""The target in this process, through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
+
+from ..config import TargetConfig
+from ..errors import CaptureError, ConfigError
+from ..types import CaptureSpec, Generated, GenerateOptions, Prompt, TargetCapture, TargetInfo
+from .asked import check_prompts
+from .batching import group_by_length
+from .generate import answer_batch
+from .head import Head
+from .info import load_pretrained, load_target_info
+from .taps import Taps, find_parts, tap_states
+
+
+class TransformersEngine:
+    """A TargetEngine in this process.  Its captures are slices of one padded batch."""
+
+    def __init__(self, model: Any, info: TargetInfo, batch_tokens: int) -> None:
+        self.model = model
+        self.info = info
+        self._decoder: Any = find_parts(model).decoder
+        self._head = Head.of_model(model, info)
+        self._batch_tokens = batch_tokens
+
+    @classmethod
+    def load(cls, target: TargetConfig, device: torch.device) -> TransformersEngine:
+        """Load the target's weights onto a device; ConfigError when that fails."""
+        info = load_target_info(target)
+        pinned = target.model_copy(update={"revision": info.revision})  # the branch may move on
+        # evaluation runs the target here whatever engine captures: its options are not for this one
+        own = target.options if target.engine == "transformers" else {}
+        options = {"dtype": target.dtype, "output_loading_info": True, **own}
+        model, report = load_pretrained(AutoModelForCausalLM, pinned, **options)
+        # transformers would go on with random weights
+        if missing := sorted(report["missing_keys"]):
+            raise ConfigError(
+                f"target.path {target.path!r} lacks {len(missing)} of its weights, such as "
+                f"{missing[0]}. Download it again, or choose another target.path"
+            )
+        model.eval().requires_grad_(False)
+        return cls(model.to(device), info, target.batch_tokens)
+
+    def supports(self, spec: CaptureSpec) -> bool:
+        """Say yes: what the target cannot give is an error that names it."""
+        return True
+
+    @torch.no_grad()  # not inference_mode: a draft trains on these tensors
+    def capture(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> Iterator[TargetCapture]:
+        """Yield one capture per prompt, batched by length: not in the prompts' order.
+
+        Raises CaptureError for token ids the target lacks and for non-finite states.
+        """
+        for batch in group_by_length([len(p.input_ids) for p in prompts], self._batch_tokens):
+            yield from self._run([prompts[i] for i in batch], spec)
+
+    def _run(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> list[TargetCapture]:
+        check_prompts(prompts, self.info.vocab_size)
+        # padding on the right needs no attention mask: no token sees a later one
+        ids = pad_sequence([p.input_ids for p in prompts], batch_first=True)
+        with tap_states(self.model, spec, stop=True) as taps:
+            self._decoder(input_ids=ids.to(self.model.device), use_cache=False)
+        captures = []
+        for row, prompt in enumerate(prompts):
+            end = len(prompt.input_ids)
+            tokens, sums = self._through_head(spec, taps.normed, row, end)
+            captures.append(
+                TargetCapture(
+                    index=prompt.index,
+                    input_ids=prompt.input_ids,
+                    loss_mask=prompt.loss_mask,
+                    hidden_states={i: taps.hidden_states[i][row, :end] for i in spec.layers},
+                    final=None if taps.final is None else taps.final[row, :end],
+                    next_tokens=tokens,
+                    logsumexp=sums,
+                )
+            )
+        _check_finite(captures, taps)
+        return captures
+
+    def _through_head(
+        self, spec: CaptureSpec, normed: Tensor | None, row: int, end: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if normed is None or not (spec.next_tokens or spec.logsumexp):
+            return None, None
+        tokens, sums = self._head.summarize(normed[row, :end])
+        return tokens.cpu() if spec.next_tokens else None, sums.cpu() if spec.logsumexp else None
+
+    def generate(self, prompts: Sequence[Prompt], options: GenerateOptions) -> Iterator[Generated]:
+        """Answer every prompt, `batch_size` of like lengths at a time, the longest first.
+
+        A prompt's draws depend on its index and the seed alone, not on its batch.
+        """
+        check_prompts(prompts, self.info.vocab_size)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
+        for start in range(0, len(order), options.batch_size):
+            chosen = [prompts[i] for i in order[start : start + options.batch_size]]
+            yield from answer_batch(self.model, chosen, options)
+
+    def close(self) -> None:
+        """Drop the model, so that its memory can be used again."""
+        self.model = self._decoder = self._head = None  # type: ignore[assignment]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _check_finite(captures: Sequence[TargetCapture], taps: Taps) -> None:
+    """Raise CaptureError naming the first prompt whose states hold a NaN or infinity."""
+    states = [*taps.hidden_states.values(), *([] if taps.final is None else [taps.final])]
+    # one sum per tensor and one look at the device, since a sum of finite parts can only
+    # overflow, never hide one; the exact check runs when it fails
+    if bool(torch.stack([s.sum(dtype=torch.float32) for s in states]).isfinite().all()):
+        return
+    for capture in captures:
+        named = {f"layer {i}": s for i, s in capture.hidden_states.items()}
+        if capture.final is not None:
+            named["the final state"] = capture.final
+        for name, state in named.items():
+            if bad := int((~state.isfinite()).any(-1).sum()):
+                raise CaptureError(
+                    f"prompt {capture.index}: {name} is not finite at {bad} of {len(state)} tokens "
+                    f"({state.dtype}). Try: target.dtype=float32"
+                )

@@ -1,0 +1,88 @@
+"""The target's head: from its normed final state to logits.
+
+Shapes: T tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import CaptureError
+from ..types import TargetInfo
+from .weights import load_target_tensors
+
+ROWS = 512  # whose logits exist at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """The head's parts.
+
+    z = scale * (state @ weight.T + bias); with a softcap the logits are softcap * tanh(z / softcap).
+    """
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of_model(cls, model: Any, info: TargetInfo) -> Head:
+        """Return the head of a loaded model, without rows that only pad its vocabulary."""
+        module = model.get_output_embeddings()
+        if module is None:
+            raise CaptureError(
+                f"{type(model).__name__} has no language model head. Choose another target.path"
+            )
+        bias = getattr(module, "bias", None)
+        return cls(
+            weight=module.weight[: info.vocab_size],
+            bias=None if bias is None else bias[: info.vocab_size],
+            scale=head_scale(info.config),
+            softcap=head_softcap(info.config),
+        )
+
+    @classmethod
+    def load(cls, info: TargetInfo) -> Head:
+        """Read the head from the target's files, on the CPU, without padding rows."""
+        weight = load_target_tensors(info, ("lm_head",))["lm_head"][: info.vocab_size]
+        return cls(weight=weight, scale=head_scale(info.config), softcap=head_softcap(info.config))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return [..., V] float32 (float64 for float64) for normed final states [..., H]."""
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        out = F.linear(states.to(self.weight.dtype), self.weight, bias)
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        if self.scale != 1.0:
+            out = out * self.scale
+        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+
+    def summarize(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the most likely token [T] int64 and the logits' log-sum-exp [T] float32."""
+        tokens, sums = [], []
+        for rows in torch.split(states, ROWS):
+            logits = self.logits(rows)
+            tokens.append(logits.argmax(dim=-1))
+            sums.append(logits.logsumexp(dim=-1).float())
+        return torch.cat(tokens), torch.cat(sums)
+
+
+def head_scale(config: Mapping[str, Any]) -> float:
+    """Return what a target multiplies its logits by."""
+    if config.get("logits_scaling") is not None:  # Granite divides
+        return 1.0 / float(config["logits_scaling"])
+    if config.get("logit_scale") is not None:  # Cohere
+        return float(config["logit_scale"])
+    return 1.0
+
+
+def head_softcap(config: Mapping[str, Any]) -> float | None:
+    """Return the bound that a target squeezes its logits into, if it does."""
+    cap = config.get("final_logit_softcapping")
+    return float(cap) if cap else None

@@ -1,0 +1,75 @@
+"""What a strategy may know of the target without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from ..config import TargetConfig
+from ..errors import ConfigError
+from ..types import TargetInfo
+
+
+def load_target_info(target: TargetConfig) -> TargetInfo:
+    """Read the target's config; no weights.
+
+    Raises ConfigError when there is no such target, or it is no decoder-only model.
+    """
+    config = load_pretrained(AutoConfig, target)
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False) or getattr(
+        text, "use_bidirectional_attention", None
+    ) in (
+        True,
+        "all",
+    ):
+        raise ConfigError(
+            f"target {target.path!r} ({config.model_type}) is not a causal decoder-only model: "
+            "its states depend on later tokens. Choose another target.path"
+        )
+    as_dict = text.to_dict()
+    # a multimodal config says outside of its text section whether the head is tied
+    as_dict["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", False))
+    try:
+        sizes = (text.hidden_size, text.num_hidden_layers, text.vocab_size)
+    except AttributeError as exc:
+        raise ConfigError(
+            f"target {target.path!r} ({config.model_type}) is no language model: {exc}. "
+            "Choose another target.path"
+        ) from exc
+    revision = getattr(config, "_commit_hash", None) or target.revision
+    hidden_size, num_layers, vocab_size = sizes
+    return TargetInfo(
+        name_or_path=target.path,
+        revision=revision,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        vocab_size=vocab_size,
+        config=as_dict,
+    )
+
+
+def load_pretrained(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:
+    """Call `from_pretrained`, turning what users get wrong into a ConfigError."""
+    path = Path(target.path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"target.path {target.path!r} has no config.json: it is not a saved model. "
+            "Try: target.path=DIRECTORY_OF_A_MODEL"
+        )
+    try:
+        return auto.from_pretrained(
+            target.path,
+            revision=target.revision,
+            trust_remote_code=target.trust_remote_code,
+            **kwargs,
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as exc:
+        reason = str(exc).strip().splitlines()[0]
+        revision = f" at revision {target.revision!r}" if target.revision else ""
+        raise ConfigError(
+            f"target.path {target.path!r}{revision} cannot be loaded: {reason}. "
+            "Try: target.path=DIRECTORY or a Hugging Face id, and `hf auth login` if it is gated"
+        ) from exc
