@@ -63,20 +63,20 @@ SOURCE = """
 
     @hookimpl
     def specforge_adapter(config, target):
-        tokens = Field((None,), "int64")
+        tokens = Field(shape=(None,), dtype="int64")
         fields = {
-            "hidden": Field((None, len(config.layers) * target.hidden_size), "float32"),
-            "final": Field((None, target.hidden_size), "float32"),
+            "hidden": Field(shape=(None, len(config.layers) * target.hidden_size), dtype="float32"),
+            "final": Field(shape=(None, target.hidden_size), dtype="float32"),
         }
         if config.keep_ids:
             fields |= {"input_ids": tokens, "loss_mask": tokens}
-        return Adapter(CaptureSpec(config.layers, config.final, fields))
+        return Adapter(CaptureSpec(layers=config.layers, final=config.final, fields=fields))
 
     @hookimpl
     def specforge_verify_capture(config, sample, fresh):
         if config.complain and fresh is not None:
             assert set(fresh.hidden_states) == set(config.layers)
-            return [Problem("tiny", "complains of a fresh sample")]
+            return [Problem(where="tiny", message="complains of a fresh sample")]
 
     @hookimpl
     def specforge_draft(): ...

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from specforge_core.config import RegenerateConfig, RunConfig, load_config
+from specforge_core.config import RegenerateConfig, RunConfig
 from specforge_core.errors import ConfigError
+from specforge_core.load import load_config
 from specforge_core.testing.plugin import FakeSite
 
 from .test_plugins import GOOD
@@ -94,7 +95,7 @@ def test_a_missing_file_is_named(env: FakeSite, tmp_path: Path) -> None:
 
 
 def test_a_stored_config_loads_again(config: Path) -> None:
-    from specforge_core.config import validate
+    from specforge_core.load import validate
 
     run = load(config, "data.train=[a.jsonl]", "strategy.block_size=4")
     again, _ = validate(run.model_dump(mode="json"), "stored")

@@ -29,7 +29,7 @@ def test_the_readme_lists_every_command_and_its_files_exist() -> None:
 
 
 def test_the_readme_config_loads() -> None:
-    from specforge_core.config import validate
+    from specforge_core.load import validate
 
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     run, _ = validate(yaml.safe_load(block), "README.md")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from specforge_core.config import load_config
+from specforge_core.load import load_config
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "examples/recipes/smollm2_gpu"

@@ -126,20 +126,25 @@ class Echo:
     def capture(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> Iterator[TargetCapture]:
         self.asked.append([p.index for p in prompts])
         for p in reversed(prompts):
-            yield TargetCapture(p.index, p.input_ids, p.loss_mask, {}, None)
+            yield TargetCapture(
+                index=p.index, input_ids=p.input_ids, loss_mask=p.loss_mask, hidden_states={}
+            )
 
     def close(self) -> None: ...
 
 
 class Ids:
-    spec = CaptureSpec((), "none", {})
+    spec = CaptureSpec(layers=(), fields={})
 
     def __call__(self, capture: TargetCapture) -> Sample:
         return {"input_ids": capture.input_ids}
 
 
 def online(engine: Echo, share: Share) -> OnlineSource:
-    prompts = [Prompt(i, torch.full((i + 1,), i), torch.ones(i + 1)) for i in range(7)]
+    prompts = [
+        Prompt(index=i, input_ids=torch.full((i + 1,), i), loss_mask=torch.ones(i + 1))
+        for i in range(7)
+    ]
     return OnlineSource(engine, Ids(), prompts, share, window=4)  # type: ignore[arg-type]
 
 

@@ -14,15 +14,16 @@ import pytest
 import torch
 import yaml
 
-from specforge_core.target.engine import TransformersEngine
+from specforge_core.capture.job import run_capture
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.store import ShardReader, read_token_counts
-from specforge_core.capture.worker import run_capture
-from specforge_core.config import RunConfig, load_config
-from specforge_core.data.chat import load_tokenizer
+from specforge_core.config import RunConfig
 from specforge_core.data.order import epoch_order
 from specforge_core.data.prompts import PromptSet, load_prompts
 from specforge_core.errors import CaptureError, ConfigError
+from specforge_core.load import load_config
+from specforge_core.target.engine import TransformersEngine
+from specforge_core.target.tokenizer import load_tokenizer
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import cli
 from specforge_core.testing.toy import write_conversations
@@ -71,15 +72,15 @@ SOURCE = """
 
     @hookimpl
     def specforge_adapter(config, target):
-        tokens = Field((None,), "int64")
-        hidden = Field((None, 2 * target.hidden_size), "float32")
+        tokens = Field(shape=(None,), dtype="int64")
+        hidden = Field(shape=(None, 2 * target.hidden_size), dtype="float32")
         fields = {"input_ids": tokens, "loss_mask": tokens, "hidden": hidden}
-        return Adapter(CaptureSpec((1, 3), "none", fields), config)
+        return Adapter(CaptureSpec(layers=(1, 3), fields=fields), config)
 
     @hookimpl
     def specforge_verify_capture(config, sample, fresh):
         if config.fail == "verify":
-            return [Problem("tiny", f"fresh has {len(fresh.input_ids)} tokens")]
+            return [Problem(where="tiny", message=f"fresh has {len(fresh.input_ids)} tokens")]
 
     @hookimpl
     def specforge_draft(): ...

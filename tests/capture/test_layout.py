@@ -7,9 +7,9 @@ from specforge_core.capture.layout import layout_problems, non_finite, num_token
 from specforge_core.types import Field, Sample
 
 FIELDS = {
-    "input_ids": Field((None,), "int64"),
-    "hidden": Field((None, 4), "bfloat16"),
-    "scale": Field((), "float32"),
+    "input_ids": Field(shape=(None,), dtype="int64"),
+    "hidden": Field(shape=(None, 4), dtype="bfloat16"),
+    "scale": Field(shape=(), dtype="float32"),
 }
 
 

@@ -10,7 +10,7 @@ from specforge_core.capture.manifest import CaptureManifest, Shard
 from specforge_core.errors import CaptureError
 from specforge_core.types import CaptureSpec, Field
 
-from .captured import identity
+from ..captured import identity
 
 IDENTITY = identity(
     spec_version=2,
@@ -27,8 +27,13 @@ def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path):
     again = CaptureManifest.read(tmp_path)
     assert again == manifest
     assert (again.num_samples, again.num_tokens) == (3, 18)
-    fields = {"hidden": Field((None, 4), "float32"), "scale": Field((), "float32")}
-    assert again.identity.spec() == CaptureSpec((-1, 3), "pre_norm", fields, 2)
+    fields = {
+        "hidden": Field(shape=(None, 4), dtype="float32"),
+        "scale": Field(shape=(), dtype="float32"),
+    }
+    assert again.identity.spec() == CaptureSpec(
+        layers=(-1, 3), final="pre_norm", fields=fields, version=2
+    )
     assert [f.name for f in tmp_path.iterdir()] == ["manifest.json"]
 
 

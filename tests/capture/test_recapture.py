@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from specforge_core.target.engine import TransformersEngine
 from specforge_core.capture.recapture import Fresh, compare
 from specforge_core.config import TargetConfig
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.testing.toy import save_toy_target
 from specforge_core.types import CaptureSpec, Prompt, Sample, TargetCapture
 
@@ -38,7 +38,7 @@ class Concat:
         return sample
 
 
-PROMPT = Prompt(3, torch.arange(5, 45), torch.arange(40) % 2)
+PROMPT = Prompt(index=3, input_ids=torch.arange(5, 45), loss_mask=torch.arange(40) % 2)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -47,12 +47,17 @@ def engine(request: pytest.FixtureRequest, toy_target: Path) -> TransformersEngi
 
 
 def spec(final: Any = "none") -> CaptureSpec:
-    return CaptureSpec(LAYERS, final, {})
+    return CaptureSpec(layers=LAYERS, final=final, fields={})
 
 
 def store(engine: TransformersEngine, adapter: Concat, **swaps: Any) -> Sample:
     """Return a sample as it is stored: captured among other prompts, in a larger batch."""
-    others = [Prompt(i, torch.arange(50 + i, 80 + 4 * i), torch.ones(30 + 3 * i)) for i in range(3)]
+    others = [
+        Prompt(
+            index=i, input_ids=torch.arange(50 + i, 80 + 4 * i), loss_mask=torch.ones(30 + 3 * i)
+        )
+        for i in range(3)
+    ]
     wider = replace(adapter.spec, layers=tuple(range(-1, 6)), final=swaps.pop("final", "none"))
     captured = {c.index: c for c in engine.capture([*others[:2], replace(PROMPT, index=9)], wider)}
     states = captured[9].hidden_states

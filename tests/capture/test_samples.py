@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from specforge_core.target.engine import TransformersEngine
-from specforge_core.capture.worker import capture_in_order
+from specforge_core.capture.samples import capture_in_order
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.types import CaptureSpec, Field, Prompt, Sample, TargetCapture, TargetEngine
 
 
 class Keep:
     """Stores the token ids; skips prompts whose index is a multiple of 5."""
 
-    spec = CaptureSpec((0,), "none", {"input_ids": Field((None,), "int64")})
+    spec = CaptureSpec(layers=(0,), fields={"input_ids": Field(shape=(None,), dtype="int64")})
 
     def __call__(self, capture: TargetCapture) -> Sample | None:
         return {"input_ids": capture.input_ids} if capture.index % 5 else None
@@ -27,7 +27,7 @@ def prompts(count: int) -> list[Prompt]:
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 40, (count,), generator=draw).tolist()
     rows = [torch.randint(0, 260, (n,), generator=draw) for n in lengths]
-    return [Prompt(100 - i, row, row % 2) for i, row in enumerate(rows)]
+    return [Prompt(index=100 - i, input_ids=row, loss_mask=row % 2) for i, row in enumerate(rows)]
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,18 @@ import torch
 from specforge_core.capture.verify import check_sample
 from specforge_core.types import CaptureSpec, Field, Sample
 
-from .captured import identity
+from ..captured import identity
 
 IDENTITY = identity()
-TOKENS = Field((None,), "int64")
+TOKENS = Field(shape=(None,), dtype="int64")
 SPEC = CaptureSpec(
-    (1,),
-    "none",
-    {"input_ids": TOKENS, "loss_mask": TOKENS, "hidden": Field((None, 4), "float32")},
+    layers=(1,),
+    final="none",
+    fields={
+        "input_ids": TOKENS,
+        "loss_mask": TOKENS,
+        "hidden": Field(shape=(None, 4), dtype="float32"),
+    },
 )
 
 

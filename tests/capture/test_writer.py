@@ -18,7 +18,7 @@ from specforge_core.capture.writer import ShardWriter
 from specforge_core.errors import CaptureError
 from specforge_core.types import Sample
 
-from .captured import identity
+from ..captured import identity
 
 IDENTITY = identity(fields={"hidden": ((None, 4), "float32")})
 

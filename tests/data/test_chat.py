@@ -15,12 +15,14 @@ from specforge_core.data.chat import (
     Row,
     encode,
     encode_prompt,
-    load_tokenizer,
     render,
+)
+from specforge_core.errors import DataError
+from specforge_core.target.tokenizer import (
+    load_tokenizer,
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from specforge_core.errors import DataError
 from specforge_core.testing.toy import toy_tokenizer
 
 SMOLLM2 = Path.home() / ".cache/specforge/smollm2-135m-instruct"

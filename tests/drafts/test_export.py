@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from specforge_core.drafts.export import SHARD_BYTES, read_export, write_export
 from specforge_core.errors import CheckpointError, PluginError
-from specforge_core.export import writer
-from specforge_core.drafts.export import read_export, write_export
 from specforge_core.types import Export
 
 
@@ -25,7 +24,7 @@ def export(seed: int = 0) -> Export:
         "b.weight": torch.randn(16, 4).bfloat16(),
         "c.index": torch.arange(5),
     }
-    return Export({"model_type": "tiny", "layers": [1, 2], "name": "ü"}, weights)
+    return Export(config={"model_type": "tiny", "layers": [1, 2], "name": "ü"}, weights=weights)
 
 
 def listing(directory: Path) -> list[str]:
@@ -75,10 +74,10 @@ def test_large_exports_are_sharded_with_an_index(tmp_path: Path) -> None:
 def test_shards_hold_as_much_as_they_may(tmp_path: Path) -> None:
     weights = {f"w{i}": torch.zeros(25) for i in range(5)}  # 100 bytes each
     out = tmp_path / "draft"
-    write_export(Export({}, weights), out, {}, shard_bytes=200)
+    write_export(Export(config={}, weights=weights), out, {}, shard_bytes=200)
     sizes = [len(load_file(path)) for path in sorted(out.glob("*.safetensors"))]
     assert sizes == [2, 2, 1]
-    write_export(Export({}, weights), tmp_path / "tiny", {}, shard_bytes=10)
+    write_export(Export(config={}, weights=weights), tmp_path / "tiny", {}, shard_bytes=10)
     assert len(list((tmp_path / "tiny").glob("*.safetensors"))) == 5
 
 
@@ -94,8 +93,11 @@ def test_transformers_loads_what_was_written(tmp_path: Path) -> None:
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    made = Export({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}, model.state_dict())
-    for limit in (writer.SHARD_BYTES, 2000):
+    made = Export(
+        config={**config.to_dict(), "architectures": ["LlamaForCausalLM"]},
+        weights=model.state_dict(),
+    )
+    for limit in (SHARD_BYTES, 2000):
         write_export(made, tmp_path / "llama", {}, force=True, shard_bytes=limit)
         loaded = LlamaForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
         for name, tensor in model.state_dict().items():
@@ -105,8 +107,8 @@ def test_transformers_loads_what_was_written(tmp_path: Path) -> None:
 def test_tensors_that_share_memory_or_are_not_contiguous_are_saved(tmp_path: Path) -> None:
     whole = torch.randn(6, 4)
     weights = {"top": whole[:3], "bottom": whole[3:], "again": whole[:3], "turned": whole.t()}
-    write_export(Export({}, weights), tmp_path / "draft", {})
-    same(read_export(tmp_path / "draft"), Export({}, weights))
+    write_export(Export(config={}, weights=weights), tmp_path / "draft", {})
+    same(read_export(tmp_path / "draft"), Export(config={}, weights=weights))
 
 
 def test_an_earlier_export_is_replaced_only_by_force(tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def small_files() -> Iterator[None]:
 
 def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
     out = tmp_path / "draft"
-    large = Export({}, {"w": torch.zeros(4096)})
+    large = Export(config={}, weights={"w": torch.zeros(4096)})
     message = r"could not be written to .*draft: .*Free some space"
     with small_files(), pytest.raises(CheckpointError, match=message):
         write_export(large, out, {})
@@ -180,13 +182,13 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None
 
 def test_what_cannot_serve_or_be_saved_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "draft"
-    broken = Export({}, {"w": torch.tensor([1.0, float("nan")])})
+    broken = Export(config={}, weights={"w": torch.tensor([1.0, float("nan")])})
     with pytest.raises(CheckpointError, match=r"tensor 'w' holds values that are not finite"):
         write_export(broken, out, {})
     with pytest.raises(PluginError, match=r"export has no weights"):
-        write_export(Export({}, {}), out, {})
+        write_export(Export(config={}, weights={}), out, {})
     with pytest.raises(PluginError, match=r"config.json of the export is not JSON: .*dtype"):
-        write_export(Export({"dtype": torch.bfloat16}, export().weights), out, {})
+        write_export(Export(config={"dtype": torch.bfloat16}, weights=export().weights), out, {})
     assert listing(tmp_path) == []
 
 

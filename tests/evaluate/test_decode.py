@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": None,
     "tie_word_embeddings": False,  # a tied random model repeats what it reads
 }
-SPEC = CaptureSpec((-1, 0, 2), "post_norm", {})
+SPEC = CaptureSpec(layers=(-1, 0, 2), final="post_norm", fields={})
 PROMPT = [5, 17, 3, 44, 8, 29, 11]
 
 
@@ -89,14 +89,14 @@ class Scripted:
         assert self.continuation[done - 1] == last_token
         places = range(done, min(done + max_tokens, len(self.continuation)))
         tokens = [(self.continuation[i] + (not self.right(i))) % VOCAB for i in places]
-        return Proposal(torch.tensor(tokens, dtype=torch.long), None)
+        return Proposal(tokens=torch.tensor(tokens, dtype=torch.long), probs=None)
 
     def accept(self, accepted: TargetCapture) -> None:
         self.captures.append(accepted)
 
 
 def greedy() -> Sampling:
-    return Sampling(0.0, torch.Generator())
+    return Sampling(temperature=0.0, generator=torch.Generator())
 
 
 def oracle(model: Any, limits: Limits, max_tokens: int) -> Scripted:
@@ -151,7 +151,7 @@ def test_a_cache_that_is_not_rolled_back_is_noticed(
     expected = reference(model, PROMPT, limits).tokens
     proposer = Scripted(expected, lambda _: False, 4)
     proposer.propose = lambda last, most, sampling: Proposal(
-        torch.full((most,), (last + 1) % VOCAB), None
+        tokens=torch.full((most,), (last + 1) % VOCAB), probs=None
     )
     answer = run(model, proposer, limits)
     difference = first_difference(model, PROMPT, answer.tokens, expected)
@@ -291,7 +291,7 @@ def test_a_proposer_that_drafts_too_much_is_named() -> None:
     model = llama()
     proposer = oracle(model, Limits(9, frozenset()), 3)
     proposer.propose = lambda last, most, sampling: Proposal(
-        torch.zeros(most + 1, dtype=torch.long), None
+        tokens=torch.zeros(most + 1, dtype=torch.long), probs=None
     )
     with pytest.raises(
         PluginError, match=r"drafted tokens of shape \[4\] when asked for at most 3"

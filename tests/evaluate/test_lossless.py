@@ -12,7 +12,7 @@ from specforge_core.types import Sampling
 
 PROMPT = [4, 9, 2]
 LIMITS = Limits(12, frozenset())
-GREEDY = Sampling(0.0, torch.Generator())
+GREEDY = Sampling(temperature=0.0, generator=torch.Generator())
 
 
 def tiny() -> Any:

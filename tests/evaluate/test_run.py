@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from specforge_core.target.engine import load_target_info
-from specforge_core.config import RunConfig, validate
-from specforge_core.data.chat import load_tokenizer
+from specforge_core.config import RunConfig
 from specforge_core.errors import ConfigError, DataError, SpecForgeError
 from specforge_core.evaluate.report import EvalReport
 from specforge_core.evaluate.run import evaluate, first_turn, load_prompt_sets
+from specforge_core.load import validate
 from specforge_core.strategy import Strategy
+from specforge_core.target.info import load_target_info
+from specforge_core.target.tokenizer import load_tokenizer
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.toy import save_toy_target, write_conversations
 
@@ -26,7 +27,7 @@ from specforge_core import hookimpl
 from specforge_core.types import CaptureSpec, Draft, Field, Proposal
 
 class Adapter:
-    spec = CaptureSpec((0, 4), "post_norm", {"input_ids": Field((None,), "int64")})
+    spec = CaptureSpec(layers=(0, 4), final="post_norm", fields={"input_ids": Field(shape=(None,), dtype="int64")})
     def __call__(self, capture):
         return {"input_ids": capture.input_ids}
 
@@ -45,7 +46,7 @@ class Repeater:
         places = [i for i, token in enumerate(self.seen) if token == last_token]
         after = self.seen[places[-1] + 1 :] if places else []
         tokens = (after + [last_token] * max_tokens)[:max_tokens]
-        return Proposal(torch.tensor(tokens), None)
+        return Proposal(tokens=torch.tensor(tokens), probs=None)
 
 @hookimpl
 def specforge_adapter():
@@ -53,7 +54,7 @@ def specforge_adapter():
 
 @hookimpl
 def specforge_draft(target):
-    return Draft(nn.Linear(2, 2))
+    return Draft(model=nn.Linear(2, 2))
 
 @hookimpl
 def specforge_train_step():

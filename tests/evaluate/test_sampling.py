@@ -68,12 +68,12 @@ def one_position(rule: Rule, drawn: bool, rounds: int = 6000) -> float:
     torch.manual_seed(1)
     logits = torch.randn(2, VOCAB) * 1.5
     q = probabilities(torch.randn(VOCAB) * 1.5, 0.8)
-    settings = Sampling(0.8, torch.Generator().manual_seed(3))
+    settings = Sampling(temperature=0.8, generator=torch.Generator().manual_seed(3))
     p = probabilities(logits, 0.8)[0]
     counts: Counter[tuple[int, ...]] = Counter()
     for _ in range(rounds):
         token = draw(q, settings.generator) if drawn else int(q.argmax())
-        proposal = Proposal(torch.tensor([token]), q[None] if drawn else None)
+        proposal = Proposal(tokens=torch.tensor([token]), probs=q[None] if drawn else None)
         verdict = rule(logits, proposal, settings)
         counts[(token if verdict.accepted else verdict.next_token,)] += 1
     return excess(counts, {(i,): float(p[i]) for i in range(VOCAB)})
@@ -93,29 +93,36 @@ def test_a_wrong_rule_is_noticed(wrong: Rule, drawn: bool) -> None:
 def test_a_draft_from_the_targets_own_distribution_always_stays() -> None:
     torch.manual_seed(0)
     logits = torch.randn(4, VOCAB)
-    settings = Sampling(0.7, torch.Generator().manual_seed(0))
+    settings = Sampling(temperature=0.7, generator=torch.Generator().manual_seed(0))
     probs = probabilities(logits, 0.7)[:3]
     for _ in range(200):
         tokens = torch.tensor([draw(row, settings.generator) for row in probs])
-        assert sampling.verify_chain(logits, Proposal(tokens, probs), settings).accepted == 3
+        assert (
+            sampling.verify_chain(logits, Proposal(tokens=tokens, probs=probs), settings).accepted
+            == 3
+        )
 
 
 def test_a_token_the_target_excludes_never_stays() -> None:
     logits = torch.tensor([[0.0, -math.inf, 0.0], [0.0, 0.0, 0.0]])
-    settings = Sampling(1.0, torch.Generator().manual_seed(0))
+    settings = Sampling(temperature=1.0, generator=torch.Generator().manual_seed(0))
     for _ in range(100):
-        verdict = sampling.verify_chain(logits, Proposal(torch.tensor([1]), None), settings)
+        verdict = sampling.verify_chain(
+            logits, Proposal(tokens=torch.tensor([1]), probs=None), settings
+        )
         assert verdict.accepted == 0
         assert verdict.next_token in (0, 2)
 
 
 def test_acceptance_has_probability_min_one_p_over_q() -> None:
     p, q = torch.tensor([0.3, 0.7]), torch.tensor([0.6, 0.4])
-    settings = Sampling(1.0, torch.Generator().manual_seed(0))
+    settings = Sampling(temperature=1.0, generator=torch.Generator().manual_seed(0))
     logits = torch.stack([p.log(), torch.zeros(2)])
     rounds = 4000
     stays = sum(
-        sampling.verify_chain(logits, Proposal(torch.tensor([0]), q[None]), settings).accepted
+        sampling.verify_chain(
+            logits, Proposal(tokens=torch.tensor([0]), probs=q[None]), settings
+        ).accepted
         for _ in range(rounds)
     )
     # Hoeffding: off by more than this with probability 2 exp(-2 * 14) at most
@@ -124,11 +131,13 @@ def test_acceptance_has_probability_min_one_p_over_q() -> None:
 
 def test_greedy_keeps_the_prefix_the_target_would_choose() -> None:
     logits = torch.nn.functional.one_hot(torch.tensor([3, 1, 4, 0]), VOCAB).float()
-    greedy = Sampling(0.0, torch.Generator())
+    greedy = Sampling(temperature=0.0, generator=torch.Generator())
 
     def verify(tokens: Sequence[int]) -> Verdict:
         drafted = torch.tensor(tokens, dtype=torch.long)
-        return sampling.verify_chain(logits[: len(tokens) + 1], Proposal(drafted, None), greedy)
+        return sampling.verify_chain(
+            logits[: len(tokens) + 1], Proposal(tokens=drafted, probs=None), greedy
+        )
 
     assert verify([3, 1, 4]) == Verdict(3, 0)
     assert verify([3, 2, 4]) == Verdict(1, 1)  # right again behind an error does not count
@@ -163,9 +172,9 @@ class Drawn:
 
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling) -> Proposal:
         if not self.with_probs:
-            return Proposal(self.q.argmax(-1)[:max_tokens], None)
+            return Proposal(tokens=self.q.argmax(-1)[:max_tokens], probs=None)
         tokens = [draw(row, sampling.generator) for row in self.q[:max_tokens]]
-        return Proposal(torch.tensor(tokens), self.q[:max_tokens])
+        return Proposal(tokens=torch.tensor(tokens), probs=self.q[:max_tokens])
 
 
 TEMPERATURE = 1.0
@@ -204,9 +213,9 @@ def exact_distribution(model: LlamaForCausalLM) -> dict[tuple[int, ...], float]:
 
 def answers(model: LlamaForCausalLM, *, with_probs: bool, count: int = 1000) -> float:
     limits = Limits(3, frozenset())
-    settings = Sampling(TEMPERATURE, torch.Generator().manual_seed(11))
+    settings = Sampling(temperature=TEMPERATURE, generator=torch.Generator().manual_seed(11))
     drafter = Drawn(with_probs=with_probs)
-    spec = CaptureSpec((0,), "none", {})
+    spec = CaptureSpec(layers=(0,), fields={})
     counts = Counter(
         generate(model, drafter, spec, PROMPT, limits, settings).tokens for _ in range(count)
     )
@@ -227,7 +236,7 @@ def test_a_wrong_rule_shows_in_answers(
 
 
 def test_the_target_alone_follows_its_distribution(model: LlamaForCausalLM) -> None:
-    settings = Sampling(TEMPERATURE, torch.Generator().manual_seed(2))
+    settings = Sampling(temperature=TEMPERATURE, generator=torch.Generator().manual_seed(2))
     counts = Counter(
         generate_plain(model, PROMPT, Limits(3, frozenset()), settings).tokens for _ in range(1000)
     )
@@ -258,10 +267,10 @@ def test_a_proposal_that_breaks_the_contract_is_refused(
     tokens: list[int], probs: Tensor | None, message: str
 ) -> None:
     with pytest.raises(PluginError, match=message):
-        check_proposal(Proposal(torch.tensor(tokens), probs), 2, VOCAB)
+        check_proposal(Proposal(tokens=torch.tensor(tokens), probs=probs), 2, VOCAB)
 
 
 def test_good_proposals_pass() -> None:
-    check_proposal(Proposal(torch.tensor([1, 2]), uniform(2)), 2, VOCAB)
-    check_proposal(Proposal(torch.tensor([1, 2]), uniform(2).bfloat16()), 2, VOCAB)
-    check_proposal(Proposal(torch.tensor([], dtype=torch.long), None), 2, VOCAB)
+    check_proposal(Proposal(tokens=torch.tensor([1, 2]), probs=uniform(2)), 2, VOCAB)
+    check_proposal(Proposal(tokens=torch.tensor([1, 2]), probs=uniform(2).bfloat16()), 2, VOCAB)
+    check_proposal(Proposal(tokens=torch.tensor([], dtype=torch.long), probs=None), 2, VOCAB)

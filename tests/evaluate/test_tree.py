@@ -19,7 +19,7 @@ from specforge_core.types import CaptureSpec, Proposal, Sampling, TargetCapture
 
 VOCAB = 37
 PROMPT = [5, 17, 3, 30, 8]
-SPEC = CaptureSpec((0, 2), "post_norm", {})
+SPEC = CaptureSpec(layers=(0, 2), final="post_norm", fields={})
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -44,7 +44,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def sampling(temperature: float = 0.0, seed: int = 0) -> Sampling:
-    return Sampling(temperature, torch.Generator().manual_seed(seed))
+    return Sampling(temperature=temperature, generator=torch.Generator().manual_seed(seed))
 
 
 class Guesser:
@@ -75,7 +75,7 @@ class Guesser:
             place = self.done + level - 1
             right = self.draw.random() < self.luck and place < len(self.answer)
             tokens.append(self.answer[place] if right else self.draw.randrange(VOCAB))
-        return Proposal(torch.tensor(tokens), None, torch.tensor(parents))
+        return Proposal(tokens=torch.tensor(tokens), probs=None, parents=torch.tensor(parents))
 
 
 @pytest.mark.parametrize("luck", [0.0, 0.7, 1.0])
@@ -127,13 +127,15 @@ def without_replacement(q: Tensor, count: int, generator: torch.Generator) -> Pr
         q = q.clone()
         q[tokens[-1]] = 0
         q = q / q.sum()
-    return Proposal(torch.tensor(tokens), torch.stack(probs), torch.full((count,), -1))
+    return Proposal(
+        tokens=torch.tensor(tokens), probs=torch.stack(probs), parents=torch.full((count,), -1)
+    )
 
 
 @pytest.mark.parametrize("drawn", [True, False])
 def test_the_emitted_token_follows_the_target(drawn: bool) -> None:
     gen = torch.Generator().manual_seed(1)
-    settings = Sampling(0.8, torch.Generator().manual_seed(3))
+    settings = Sampling(temperature=0.8, generator=torch.Generator().manual_seed(3))
     logits = torch.randn(4, 5, generator=gen) * 1.5
     p = probabilities(logits, 0.8)[0]
     q = probabilities(torch.randn(5, generator=gen), 0.8)
@@ -143,7 +145,7 @@ def test_the_emitted_token_follows_the_target(drawn: bool) -> None:
         if drawn:
             proposal = without_replacement(q, 3, settings.generator)
         else:
-            proposal = Proposal(q.topk(3).indices, None, torch.full((3,), -1))
+            proposal = Proposal(tokens=q.topk(3).indices, probs=None, parents=torch.full((3,), -1))
         verdict = verify_tree(logits, proposal, settings)
         first = int(proposal.tokens[verdict.kept[0]]) if verdict.kept else verdict.next_token
         counts[first] += 1
@@ -153,7 +155,7 @@ def test_the_emitted_token_follows_the_target(drawn: bool) -> None:
 
 def test_more_siblings_are_accepted_more_often() -> None:
     gen = torch.Generator().manual_seed(1)
-    settings = Sampling(1.0, torch.Generator().manual_seed(3))
+    settings = Sampling(temperature=1.0, generator=torch.Generator().manual_seed(3))
     logits = torch.randn(4, 8, generator=gen)
     q = probabilities(torch.randn(8, generator=gen), 1.0)
     found = []
@@ -169,15 +171,21 @@ def test_more_siblings_are_accepted_more_often() -> None:
 def test_greedy_walks_down_the_branch_the_target_would_choose() -> None:
     rows = [3, 1, 4, 0, 2]  # the best token behind the last one, and behind each drafted one
     logits = torch.nn.functional.one_hot(torch.tensor(rows), 5).float()
-    tree = Proposal(torch.tensor([2, 3, 1, 4]), None, torch.tensor([-1, -1, 0, 1]))
+    tree = Proposal(
+        tokens=torch.tensor([2, 3, 1, 4]), probs=None, parents=torch.tensor([-1, -1, 0, 1])
+    )
     assert verify_tree(logits, tree, sampling()) == Verdict(2, 2, (1, 3))
-    lost = Proposal(torch.tensor([2, 1, 1, 4]), None, torch.tensor([-1, -1, 0, 1]))
+    lost = Proposal(
+        tokens=torch.tensor([2, 1, 1, 4]), probs=None, parents=torch.tensor([-1, -1, 0, 1])
+    )
     assert verify_tree(logits, lost, sampling()) == Verdict(0, 3, ())
 
 
 def test_what_follows_an_end_of_text_is_cut() -> None:
     tree = Proposal(
-        torch.tensor([2, 9, 1, 4, 6]), torch.rand(5, 10), torch.tensor([-1, -1, 0, 1, 2])
+        tokens=torch.tensor([2, 9, 1, 4, 6]),
+        probs=torch.rand(5, 10),
+        parents=torch.tensor([-1, -1, 0, 1, 2]),
     )
     assert tree.probs is not None
     cut = prune(tree, frozenset({9}))
@@ -191,7 +199,7 @@ def test_what_follows_an_end_of_text_is_cut() -> None:
 @pytest.mark.parametrize("parents", [[-1, 1], [0, -1], [-1], [-2, -1]])
 def test_parents_that_come_later_are_refused(parents: list[int]) -> None:
     with pytest.raises(PluginError, match="Each must be the index of an earlier one, or -1"):
-        check_tree(Proposal(torch.tensor([1, 2]), None, torch.tensor(parents)))
+        check_tree(Proposal(tokens=torch.tensor([1, 2]), probs=None, parents=torch.tensor(parents)))
 
 
 def test_a_target_with_sliding_windows_is_refused() -> None:

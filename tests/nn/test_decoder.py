@@ -31,7 +31,14 @@ TARGET: dict[str, Any] = {
 
 
 def shape(target: dict[str, Any], **options: Any) -> DecoderShape:
-    info = TargetInfo("a/target", None, 128, 6, 1000, target)
+    info = TargetInfo(
+        name_or_path="a/target",
+        revision=None,
+        hidden_size=128,
+        num_layers=6,
+        vocab_size=1000,
+        config=target,
+    )
     return DecoderShape(**decoder_fields(DecoderOptions(name="x", **options), info))
 
 

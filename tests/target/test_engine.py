@@ -11,10 +11,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specforge_core.target.engine import TransformersEngine, load_target_info
-from specforge_core.target.taps import tap_states
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError, ConfigError
+from specforge_core.target.engine import TransformersEngine
+from specforge_core.target.info import load_target_info
+from specforge_core.target.taps import tap_states
 from specforge_core.types import CaptureSpec, Prompt
 
 SHAPE: dict[str, Any] = {
@@ -43,7 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "GPT2": {"n_inner": 64},
 }
-ALL = CaptureSpec((-1, 0, 1, 2, 3, 4), "none", {})
+ALL = CaptureSpec(layers=(-1, 0, 1, 2, 3, 4), fields={})
 
 
 def save(path: Path, family: str) -> TargetConfig:
@@ -61,7 +62,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> TargetConfig:
 def prompts(*lengths: int) -> list[Prompt]:
     draw = torch.Generator().manual_seed(3)
     rows = [torch.randint(3, 97, (n,), generator=draw) for n in lengths]
-    return [Prompt(10 + i, row, (row % 2).long()) for i, row in enumerate(rows)]
+    return [
+        Prompt(index=10 + i, input_ids=row, loss_mask=(row % 2).long())
+        for i, row in enumerate(rows)
+    ]
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -73,7 +77,10 @@ def test_captures_are_the_models_own_hidden_states(family: str, tmp_path: Path):
     engine = TransformersEngine.load(save(tmp_path, family))
     asked = prompts(7, 20, 20, 3, 31)
     pre = {c.index: c for c in engine.capture(asked, replace(ALL, final="pre_norm"))}
-    post = {c.index: c for c in engine.capture(asked, CaptureSpec((), "post_norm", {}))}
+    post = {
+        c.index: c
+        for c in engine.capture(asked, CaptureSpec(layers=(), final="post_norm", fields={}))
+    }
     assert sorted(pre) == sorted(post) == [p.index for p in asked]
     for prompt in asked:
         alone = engine.model(prompt.input_ids[None], output_hidden_states=True).hidden_states
@@ -95,10 +102,10 @@ def test_captures_are_the_models_own_hidden_states(family: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("spec", "ran"),
     [
-        (CaptureSpec((-1,), "none", {}), []),
-        (CaptureSpec((1, -1), "none", {}), [0, 1]),
-        (CaptureSpec((0,), "pre_norm", {}), [0, 1, 2, 3, 4]),
-        (CaptureSpec((0,), "post_norm", {}), [0, 1, 2, 3, 4]),
+        (CaptureSpec(layers=(-1,), fields={}), []),
+        (CaptureSpec(layers=(1, -1), fields={}), [0, 1]),
+        (CaptureSpec(layers=(0,), final="pre_norm", fields={}), [0, 1, 2, 3, 4]),
+        (CaptureSpec(layers=(0,), final="post_norm", fields={}), [0, 1, 2, 3, 4]),
     ],
 )
 def test_the_forward_stops_after_the_last_layer_needed(
@@ -119,7 +126,9 @@ def test_taps_leave_the_forward_and_the_model_as_they_were(llama: TargetConfig):
     model = TransformersEngine.load(llama).model
     (prompt,) = prompts(9)
     plain = model(prompt.input_ids[None]).logits
-    with tap_states(model, CaptureSpec((2,), "post_norm", {}), stop=False) as taps:
+    with tap_states(
+        model, CaptureSpec(layers=(2,), final="post_norm", fields={}), stop=False
+    ) as taps:
         tapped = model(prompt.input_ids[None]).logits
     assert torch.equal(plain, tapped)
     assert taps.final is not None
@@ -139,7 +148,7 @@ def test_a_forward_that_skips_the_layers_is_an_error(llama: TargetConfig):
     model = TransformersEngine.load(llama).model
     with (
         pytest.raises(CaptureError, match=r"did not run the layers asked for: \[1\], final none"),
-        tap_states(model, CaptureSpec((1,), "none", {}), stop=True),
+        tap_states(model, CaptureSpec(layers=(1,), fields={}), stop=True),
     ):
         pass
 
@@ -147,12 +156,12 @@ def test_a_forward_that_skips_the_layers_is_an_error(llama: TargetConfig):
 def test_a_layer_that_the_target_lacks_is_an_error(llama: TargetConfig):
     engine = TransformersEngine.load(llama)
     with pytest.raises(CaptureError, match=r"layers \[-2, 5\] are not in the target.*0 to 4"):
-        list(engine.capture(prompts(4), CaptureSpec((-2, 1, 5), "none", {})))
+        list(engine.capture(prompts(4), CaptureSpec(layers=(-2, 1, 5), fields={})))
 
 
 def test_a_draft_can_train_on_what_was_captured(llama: TargetConfig):
     engine = TransformersEngine.load(llama)
-    (capture,) = engine.capture(prompts(6), CaptureSpec((2,), "none", {}))
+    (capture,) = engine.capture(prompts(6), CaptureSpec(layers=(2,), fields={}))
     draft = torch.nn.Linear(32, 4)
     draft(capture.hidden_states[2]).sum().backward()
     assert draft.weight.grad is not None
@@ -164,26 +173,26 @@ def test_non_finite_states_name_the_prompt_and_layer(llama: TargetConfig):
     with torch.no_grad():
         engine.model.model.embed_tokens.weight[42] = float("nan")
     good, bad = (
-        Prompt(i, torch.tensor([5, token, 6]), torch.ones(3).long())
+        Prompt(index=i, input_ids=torch.tensor([5, token, 6]), loss_mask=torch.ones(3).long())
         for i, token in ((7, 3), (8, 42))
     )
     assert len(list(engine.capture([good], ALL))) == 1
     with pytest.raises(CaptureError, match="prompt 8: layer 0 is not finite at 3 of 3 tokens"):
-        list(engine.capture([good, bad], CaptureSpec((0,), "none", {})))
+        list(engine.capture([good, bad], CaptureSpec(layers=(0,), fields={})))
 
 
 def test_states_whose_sum_overflows_are_not_an_error(llama: TargetConfig):
     engine = TransformersEngine.load(llama)
     with torch.no_grad():
         engine.model.model.embed_tokens.weight[5] = 3e38
-    prompt = Prompt(0, torch.tensor([5, 5]), torch.ones(2).long())
-    (capture,) = engine.capture([prompt], CaptureSpec((-1,), "none", {}))
+    prompt = Prompt(index=0, input_ids=torch.tensor([5, 5]), loss_mask=torch.ones(2).long())
+    (capture,) = engine.capture([prompt], CaptureSpec(layers=(-1,), fields={}))
     assert capture.hidden_states[-1].isfinite().all()
 
 
 def test_token_ids_beyond_the_vocabulary_name_the_prompt(llama: TargetConfig):
     engine = TransformersEngine.load(llama)
-    wrong = Prompt(4, torch.tensor([5, 97]), torch.ones(2).long())
+    wrong = Prompt(index=4, input_ids=torch.tensor([5, 97]), loss_mask=torch.ones(2).long())
     with pytest.raises(CaptureError, match=r"prompt 4 has token ids 5 to 97.*is 0 to 96"):
         list(engine.capture([wrong], ALL))
 

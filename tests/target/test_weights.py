@@ -9,10 +9,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from specforge_core.target.engine import TransformersEngine, load_target_info
-from specforge_core.target.weights import embedding_scale, load_target_tensors
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
+from specforge_core.target.engine import TransformersEngine
+from specforge_core.target.info import load_target_info
+from specforge_core.target.weights import embedding_scale, load_target_tensors
 from specforge_core.types import CaptureSpec, Prompt, TargetInfo
 
 SHAPE: dict[str, Any] = {
@@ -140,6 +141,8 @@ def test_scaled_embeddings_are_what_the_first_layer_sees(
     info = save(tmp_path, family, **extra)
     engine = TransformersEngine.load(TargetConfig(path=str(tmp_path), device="cpu"))
     ids = torch.tensor([3, 50, 96])
-    (capture,) = engine.capture([Prompt(0, ids, ids)], CaptureSpec((-1,), "none", {}))
+    (capture,) = engine.capture(
+        [Prompt(index=0, input_ids=ids, loss_mask=ids)], CaptureSpec(layers=(-1,), fields={})
+    )
     embedded = load_target_tensors(info, ["embed_tokens"])["embed_tokens"][ids]
     torch.testing.assert_close(capture.hidden_states[-1], embedded * embedding_scale(info))

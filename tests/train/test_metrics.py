@@ -12,7 +12,9 @@ from specforge_core.types import Ratio, StepOutput
 
 def output(loss: float, weight: float, hits: float, seen: float) -> StepOutput:
     t = torch.tensor
-    return StepOutput(t(loss), t(weight), {"accuracy": Ratio(t(hits), t(seen))})
+    return StepOutput(
+        loss_sum=t(loss), weight=t(weight), metrics={"accuracy": Ratio(num=t(hits), den=t(seen))}
+    )
 
 
 def test_micro_batches_are_summed_then_divided_once() -> None:

@@ -41,7 +41,7 @@ def test_wsd_stays_then_falls_linearly() -> None:
 
 def test_only_matrices_are_decayed_and_muon_takes_those_of_the_shard_units() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(4, 4), "layer": nn.Linear(4, 4)})
-    draft = Draft(model, (model["layer"],))
+    draft = Draft(model=model, shard=(model["layer"],))
     (adamw,) = build_optimizers(draft, TrainConfig(weight_decay=0.5))
     decay = {p.ndim: g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
     assert decay == {2: 0.5, 1: 0.0}
@@ -51,19 +51,19 @@ def test_only_matrices_are_decayed_and_muon_takes_those_of_the_shard_units() -> 
 
 def test_muon_takes_the_matrices_of_repeated_units_too() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(4, 4), "layer": nn.Linear(4, 4)})
-    draft = Draft(model, repeated_units=(model["layer"],))
+    draft = Draft(model=model, compile=(model["layer"],))
     _, muon = build_optimizers(draft, TrainConfig(optimizer="muon"))
     assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model["layer"].weight)]
 
 
 def test_muon_without_hidden_matrices_is_refused() -> None:
     with pytest.raises(ConfigError, match="no matrix in its shard units"):
-        build_optimizers(Draft(nn.Linear(4, 4)), TrainConfig(optimizer="muon"))
+        build_optimizers(Draft(model=nn.Linear(4, 4)), TrainConfig(optimizer="muon"))
 
 
 def test_learning_rates_and_gradients_are_scaled() -> None:
     model = nn.Linear(3, 1)
-    (adamw,) = build_optimizers(Draft(model), TrainConfig(learning_rate=0.5))
+    (adamw,) = build_optimizers(Draft(model=model), TrainConfig(learning_rate=0.5))
     for _ in range(2):  # from the peak each time, not from the last value
         set_learning_rate([adamw], 0.1)
     assert {g["lr"] for g in adamw.param_groups} == {0.05}

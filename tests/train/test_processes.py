@@ -14,7 +14,7 @@ from specforge_core.testing.runs import cli, finish, lines, load, losses
 from specforge_core.train import checkpoint
 from specforge_core.train.run import train
 
-from .runs import linear_run
+from ..runs import linear_run
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
@@ -51,7 +51,7 @@ def test_muon_gives_the_same_on_two_ranks(config: Path, tmp_path: Path, env: Any
         def specforge_draft(target):
             hidden = Head(target.hidden_size, target.hidden_size)
             model = nn.Sequential(hidden, nn.SiLU(), Head(target.hidden_size, target.vocab_size))
-            return Draft(model, (hidden,))
+            return Draft(model=model, shard=(hidden,))
         """,
     )
     common = ("strategy.name=deep", "train.optimizer=muon", "train.batch_size=1")

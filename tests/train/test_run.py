@@ -14,14 +14,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from specforge_core.capture.worker import run_capture
+from specforge_core.capture.job import run_capture
 from specforge_core.errors import CheckpointError, ConfigError, DataError, RunError
 from specforge_core.testing.runs import lines, load, losses
 from specforge_core.train import checkpoint
 from specforge_core.train.plan import plan_run
 from specforge_core.train.run import train
 
-from .runs import linear_run
+from ..runs import linear_run
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_of_another_strategy_or_shape_is_refused(
             Head, specforge_adapter, specforge_config, specforge_train_step)
         @hookimpl
         def specforge_draft(target):
-            return Draft(Head(target.hidden_size, target.vocab_size + 1))
+            return Draft(model=Head(target.hidden_size, target.vocab_size + 1))
         """,
     )
     state.write_text(json.dumps(json.loads(kept) | {"strategy": "wide"}))
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config: Path, env: Any) -> None
         def specforge_train_step():
             def step(draft, batch, ctx):
                 out = specforge_linear.train_step(draft, batch, ctx)
-                return StepOutput(out.loss_sum * float("nan"), out.weight, out.metrics)
+                return StepOutput(loss_sum=out.loss_sum * float("nan"), weight=out.weight, metrics=out.metrics)
             return step
         """,
     )
