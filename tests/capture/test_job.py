@@ -127,7 +127,7 @@ def test_a_capture_holds_every_prompts_states_in_training_order(config: Path, tm
     data = load_data(run)
     assert manifest.num_samples == manifest.num_prompts == len(data) == 40
     assert list(read_back(tmp_path / "capture")) == epoch_order(40, run.train.seed, 0)
-    engine = TransformersEngine.load(run.target)
+    engine = TransformersEngine.load(run.target, torch.device("cpu"))
     adapter = strategy.adapter(run.strategy, engine.info)
     for index, sample in read_back(tmp_path / "capture").items():
         (capture,) = engine.capture([data[index]], adapter.spec)

@@ -43,7 +43,9 @@ PROMPT = Prompt(index=3, input_ids=torch.arange(5, 45), loss_mask=torch.arange(4
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def engine(request: pytest.FixtureRequest, toy_target: Path) -> TransformersEngine:
-    return TransformersEngine.load(TargetConfig(path=str(toy_target), dtype=request.param))
+    return TransformersEngine.load(
+        TargetConfig(path=str(toy_target), dtype=request.param), torch.device("cpu")
+    )
 
 
 def spec(final: Any = "none") -> CaptureSpec:
@@ -114,7 +116,7 @@ def test_another_revisions_values_are_noticed(engine: TransformersEngine, tmp_pa
     adapter = Concat(spec())
     stored = store(engine, adapter)
     save_toy_target(tmp_path, seed=1)
-    other = TransformersEngine.load(TargetConfig(path=str(tmp_path)))
+    other = TransformersEngine.load(TargetConfig(path=str(tmp_path)), torch.device("cpu"))
     problems = compare(Fresh.of(other, adapter.spec, PROMPT), adapter, stored)
     assert problems
     assert all(problem.where == "values" for problem in problems)

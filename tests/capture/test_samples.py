@@ -32,7 +32,9 @@ def prompts(count: int) -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def engine(toy_target: Path) -> TransformersEngine:
-    return TransformersEngine.load(TargetConfig(path=str(toy_target), batch_tokens=64))
+    return TransformersEngine.load(
+        TargetConfig(path=str(toy_target), batch_tokens=64), torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize("window", [1, 7, 100])

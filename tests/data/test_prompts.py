@@ -10,6 +10,7 @@ import torch
 
 from specforge_core.config import DataConfig
 from specforge_core.data.prompts import PromptSet, load_prompts
+from specforge_core.data.sources import read_jsonl
 from specforge_core.errors import DataError
 from specforge_core.testing.toy import toy_tokenizer, write_conversations
 
@@ -32,16 +33,25 @@ def write(path: Path, *chats: list[str] | str) -> Path:
 
 
 def load(path: Path, **options: Any) -> PromptSet:
-    return load_prompts(DataConfig(train=(path,), **options), TOKENIZER, VOCAB)
+    return prompts_of(path, TOKENIZER, **options)
+
+
+def prompts_of(path: Path, tokenizer: Any, vocab_size: int = VOCAB, **options: Any) -> PromptSet:
+    def rows(source: str, data: DataConfig) -> Any:
+        return read_jsonl(source)
+
+    return load_prompts(DataConfig(train=(str(path),), **options), tokenizer, vocab_size, rows)
+
+
+def lengths(prompts: PromptSet) -> list[int]:
+    return [len(p.input_ids) for p in prompts]
 
 
 def test_prompts_are_the_tokenized_conversations(tmp_path: Path) -> None:
     prompts = load(write(tmp_path / "d.jsonl", ["Hi", "Hello"], ["a", "b", "c", "d"]))
 
     assert [p.index for p in prompts] == [0, 1] == [prompts[0].index, prompts[-1].index]
-    assert prompts.lengths == [len(p.input_ids) for p in prompts]
-    assert prompts.num_tokens == sum(prompts.lengths)
-    assert prompts.num_skipped == 0
+    assert prompts.num_tokens == sum(lengths(prompts))
     first = prompts[0]
     assert first.input_ids.dtype == first.loss_mask.dtype == torch.int64
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
@@ -75,7 +85,7 @@ def test_template_that_rewrites_history_gives_several_prompts(tmp_path: Path) ->
         "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% else %}-{% endif %}",
     )
     path = write(tmp_path / "d.jsonl", ["q", "a", "r", "b"], ["x", "y"])
-    prompts = load_prompts(DataConfig(train=(path,)), tokenizer, VOCAB)
+    prompts = prompts_of(path, tokenizer)
     answers = [TOKENIZER.decode(p.input_ids[p.loss_mask.bool()]) for p in prompts]
     assert answers == ["a<|im_end|>", "b<|im_end|>", "y<|im_end|>"]
     assert [p.index for p in prompts] == [0, 1, 2]
@@ -85,13 +95,13 @@ def test_too_long(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", ["Hi", "x" * 100], ["Hi", "Hello"], ["x" * 100, "Hi"])
 
     cut = load(path, max_length=80)
-    assert cut.lengths == [80, load(path).lengths[1]]
-    assert cut.num_skipped == 1  # the third is cut before its answer starts
+    # the third is cut before its answer starts
+    assert lengths(cut) == [80, lengths(load(path))[1]]
 
     skipped = load(path, max_length=80, too_long="skip")
-    assert (len(skipped), skipped.num_skipped) == (1, 2)
+    assert lengths(skipped) == lengths(cut)[1:]
 
-    length = load(path).lengths[0]
+    length = lengths(load(path))[0]
     with pytest.raises(DataError) as error:
         load(path, max_length=80, too_long="raise", on_error="skip")
     assert f"d.jsonl:1: {length} tokens, longer than data.max_length=80" in str(error.value)
@@ -101,12 +111,14 @@ def test_too_long(tmp_path: Path) -> None:
         load(path, max_length=10)
 
 
-def test_bad_line_raises_or_is_counted(tmp_path: Path) -> None:
+def test_bad_line_raises_or_is_skipped(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", ["Hi", "Hello"], "{", ["Hi"])
     with pytest.raises(DataError, match=r"d\.jsonl:2 is not a line of JSON"):
         load(path)
     prompts = load(path, on_error="skip")
-    assert (len(prompts), prompts.num_skipped) == (1, 2)
+    text = TOKENIZER.decode(prompts[0].input_ids)
+    assert len(prompts) == 1
+    assert "Hello" in text
     with pytest.raises(DataError, match=r"every conversation .* was skipped, .*d\.jsonl:1 is not"):
         load(write(tmp_path / "d.jsonl", "{"), on_error="skip")
 
@@ -116,7 +128,7 @@ def test_conversation_the_template_refuses_is_named(tmp_path: Path) -> None:
     tokenizer.chat_template = "{{ raise_exception('not today') }}"
     path = write(tmp_path / "d.jsonl", ["Hi", "Hello"])
     with pytest.raises(DataError, match=r"d\.jsonl:1: the chat template refuses .*: not today"):
-        load_prompts(DataConfig(train=(path,)), tokenizer, VOCAB)
+        prompts_of(path, tokenizer)
 
 
 def test_missing_template_is_not_skipped_line_by_line(tmp_path: Path) -> None:
@@ -124,13 +136,13 @@ def test_missing_template_is_not_skipped_line_by_line(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     path = write(tmp_path / "d.jsonl", ["Hi", "Hello"])
     with pytest.raises(DataError, match="has no chat template"):
-        load_prompts(DataConfig(train=(path,), on_error="skip"), tokenizer, VOCAB)
+        prompts_of(path, tokenizer, on_error="skip")
 
 
 def test_token_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", ["Hi", "Hello"])
     with pytest.raises(DataError) as error:
-        load_prompts(DataConfig(train=(path,), on_error="skip"), TOKENIZER, 200)
+        prompts_of(path, TOKENIZER, 200, on_error="skip")
     largest = int(load(path)[0].input_ids.max())
     assert f"token id {largest} is beyond the target's vocabulary of 200" in str(error.value)
 
@@ -142,6 +154,6 @@ def test_limit(tmp_path: Path) -> None:
 
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.train names no file\. Try: data\.train="):
-        load_prompts(DataConfig(), TOKENIZER, VOCAB)
+        load_prompts(DataConfig(), TOKENIZER, VOCAB, lambda source, data: [])
     with pytest.raises(DataError, match="no conversations in"):
         load(write(tmp_path / "d.jsonl", ""))

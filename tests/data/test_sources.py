@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from specforge_core.data.sources import Conversation, read_conversations
+from specforge_core.config import DataConfig
+from specforge_core.data.sources import Conversation, Rows, read_conversations, read_jsonl
 from specforge_core.errors import DataError
 
 OPENAI = {
@@ -29,8 +30,15 @@ def write(path: Path, *lines: str | dict[str, Any]) -> Path:
     return path
 
 
-def read(path: Path, **options: Any) -> list[Conversation]:
-    return list(read_conversations([path], **options))
+def jsonl(source: str, data: DataConfig) -> Any:
+    return read_jsonl(source)
+
+
+def read(
+    path: Path, rows: Rows = jsonl, *, on_error: Any = "raise", **options: Any
+) -> list[Conversation]:
+    data = DataConfig(on_error=on_error)
+    return list(read_conversations([str(path)], data, rows, **options))
 
 
 def test_both_formats_become_openai_messages(tmp_path: Path) -> None:
@@ -120,7 +128,11 @@ def test_prompts_need_a_user_turn_only(tmp_path: Path) -> None:
 def test_missing_file_stops_before_the_first_line(tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", OPENAI)
     with pytest.raises(DataError, match=r"missing\.jsonl' does not exist\. .*correct it in the"):
-        next(read_conversations([good, tmp_path / "missing.jsonl"], on_error="skip"))
+        next(
+            read_conversations(
+                [str(good), str(tmp_path / "missing.jsonl")], DataConfig(on_error="skip"), jsonl
+            )
+        )
 
 
 def test_empty_data(tmp_path: Path) -> None:
@@ -133,5 +145,22 @@ def test_empty_data(tmp_path: Path) -> None:
 def test_limit_counts_good_lines_over_all_files(tmp_path: Path) -> None:
     one = write(tmp_path / "1.jsonl", "{", OPENAI, OPENAI)
     two = write(tmp_path / "2.jsonl", SHAREGPT, "not read any more")
-    found = list(read_conversations([one, two], on_error="skip", limit=3))
+    data = DataConfig(on_error="skip")
+    found = list(read_conversations([str(one), str(two)], data, jsonl, limit=3))
     assert [c.where for c in found] == ["1.jsonl:2", "1.jsonl:3", "2.jsonl:1"]
+
+
+def test_rows_of_another_kind_of_source_are_read_alike_and_named_by_their_place() -> None:
+    asked: list[str] = []
+
+    def rows(source: str, data: DataConfig) -> Any:
+        asked.append(source)
+        bad: dict[str, Any] = {"messages": 3}
+        return iter([OPENAI, DataError(f"{source}:2 is torn"), bad, SHAREGPT])
+
+    found = list(read_conversations(["hub:a", "hub:b"], DataConfig(on_error="skip"), rows))
+    assert asked == ["hub:a", "hub:b"]
+    assert [c.where for c in found] == ["hub:a:1", "hub:a:4", "hub:b:1", "hub:b:4"]
+    assert [list(c.messages) for c in found[::2]] == [OPENAI["messages"]] * 2
+    with pytest.raises(DataError, match="hub:a:2 is torn"):
+        list(read_conversations(["hub:a"], DataConfig(), rows))

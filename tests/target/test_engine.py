@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specforge_core.config import TargetConfig
+from specforge_core.devices import pick_device
 from specforge_core.errors import CaptureError, ConfigError
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.info import load_target_info
@@ -44,6 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "GPT2": {"n_inner": 64},
 }
+CPU = torch.device("cpu")
 ALL = CaptureSpec(layers=(-1, 0, 1, 2, 3, 4), fields={})
 
 
@@ -74,7 +76,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captures_are_the_models_own_hidden_states(family: str, tmp_path: Path):
-    engine = TransformersEngine.load(save(tmp_path, family))
+    engine = TransformersEngine.load(save(tmp_path, family), CPU)
     asked = prompts(7, 20, 20, 3, 31)
     pre = {c.index: c for c in engine.capture(asked, replace(ALL, final="pre_norm"))}
     post = {
@@ -111,7 +113,7 @@ def test_captures_are_the_models_own_hidden_states(family: str, tmp_path: Path):
 def test_the_forward_stops_after_the_last_layer_needed(
     llama: TargetConfig, spec: CaptureSpec, ran: list[int]
 ):
-    engine = TransformersEngine.load(llama)
+    engine = TransformersEngine.load(llama, CPU)
     seen: list[int] = []
     for i, layer in enumerate(engine.model.model.layers):
         layer.mlp.register_forward_pre_hook(lambda *_, i=i: seen.append(i))
@@ -123,7 +125,7 @@ def test_the_forward_stops_after_the_last_layer_needed(
 
 
 def test_taps_leave_the_forward_and_the_model_as_they_were(llama: TargetConfig):
-    model = TransformersEngine.load(llama).model
+    model = TransformersEngine.load(llama, CPU).model
     (prompt,) = prompts(9)
     plain = model(prompt.input_ids[None]).logits
     with tap_states(
@@ -138,14 +140,14 @@ def test_taps_leave_the_forward_and_the_model_as_they_were(llama: TargetConfig):
 
 
 def test_an_error_inside_the_block_is_not_swallowed_and_hooks_are_removed(llama: TargetConfig):
-    model = TransformersEngine.load(llama).model
+    model = TransformersEngine.load(llama, CPU).model
     with pytest.raises(ZeroDivisionError), tap_states(model, ALL, stop=True):
         raise ZeroDivisionError
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_forward_that_skips_the_layers_is_an_error(llama: TargetConfig):
-    model = TransformersEngine.load(llama).model
+    model = TransformersEngine.load(llama, CPU).model
     with (
         pytest.raises(CaptureError, match=r"did not run the layers asked for: \[1\], final none"),
         tap_states(model, CaptureSpec(layers=(1,), fields={}), stop=True),
@@ -154,13 +156,13 @@ def test_a_forward_that_skips_the_layers_is_an_error(llama: TargetConfig):
 
 
 def test_a_layer_that_the_target_lacks_is_an_error(llama: TargetConfig):
-    engine = TransformersEngine.load(llama)
+    engine = TransformersEngine.load(llama, CPU)
     with pytest.raises(CaptureError, match=r"layers \[-2, 5\] are not in the target.*0 to 4"):
         list(engine.capture(prompts(4), CaptureSpec(layers=(-2, 1, 5), fields={})))
 
 
 def test_a_draft_can_train_on_what_was_captured(llama: TargetConfig):
-    engine = TransformersEngine.load(llama)
+    engine = TransformersEngine.load(llama, CPU)
     (capture,) = engine.capture(prompts(6), CaptureSpec(layers=(2,), fields={}))
     draft = torch.nn.Linear(32, 4)
     draft(capture.hidden_states[2]).sum().backward()
@@ -169,7 +171,7 @@ def test_a_draft_can_train_on_what_was_captured(llama: TargetConfig):
 
 
 def test_non_finite_states_name_the_prompt_and_layer(llama: TargetConfig):
-    engine = TransformersEngine.load(llama)
+    engine = TransformersEngine.load(llama, CPU)
     with torch.no_grad():
         engine.model.model.embed_tokens.weight[42] = float("nan")
     good, bad = (
@@ -182,7 +184,7 @@ def test_non_finite_states_name_the_prompt_and_layer(llama: TargetConfig):
 
 
 def test_states_whose_sum_overflows_are_not_an_error(llama: TargetConfig):
-    engine = TransformersEngine.load(llama)
+    engine = TransformersEngine.load(llama, CPU)
     with torch.no_grad():
         engine.model.model.embed_tokens.weight[5] = 3e38
     prompt = Prompt(index=0, input_ids=torch.tensor([5, 5]), loss_mask=torch.ones(2).long())
@@ -191,7 +193,7 @@ def test_states_whose_sum_overflows_are_not_an_error(llama: TargetConfig):
 
 
 def test_token_ids_beyond_the_vocabulary_name_the_prompt(llama: TargetConfig):
-    engine = TransformersEngine.load(llama)
+    engine = TransformersEngine.load(llama, CPU)
     wrong = Prompt(index=4, input_ids=torch.tensor([5, 97]), loss_mask=torch.ones(2).long())
     with pytest.raises(CaptureError, match=r"prompt 4 has token ids 5 to 97.*is 0 to 96"):
         list(engine.capture([wrong], ALL))
@@ -214,7 +216,7 @@ def test_dtype_auto_is_the_checkpoints_own(
 ):
     model = transformers.AutoModelForCausalLM.from_pretrained(llama.path, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
-    engine = TransformersEngine.load(TargetConfig(path=str(tmp_path), dtype=dtype))
+    engine = TransformersEngine.load(TargetConfig(path=str(tmp_path), dtype=dtype), CPU)
     assert engine.model.dtype == expected
 
 
@@ -250,7 +252,7 @@ def test_a_bidirectional_decoder_is_a_config_error(tmp_path: Path):
 
 
 def test_a_final_norm_that_cannot_be_found_is_an_error(llama: TargetConfig):
-    engine = TransformersEngine.load(llama)
+    engine = TransformersEngine.load(llama, CPU)
     engine.model.model.closing = engine.model.model.norm
     del engine.model.model.norm
     with pytest.raises(CaptureError, match="no final norm found in LlamaForCausalLM"):
@@ -259,7 +261,7 @@ def test_a_final_norm_that_cannot_be_found_is_an_error(llama: TargetConfig):
 
 
 def test_layers_that_cannot_be_found_are_an_error(llama: TargetConfig):
-    engine = TransformersEngine.load(llama)
+    engine = TransformersEngine.load(llama, CPU)
     engine.model.model.stack = engine.model.model.layers
     del engine.model.model.layers
     with pytest.raises(CaptureError, match="the 5 decoder layers of LlamaForCausalLM are not"):
@@ -273,18 +275,18 @@ def test_a_checkpoint_that_lacks_weights_is_a_config_error(llama: TargetConfig, 
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"lacks 1 of its weights, such as model\.layers\.1\.mlp"):
-        TransformersEngine.load(TargetConfig(path=str(tmp_path)))
+        TransformersEngine.load(TargetConfig(path=str(tmp_path)), CPU)
 
 
 def test_options_reach_transformers(llama: TargetConfig) -> None:
     eager = llama.model_copy(update={"options": {"attn_implementation": "eager"}})
-    assert TransformersEngine.load(eager).model.config._attn_implementation == "eager"
+    assert TransformersEngine.load(eager, CPU).model.config._attn_implementation == "eager"
     wrong = llama.model_copy(update={"options": {"attn_implementation": "no_such"}})
     with pytest.raises(ConfigError, match=r"cannot be loaded: .*no_such"):
-        TransformersEngine.load(wrong)
+        TransformersEngine.load(wrong, CPU)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
-def test_a_device_that_is_not_there_is_a_config_error(llama: TargetConfig, device: str) -> None:
+def test_a_device_that_is_not_there_is_a_config_error(device: str) -> None:
     with pytest.raises(ConfigError, match=rf"target\.device '{device}' cannot be used: .*auto"):
-        TransformersEngine.load(llama.model_copy(update={"device": device}))
+        pick_device(device, "target.device")

@@ -16,6 +16,7 @@ from specforge_core.target.info import load_target_info
 from specforge_core.target.weights import embedding_scale, load_target_tensors
 from specforge_core.types import CaptureSpec, Prompt, TargetInfo
 
+CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -139,7 +140,7 @@ def test_scaled_embeddings_are_what_the_first_layer_sees(
     family: str, extra: dict[str, Any], tmp_path: Path
 ):
     info = save(tmp_path, family, **extra)
-    engine = TransformersEngine.load(TargetConfig(path=str(tmp_path), device="cpu"))
+    engine = TransformersEngine.load(TargetConfig(path=str(tmp_path), device="cpu"), CPU)
     ids = torch.tensor([3, 50, 96])
     (capture,) = engine.capture(
         [Prompt(index=0, input_ids=ids, loss_mask=ids)], CaptureSpec(layers=(-1,), fields={})
