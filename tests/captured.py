@@ -5,6 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from specforge_core.capture.manifest import CaptureIdentity
+from specforge_core.plugins import core_manager
+from specforge_core.strategy import Strategy
+
+
+def bare_strategy() -> Strategy:
+    """Return a strategy called tiny of the core's defaults alone."""
+    return Strategy("tiny", "specforge-tiny 0.1.0", core_manager())
 
 
 def identity(**given: Any) -> CaptureIdentity:
@@ -98,6 +105,6 @@ WRONG = """
                 yield replace(capture, hidden_states=states)
 
     @hookimpl
-    def specforge_target_engine(target):
-        return Wrong.load(target) if target.engine == "wrong" else None
+    def specforge_target_engine(target, device):
+        return Wrong.load(target, device) if target.engine == "wrong" else None
 """

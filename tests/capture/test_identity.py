@@ -128,10 +128,11 @@ def test_another_tokenizer_is_refused(toy_target: Path, copy: Path, strategy: St
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strategy": "other"}, "strategy: 'tiny' in the capture, 'other' in this run"),
         ({"layers": (1, 4)}, "captured layers: [1, 3] in the capture, [1, 4] in this run"),
         ({"final": "post_norm"}, "final hidden state: 'none' in the capture, 'post_norm' in this"),
         ({"spec_version": 2}, "version of the strategy's capture format: 1 in the capture, 2 in"),
+        ({"next_tokens": True}, "target's next tokens: False in the capture, True in this run"),
+        ({"logsumexp": True}, "target's log-sum-exp: False in the capture, True in this run"),
         ({"fields": {}}, "stored fields: {'hidden': 'bfloat16 [None, 64]'} in the capture, {} in"),
         ({"max_length": 4096}, "data.max_length: 2048 in the capture, 4096 in this run"),
     ],
@@ -145,7 +146,12 @@ def test_each_difference_is_named_with_both_values(
 
 def test_what_is_only_for_information_may_differ(toy_target: Path, strategy: Strategy):
     found = identity(toy_target, strategy)
-    other = {"target": "elsewhere", "core_version": "9", "strategy_package": "x 2"}
+    other = {
+        "target": "elsewhere",
+        "core_version": "9",
+        "strategy": "another",  # that asks for the same
+        "strategy_package": "x 2",
+    }
     check_identity(found, found.model_copy(update=other), Path("d"))
 
 

@@ -17,9 +17,10 @@ import yaml
 from specforge_core.capture.job import run_capture
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.store import ShardReader, read_token_counts
-from specforge_core.config import RunConfig
+from specforge_core.config import DataConfig, RunConfig
 from specforge_core.data.order import epoch_order
 from specforge_core.data.prompts import PromptSet, load_prompts
+from specforge_core.data.sources import read_jsonl
 from specforge_core.errors import CaptureError, ConfigError
 from specforge_core.load import load_config
 from specforge_core.target.engine import TransformersEngine
@@ -107,7 +108,14 @@ def config(env: FakeSite, tmp_path: Path, toy_target: Path) -> Path:
 
 
 def load_data(run: RunConfig) -> PromptSet:
-    return load_prompts(run.data, load_tokenizer(run.target), 260)
+    def rows(source: str, data: DataConfig) -> Any:
+        return read_jsonl(source)
+
+    return load_prompts(run.data, load_tokenizer(run.target), 260, rows)
+
+
+def lengths(config: Path) -> list[int]:
+    return sorted(len(prompt.input_ids) for prompt in load_data(load_config(config)[0]))
 
 
 def read_back(directory: Path) -> dict[int, Sample]:
@@ -142,9 +150,9 @@ def test_a_capture_holds_every_prompts_states_in_training_order(config: Path, tm
 
 
 def test_skipped_prompts_are_counted_and_not_tried_again(config: Path, tmp_path: Path):
-    longest = sorted(load_data(load_config(config)[0]).lengths)[25]
+    longest = lengths(config)[25]
     manifest = run_capture(*load_config(config, (f"strategy.longest={longest}",)))
-    short = [n for n in load_data(load_config(config)[0]).lengths if n <= longest]
+    short = [n for n in lengths(config) if n <= longest]
     assert manifest.num_samples == len(short) == 40 - manifest.num_skipped
     assert 0 < manifest.num_skipped < 40
 
@@ -241,7 +249,7 @@ def shards(directory: Path) -> int:
 def test_a_capture_killed_again_and_again_is_byte_for_byte_the_uninterrupted_one(
     config: Path, env: FakeSite, tmp_path: Path
 ):
-    short = f"strategy.longest={sorted(load_data(load_config(config)[0]).lengths)[30]}"
+    short = f"strategy.longest={lengths(config)[30]}"
     run, strategy = load_config(config, (short, f"data.capture_dir={tmp_path / 'whole'}"))
     whole = run_capture(run, strategy)
     killed, seen = tmp_path / "capture", 0

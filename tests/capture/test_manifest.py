@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from specforge_core.capture.identity import check_identity
 from specforge_core.capture.manifest import CaptureManifest, Shard
 from specforge_core.errors import CaptureError
 from specforge_core.types import CaptureSpec, Field
@@ -45,10 +46,53 @@ def test_a_damaged_manifest_is_an_error(content: str, tmp_path: Path):
 
 
 def test_a_manifest_of_a_later_format_is_an_error(tmp_path: Path):
-    later = CaptureManifest(identity=IDENTITY).model_copy(update={"format_version": 2})
+    later = CaptureManifest(identity=IDENTITY).model_copy(update={"format_version": 3})
     later.write(tmp_path)
-    with pytest.raises(CaptureError, match=r"format 2, and this version reads format 1\."):
+    with pytest.raises(CaptureError, match=r"format 3, and this version reads formats up to 2\."):
         CaptureManifest.read(tmp_path)
+
+
+# as version 0.1.0 wrote it
+OLD = """{
+ "format_version": 1,
+ "identity": {
+  "strategy": "tiny",
+  "strategy_package": "specforge-tiny 0.1.0",
+  "core_version": "0.1.0",
+  "spec_version": 1,
+  "layers": [1],
+  "final": "none",
+  "fields": {"hidden": [[null, 4], "float32"]},
+  "target": "target",
+  "target_revision": null,
+  "target_fingerprint": "t",
+  "tokenizer_fingerprint": "k",
+  "chat_template_fingerprint": "c",
+  "hidden_size": 4,
+  "num_layers": 6,
+  "vocab_size": 100,
+  "max_length": 64
+ },
+ "complete": true,
+ "shards": [{"file": "shard-00000.safetensors", "num_samples": 2, "num_tokens": 9, "num_bytes": 7}],
+ "num_skipped": 1,
+ "token_counts": "token_counts.safetensors",
+ "prompts": "p",
+ "num_prompts": 3
+}
+"""
+
+
+def test_a_manifest_of_0_1_0_is_read_and_fits_a_spec_that_asks_no_more(tmp_path: Path):
+    (tmp_path / "manifest.json").write_text(OLD)
+    manifest = CaptureManifest.read(tmp_path)
+    fields: dict[str, tuple[tuple[int | None, ...], str]] = {"hidden": ((None, 4), "float32")}
+    expected = identity(fields=fields)
+    check_identity(manifest.identity, expected, tmp_path, resume=True)
+    assert (manifest.num_samples, manifest.num_skipped, manifest.complete) == (2, 1, True)
+    more = expected.model_copy(update={"logsumexp": True})
+    with pytest.raises(CaptureError, match="log-sum-exp: False in the capture, True in this run"):
+        check_identity(manifest.identity, more, tmp_path)
 
 
 def test_a_write_that_fails_keeps_the_old_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

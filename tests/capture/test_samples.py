@@ -7,11 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from specforge_core.capture.samples import capture_in_order
-from specforge_core.config import TargetConfig
-from specforge_core.errors import CaptureError
+from specforge_core.capture.samples import capture_in_order, check_first
+from specforge_core.config import StrategyConfig, TargetConfig
+from specforge_core.errors import CaptureError, PluginError
 from specforge_core.target.engine import TransformersEngine
-from specforge_core.types import CaptureSpec, Field, Prompt, Sample, TargetCapture, TargetEngine
+from specforge_core.types import (
+    CaptureSpec,
+    Field,
+    Generated,
+    GenerateOptions,
+    Prompt,
+    Sample,
+    TargetCapture,
+    TargetEngine,
+)
+
+from ..captured import bare_strategy
+
+STRATEGY = bare_strategy()
 
 
 class Keep:
@@ -42,7 +55,7 @@ def test_samples_come_in_the_prompts_order(engine: TargetEngine, window: int):
     asked = prompts(30)
     raw = [c.index for c in engine.capture(asked, Keep.spec)]
     assert raw != [p.index for p in asked]  # the engine itself goes by length
-    found = list(capture_in_order(engine, Keep(), iter(asked), window))
+    found = list(capture_in_order(STRATEGY, engine, Keep(), iter(asked), window))
     assert [index for index, _ in found] == [p.index for p in asked]
     for (index, sample), prompt in zip(found, asked, strict=True):
         if index % 5 == 0:
@@ -54,7 +67,7 @@ def test_samples_come_in_the_prompts_order(engine: TargetEngine, window: int):
 
 def test_a_prompt_may_come_twice_in_a_window(engine: TargetEngine):
     asked = [*prompts(4), *prompts(4)]
-    found = [index for index, _ in capture_in_order(engine, Keep(), asked, 8)]
+    found = [index for index, _ in capture_in_order(STRATEGY, engine, Keep(), asked, 8)]
     assert found == [p.index for p in asked]
 
 
@@ -87,4 +100,61 @@ class Odd:
 )
 def test_an_engine_that_answers_wrongly_is_an_error(engine: TargetEngine, fault: str, message: str):
     with pytest.raises(CaptureError, match=message):
-        list(capture_in_order(Odd(engine, fault), Keep(), prompts(5), 5))
+        list(capture_in_order(STRATEGY, Odd(engine, fault), Keep(), prompts(5), 5))
+
+
+class Once:
+    """An engine that must not be called while one of its iterators is under way."""
+
+    def __init__(self, inner: TargetEngine) -> None:
+        self.inner, self.info, self.busy, self.calls = inner, inner.info, False, 0
+
+    def supports(self, spec: CaptureSpec) -> bool:
+        return self.inner.supports(spec)
+
+    def capture(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> Iterator[TargetCapture]:
+        assert not self.busy, "called inside of its own iterator"
+        self.busy, self.calls = True, self.calls + 1
+        try:
+            yield from self.inner.capture(prompts, spec)
+        finally:
+            self.busy = False
+
+    def generate(self, prompts: Sequence[Prompt], options: GenerateOptions) -> Iterator[Generated]:
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+def test_the_first_sample_is_checked_outside_of_the_engines_own_iterator(
+    engine: TargetEngine,
+) -> None:
+    once = Once(engine)
+    asked = [p for p in prompts(12) if p.index % 5] + prompts(1)  # 100 is skipped
+    config = StrategyConfig(name="tiny")
+    check_first(STRATEGY, config, once, Keep(), [*prompts(1), *asked])
+    assert once.calls == 2  # the first few together, then one of them alone
+    list(capture_in_order(STRATEGY, once, Keep(), asked, 3))
+    assert not once.busy
+
+
+def test_a_check_looks_past_prompts_that_are_skipped_but_not_without_end(
+    engine: TargetEngine,
+) -> None:
+    once = Once(engine)
+    skipped = [replace(p, index=5 * i) for i, p in enumerate(prompts(40))]
+    check_first(STRATEGY, StrategyConfig(name="tiny"), once, Keep(), skipped)
+    assert once.calls == 8  # and then training or capture says what it finds
+    asked = [*skipped[:6], *prompts(2)]
+    once.calls = 0
+    check_first(STRATEGY, StrategyConfig(name="tiny"), once, Keep(), asked)
+    assert once.calls == 3
+
+
+def test_what_an_adapter_raises_names_its_package(engine: TargetEngine) -> None:
+    class Broken(Keep):
+        def __call__(self, capture: TargetCapture) -> Sample | None:
+            raise KeyError("hidden")
+
+    with pytest.raises(PluginError, match="specforge_adapter: KeyError: 'hidden'"):
+        list(capture_in_order(STRATEGY, engine, Broken(), prompts(2), 2))

@@ -85,7 +85,7 @@ def raw(env: FakeSite, tmp_path: Path, toy_target: Path) -> dict[str, Any]:
 
 def run(raw: dict[str, Any], **options: Any) -> EvalReport:
     config, strategy = load(raw, **options)
-    draft = strategy.draft(config.strategy, load_target_info(config.target), None, None)
+    draft = strategy.draft(config.strategy, load_target_info(config.target), None)
     return evaluate(config, strategy, draft)
 
 
@@ -144,9 +144,9 @@ def test_a_prompt_is_what_comes_before_the_first_answer(raw: dict[str, Any]) -> 
     answer = {"role": "assistant", "content": "a"}
     assert first_turn((system, user, answer, user)) == (system, user)
     assert first_turn((user, user)) == (user,)
-    config, _ = load(raw)
+    config, strategy = load(raw)
     tokenizer = load_tokenizer(config.target)
-    sets = load_prompt_sets(config, tokenizer, load_target_info(config.target))
+    sets = load_prompt_sets(config, strategy, tokenizer, load_target_info(config.target))
     text = tokenizer.decode(sets["long"][0].input_ids)
     assert text.count("<|im_start|>user") == 1
     assert text.endswith("<|im_start|>assistant\n")
@@ -155,7 +155,7 @@ def test_a_prompt_is_what_comes_before_the_first_answer(raw: dict[str, Any]) -> 
 
 def refused(raw: dict[str, Any], message: str, kind: type[SpecForgeError] = ConfigError) -> None:
     config, strategy = load(raw)
-    draft = strategy.draft(config.strategy, load_target_info(config.target), None, None)
+    draft = strategy.draft(config.strategy, load_target_info(config.target), None)
     with pytest.raises(kind, match=message):
         evaluate(config, strategy, draft)
     assert not (config.output_dir / "eval" / "report.json").exists()
