@@ -162,7 +162,6 @@ class Batches:
     collate: Collate
     share: Share
     batch_size: int
-    epoch_length: int | None  # None while a capture grows
     device: torch.device
 
     def micro_batches(self, source: Source, position: int) -> Iterator[Micro]:
@@ -201,10 +200,12 @@ class Batches:
             ahead.append(placed)
             if (sample := self._ready(placed)) is not None:
                 return sample
-            if self.epoch_length is not None and len(ahead) > self.epoch_length:
+            # as many as an epoch has, wherever this began: a rank sees its share of each
+            if placed.epoch > ahead[0].epoch + self.share.world_size:
                 break
+        seen = {placed.number for placed in ahead}
         raise DataError(
-            f"none of {self.epoch_length} samples can be trained on: each was skipped by the "
+            f"none of {len(seen)} samples can be trained on: each was skipped by the "
             "strategy (too short, or nothing supervised). Check data.train and data.max_length"
         )
 

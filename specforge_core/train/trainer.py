@@ -139,7 +139,6 @@ class Trainer:
             collate=strategy.collate(run.strategy, spec, self.draft),
             share=Share(self.world.rank, self.world.size, run.train.seed),
             batch_size=run.train.batch_size,
-            epoch_length=self.feed.data.num_samples,
             device=self.world.device,
         )
         stream = batches.micro_batches(self.feed.source, self.position)
