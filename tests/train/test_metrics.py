@@ -1,38 +1,129 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from specforge_core.errors import PluginError
 from specforge_core.train import metrics
 from specforge_core.train.dist import world
-from specforge_core.types import Ratio, StepOutput
+from specforge_core.types import RESERVED_METRICS, Ratio, StepOutput
+
+CPU = torch.device("cpu")
 
 
-def output(loss: float, weight: float, hits: float, seen: float) -> StepOutput:
+def output(loss: float, weight: float, /, **ratios: tuple[float, float]) -> StepOutput:
     t = torch.tensor
     return StepOutput(
-        loss_sum=t(loss), weight=t(weight), metrics={"accuracy": Ratio(num=t(hits), den=t(seen))}
+        loss_sum=t(loss),
+        weight=t(weight),
+        metrics={name: Ratio(num=t(num), den=t(den)) for name, (num, den) in ratios.items()},
     )
 
 
 def test_micro_batches_are_summed_then_divided_once() -> None:
-    outputs = [output(6.0, 3.0, 1.0, 2.0), output(1.0, 1.0, 0.0, 6.0)]
-    with world(torch.device("cpu")):
-        sums, counts = metrics.reduce(outputs, [70, 1], torch.device("cpu"))
+    outputs = [output(6.0, 3.0, accuracy=(1.0, 2.0)), output(1.0, 1.0, accuracy=(0.0, 6.0))]
+    extra = [70, torch.tensor(0.25), 1]  # numbers and tensors in any order
+    with world(CPU):
+        sums, counts = metrics.Reducer("pkg 1", CPU).reduce(outputs, extra)
     assert sums.ratios() == {"loss": 7 / 4, "accuracy": 1 / 8}
-    assert counts == [70, 1]
+    assert counts == [70, 0.25, 1]
     other = metrics.Sums({"loss": (1.0, 4.0), "never": (0.0, 0.0)})
     sums.merge(other)
     assert sums.ratios() == {"loss": 1.0, "accuracy": 1 / 8}
 
 
+def test_large_counts_stay_exact() -> None:
+    tokens = 2**40 + 1
+    with world(CPU):
+        _, counts = metrics.Reducer("pkg 1", CPU).reduce([output(1.0, 1.0)], [tokens])
+    assert counts == [tokens]
+
+
+@pytest.mark.parametrize(
+    "name", [*sorted(RESERVED_METRICS), "seconds_data", "validation/accuracy", "eval/x"]
+)
+def test_the_cores_own_names_are_refused(name: str) -> None:
+    with world(CPU), pytest.raises(PluginError) as error:
+        metrics.Reducer("pkg 1", CPU).reduce([output(1.0, 1.0, **{name: (1.0, 1.0)})], [])
+    assert str(error.value).startswith(
+        f"pkg 1, specforge_train_step: the metric name {name!r} is the core's own"
+    )
+
+
+def test_a_micro_batch_with_other_metrics_is_refused() -> None:
+    reducer = metrics.Reducer("pkg 1", CPU)
+    message = r"its metrics were \['a'\], and now are \['a', 'b'\]. Their names must not depend"
+    first, other = output(1.0, 1.0, a=(1.0, 1.0)), output(1.0, 1.0, a=(1.0, 1.0), b=(1.0, 1.0))
+    with world(CPU):
+        with pytest.raises(PluginError, match=message):  # in the first step
+            metrics.Reducer("pkg 1", CPU).reduce([first, other], [])
+        reducer.reduce([first], [])
+        with pytest.raises(PluginError, match=message):  # and in a later one
+            reducer.reduce([other], [])
+
+
 def test_a_resumed_run_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    file = metrics.MetricsFile(tmp_path)
+    file.start({"step": 0})
     for step in (10, 20, 30):
-        metrics.append(tmp_path, step, {"loss": float(step)})
-    with (tmp_path / metrics.METRICS).open("a") as file:
-        file.write('{"step": 4')
-    metrics.rewind(tmp_path, 20)
-    lines = (tmp_path / metrics.METRICS).read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [10, 20]
+        file.log(step, {"loss": float(step)})
+    file.close()
+    with file.path.open("a") as torn:
+        torn.write('{"step": 4')
+    again = metrics.MetricsFile(tmp_path)
+    again.start({"step": 20})
+    again.log(25, {"loss": 0.5})
+    rows = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 25]
+
+
+class Told:
+    """A tracker that remembers, and fails where it is told to."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.calls = fails, list[str]()
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if call == self.fails:
+            raise ConnectionError("no route to host")
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        self._note("start")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._note(f"log {step}")
+
+    def event(self, name: str, values: Mapping[str, Any]) -> None:
+        self._note(f"{name} {values['step']}")
+
+    def close(self) -> None:
+        self._note("close")
+
+
+@pytest.mark.parametrize("fails", ["start", "log 2", "checkpoint 2", "close"])
+def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
+    fails: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, good = Told(fails), Told()
+    trackers = metrics.Trackers([("specforge-broken 1.0", broken), ("good 1.0", good)])
+    trackers.start({"step": 0})
+    for step in (1, 2, 3):
+        trackers.log(step, {"loss": 1.0})
+        trackers.event("checkpoint", step=step)
+    trackers.close()
+    calls = [
+        "start",
+        *(f"{what} {i}" for i in (1, 2, 3) for what in ("log", "checkpoint")),
+        "close",
+    ]
+    assert good.calls == calls
+    assert broken.calls == calls[: calls.index(fails) + 1]
+    shown = " ".join("".join(capsys.readouterr()).split())
+    assert shown.count("warning: ") == 1
+    assert "the tracker of specforge-broken 1.0 failed (ConnectionError: no route" in shown

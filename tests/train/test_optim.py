@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,37 +10,44 @@ from torch import nn
 from specforge_core.config import TrainConfig
 from specforge_core.errors import ConfigError
 from specforge_core.train.optim import (
+    SCHEDULES,
     build_optimizers,
+    local_gradients,
     lr_factor,
-    scale_gradients,
+    remember_peaks,
     set_learning_rate,
+    square_norm,
 )
 from specforge_core.types import Draft
 
 
+def factor(step: int, total_steps: int, config: TrainConfig) -> float:
+    return lr_factor(step, total_steps, config, partial(SCHEDULES[config.schedule], config=config))
+
+
 def test_warmup_is_linear_and_reaches_the_peak() -> None:
     config = TrainConfig(schedule="constant", warmup_ratio=0.1)
-    factors = [lr_factor(step, 100, config) for step in range(100)]
+    factors = [factor(step, 100, config) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert factors[10:] == [1.0] * 90
 
 
 def test_cosine_ends_at_the_minimum() -> None:
     config = TrainConfig(schedule="cosine", warmup_ratio=0.0, min_lr_ratio=0.1)
-    assert lr_factor(0, 101, config) == 1.0
-    assert lr_factor(50, 101, config) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert lr_factor(25, 101, config) == pytest.approx(0.1 + 0.45 * (1 + math.sqrt(0.5)))
-    assert lr_factor(100, 101, config) == pytest.approx(0.1)
+    assert factor(0, 101, config) == 1.0
+    assert factor(50, 101, config) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert factor(25, 101, config) == pytest.approx(0.1 + 0.45 * (1 + math.sqrt(0.5)))
+    assert factor(100, 101, config) == pytest.approx(0.1)
 
 
 def test_wsd_stays_then_falls_linearly() -> None:
     config = TrainConfig(schedule="wsd", warmup_ratio=0.0, decay_ratio=0.2, min_lr_ratio=0.5)
-    assert lr_factor(80, 101, config) == pytest.approx(1.0)
-    assert lr_factor(90, 101, config) == pytest.approx(0.75)
-    assert lr_factor(100, 101, config) == pytest.approx(0.5)
+    assert factor(80, 101, config) == pytest.approx(1.0)
+    assert factor(90, 101, config) == pytest.approx(0.75)
+    assert factor(100, 101, config) == pytest.approx(0.5)
 
 
-def test_only_matrices_are_decayed_and_muon_takes_those_of_the_shard_units() -> None:
+def test_only_matrices_are_decayed_and_muon_takes_those_of_the_hidden_units() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(4, 4), "layer": nn.Linear(4, 4)})
     draft = Draft(model=model, shard=(model["layer"],))
     (adamw,) = build_optimizers(draft, TrainConfig(weight_decay=0.5))
@@ -49,24 +57,38 @@ def test_only_matrices_are_decayed_and_muon_takes_those_of_the_shard_units() -> 
     assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model["layer"].weight)]
 
 
-def test_muon_takes_the_matrices_of_repeated_units_too() -> None:
+def test_muon_takes_the_matrices_of_compiled_units_or_of_those_named_hidden() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(4, 4), "layer": nn.Linear(4, 4)})
     draft = Draft(model=model, compile=(model["layer"],))
     _, muon = build_optimizers(draft, TrainConfig(optimizer="muon"))
     assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model["layer"].weight)]
 
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "layer": nn.Linear(4, 4)})
+    named = Draft(model=model, shard=(model["layer"],), hidden=(model["fc"],))
+    _, muon = build_optimizers(named, TrainConfig(optimizer="muon"))
+    assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model["fc"].weight)]
+
 
 def test_muon_without_hidden_matrices_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no matrix in its shard units"):
+    with pytest.raises(ConfigError, match="names no hidden layer with a matrix for it"):
         build_optimizers(Draft(model=nn.Linear(4, 4)), TrainConfig(optimizer="muon"))
 
 
-def test_learning_rates_and_gradients_are_scaled() -> None:
+def test_learning_rates_are_their_peak_times_a_factor() -> None:
     model = nn.Linear(3, 1)
     (adamw,) = build_optimizers(Draft(model=model), TrainConfig(learning_rate=0.5))
+    adamw.param_groups[0]["lr"] = 0.25  # as a plugin's groups may have peaks of their own
+    remember_peaks([adamw])
     for _ in range(2):  # from the peak each time, not from the last value
         set_learning_rate([adamw], 0.1)
-    assert {g["lr"] for g in adamw.param_groups} == {0.05}
-    model(torch.ones(1, 3)).sum().backward()
-    scale_gradients(model, 4.0)
-    assert torch.equal(model.weight.grad, torch.full((1, 3), 4.0))
+    assert [g["lr"] for g in adamw.param_groups] == [0.025, 0.05]
+
+
+def test_the_norm_of_all_gradients() -> None:
+    model = nn.Linear(3, 1)
+    model(torch.tensor([[1.0, 2.0, 2.0]])).sum().backward()
+    gradients = local_gradients(model)
+    assert square_norm(gradients).item() == 1 + 4 + 4 + 1
+    gradients[0].mul_(2)  # they share memory with the parameters' own
+    assert model.weight.grad is not None
+    assert model.weight.grad.tolist() == [[2.0, 4.0, 4.0]]

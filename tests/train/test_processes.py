@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from specforge_core.testing.runs import cli, finish, lines, load, losses
-from specforge_core.train import checkpoint
+from specforge_core.drafts import checkpoint
+from specforge_core.testing.runs import SECONDS, cli, finish, lines, load, losses
 from specforge_core.train.run import train
 
 from ..runs import linear_run
@@ -68,6 +69,81 @@ def test_muon_gives_the_same_on_two_ranks(config: Path, tmp_path: Path, env: Any
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=2e-3)
 
 
+COUNTING = """
+    import os
+    import torch.distributed as dist
+    from specforge_core import hookimpl
+    import specforge_linear
+    from specforge_linear import specforge_adapter, specforge_config, specforge_draft
+
+    @hookimpl
+    def specforge_train_step():
+        def step(draft, batch, ctx):
+            ids, documents = batch["input_ids"][0], batch["document_ids"][0]
+            with open(f"{os.environ['SEEN']}/{os.getpid()}", "a") as file:
+                for number in documents.unique().tolist():
+                    file.write(f"{ids[documents == number].tolist()}\\n")
+            return specforge_linear.train_step(draft, batch, ctx)
+        return step
+    """
+
+
+@pytest.mark.slow
+def test_a_run_resumed_under_other_numbers_of_ranks_sees_every_sample_once_an_epoch(
+    config: Path, tmp_path: Path, env: Any
+) -> None:
+    env.strategy("counting", COUNTING)
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(env.path), "SEEN": str(seen)}
+    # ranks, batch_size, accumulate, steps in all: 6 + 12 + 12 + 10 samples, 2 epochs of 20
+    plan = [(1, 2, 1, 3), (2, 1, 2, 6), (3, 2, 1, 8), (1, 5, 2, 9)]
+    for ranks, size, accumulate, steps in plan:
+        options = ("strategy.name=counting", f"train.batch_size={size}", "train.save_every=100")
+        options += (f"train.accumulate={accumulate}", f"train.max_steps={steps}")
+        command = ("train", "-c", str(config), "--nproc", str(ranks), *options)
+        finish(cli(*command, env=environment))
+    assert checkpoint.read_state(checkpoint.find(tmp_path / "run")).position == 40
+    lines_ = [line for file in seen.iterdir() for line in file.read_text().splitlines()]
+    counts = Counter(lines_)
+    assert len(counts) == 20
+    assert set(counts.values()) == {2}
+
+
+@pytest.mark.slow
+def test_metrics_that_hang_on_the_rank_are_refused_on_all(
+    config: Path, tmp_path: Path, env: Any
+) -> None:
+    env.strategy(
+        "uneven",
+        """
+        import torch.distributed as dist
+        from specforge_core import hookimpl
+        from specforge_core.types import StepOutput
+        import specforge_linear
+        from specforge_linear import specforge_adapter, specforge_config, specforge_draft
+
+        @hookimpl
+        def specforge_train_step():
+            def step(draft, batch, ctx):
+                out = specforge_linear.train_step(draft, batch, ctx)
+                metrics = dict(out.metrics)
+                if dist.get_rank() == 1:
+                    metrics["extra"] = metrics["accuracy"]
+                return StepOutput(loss_sum=out.loss_sum, weight=out.weight, metrics=metrics)
+            return step
+        """,
+    )
+    environment = os.environ | {"PYTHONPATH": str(env.path)}
+    options = ("--nproc", "2", "strategy.name=uneven")
+    process = cli("train", "-c", str(config), *options, env=environment)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    text = " ".join((out + err).split())
+    assert "specforge-uneven 0.1.0, specforge_train_step: rank 0 has the metrics" in text
+    assert not checkpoint.checkpoints(tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_kill_9_loses_nothing_that_was_saved(config: Path, tmp_path: Path) -> None:
     steps = ("train.max_steps=60", "train.save_every=5")
@@ -120,7 +196,6 @@ def test_a_thread_that_still_runs_does_not_make_the_end_an_abort(
         "restless",
         """
         import atexit, threading
-        from pathlib import Path
         import torch
         from specforge_core import hookimpl
         from specforge_linear import (
@@ -131,10 +206,23 @@ def test_a_thread_that_still_runs_does_not_make_the_end_an_abort(
             while True:  # every addition gives the interpreter's lock back and takes it again
                 values + values
 
+        class Restless:
+            def __init__(self, output_dir):
+                self.output_dir = output_dir
+
+            def start(self, info): ...
+
+            def log(self, step, metrics):
+                threading.Thread(target=work, daemon=True).start()
+                atexit.register((self.output_dir / "ended").touch)
+
+            def event(self, name, values): ...
+
+            def close(self): ...
+
         @hookimpl
-        def specforge_step_finished(output_dir):
-            threading.Thread(target=work, daemon=True).start()
-            atexit.register((Path(output_dir) / "ended").touch)
+        def specforge_tracker(run):
+            return Restless(run.output_dir)
         """,
     )
     environment = os.environ | {"PYTHONPATH": str(env.path)}

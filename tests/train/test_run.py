@@ -15,9 +15,17 @@ import yaml
 from safetensors.torch import load_file
 
 from specforge_core.capture.job import run_capture
-from specforge_core.errors import CheckpointError, ConfigError, DataError, RunError
+from specforge_core.drafts.checkpoint import STATE, checkpoints, find
+from specforge_core.errors import (
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PluginError,
+    RunError,
+)
 from specforge_core.testing.runs import lines, load, losses
-from specforge_core.train import checkpoint
+from specforge_core.train.metrics import Reducer
 from specforge_core.train.plan import plan_run
 from specforge_core.train.run import train
 
@@ -33,7 +41,7 @@ def config(tmp_path: Path, toy_target: Path) -> Path:
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
-    for file in sorted(checkpoint.find(path).glob("*.safetensors")):
+    for file in sorted(find(path).glob("*.safetensors")):
         found |= load_file(file)
     return found
 
@@ -83,15 +91,26 @@ def test_a_finished_run_does_nothing_more(config: Path, tmp_path: Path) -> None:
 
 def test_only_the_newest_checkpoints_are_kept(config: Path, tmp_path: Path) -> None:
     train(*load(config, "train.save_every=1", "train.keep=2"))
-    names = [path.name for path in checkpoint.checkpoints(tmp_path / "run")]
+    names = [path.name for path in checkpoints(tmp_path / "run")]
     assert names == ["step-00000005", "step-00000006"]
+
+
+WIDE = """
+    from specforge_core import hookimpl
+    from specforge_core.types import Draft
+    from specforge_linear import (
+        Head, specforge_adapter, specforge_config, specforge_train_step)
+    @hookimpl
+    def specforge_draft(target):
+        return Draft(model=Head(target.hidden_size, target.vocab_size + 1))
+    """
 
 
 def test_a_checkpoint_of_another_strategy_or_shape_is_refused(
     config: Path, tmp_path: Path, env: Any
 ) -> None:
     train(*load(config))
-    state = checkpoint.find(tmp_path / "run") / checkpoint.STATE
+    state = find(tmp_path / "run") / STATE
     other = json.loads(state.read_text()) | {"strategy": "another"}
     kept = state.read_text()
     state.write_text(json.dumps(other))
@@ -100,15 +119,7 @@ def test_a_checkpoint_of_another_strategy_or_shape_is_refused(
     state.write_text(kept)
     env.strategy(
         "wide",
-        """
-        from specforge_core import hookimpl
-        from specforge_core.types import Draft
-        from specforge_linear import (
-            Head, specforge_adapter, specforge_config, specforge_train_step)
-        @hookimpl
-        def specforge_draft(target):
-            return Draft(model=Head(target.hidden_size, target.vocab_size + 1))
-        """,
+        WIDE,
     )
     state.write_text(json.dumps(json.loads(kept) | {"strategy": "wide"}))
     with pytest.raises(CheckpointError, match=r"model\.weight has shape \[260, 32\] in it"):
@@ -129,31 +140,131 @@ def test_data_of_which_nothing_can_be_trained_on_is_an_error(config: Path, env: 
             specforge_adapter, specforge_config, specforge_draft, specforge_train_step)
         @hookimpl
         def specforge_transform():
-            return lambda sample: None
+            return lambda sample, generator: None
         """,
     )
     with pytest.raises(DataError, match="none of 20 samples can be trained on"):
         train(*load(config, "strategy.name=picky"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config: Path, env: Any) -> None:
-    env.strategy(
-        "notanumber",
-        """
-        from specforge_core import hookimpl
-        from specforge_core.types import StepOutput
-        import specforge_linear
-        from specforge_linear import specforge_adapter, specforge_config, specforge_draft
-        @hookimpl
-        def specforge_train_step():
-            def step(draft, batch, ctx):
-                out = specforge_linear.train_step(draft, batch, ctx)
-                return StepOutput(loss_sum=out.loss_sum * float("nan"), weight=out.weight, metrics=out.metrics)
-            return step
-        """,
-    )
-    with pytest.raises(RunError, match="the loss of step 1 is nan"):
-        train(*load(config, "strategy.name=notanumber"))
+STEP = """
+    import torch
+    from specforge_core import hookimpl
+    from specforge_core.types import Ratio, StepOutput
+    import specforge_linear
+    from specforge_linear import specforge_adapter, specforge_config, specforge_draft
+
+    class Bad(torch.autograd.Function):  # right forward, and no gradient to use
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("inf")
+
+    @hookimpl
+    def specforge_train_step():
+        def step(draft, batch, ctx):
+            out = specforge_linear.train_step(draft, batch, ctx)
+            loss, weight, metrics = out.loss_sum, out.weight, dict(out.metrics)
+            CHANGE
+            return StepOutput(loss_sum=loss, weight=weight, metrics=metrics)
+        return step
+    """
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ('loss = loss * float("nan")', RunError, "the loss of step 1 is nan"),
+        ("loss = Bad.apply(loss)", RunError, "the gradient norm of step 1 is (inf|nan)"),
+        (
+            'metrics["loss"] = metrics["accuracy"]',
+            PluginError,
+            "specforge-odd 0.1.0, specforge_train_step: the metric name 'loss' is the core's own",
+        ),
+        (
+            "metrics.pop('accuracy') if ctx.step else None",
+            PluginError,
+            "specforge-odd 0.1.0, specforge_train_step: its metrics were .* Their names must not",
+        ),
+        ("return loss", PluginError, "specforge_train_step: returned Tensor, expected StepOutput"),
+        ("metrics['x']", PluginError, "specforge-odd 0.1.0, specforge_train_step: KeyError: 'x'"),
+    ],
+)
+def test_a_step_that_is_wrong_ends_the_run_before_its_weights_are_saved(
+    config: Path, tmp_path: Path, env: Any, change: str, error: type[Exception], message: str
+) -> None:
+    env.strategy("odd", STEP.replace("CHANGE", change))
+    with pytest.raises(error, match=message):
+        train(*load(config, "strategy.name=odd", "train.save_every=1", "train.accumulate=1"))
+    found = checkpoints(tmp_path / "run")
+    assert len(found) == ("ctx.step" in change)
+    assert all(values.isfinite().all() for path in found for values in weights(path).values())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.optimizer=sgd", "train.optimizer 'sgd' is not provided by any installed plugin"),
+        ("train.schedule=step", "train.schedule 'step' is not provided by any installed plugin"),
+    ],
+)
+def test_an_optimizer_or_schedule_that_nobody_provides_is_an_error(
+    config: Path, override: str, message: str
+) -> None:
+    with pytest.raises(PluginError, match=message):
+        train(*load(config, override))
+
+
+def test_a_step_in_which_nothing_is_supervised_changes_nothing(
+    config: Path, tmp_path: Path, env: Any
+) -> None:
+    env.strategy("odd", STEP.replace("CHANGE", "loss, weight = loss * 0, weight * 0"))
+    train(*load(config, "strategy.name=odd", "train.save_every=1", "train.keep=9"))
+    first, *_, last = checkpoints(tmp_path / "run")
+    one, other = weights(first), weights(last)
+    assert all(torch.equal(one[name], other[name]) for name in one if name.startswith("model."))
+
+
+VARIANT = """
+    from specforge_core import hookimpl
+    from specforge_linear import (
+        specforge_adapter, specforge_config, specforge_draft, specforge_train_step)
+    """
+
+
+def test_a_second_strategy_that_asks_for_the_same_trains_on_one_capture(
+    config: Path, tmp_path: Path, env: Any
+) -> None:
+    env.strategy("variant", VARIANT)
+    offline = f"data.capture_dir={tmp_path / 'capture'}"
+    run_capture(*load(config, offline))
+    train(*load(config, offline))
+    other = f"output_dir={tmp_path / 'other'}"
+    train(*load(config, offline, other, "strategy.name=variant"))
+    assert losses(tmp_path / "other") == losses(tmp_path / "run")
+    with pytest.raises(CaptureError, match=r"captured layers: \[4\] in the capture, \[2\] in this"):
+        train(*load(config, offline, other, "strategy.name=variant", "strategy.layer=2"))
+
+
+def test_a_run_may_begin_with_another_strategys_weights_if_they_fit(
+    config: Path, tmp_path: Path, env: Any
+) -> None:
+    env.strategy("variant", VARIANT)
+    train(*load(config))
+    variant, more = "strategy.name=variant", f"output_dir={tmp_path / 'more'}"
+    begun = f"train.init_from={tmp_path / 'run'}"
+    train(*load(config, variant, more, begun, "train.learning_rate=1e-9"))
+    ours, theirs = weights(tmp_path / "more"), weights(tmp_path / "run")
+    for name in theirs:
+        if name.startswith("model."):
+            torch.testing.assert_close(ours[name], theirs[name])
+    with pytest.raises(ConfigError, match=r"already began from .* and would be resumed"):
+        train(*load(config, variant, more, "train.init_from=elsewhere"))
+    env.strategy("wide", WIDE)
+    with pytest.raises(CheckpointError, match=r"model\.weight has shape \[260, 32\] in it"):
+        train(*load(config, "strategy.name=wide", f"output_dir={tmp_path / 'wide'}", begun))
 
 
 def test_the_plan_says_what_would_happen_and_does_nothing(config: Path, tmp_path: Path) -> None:
@@ -168,17 +279,15 @@ def test_the_plan_says_what_would_happen_and_does_nothing(config: Path, tmp_path
 def test_a_signal_while_ranks_agree_is_not_lost(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from specforge_core.train import metrics
+    reduce = Reducer.reduce
 
-    reduce = metrics.reduce
-
-    def interrupted(*arguments: Any) -> Any:
-        found = reduce(*arguments)
+    def interrupted(self: Reducer, *arguments: Any) -> Any:
+        found = reduce(self, *arguments)
         if not sent:
             sent.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
     sent: list[bool] = []
-    monkeypatch.setattr(metrics, "reduce", interrupted)
+    monkeypatch.setattr(Reducer, "reduce", interrupted)
     assert train(*load(config)).step == 2
