@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CaptureError
 from ..types import TargetInfo
-from .weights import load_target_tensors
+from .weights import load_head_bias, load_target_tensors
 
 ROWS = 512  # whose logits exist at a time
 
@@ -51,8 +51,14 @@ class Head:
     @classmethod
     def load(cls, info: TargetInfo) -> Head:
         """Read the head from the target's files, on the CPU, without padding rows."""
-        weight = load_target_tensors(info, ("lm_head",))["lm_head"][: info.vocab_size]
-        return cls(weight=weight, scale=head_scale(info.config), softcap=head_softcap(info.config))
+        weight = load_target_tensors(info, ("lm_head",))["lm_head"]
+        bias = load_head_bias(info)
+        return cls(
+            weight=weight[: info.vocab_size],
+            bias=None if bias is None else bias[: info.vocab_size],
+            scale=head_scale(info.config),
+            softcap=head_softcap(info.config),
+        )
 
     def logits(self, states: Tensor) -> Tensor:
         """Return [..., V] float32 (float64 for float64) for normed final states [..., H]."""
@@ -77,8 +83,9 @@ def head_scale(config: Mapping[str, Any]) -> float:
     """Return what a target multiplies its logits by."""
     if config.get("logits_scaling") is not None:  # Granite divides
         return 1.0 / float(config["logits_scaling"])
-    if config.get("logit_scale") is not None:  # Cohere
-        return float(config["logit_scale"])
+    for key in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
+        if config.get(key) is not None:
+            return float(config[key])
     return 1.0
 
 

@@ -57,6 +57,16 @@ def load_target_tensors(target: TargetInfo, names: Iterable[str]) -> dict[str, T
     return tensors
 
 
+def load_head_bias(target: TargetInfo) -> Tensor | None:
+    """Return what the head adds [V] before its scale, on the CPU; None for most targets."""
+    files = tensor_files(target)
+    if (key := _spelled("lm_head", files, "bias")) is None:
+        return None
+    with safe_open(str(files[key]), framework="pt") as file:
+        bias: Tensor = file.get_tensor(key)
+    return bias
+
+
 def embedding_scale(target: TargetInfo) -> float:
     """Return what the target multiplies its embeddings by before the first layer."""
     config = target.config
@@ -123,11 +133,11 @@ def _find(target: TargetInfo, name: str, keys: Iterable[str]) -> str:
     return key
 
 
-def _spelled(name: str, keys: Iterable[str]) -> str | None:
+def _spelled(name: str, keys: Iterable[str], kind: str = "weight") -> str | None:
     found = []
     for key in keys:
-        *path, last, kind = key.split(".") if key.count(".") else ("", key, "")
-        if kind == "weight" and last in SPELLINGS[name] and not _elsewhere(path):
+        *path, last, end = key.split(".") if key.count(".") else ("", key, "")
+        if end == kind and last in SPELLINGS[name] and not _elsewhere(path):
             found.append(key)
     return min(found, key=len, default=None)
 
