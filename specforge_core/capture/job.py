@@ -124,7 +124,8 @@ def _fill(
             if writer.done.issuperset(chosen):
                 continue
             asked = [prompts[i] for i in chosen]
-            for index, sample in capture_in_order(job.strategy, engine, job.adapter, asked, window):
+            captured = capture_in_order(job.strategy, engine, job.adapter, asked, window)
+            for prompt, (index, sample) in zip(asked, captured, strict=True):
                 if index in writer.done:
                     continue
                 if sample is None:
@@ -135,6 +136,6 @@ def _fill(
                         writer.begin(counts)
                         begun = True
                     writer.add(index, stored)
-                tokens += len(prompts[index].input_ids)
+                tokens += len(prompt.input_ids)
                 rate = tokens / (time.monotonic() - started)
                 progress.advance(note=f"{rate:,.0f} tokens/s")
