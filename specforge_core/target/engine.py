@@ -68,10 +68,10 @@ class TransformersEngine:
         ids = pad_sequence([p.input_ids for p in prompts], batch_first=True)
         with tap_states(self.model, spec, stop=True) as taps:
             self._decoder(input_ids=ids.to(self.model.device), use_cache=False)
+        tokens, sums = self._through_head(spec, taps, prompts)
         captures = []
         for row, prompt in enumerate(prompts):
             end = len(prompt.input_ids)
-            tokens, sums = self._through_head(spec, taps.normed, row, end)
             captures.append(
                 TargetCapture(
                     index=prompt.index,
@@ -79,20 +79,28 @@ class TransformersEngine:
                     loss_mask=prompt.loss_mask,
                     hidden_states={i: taps.hidden_states[i][row, :end] for i in spec.layers},
                     final=None if taps.final is None else taps.final[row, :end],
-                    next_tokens=tokens,
-                    logsumexp=sums,
+                    next_tokens=tokens[row],
+                    logsumexp=sums[row],
                 )
             )
         _check_finite(captures, taps)
         return captures
 
     def _through_head(
-        self, spec: CaptureSpec, normed: Tensor | None, row: int, end: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if normed is None or not (spec.next_tokens or spec.logsumexp):
-            return None, None
-        tokens, sums = self._head.summarize(normed[row, :end])
-        return tokens.cpu() if spec.next_tokens else None, sums.cpu() if spec.logsumexp else None
+        self, spec: CaptureSpec, taps: Taps, prompts: Sequence[Prompt]
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """Return every prompt's next tokens and log-sum-exp, on the CPU, where they are wanted."""
+        nothing = [None] * len(prompts)
+        if not (spec.next_tokens or spec.logsumexp):
+            return nothing, nothing
+        assert taps.normed is not None
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        rows = [taps.normed[row, :end] for row, end in enumerate(lengths)]
+        tokens, sums = self._head.summarize(torch.cat(rows))
+        return (
+            torch.split(tokens.cpu(), lengths) if spec.next_tokens else nothing,
+            torch.split(sums.cpu(), lengths) if spec.logsumexp else nothing,
+        )
 
     def generate(self, prompts: Sequence[Prompt], options: GenerateOptions) -> Iterator[Generated]:
         """Answer every prompt, `batch_size` of like lengths at a time, the longest first.

@@ -104,4 +104,4 @@ def local_gradients(model: nn.Module) -> list[Tensor]:
 def square_norm(grads: list[Tensor]) -> Tensor:
     """Return the sum of squares of this rank's gradients, a scalar on their device."""
     norms = torch._foreach_norm([g for g in grads if g.numel()])
-    return torch.stack([n.double() for n in norms]).square().sum()
+    return torch.stack(list(norms)).double().square().sum()
