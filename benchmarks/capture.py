@@ -113,7 +113,7 @@ def main() -> None:
     fields = {
         "input_ids": tokens,
         "loss_mask": tokens,
-        "hidden": Field((None, len(layers) * info.hidden_size), dtype),
+        "hidden": Field(shape=(None, len(layers) * info.hidden_size), dtype=dtype),
         "final": Field((None, info.hidden_size), dtype),
     }
     adapter = Concat(CaptureSpec(layers=layers, final="post_norm", fields=fields))
