@@ -15,6 +15,7 @@ from ..errors import CaptureError, ConfigError
 from ..types import CaptureSpec, Prompt, TargetCapture, TargetInfo
 from .asked import check_prompts
 from .batching import group_by_length
+from .layout import finite_advice
 from .taps import Taps, find_parts, tap_states
 
 
@@ -151,7 +152,7 @@ def _check_finite(captures: Sequence[TargetCapture], taps: Taps) -> None:
             if bad := int((~state.isfinite()).any(-1).sum()):
                 raise CaptureError(
                     f"prompt {capture.index}: {name} is not finite at {bad} of {len(state)} tokens "
-                    f"({state.dtype}). Try: target.dtype=float32"
+                    f"({state.dtype}). {finite_advice(state.dtype)}"
                 )
 
 

@@ -56,6 +56,16 @@ def layout_problems(fields: Mapping[str, Field], sample: Sample) -> list[Problem
     return sorted(problems, key=str)
 
 
+def finite_advice(dtype: torch.dtype) -> str:
+    """Return what to try where values of `dtype` are not finite."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return "Try: target.dtype=float32"
+    return (
+        "No dtype is wider: the target's weights, or what it was given, are bad. Try another "
+        "target.revision or target.path; for captures there are: specforge verify CAPTURE_DIR"
+    )
+
+
 def non_finite(sample: Sample) -> list[str]:
     """Return the fields that hold a NaN or an infinity."""
     floating = {name: tensor for name, tensor in sample.items() if tensor.is_floating_point()}

@@ -21,7 +21,7 @@ from ..strategy import Strategy
 from ..types import Adapter, Problem, Prompt, Sample, TargetEngine
 from .hf import load_target_info
 from .identity import capture_identity
-from .layout import non_finite
+from .layout import finite_advice, non_finite
 from .manifest import CaptureManifest
 from .recapture import Fresh, compare
 from .writer import ShardWriter
@@ -152,9 +152,10 @@ def _fill(job: Job, writer: ShardWriter, prompts: PromptSet, order: Sequence[int
 def to_host(index: int, sample: Sample) -> Sample:
     """Return a sample on the CPU; CaptureError naming the prompt where it is not finite."""
     if bad := non_finite(sample):
+        dtype = sample[bad[0]].dtype
         raise CaptureError(
             f"prompt {index}: field {bad[0]!r} is not finite as the strategy's adapter returned "
-            f"it ({sample[bad[0]].dtype}). Try: target.dtype=float32"
+            f"it ({dtype}). {finite_advice(dtype)}"
         )
     return {name: tensor.detach().cpu() for name, tensor in sample.items()}
 

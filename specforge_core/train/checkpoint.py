@@ -47,6 +47,7 @@ class TrainState:
     """Everything a resumed run needs that is no tensor."""
 
     step: int  # optimizer steps done
+    total_steps: int  # that the schedule of learning rates was over
     num_tokens: int  # trained on, by all ranks
     seconds: float  # spent training
     strategy: str

@@ -28,6 +28,7 @@ from .checkpoint import TrainState, decode_generator, encode_generator
 from .dist import World
 from .feed import Feed
 from .optim import lr_factor, scale_gradients, set_learning_rate
+from .resume import check_optimizer, learning_rate_change
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class Trainer:
             return
         state = checkpoint.read_state(found[-1])
         checkpoint.check_strategy(found[-1], state, self.strategy.name)
+        check_optimizer(found[-1], state, self.run.train)
         checkpoint.load(found[-1], self.draft.model, self.optimizers)
         self.step, self.num_tokens, self.seconds = state.step, state.num_tokens, state.seconds
         if state.world_size == self.world.size:
@@ -99,6 +101,8 @@ class Trainer:
         if self.world.main:
             metrics.rewind(self.run.output_dir, self.step)
             console.print(f"resuming at step {self.step} from {found[-1]}", markup=False)
+            if change := learning_rate_change(state, self.run.train, self.total_steps):
+                console.print(change, markup=False)
 
     def loop(self) -> TrainReport:
         """Train until the last step or a signal to stop; save; say where."""
@@ -206,6 +210,7 @@ class Trainer:
         dist.all_gather_object(everyone, mine)
         state = TrainState(
             step=self.step,
+            total_steps=self.total_steps,
             num_tokens=self.num_tokens,
             seconds=self.seconds,
             strategy=self.strategy.name,
