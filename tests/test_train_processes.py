@@ -73,7 +73,9 @@ def test_muon_gives_the_same_on_two_ranks(config: Path, tmp_path: Path, env: Any
         )
     )
     # Newton-Schulz runs in bfloat16, so the two agree only to its rounding
-    close(losses(tmp_path / "two"), losses(tmp_path / "run"), terms=1, dtype=torch.bfloat16)
+    # of updates, of which a loss sees the mean of many: a quarter of one rounding
+    found, want = losses(tmp_path / "two"), losses(tmp_path / "run")
+    close(found, want, terms=1, factor=0.25, dtype=torch.bfloat16)
 
 
 @pytest.mark.slow
