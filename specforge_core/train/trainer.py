@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from . import checkpoint, metrics
 from .checkpoint import TrainState, decode_generator, encode_generator
 from .dist import World
 from .feed import Feed
+from .machine import Machine
 from .optim import lr_factor, scale_gradients, set_learning_rate
 
 
@@ -68,6 +69,7 @@ class Trainer:
     run: RunConfig
     strategy: Strategy
     world: World
+    machine: Machine
     feed: Feed
     draft: Draft
     model: FSDPModule
@@ -214,6 +216,7 @@ class Trainer:
             generators=[text for _, text in everyone],
             config=self.run.model_dump(mode="json"),
             versions=_versions(self.strategy),
+            machine=asdict(self.machine),
             identity=self.feed.manifest.identity.model_dump(mode="json"),
         )
         return checkpoint.save(
