@@ -140,7 +140,7 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
 
     report = run_train(run, strategy)
     if os.environ.get("RANK", "0") == "0":
-        done = "finished" if report.step == report.total_steps else "stopped"
+        done = "finished" if report.finished else "stopped"
         click.echo(
             f"{done} at step {report.step}/{report.total_steps}: {report.num_tokens} tokens in "
             f"{report.seconds:.0f} s, checkpoint {report.checkpoint}"

@@ -101,6 +101,12 @@ class TrainConfig(Section):
         None, description="Start from these weights: a run, a checkpoint, or an exported draft."
     )
     max_steps: int | None = Field(None, gt=0, description="Optimizer steps; overrides epochs.")
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="The training ends by then, at the end of its schedule however many steps "
+        "it did; counts over resumes, without the loading.",
+    )
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
     batch_size: int = Field(1, gt=0, description="Samples per micro-batch and rank.")
     accumulate: int = Field(1, gt=0, description="Micro-batches per optimizer step.")

@@ -35,8 +35,11 @@ def wsd(progress: float, config: TrainConfig) -> float:
 SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}
 
 
-def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Return the learning rate of `step`, from 0, over its peak: a warm-up, then a schedule."""
+def lr_factor(step: float, total_steps: int, config: TrainConfig) -> float:
+    """Return the learning rate of `step`, from 0, over its peak: a warm-up, then a schedule.
+
+    A run that is limited in time may stand between two steps, further than it has counted.
+    """
     warmup = round(config.warmup_ratio * total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
