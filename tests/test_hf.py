@@ -203,8 +203,13 @@ def test_info_reads_no_weights(llama: TargetConfig, tmp_path: Path):
     [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)],
 )
 def test_dtype_auto_is_the_checkpoints_own(
-    llama: TargetConfig, tmp_path: Path, dtype: Any, expected: torch.dtype
+    llama: TargetConfig,
+    tmp_path: Path,
+    dtype: Any,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setattr("specforge_core.cpu.has_fast_bfloat16", lambda: True)
     model = transformers.AutoModelForCausalLM.from_pretrained(llama.path, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     engine = TransformersEngine.load(TargetConfig(path=str(tmp_path), dtype=dtype))

@@ -9,6 +9,7 @@ from torch import nn
 from specforge_core.config import TrainConfig
 from specforge_core.errors import ConfigError
 from specforge_core.testing.close import close
+from specforge_core.train.muon import orthogonalize
 from specforge_core.train.optim import (
     build_optimizers,
     lr_factor,
@@ -71,3 +72,36 @@ def test_learning_rates_and_gradients_are_scaled() -> None:
     model(torch.ones(1, 3)).sum().backward()
     scale_gradients(model, 4.0)
     assert torch.equal(model.weight.grad, torch.full((1, 3), 4.0))
+
+
+def test_muon_in_float32_does_what_torchs_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(quick: bool) -> list[torch.Tensor]:
+        dtype = torch.bfloat16 if quick else torch.float32
+        monkeypatch.setattr("specforge_core.train.optim.pick_dtype", lambda *_: dtype)
+        torch.manual_seed(0)
+        layer = nn.Sequential(nn.Linear(24, 40, bias=False), nn.Linear(40, 24, bias=False))
+        draft = Draft(nn.Sequential(layer, nn.LayerNorm(24)), shard_units=(layer,))
+        _, muon = build_optimizers(draft, TrainConfig(optimizer="muon", weight_decay=0.1))
+        assert (type(muon) is torch.optim.Muon) is quick
+        for _ in range(3):
+            layer(torch.randn(64, 24)).square().sum().backward()
+            muon.step()
+            muon.zero_grad()
+        return [p.detach() for p in layer.parameters()]
+
+    torch.manual_seed(0)
+    before = [nn.Linear(24, 40, bias=False).weight, nn.Linear(40, 24, bias=False).weight]
+    for start, ours, theirs in zip(before, trained(False), trained(True), strict=True):
+        moved = (theirs - start).norm()
+        assert moved > 0.01
+        assert (ours - theirs).norm() < 0.05 * moved
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    found = orthogonalize(torch.randn(shape), (3.4445, -4.775, 2.0315), 5)
+    values = torch.linalg.svdvals(found)
+    assert found.shape == shape
+    assert values.min() > 0.5
+    assert values.max() < 1.5

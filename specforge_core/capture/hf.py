@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import TargetConfig
+from ..cpu import pick_target_dtype
 from ..errors import CaptureError, ConfigError
 from ..types import CaptureSpec, Prompt, TargetCapture, TargetInfo
 from .asked import check_prompts
@@ -90,8 +91,9 @@ class TransformersEngine:
         pinned = target.model_copy(update={"revision": info.revision})  # the branch may move on
         # evaluation runs the target here whatever engine captures: its options are not for this one
         own = target.options if target.engine == "transformers" else {}
-        options = {"dtype": target.dtype, "output_loading_info": True, **own}
         device = pick_device(target.device)
+        dtype = pick_target_dtype(target.dtype, info.config.get("dtype"), device)
+        options = {"dtype": dtype, "output_loading_info": True, **own}
         model, report = _load(AutoModelForCausalLM, pinned, **options)
         # transformers would go on with random weights
         if missing := sorted(report["missing_keys"]):

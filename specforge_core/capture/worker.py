@@ -124,7 +124,7 @@ def _fill(job: Job, writer: ShardWriter, prompts: PromptSet, order: Sequence[int
     window = job.run.capture.window
     begun, tokens, started = False, 0, time.monotonic()
     with track("capturing", len(order)) as progress:
-        progress.advance(len(writer.done))
+        progress.skip(len(writer.done))
         # windows begin at fixed places and run whole, so that a resumed capture batches as an
         # uninterrupted one does: another batch would round differently
         for start in range(0, len(order), window):

@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class TrainState:
     config: dict[str, Any]
     versions: dict[str, str]
     identity: dict[str, Any]  # of the capture: target, layers, tokenizer, template
+    machine: dict[str, Any] = field(default_factory=dict)  # dtypes and threads it computed with
 
 
 def encode_generator(generator: torch.Generator) -> str:

@@ -11,44 +11,47 @@ from types import FrameType
 import torch
 
 from ..config import RunConfig, TrainConfig
+from ..cpu import DTYPES
 from ..data.loader import Share
 from ..errors import ConfigError
+from ..progress import console
 from ..strategy import Strategy
 from .claim import ORPHANED, claim, end_with_launcher
 from .dist import World, pick_device, world
 from .feed import Feed, open_feed
 from .fsdp import shard
 from .initial import first_draft
+from .machine import Machine, choose
 from .optim import build_optimizers
 from .trainer import Trainer, TrainReport
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def train(run: RunConfig, strategy: Strategy) -> TrainReport:
     """Train a draft as the config says; resumes from `output_dir` by itself."""
     config = run.train
     device = pick_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    machine = choose(run)
     end_with_launcher()
     with ExitStack() as stack:
         world_ = stack.enter_context(world(device))
         if world_.main:
             stack.enter_context(claim(run.output_dir))
+            console.print(f"training on {machine}", markup=False)
         feed = open_feed(run, strategy, Share(world_.rank, world_.size, config.seed))
         stack.callback(feed.close)
-        trainer = _build(run, strategy, world_, feed)
+        trainer = _build(run, strategy, world_, feed, machine)
         trainer.resume()
         with _stop_on_signal(trainer):
             return trainer.loop()
 
 
-def _build(run: RunConfig, strategy: Strategy, world_: World, feed: Feed) -> Trainer:
+def _build(
+    run: RunConfig, strategy: Strategy, world_: World, feed: Feed, machine: Machine
+) -> Trainer:
     config = run.train
     torch.manual_seed(config.seed)
     draft = first_draft(run, strategy, feed)
-    dtype = compute_dtype(config, world_.device)
+    dtype = DTYPES[machine.compute_dtype]
     draft.model.to(world_.device, torch.float32).train()
     if draft.frozen is not None:
         draft.frozen.to(world_.device, dtype).requires_grad_(False)
@@ -59,6 +62,7 @@ def _build(run: RunConfig, strategy: Strategy, world_: World, feed: Feed) -> Tra
         run=run,
         strategy=strategy,
         world=world_,
+        machine=machine,
         feed=feed,
         draft=draft,
         model=shard(draft, world_.mesh, dtype),
@@ -67,13 +71,6 @@ def _build(run: RunConfig, strategy: Strategy, world_: World, feed: Feed) -> Tra
         generator=torch.Generator().manual_seed(config.seed * 1_000_003 + world_.rank),
         total_steps=count_steps(config, feed.epoch_length, world_.size),
     )
-
-
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Return what the draft computes in: bfloat16 on a GPU, float32 on a CPU, or as asked."""
-    if config.compute_dtype != "auto":
-        return DTYPES[config.compute_dtype]
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def count_steps(config: TrainConfig, epoch_length: int | None, world_size: int) -> int:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from . import checkpoint, metrics
 from .checkpoint import TrainState, decode_generator, encode_generator
 from .dist import World
 from .feed import Feed
+from .machine import Machine
 from .optim import lr_factor, scale_gradients, set_learning_rate
 from .resume import check_optimizer, learning_rate_change
 
@@ -40,6 +41,7 @@ class TrainReport:
     num_tokens: int
     seconds: float
     checkpoint: Path
+    finished: bool  # the schedule came to its end, by steps or by time
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class Trainer:
     run: RunConfig
     strategy: Strategy
     world: World
+    machine: Machine
     feed: Feed
     draft: Draft
     model: FSDPModule
@@ -82,6 +85,8 @@ class Trainer:
     position: int = 0
     stop_asked: bool = False  # of this rank, by a signal at any moment
     stopping: bool = False  # as all ranks agreed
+    time_up: bool = False  # another step would end after train.max_minutes
+    began: float = 0.0  # when training would have begun, had it never been interrupted
 
     def resume(self) -> None:
         """Continue from the newest complete checkpoint of this output directory, if any."""
@@ -93,6 +98,7 @@ class Trainer:
         check_optimizer(found[-1], state, self.run.train)
         checkpoint.load(found[-1], self.draft.model, self.optimizers)
         self.step, self.num_tokens, self.seconds = state.step, state.num_tokens, state.seconds
+        self._watch_time(self.step, self.seconds)
         if state.world_size == self.world.size:
             self.position = state.positions[self.world.rank]
             self.generator.set_state(decode_generator(state.generators[self.world.rank]))
@@ -111,18 +117,20 @@ class Trainer:
         phases = Phases(config.profile)
         window = metrics.Sums()
         since, tokens_then = time.monotonic(), self.num_tokens
-        began = since - self.seconds
+        self.began = since - self.seconds
         saved = None
         label = f"training {self.strategy.name}"
         try:
             with track(label, self.total_steps, quiet=not self.world.main) as progress:
-                progress.advance(self.step)
-                while self.step < self.total_steps and not self.stopping:
+                progress.skip(self.step)
+                if config.max_minutes is not None:
+                    progress.deadline = self.began + 60 * config.max_minutes
+                while not self._ended():
                     sums, norm = self._optimizer_step(batches, phases)
                     window.merge(sums)
                     self.step += 1
-                    self.seconds = time.monotonic() - began
-                    last = self.step == self.total_steps or self.stopping
+                    self.seconds = time.monotonic() - self.began
+                    last = self._ended()
                     now = time.monotonic()
                     rate = (self.num_tokens - tokens_then) / (now - since)
                     loss = window.ratios().get("loss", math.nan)
@@ -136,7 +144,25 @@ class Trainer:
             batches.close()
         if saved is None:  # resumed after the last step
             saved = checkpoint.find(self.run.output_dir)
-        return TrainReport(self.step, self.total_steps, self.num_tokens, self.seconds, saved)
+        finished = self.step == self.total_steps or self.time_up
+        return TrainReport(
+            self.step, self.total_steps, self.num_tokens, self.seconds, saved, finished
+        )
+
+    def _ended(self) -> bool:
+        return self.step >= self.total_steps or self.stopping or self.time_up
+
+    def _watch_time(self, steps: int, seconds: float) -> float:
+        """Return the place in the schedule, in steps, after `steps` of them and `seconds`.
+
+        Says also whether another step of the usual length would end too late.
+        """
+        minutes = self.run.train.max_minutes
+        if minutes is None:
+            return steps
+        mean = seconds / max(steps, 1)
+        self.time_up = seconds + mean > 60 * minutes
+        return max(steps, self.total_steps * seconds / (60 * minutes))
 
     def _batches(self) -> Prefetcher[Micro]:
         run, strategy, spec = self.run, self.strategy, self.feed.adapter.spec
@@ -169,8 +195,10 @@ class Trainer:
                 torch.autograd.backward(output.loss_sum)
             outputs.append(output)
         with phases.time("optimizer"):
-            counts = [tokens, int(self.stop_asked)]
-            sums, (tokens, stopping) = metrics.reduce(outputs, counts, world_.device)
+            spent = time.monotonic() - self.began if world_.main else 0.0  # rank 0's clock counts
+            counts = [tokens, int(self.stop_asked), int(1e3 * spent)]
+            sums, (tokens, stopping, spent_ms) = metrics.reduce(outputs, counts, world_.device)
+            place = self._watch_time(self.step + 1, spent_ms / 1e3) - 1
             self.num_tokens += tokens
             self.stopping = stopping > 0  # all ranks stop at the same step
             loss, weight = sums.values["loss"]
@@ -185,7 +213,7 @@ class Trainer:
             # FSDP averaged over ranks; the loss is a sum over all of them, divided once
             scale_gradients(self.draft.model, world_.size / weight)
             norm = nn.utils.clip_grad_norm_(self.draft.model.parameters(), config.max_grad_norm)
-            set_learning_rate(self.optimizers, lr_factor(self.step, self.total_steps, config))
+            set_learning_rate(self.optimizers, lr_factor(place, self.total_steps, config))
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -219,6 +247,7 @@ class Trainer:
             generators=[text for _, text in everyone],
             config=self.run.model_dump(mode="json"),
             versions=_versions(self.strategy),
+            machine=asdict(self.machine),
             identity=self.feed.manifest.identity.model_dump(mode="json"),
         )
         return checkpoint.save(
