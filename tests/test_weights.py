@@ -13,6 +13,7 @@ from specforge_core.target.engine import TransformersEngine, load_target_info
 from specforge_core.target.weights import embedding_scale, load_target_tensors
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
+from specforge_core.testing.close import close
 from specforge_core.types import CaptureSpec, Prompt, TargetInfo
 
 SHAPE: dict[str, Any] = {
@@ -142,4 +143,5 @@ def test_scaled_embeddings_are_what_the_first_layer_sees(
     ids = torch.tensor([3, 50, 96])
     (capture,) = engine.capture([Prompt(0, ids, ids)], CaptureSpec((-1,), "none", {}))
     embedded = load_target_tensors(info, ["embed_tokens"])["embed_tokens"][ids]
-    torch.testing.assert_close(capture.hidden_states[-1], embedded * embedding_scale(info))
+    # a product of two numbers that were rounded
+    close(capture.hidden_states[-1], embedded * embedding_scale(info), terms=1)

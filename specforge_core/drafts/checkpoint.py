@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class TrainState:
     """Everything a resumed run needs that is no tensor."""
 
     step: int  # optimizer steps done
+    total_steps: int  # that the schedule of learning rates was over
     num_tokens: int  # trained on, by all ranks
     seconds: float  # spent training
     strategy: str
@@ -32,6 +33,7 @@ class TrainState:
     config: dict[str, Any]
     versions: dict[str, str]
     identity: dict[str, Any]  # of the capture: target, layers, tokenizer, template
+    machine: dict[str, Any] = field(default_factory=dict)  # dtypes and threads it computed with
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -11,9 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from ..config import TargetConfig
+from ..cpu import pick_target_dtype
 from ..errors import CaptureError, ConfigError
 from ..types import CaptureSpec, Generated, GenerateOptions, Prompt, TargetCapture, TargetInfo
-from .asked import check_prompts
+from .asked import check_prompts, finite_advice
 from .batching import group_by_length
 from .generate import answer_batch
 from .head import Head
@@ -38,7 +39,8 @@ class TransformersEngine:
         pinned = target.model_copy(update={"revision": info.revision})  # the branch may move on
         # evaluation runs the target here whatever engine captures: its options are not for this one
         own = target.options if target.engine == "transformers" else {}
-        options = {"dtype": target.dtype, "output_loading_info": True, **own}
+        dtype = pick_target_dtype(target.dtype, info.config.get("dtype"), device)
+        options = {"dtype": dtype, "output_loading_info": True, **own}
         model, report = load_pretrained(AutoModelForCausalLM, pinned, **options)
         # transformers would go on with random weights
         if missing := sorted(report["missing_keys"]):
@@ -135,5 +137,5 @@ def _check_finite(captures: Sequence[TargetCapture], taps: Taps) -> None:
             if bad := int((~state.isfinite()).any(-1).sum()):
                 raise CaptureError(
                     f"prompt {capture.index}: {name} is not finite at {bad} of {len(state)} tokens "
-                    f"({state.dtype}). Try: target.dtype=float32"
+                    f"({state.dtype}). {finite_advice(state.dtype)}"
                 )
