@@ -1,9 +1,11 @@
 # Every target sets .venv up by itself; PYTHON=python3.12 picks another interpreter.
 .PHONY: setup test test-fast lint format quickstart demo-disaggregated clean
-export OMP_NUM_THREADS ?= 1
 
 setup:
 	@./scripts/setup.sh
+
+# one thread each: the tests start many processes of their own
+test test-fast: export OMP_NUM_THREADS ?= 1
 
 test: setup
 	.venv/bin/python -m pytest

@@ -21,13 +21,15 @@ from statistics import median
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from specforge_core.target.batching import group_by_length
-from specforge_core.target.engine import TransformersEngine
 from specforge_core.capture.manifest import CaptureIdentity
-from specforge_core.target.taps import find_parts
-from specforge_core.capture.worker import capture_in_order, to_host
+from specforge_core.capture.samples import capture_in_order, to_host
 from specforge_core.capture.writer import ShardWriter
 from specforge_core.config import TargetConfig
+from specforge_core.devices import pick_device
+from specforge_core.strategy import Strategy
+from specforge_core.target.batching import group_by_length
+from specforge_core.target.engine import TransformersEngine
+from specforge_core.target.taps import find_parts
 from specforge_core.types import CaptureSpec, Field, Prompt, Sample, TargetCapture
 
 ROUNDS = 3
@@ -82,8 +84,9 @@ def captured(
     with tempfile.TemporaryDirectory() as name:
         synchronize()
         start = time.perf_counter()
+        strategy = Strategy.load("linear")  # whose name errors would carry
         with ShardWriter(Path(name), identity, 131072) as writer:
-            for index, sample in capture_in_order(engine, adapter, prompts, window):
+            for index, sample in capture_in_order(strategy, engine, adapter, prompts, window):
                 assert sample is not None
                 writer.add(index, to_host(index, sample))
             writer.close()
@@ -101,18 +104,19 @@ def main() -> None:
     engine = TransformersEngine.load(
         TargetConfig(
             path=str(options.target), dtype=options.dtype, batch_tokens=options.batch_tokens
-        )
+        ),
+        pick_device("auto", "device"),
     )
     info, dtype = engine.info, str(engine.model.dtype).removeprefix("torch.")
     layers = tuple(range(1, info.num_layers - 1, max(1, (info.num_layers - 2) // 5)))[:5]
-    tokens = Field((None,), "int64")
+    tokens = Field(shape=(None,), dtype="int64")
     fields = {
         "input_ids": tokens,
         "loss_mask": tokens,
-        "hidden": Field((None, len(layers) * info.hidden_size), dtype),
+        "hidden": Field(shape=(None, len(layers) * info.hidden_size), dtype=dtype),
         "final": Field((None, info.hidden_size), dtype),
     }
-    adapter = Concat(CaptureSpec(layers, "post_norm", fields))
+    adapter = Concat(CaptureSpec(layers=layers, final="post_norm", fields=fields))
     identity = CaptureIdentity(
         strategy="benchmark",
         strategy_package="benchmark",
@@ -135,7 +139,7 @@ def main() -> None:
     prompts = []
     for index in range(options.prompts):
         ids = torch.tensor(draw.choices(range(info.vocab_size), k=draw.randint(32, 512)))
-        prompts.append(Prompt(index, ids, torch.ones_like(ids)))
+        prompts.append(Prompt(index=index, input_ids=ids, loss_mask=torch.ones_like(ids)))
     total = sum(len(prompt.input_ids) for prompt in prompts)
     bare(engine, prompts[:4], options.window, options.batch_tokens)  # warm up
     pairs = []

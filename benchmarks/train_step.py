@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from specforge_core.capture.worker import run_capture
-from specforge_core.config import load_config
+from specforge_core.capture.job import run_capture
+from specforge_core.load import load_config
 from specforge_core.train.run import train
 
 STEPS, SKIPPED = 30, 10  # the first steps warm caches up

@@ -140,7 +140,7 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
 
     report = run_train(run, strategy)
     if os.environ.get("RANK", "0") == "0":
-        done = "finished" if report.step == report.total_steps else "stopped"
+        done = "finished" if report.finished else "stopped"
         click.echo(
             f"{done} at step {report.step}/{report.total_steps}: {report.num_tokens} tokens in "
             f"{report.seconds:.0f} s, checkpoint {report.checkpoint}"
@@ -181,10 +181,10 @@ def export(checkpoint: Path, format_: str, output: Path, force: bool) -> None:
 
 
 def _load(config: Path, overrides: tuple[str, ...]) -> tuple[RunConfig, Strategy]:
-    from .cpu import use_few_threads
+    from .cpu import use_threads
     from .load import load_config
 
-    use_few_threads()
+    use_threads()
     return load_config(config, overrides)
 
 
@@ -202,6 +202,8 @@ def _run() -> int:
     debug = len(arguments) < len(sys.argv) - 1
     if not sys.stderr.isatty():  # in a log the libraries' bars are noise
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # before torch loads OpenMP: a pool that waits must not spin on the other one's cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     rank = os.environ.get("RANK")
     prefix = "error: " if rank is None else f"error (rank {rank}): "
     try:

@@ -48,7 +48,11 @@ class TargetConfig(Section):
     )
     revision: str | None = Field(None, description="Revision of a Hugging Face id.")
     engine: str = Field("transformers", description="What runs the target.")
-    dtype: Dtype = Field("auto", description="Weights' dtype; auto is the checkpoint's own.")
+    dtype: Dtype = Field(
+        "auto",
+        description="Weights' dtype; auto is the checkpoint's own, but float32 on a CPU on which "
+        "bfloat16 is slow.",
+    )
     device: str = Field("auto", description="auto is the GPU of this rank, or the CPU.")
     batch_tokens: int = Field(8192, gt=0, description="Padded tokens the target runs at once.")
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
@@ -87,6 +91,12 @@ class TrainConfig(Section):
         None, description="Start from these weights: a run, a checkpoint, or an exported draft."
     )
     max_steps: int | None = Field(None, gt=0, description="Optimizer steps; overrides epochs.")
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="The training ends by then, at the end of its schedule however many steps "
+        "it did; counts over resumes, without the loading.",
+    )
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
     batch_size: int = Field(1, gt=0, description="Samples per micro-batch and rank.")
     accumulate: int = Field(1, gt=0, description="Micro-batches per optimizer step.")
@@ -105,14 +115,18 @@ class TrainConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="auto is bfloat16 on a GPU, else float32."
+        "auto",
+        description="auto is bfloat16 on a GPU and on a CPU that is fast in it, else float32.",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="torch.compile the draft's units; auto does so on a GPU."
     )
     threads: int | None = Field(
-        None, gt=0, description="CPU threads of one operation; with a GPU at most 4 if not set."
+        None,
+        gt=0,
+        description="CPU threads of one operation. If not set: OMP_NUM_THREADS, or all cores, "
+        "half of them beside a target on the CPU, at most 4 with a GPU.",
     )
     save_every: int = Field(500, gt=0, description="Steps between checkpoints.")
     keep: int = Field(2, gt=0, description="Checkpoints kept.")

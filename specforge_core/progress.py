@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-PLAIN_SECONDS = 15.0  # between two plain lines
+PLAIN_SECONDS = 10.0  # between two plain lines
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -25,7 +26,14 @@ class Tracker:
     bar: Progress | None
     done: int = 0
     note: str = ""
-    last_line: float = field(default_factory=time.monotonic)
+    before: int = 0  # units of an earlier run
+    deadline: float | None = None  # time.monotonic() at which the work ends in any case
+    started: float = field(default_factory=time.monotonic)
+
+    def skip(self, units: int) -> None:
+        """Count `units` as done by an earlier run; they tell nothing of this one's speed."""
+        self.before += units
+        self.advance(units)
 
     def advance(self, units: int = 1, note: str | None = None) -> None:
         """Count `units` more as done."""
@@ -33,20 +41,53 @@ class Tracker:
         self.note = self.note if note is None else note
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=self.done, note=self.note)
-        elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
-            self.last_line = time.monotonic()
-            of = f"/{self.total}" if self.total is not None else ""
-            console.print(f"{self.label} {self.done}{of} {self.note}".rstrip(), markup=False)
+
+    def seconds_left(self) -> float | None:
+        """Return how long the rest takes at the speed so far, or None if that is not known."""
+        now = time.monotonic()
+        until_deadline = None if self.deadline is None else max(0.0, self.deadline - now)
+        fresh = self.done - self.before
+        if self.total is None or fresh <= 0:
+            return until_deadline
+        left = (now - self.started) / fresh * max(0, self.total - self.done)
+        return left if until_deadline is None else min(left, until_deadline)
+
+    def line(self) -> str:
+        """Return the plain line."""
+        of = f"/{self.total}" if self.total is not None else ""
+        parts = [f"{self.label} {self.done}{of}", self.note]
+        if (left := self.seconds_left()) is not None:
+            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        return "  ".join(part for part in parts if part)
+
+
+def _print_lines(tracker: Tracker, ended: threading.Event) -> None:
+    while not ended.wait(PLAIN_SECONDS):
+        console.print(tracker.line(), markup=False)
+
+
+@contextmanager
+def _plain(tracker: Tracker) -> Iterator[Tracker]:
+    """Print a line now and then, from a thread: one unit of work may take long."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_print_lines, args=(tracker, ended), daemon=True)
+    thread.start()
+    try:
+        yield tracker
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextmanager
 def track(label: str, total: int | None, *, quiet: bool = False) -> Iterator[Tracker]:
     """Show the progress of one piece of work; `quiet` (other ranks) shows nothing."""
-    if quiet or not sys.stderr.isatty():
-        tracker = Tracker(label, total, None)
-        if quiet:
-            tracker.last_line = float("inf")
-        yield tracker
+    if quiet:
+        yield Tracker(label, total, None)
+        return
+    if not sys.stderr.isatty():
+        with _plain(Tracker(label, total, None)) as tracker:
+            yield tracker
         return
     columns = (
         TextColumn("{task.description}"),

@@ -176,7 +176,7 @@ class Strategy:
         found: list[tuple[str, Tracker]] = []
         for impl in reversed(self.pm.hook.specforge_tracker.get_hookimpls()):
             with self.guard("specforge_tracker", impl.plugin_name):
-                tracker = impl.function(**dict.fromkeys(impl.argnames, run))
+                tracker: Any = impl.function(**dict.fromkeys(impl.argnames, run))
             if tracker is not None:
                 found.append((plugins.package_of(self.pm, impl.plugin_name), tracker))
         return found

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from specforge_core.data.generate import Generator
 
 from specforge_core.config import DataConfig, RegenerateConfig, RunConfig, StrategyConfig
 from specforge_core.config import TargetConfig as Target
 from specforge_core.data.chat import encode_prompt
-from specforge_core.data.generate import Generator
 from specforge_core.data.respond import Chat, Task
 from specforge_core.errors import DataError
 from specforge_core.testing.toy import toy_tokenizer

@@ -46,6 +46,8 @@ def loss_curve(output: Path) -> list[dict[str, float]]:
 
 def report(output: Path, evaluated: dict[str, Any], started: float) -> dict[str, Any]:
     """Return the contents of report.json."""
+    from specforge_core.train.checkpoint import find, read_state
+
     curve = loss_curve(output)
     sets = evaluated["per_set"]
     return {
@@ -54,6 +56,8 @@ def report(output: Path, evaluated: dict[str, Any], started: float) -> dict[str,
         "lossless": evaluated["lossless"],
         "train_seconds": round(curve[-1]["seconds"], 1),
         "train_tokens": int(curve[-1]["tokens"]),
+        "tokens_per_second": round(curve[-1]["tokens"] / curve[-1]["seconds"], 1),
+        "computed": read_state(find(output)).machine,
         "total_seconds": round(time.monotonic() - started, 1),
         "loss_curve": curve,
         "evaluation": evaluated,
@@ -63,13 +67,17 @@ def report(output: Path, evaluated: dict[str, Any], started: float) -> dict[str,
 
 
 def show(found: dict[str, Any], output: Path) -> None:
+    from specforge_core.train.machine import Machine
+
     curve = found["loss_curve"]
     marks = [curve[i * (len(curve) - 1) // 4] for i in range(5)]
     losses = "  ".join(f"{row['loss']:.2f} @ {row['step']:.0f}" for row in marks)
     sets = "  ".join(f"{name} {length:.3f}" for name, length in found["per_set"].items())
     print(
         f"\n== report ({output / 'report.json'})\n"
-        f"   trained on        {found['train_tokens']:,} tokens in {found['train_seconds']:.0f} s\n"
+        f"   trained on        {found['train_tokens']:,} tokens in {found['train_seconds']:.0f} s, "
+        f"{found['tokens_per_second']:.0f} tokens/s\n"
+        f"   computed on       {Machine(**found['computed'])}\n"
         f"   loss              {losses} (step)\n"
         f"   acceptance length {found['acceptance_length']:.3f}   ({sets})\n"
         f"   greedy output     {found['evaluation']['lossless_reason']}\n"

@@ -43,7 +43,8 @@ def layout_problems(fields: Mapping[str, Field], sample: Sample) -> list[Problem
             problems.append(
                 Problem(
                     where=f"field {name!r}",
-                    message=f"is {dtype}, the spec says {field.dtype}. Cast it in the strategy's adapter",
+                    message=f"is {dtype}, the spec says {field.dtype}. "
+                    "Cast it in the strategy's adapter",
                 )
             )
         fits = tensor.ndim == len(field.shape) and all(

@@ -105,8 +105,8 @@ def compare(fresh: Fresh, adapter: Adapter, stored: Sample) -> list[Problem]:
         problems.append(
             Problem(
                 where="values",
-                message=f"differ from a fresh capture by {median(errors):.1%} (at most {limit:.1%} is "
-                "rounding): another revision or dtype of the target? Capture again",
+                message=f"differ from a fresh capture by {median(errors):.1%} (at most "
+                f"{limit:.1%} is rounding): another revision or dtype of the target? Capture again",
             )
         )
     return problems

@@ -10,6 +10,7 @@ import torch
 from ..config import StrategyConfig
 from ..errors import CaptureError
 from ..strategy import Strategy
+from ..target.asked import finite_advice
 from ..types import Adapter, Problem, Prompt, Sample, TargetEngine
 from .layout import non_finite
 from .recapture import Fresh, compare
@@ -60,9 +61,10 @@ def capture_in_order(
 def to_host(index: int, sample: Sample) -> Sample:
     """Return a sample on the CPU; CaptureError naming the prompt where it is not finite."""
     if bad := non_finite(sample):
+        dtype = sample[bad[0]].dtype
         raise CaptureError(
             f"prompt {index}: field {bad[0]!r} is not finite as the strategy's adapter returned "
-            f"it ({sample[bad[0]].dtype}). Try: target.dtype=float32"
+            f"it ({dtype}). {finite_advice(dtype)}"
         )
     return {name: tensor.detach().cpu() for name, tensor in sample.items()}
 

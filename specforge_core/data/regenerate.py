@@ -71,7 +71,7 @@ def regenerate(run: RunConfig, output: Path) -> RegenerateReport:
             done |= _ids(refused, origin)
         else:
             refused.clear()  # of an output that was taken away
-        progress.advance(before := sum(task.id in done for task in tasks))
+        progress.skip(before := sum(task.id in done for task in tasks))
         if before < len(tasks):
             answerer: Answerer = (Servers if run.regenerate.urls else Generator)(run, tokenizer)
             for finished in answerer.answer(tasks, done):

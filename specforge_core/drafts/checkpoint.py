@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class TrainState:
     """Everything a resumed run needs that is no tensor."""
 
     step: int  # optimizer steps done
+    total_steps: int  # that the schedule of learning rates was over
     num_tokens: int  # trained on, by all ranks
     seconds: float  # spent training
     strategy: str
@@ -32,6 +33,7 @@ class TrainState:
     config: dict[str, Any]
     versions: dict[str, str]
     identity: dict[str, Any]  # of the capture: target, layers, tokenizer, template
+    machine: dict[str, Any] = field(default_factory=dict)  # dtypes and threads it computed with
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -55,13 +57,23 @@ def load_model(path: Path, draft: Draft) -> TrainState:
 def read_state(path: Path) -> TrainState:
     """Read a checkpoint's state.json."""
     try:
-        return TrainState(**json.loads((path / STATE).read_text(encoding="utf-8")))
+        return TrainState(**_current(json.loads((path / STATE).read_text(encoding="utf-8"))))
     except FileNotFoundError as exc:
         raise CheckpointError(
             f"{path} is not a checkpoint: it has no {STATE}. Try: --checkpoint OUTPUT_DIR"
         ) from exc
     except (ValueError, TypeError) as exc:
         raise CheckpointError(f"{path / STATE} is damaged: {exc}. Use an earlier one") from exc
+
+
+def _current(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state as this version writes it; 0.1 counted every rank's samples apart."""
+    if "positions" not in state:
+        return state
+    kept = {k: v for k, v in state.items() if k not in ("positions", "generators", "world_size")}
+    position = min(state["positions"]) * state["world_size"]
+    total = state["config"]["train"]["max_steps"] or state["step"]
+    return {"total_steps": total, **kept, "position": position}
 
 
 def check_strategy(path: Path, state: TrainState, name: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from ..errors import CaptureError
 from ..types import Prompt
 
@@ -27,3 +29,13 @@ def check_prompts(prompts: Sequence[Prompt], vocab_size: int) -> None:
                 f"prompt {prompt.index} has token ids {low} to {high}, the target's vocabulary "
                 f"is 0 to {vocab_size - 1}. Use the target's own tokenizer"
             )
+
+
+def finite_advice(dtype: torch.dtype) -> str:
+    """Return what to try where values of `dtype` are not finite."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return "Try: target.dtype=float32"
+    return (
+        "No dtype is wider: the target's weights, or what it was given, are bad. Try another "
+        "target.revision or target.path; for captures there are: specforge verify CAPTURE_DIR"
+    )

@@ -11,9 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from ..config import TargetConfig
+from ..cpu import pick_target_dtype
 from ..errors import CaptureError, ConfigError
 from ..types import CaptureSpec, Generated, GenerateOptions, Prompt, TargetCapture, TargetInfo
-from .asked import check_prompts
+from .asked import check_prompts, finite_advice
 from .batching import group_by_length
 from .generate import answer_batch
 from .head import Head
@@ -38,7 +39,8 @@ class TransformersEngine:
         pinned = target.model_copy(update={"revision": info.revision})  # the branch may move on
         # evaluation runs the target here whatever engine captures: its options are not for this one
         own = target.options if target.engine == "transformers" else {}
-        options = {"dtype": target.dtype, "output_loading_info": True, **own}
+        dtype = pick_target_dtype(target.dtype, info.config.get("dtype"), device)
+        options = {"dtype": dtype, "output_loading_info": True, **own}
         model, report = load_pretrained(AutoModelForCausalLM, pinned, **options)
         # transformers would go on with random weights
         if missing := sorted(report["missing_keys"]):
@@ -68,10 +70,10 @@ class TransformersEngine:
         ids = pad_sequence([p.input_ids for p in prompts], batch_first=True)
         with tap_states(self.model, spec, stop=True) as taps:
             self._decoder(input_ids=ids.to(self.model.device), use_cache=False)
+        tokens, sums = self._through_head(spec, taps, prompts)
         captures = []
         for row, prompt in enumerate(prompts):
             end = len(prompt.input_ids)
-            tokens, sums = self._through_head(spec, taps.normed, row, end)
             captures.append(
                 TargetCapture(
                     index=prompt.index,
@@ -79,20 +81,28 @@ class TransformersEngine:
                     loss_mask=prompt.loss_mask,
                     hidden_states={i: taps.hidden_states[i][row, :end] for i in spec.layers},
                     final=None if taps.final is None else taps.final[row, :end],
-                    next_tokens=tokens,
-                    logsumexp=sums,
+                    next_tokens=tokens[row],
+                    logsumexp=sums[row],
                 )
             )
         _check_finite(captures, taps)
         return captures
 
     def _through_head(
-        self, spec: CaptureSpec, normed: Tensor | None, row: int, end: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if normed is None or not (spec.next_tokens or spec.logsumexp):
-            return None, None
-        tokens, sums = self._head.summarize(normed[row, :end])
-        return tokens.cpu() if spec.next_tokens else None, sums.cpu() if spec.logsumexp else None
+        self, spec: CaptureSpec, taps: Taps, prompts: Sequence[Prompt]
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """Return every prompt's next tokens and log-sum-exp, on the CPU, where they are wanted."""
+        nothing = [None] * len(prompts)
+        if not (spec.next_tokens or spec.logsumexp):
+            return nothing, nothing
+        assert taps.normed is not None
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        rows = [taps.normed[row, :end] for row, end in enumerate(lengths)]
+        tokens, sums = self._head.summarize(torch.cat(rows))
+        return (
+            torch.split(tokens.cpu(), lengths) if spec.next_tokens else nothing,
+            torch.split(sums.cpu(), lengths) if spec.logsumexp else nothing,
+        )
 
     def generate(self, prompts: Sequence[Prompt], options: GenerateOptions) -> Iterator[Generated]:
         """Answer every prompt, `batch_size` of like lengths at a time, the longest first.
@@ -127,5 +137,5 @@ def _check_finite(captures: Sequence[TargetCapture], taps: Taps) -> None:
             if bad := int((~state.isfinite()).any(-1).sum()):
                 raise CaptureError(
                     f"prompt {capture.index}: {name} is not finite at {bad} of {len(state)} tokens "
-                    f"({state.dtype}). Try: target.dtype=float32"
+                    f"({state.dtype}). {finite_advice(state.dtype)}"
                 )

@@ -24,7 +24,8 @@ ROWS = 512  # whose logits exist at a time
 class Head:
     """The head's parts.
 
-    z = scale * (state @ weight.T + bias); with a softcap the logits are softcap * tanh(z / softcap).
+    z = scale * (state @ weight.T + bias); with a softcap the logits are
+    softcap * tanh(z / softcap).
     """
 
     weight: Tensor  # [V, H]

@@ -11,8 +11,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..config import TrainConfig
+from ..cpu import pick_dtype
 from ..errors import ConfigError
 from ..types import Draft
+from .muon import Float32Muon
 
 
 def constant(progress: float, config: TrainConfig) -> float:
@@ -36,9 +38,12 @@ SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}
 
 
 def lr_factor(
-    step: int, total_steps: int, config: TrainConfig, schedule: Callable[[float], float]
+    step: float, total_steps: int, config: TrainConfig, schedule: Callable[[float], float]
 ) -> float:
-    """Return the learning rate of `step`, from 0, over its peak: a warm-up, then the schedule."""
+    """Return the learning rate of `step`, from 0, over its peak: a warm-up, then the schedule.
+
+    A run that is limited in time may stand between two steps, further than it has counted.
+    """
     warmup = round(config.warmup_ratio * total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -75,8 +80,10 @@ def build_optimizers(draft: Draft, config: TrainConfig) -> list[Optimizer]:
     )
     optimizers: list[Optimizer] = [adamw]
     if muon:
+        quick = pick_dtype("auto", muon[0].device) == torch.bfloat16
+        kind = torch.optim.Muon if quick else Float32Muon
         optimizers.append(
-            torch.optim.Muon(muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+            kind(muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
         )
     return optimizers
 
@@ -104,4 +111,4 @@ def local_gradients(model: nn.Module) -> list[Tensor]:
 def square_norm(grads: list[Tensor]) -> Tensor:
     """Return the sum of squares of this rank's gradients, a scalar on their device."""
     norms = torch._foreach_norm([g for g in grads if g.numel()])
-    return torch.stack([n.double() for n in norms]).square().sum()
+    return torch.stack(list(norms)).double().square().sum()

@@ -10,6 +10,7 @@ from ..drafts.checkpoint import checkpoints
 from ..errors import SpecForgeError
 from ..strategy import Strategy
 from ..target.info import load_target_info
+from .machine import choose
 
 
 def plan_run(run: RunConfig, strategy: Strategy, nproc: int) -> str:
@@ -31,6 +32,7 @@ def plan_run(run: RunConfig, strategy: Strategy, nproc: int) -> str:
             "num_layers": target.num_layers,
             "vocab_size": target.vocab_size,
         }
+        plan["machine"] = str(choose(run))
         plan["captures"] = {"layers": list(spec.layers), "final": spec.final}
     except SpecForgeError as exc:
         plan["target"] = f"not available here: {exc}"

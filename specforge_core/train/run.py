@@ -12,46 +12,49 @@ import torch
 
 from ..batches.loader import Share
 from ..config import RunConfig, TrainConfig
+from ..cpu import DTYPES
 from ..devices import pick_device
 from ..drafts.load import first_draft
 from ..errors import ConfigError
+from ..progress import console
 from ..strategy import Strategy
 from .claim import ORPHANED, claim, end_with_launcher
 from .dist import World, world
 from .feed import Feed, open_feed
 from .fsdp import shard
+from .machine import Machine, choose
 from .metrics import Reducer, Trackers
 from .optim import remember_peaks
 from .trainer import Trainer, TrainReport
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def train(run: RunConfig, strategy: Strategy) -> TrainReport:
     """Train a draft as the config says; resumes from `output_dir` by itself."""
     config = run.train
     device = pick_device(config.device, "train.device")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    machine = choose(run)
     end_with_launcher()
     with ExitStack() as stack:
         world_ = stack.enter_context(world(device))
         if world_.main:
             stack.enter_context(claim(run.output_dir))
+            console.print(f"training on {machine}", markup=False)
         feed = open_feed(run, strategy, Share(world_.rank, world_.size, config.seed))
         stack.callback(feed.close)
-        trainer = _build(run, strategy, world_, feed)
+        trainer = _build(run, strategy, world_, feed, machine)
         stack.callback(trainer.trackers.close)
         trainer.resume()
         with _stop_on_signal(trainer):
             return trainer.loop()
 
 
-def _build(run: RunConfig, strategy: Strategy, world_: World, feed: Feed) -> Trainer:
+def _build(
+    run: RunConfig, strategy: Strategy, world_: World, feed: Feed, machine: Machine
+) -> Trainer:
     config = run.train
     torch.manual_seed(config.seed)
     draft = first_draft(run, strategy, feed.target, feed.data)
-    dtype = compute_dtype(config, world_.device)
+    dtype = DTYPES[machine.compute_dtype]
     draft.model.to(world_.device, torch.float32).train()
     if draft.frozen is not None:
         draft.frozen.to(world_.device, dtype).requires_grad_(False)
@@ -65,6 +68,7 @@ def _build(run: RunConfig, strategy: Strategy, world_: World, feed: Feed) -> Tra
         run=run,
         strategy=strategy,
         world=world_,
+        machine=machine,
         feed=feed,
         draft=draft,
         model=model,
@@ -75,13 +79,6 @@ def _build(run: RunConfig, strategy: Strategy, world_: World, feed: Feed) -> Tra
         trackers=Trackers(strategy.trackers(run) if world_.main else []),
         total_steps=count_steps(config, feed.data.num_samples, world_.size),
     )
-
-
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Return what the draft computes in: bfloat16 on a GPU, float32 on a CPU, or as asked."""
-    if config.compute_dtype != "auto":
-        return DTYPES[config.compute_dtype]
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def count_steps(config: TrainConfig, epoch_length: int | None, world_size: int) -> int:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,7 +25,9 @@ from ..types import Draft, Ratio, StepContext, StepOutput, TrainStep
 from . import checkpoint, metrics
 from .dist import World
 from .feed import Feed
+from .machine import Machine
 from .optim import local_gradients, lr_factor, set_learning_rate, square_norm
+from .resume import check_optimizer, learning_rate_change
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class TrainReport:
     num_tokens: int
     seconds: float
     checkpoint: Path
+    finished: bool  # the schedule came to its end, by steps or by time
 
 
 @dataclass(slots=True)
@@ -66,6 +69,7 @@ class Trainer:
     run: RunConfig
     strategy: Strategy
     world: World
+    machine: Machine
     feed: Feed
     draft: Draft
     model: FSDPModule
@@ -81,6 +85,8 @@ class Trainer:
     position: int = 0  # samples of the endless sequence of epochs, of all ranks
     stop_asked: bool = False  # of this rank, by a signal at any moment
     stopping: bool = False  # as all ranks agreed
+    time_up: bool = False  # another step would end after train.max_minutes
+    began: float = 0.0  # when training would have begun, had it never been interrupted
 
     def resume(self) -> None:
         """Continue from the newest complete checkpoint of this output directory, if any."""
@@ -89,11 +95,16 @@ class Trainer:
             return
         state = read_state(found[-1])
         check_strategy(found[-1], state, self.strategy.name)
+        check_optimizer(found[-1], state, self.run.train)
         checkpoint.load(found[-1], self.draft, self.optimizers)
         self.step, self.num_tokens, self.seconds = state.step, state.num_tokens, state.seconds
+        self._watch_time(self.step, self.seconds)
         self.position = state.position
         if self.world.main:
             console.print(f"resuming at step {self.step} from {found[-1]}", markup=False)
+            change = learning_rate_change(state, self.run.train, self.total_steps, self.strategy)
+            if change is not None:
+                console.print(change, markup=False)
 
     def loop(self) -> TrainReport:
         """Train until the last step or a signal to stop; save; say where."""
@@ -103,18 +114,20 @@ class Trainer:
         phases = Phases(config.profile)
         window = metrics.Sums()
         since, tokens_then = time.monotonic(), self.num_tokens
-        began = since - self.seconds
+        self.began = since - self.seconds
         saved = None
         label = f"training {self.strategy.name}"
         try:
             with track(label, self.total_steps, quiet=not self.world.main) as progress:
-                progress.advance(self.step)
-                while self.step < self.total_steps and not self.stopping:
+                progress.skip(self.step)
+                if config.max_minutes is not None:
+                    progress.deadline = self.began + 60 * config.max_minutes
+                while not self._ended():
                     sums, norm = self._optimizer_step(batches, phases)
                     window.merge(sums)
                     self.step += 1
-                    self.seconds = time.monotonic() - began
-                    last = self.step == self.total_steps or self.stopping
+                    self.seconds = time.monotonic() - self.began
+                    last = self._ended()
                     now = time.monotonic()
                     rate = (self.num_tokens - tokens_then) / (now - since)
                     loss = window.ratios().get("loss", math.nan)
@@ -128,7 +141,25 @@ class Trainer:
             batches.close()
         if saved is None:  # resumed after the last step
             saved = find(self.run.output_dir)
-        return TrainReport(self.step, self.total_steps, self.num_tokens, self.seconds, saved)
+        finished = self.step == self.total_steps or self.time_up
+        return TrainReport(
+            self.step, self.total_steps, self.num_tokens, self.seconds, saved, finished
+        )
+
+    def _ended(self) -> bool:
+        return self.step >= self.total_steps or self.stopping or self.time_up
+
+    def _watch_time(self, steps: int, seconds: float) -> float:
+        """Return the place in the schedule, in steps, after `steps` of them and `seconds`.
+
+        Says also whether another step of the usual length would end too late.
+        """
+        minutes = self.run.train.max_minutes
+        if minutes is None:
+            return steps
+        mean = seconds / max(steps, 1)
+        self.time_up = seconds + mean > 60 * minutes
+        return max(steps, self.total_steps * seconds / (60 * minutes))
 
     def _batches(self) -> Prefetcher[Micro]:
         run, strategy, spec = self.run, self.strategy, self.feed.spec
@@ -161,9 +192,11 @@ class Trainer:
                 torch.autograd.backward(output.loss_sum)
             outputs.append(output)
         with phases.time("optimizer"):
+            spent = time.monotonic() - self.began if self.world.main else 0.0  # rank 0's clock
             gradients = local_gradients(self.draft.model)
-            extra = (float(tokens), float(self.stop_asked), square_norm(gradients))
-            sums, (told, stopping, square) = self.reducer.reduce(outputs, extra)
+            extra = (float(tokens), float(self.stop_asked), spent, square_norm(gradients))
+            sums, (told, stopping, spent, square) = self.reducer.reduce(outputs, extra)
+            place = self._watch_time(self.step + 1, spent) - 1
             self.num_tokens += int(told)
             self.stopping = stopping > 0  # all ranks stop at the same step
             loss, weight = sums.values["loss"]
@@ -174,7 +207,7 @@ class Trainer:
             self._check_finite(loss, norm)
             clipping = min(1.0, config.max_grad_norm / (norm + 1e-6))
             torch._foreach_mul_(gradients, clipping * ranks / weight)
-            factor = lr_factor(self.step, self.total_steps, config, self.schedule)
+            factor = lr_factor(place, self.total_steps, config, self.schedule)
             set_learning_rate(self.optimizers, factor)
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -238,12 +271,14 @@ class Trainer:
     def _save(self) -> Path:
         state = TrainState(
             step=self.step,
+            total_steps=self.total_steps,
             num_tokens=self.num_tokens,
             seconds=self.seconds,
             strategy=self.strategy.name,
             position=self.position,
             config=self.run.model_dump(mode="json"),
             versions=_versions(self.strategy),
+            machine=asdict(self.machine),
             identity=self.feed.identity.model_dump(mode="json"),
         )
         saved = checkpoint.save(

@@ -25,6 +25,7 @@ from specforge_core.errors import CaptureError, ConfigError
 from specforge_core.load import load_config
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.tokenizer import load_tokenizer
+from specforge_core.testing.close import close
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import cli
 from specforge_core.testing.toy import write_conversations
@@ -143,7 +144,8 @@ def test_a_capture_holds_every_prompts_states_in_training_order(config: Path, tm
         assert alone is not None
         assert torch.equal(sample["input_ids"], alone["input_ids"])
         assert torch.equal(sample["loss_mask"], alone["loss_mask"])
-        torch.testing.assert_close(sample["hidden"], alone["hidden"], rtol=1e-4, atol=1e-4)
+        # six layers of width 32 and 64, in another batch
+        close(sample["hidden"], alone["hidden"], terms=6 * (4 * 32 + 64))
     counts = read_token_counts(tmp_path / "capture", manifest)
     assert counts is not None
     assert torch.equal(counts, data.token_counts(260))

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specforge_core.evaluate.decode import Limits, generate_plain
 from specforge_core.evaluate.lossless import Difference, first_difference, reference
+from specforge_core.testing.close import close
 from specforge_core.types import Sampling
 
 PROMPT = [4, 9, 2]
@@ -71,7 +72,8 @@ def test_a_wrong_token_is_a_mismatch_in_every_dtype(dtype: torch.dtype) -> None:
     found = first_difference(model, PROMPT, ours, expected)
     assert found is not None
     assert (found.place, found.ours, found.expected) == (5, worst, expected[5])
-    assert found.gap == pytest.approx(float(logits.max() - logits.min()), rel=0.02)
+    # a difference of two logits, each rounded to the model's dtype, of a model of width < 100
+    close(found.gap, float(logits.max() - logits.min()), terms=1, factor=4, dtype=torch.bfloat16)
     assert not found.tie
 
 

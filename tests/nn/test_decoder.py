@@ -82,5 +82,6 @@ def test_weights_come_from_the_seed_alone() -> None:
     linear, norm = weights(0)
     assert torch.equal(linear, weights(0)[0])
     assert not torch.equal(linear, weights(1)[0])
+    # of 32,768 draws: one standard error is 0.4 %
     assert float(linear.std()) == pytest.approx(0.02, rel=0.02)
     assert bool((norm == 1).all())

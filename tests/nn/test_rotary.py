@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from specforge_core.errors import ConfigError
 from specforge_core.nn.rotary import Rotary, draft_rope, rotate
+from specforge_core.testing.close import close
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
@@ -38,7 +39,8 @@ def test_rotation_is_the_targets(scaling: dict[str, Any]) -> None:
     cos, sin = LlamaRotaryEmbedding(config)(x, positions[None])
     want, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
     ours = rotate(x, Rotary(draft_rope(config.to_dict()), 16, 256)(positions))
-    torch.testing.assert_close(ours, want[0].transpose(0, 1))
+    # angles of up to 256 radians are rounded to float32 before their sine is taken
+    close(ours, want[0].transpose(0, 1), terms=1, factor=256)
     assert rotate(x.bfloat16(), Rotary(rope, 16, 256)(positions)).dtype == torch.bfloat16
 
 

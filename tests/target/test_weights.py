@@ -14,6 +14,7 @@ from specforge_core.errors import CaptureError
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.info import load_target_info
 from specforge_core.target.weights import embedding_scale, load_target_tensors
+from specforge_core.testing.close import close
 from specforge_core.types import CaptureSpec, Prompt, TargetInfo
 
 CPU = torch.device("cpu")
@@ -146,4 +147,5 @@ def test_scaled_embeddings_are_what_the_first_layer_sees(
         [Prompt(index=0, input_ids=ids, loss_mask=ids)], CaptureSpec(layers=(-1,), fields={})
     )
     embedded = load_target_tensors(info, ["embed_tokens"])["embed_tokens"][ids]
-    torch.testing.assert_close(capture.hidden_states[-1], embedded * embedding_scale(info))
+    # a product of two numbers that were rounded
+    close(capture.hidden_states[-1], embedded * embedding_scale(info), terms=1)

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from specforge_core.drafts import checkpoint
 from specforge_core.errors import ConfigError
 from specforge_core.testing.toy import write_conversations
-from specforge_core.train import checkpoint
 from specforge_core.train.claim import claim
 
 HOLD = """

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from specforge_core.drafts import checkpoint
+from specforge_core.testing.close import close
 from specforge_core.testing.runs import SECONDS, cli, finish, lines, load, losses
 from specforge_core.train.run import train
 
@@ -32,7 +34,13 @@ def test_two_ranks_give_the_losses_of_one(config: Path, tmp_path: Path) -> None:
     train(*load(config, *common, "train.accumulate=4"))
     two = f"output_dir={tmp_path / 'two'}"
     finish(cli("train", "-c", str(config), "--nproc", "2", *common, "train.accumulate=2", two))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=2e-5)
+    # 14 steps of sums over 32 and 260; AdamW's division by small moments widens a difference
+    close(
+        losses(tmp_path / "two"),
+        losses(tmp_path / "run"),
+        terms=14 * (32 + 260),
+        dtype=torch.float32,
+    )
     # and a checkpoint of two ranks goes on as one process
     train(*load(config, *common, "train.accumulate=4", two, "train.max_steps=16"))
     assert len(losses(tmp_path / "two")) == 16
@@ -66,7 +74,9 @@ def test_muon_gives_the_same_on_two_ranks(config: Path, tmp_path: Path, env: Any
         )
     )
     # Newton-Schulz runs in bfloat16, so the two agree only to its rounding
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=2e-3)
+    # of updates, of which a loss sees the mean of many: a quarter of one rounding
+    found, want = losses(tmp_path / "two"), losses(tmp_path / "run")
+    close(found, want, terms=1, factor=0.25, dtype=torch.bfloat16)
 
 
 COUNTING = """

@@ -22,6 +22,7 @@ def test_a_clean_export_passes_and_all_numbers_agree(patient: Patient) -> None:
     found = values(report)
     assert found["reference loop"] is not None
     assert found["reference loop"] > 2
+    # counts of accepted tokens: rounding decides near ties, and one answer then goes on differently
     assert found["reference loop, export"] == pytest.approx(found["reference loop"], rel=0.03)
     assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=0.005)
     assert not report.different
@@ -33,6 +34,7 @@ def test_the_next_token_layout_agrees_too(patient: Patient, tmp_path: Path) -> N
     report = patient.train_again(tmp_path, "strategy.label_layout=next_token")
     assert report.verdict.healthy, report.verdict.message
     found = values(report)
+    # counts, too: rounding may decide one token in 200
     assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=0.005)
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from specforge_dflash.proposer import DFlashProposer
 
+from specforge_core.testing.close import close
 from specforge_core.types import Sampling, TargetCapture
 
 GREEDY = Sampling(0.0, torch.Generator())
+WIDTHS = 48 + 2 * (3 * 24 + 32 + 40 + 20) + 24  # what fc, two layers and the head sum over
 
 
 def proposer(tiny: Any) -> DFlashProposer:
@@ -50,7 +52,7 @@ def test_cached_drafting_equals_training(kit: Any, layout: str, window: int | No
             )
             want = tiny.frozen.logits(states[0, 0 if layout == "next_token" else 1 :])
         assert got.shape == (found.max_tokens, 41)
-        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+        close(got, want, terms=WIDTHS)
         assert found.propose(token, 99, GREEDY).tokens.tolist() == want.argmax(-1).tolist()
 
 
@@ -63,7 +65,7 @@ def test_a_long_text_outgrows_the_first_cache(kit: Any) -> None:
         step.accept(captured(tiny, batch, start, start + 59))
     whole = proposer(tiny)
     whole.start(captured(tiny, batch, 0, 690))
-    torch.testing.assert_close(step.block_logits(3), whole.block_logits(3), atol=1e-4, rtol=1e-4)
+    close(step.block_logits(3), whole.block_logits(3), terms=WIDTHS + 2 * 690)
 
 
 def test_start_forgets_the_last_text(kit: Any) -> None:
@@ -98,7 +100,7 @@ def test_sampled_tokens_follow_the_probabilities_they_come_with(kit: Any) -> Non
         counts[torch.arange(3), proposal.tokens] += 1
     probs = proposal.probs
     assert probs is not None
-    torch.testing.assert_close(probs, torch.softmax(found.block_logits(3) / 1.5, -1))
+    close(probs, torch.softmax(found.block_logits(3) / 1.5, -1), terms=WIDTHS)
     chi_square = ((counts - 1500 * probs) ** 2 / (1500 * probs)).sum(-1)
     assert chi_square.max() < 85  # 40 degrees of freedom: one in 20,000
 

@@ -11,6 +11,7 @@ import torch
 from specforge_core.capture.worker import run_capture
 from specforge_core.evaluate.run import evaluate
 from specforge_core.drafts.restore import export_checkpoint, restore
+from specforge_core.testing.close import close
 from specforge_core.testing.runs import cli, finish, load, losses, write_run
 from specforge_core.train.run import train
 
@@ -70,4 +71,5 @@ def test_two_ranks_give_the_losses_of_one(config: Path, tmp_path: Path) -> None:
     train(*load(config))
     two = ("train.accumulate=2", f"output_dir={tmp_path / 'two'}")
     finish(cli("train", "-c", str(config), "--nproc", "2", *two))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-4)
+    # sums over 32, 64 and 260 in layers and steps; AdamW's division by small moments widens it
+    close(losses(tmp_path / "two"), losses(tmp_path / "run"), terms=6000, dtype=torch.float32)

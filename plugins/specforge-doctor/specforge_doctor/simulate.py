@@ -16,7 +16,6 @@ from ..capture.worker import capture_in_order, to_host
 from ..errors import CaptureError
 from ..progress import track
 from ..train.dist import pick_device
-from ..train.run import compute_dtype
 from ..types import Adapter, Draft, Prompt, Sample, StepContext, TargetEngine
 from .bench import Answers, Bench, free_memory
 from .stats import Measurement, Tally
@@ -34,7 +33,7 @@ def simulate(bench: Bench, draft: Draft, answers: Answers) -> Measurement | None
     """
     run, strategy = bench.run, bench.strategy
     device = pick_device(run.train.device)
-    dtype = compute_dtype(run.train, device)
+    dtype = pick_dtype(run.train.compute_dtype, device)
     for module in (draft.model, draft.frozen):
         if module is not None:
             module.to(device, dtype).eval()

@@ -133,6 +133,7 @@ def test_trainer_reference_and_engine_agree(trained: Path) -> None:
     found = {m.name: m.value for m in report.measurements}
     assert len(found) == 5
     assert found["engine"] == found["reference loop"] == found["reference loop, export"]
+    # counts of tokens: a near tie that another order of sums decides may move one in 100
     assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=0.01)
     assert found["engine"] is not None
     assert found["engine"] > 1.3

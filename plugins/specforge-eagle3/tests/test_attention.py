@@ -12,6 +12,8 @@ from specforge_eagle3.rows import Documents
 from specforge_eagle3.step import Eagle3Step
 from torch import Tensor
 
+from specforge_core.testing.close import close
+
 LENGTHS = [1, 17, 6, 40]
 DEVICES = [
     "cpu",
@@ -59,8 +61,9 @@ def test_both_paths_give_the_same_with_gradients(device: str, own: int, d: int) 
     eager = run("eager", *exact_inputs, docs)
     for one, other in zip(flash, eager, strict=True):
         if device == "cpu":
-            torch.testing.assert_close(one, other)
+            close(one, other, terms=d + sum(LENGTHS))
         else:
+            # of the norm: bfloat16 rounds what goes in and what comes out to 2^-8
             assert float((one.double() - other).norm() / other.norm()) < 1e-2
 
 
@@ -70,6 +73,7 @@ def test_bfloat16_on_a_cpu_is_near(own: int) -> None:
     docs = Documents(LENGTHS, "cpu")
     wide = q.detach().double().requires_grad_(), [x.detach().double().requires_grad_() for x in kv]
     for one, other in zip(run("flash", q, kv, docs), run("eager", *wide, docs), strict=True):
+        # of the norm: bfloat16 rounds what goes in and what comes out to 2^-8
         assert float((one.double() - other).norm() / other.norm()) < 1e-2
 
 

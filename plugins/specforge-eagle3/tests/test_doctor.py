@@ -30,6 +30,7 @@ def test_a_clean_export_passes_and_all_numbers_agree(patient: Patient) -> None:
     found = values(report)
     assert found["reference loop"] is not None
     assert found["reference loop"] > 2
+    # counts of accepted tokens: rounding decides near ties, and one answer then goes on differently
     assert found["reference loop, export"] == pytest.approx(found["reference loop"], rel=0.03)
     assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=0.005)
     assert not report.different
@@ -45,6 +46,7 @@ def test_the_simulation_is_what_is_drafted_whatever_is_trained_on(
 ) -> None:
     found = values(patient.train_again(tmp_path, f"strategy.{option}", "train.max_steps=30"))
     # where the feature's token decides, the first token of an answer is no label
+    # (0.05); else rounding may decide one token in 200
     near = 0.05 if option == "mask_on=feature" else 0.005
     assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=near)
 

@@ -14,10 +14,14 @@ from specforge_core.capture.worker import run_capture
 from specforge_core.errors import CaptureError, CheckpointError, ConfigError
 from specforge_core.evaluate.run import evaluate
 from specforge_core.drafts.restore import export_checkpoint, restore
+from specforge_core.testing.close import close
 from specforge_core.testing.runs import cli, finish, lines, load, losses, write_run
 from specforge_core.testing.toy import save_toy_target, write_conversations
 from specforge_core.train.plan import plan_run
 from specforge_core.train.run import train
+
+# six steps of three unrolled layers, at most 96 wide; AdamW divides by small moments
+TERMS = 6 * 3 * 5 * 96
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def test_a_stored_capture_is_verified(config: Path, tmp_path: Path) -> None:
 def test_padded_and_packed_batches_train_alike(config: Path, tmp_path: Path) -> None:
     train(*load(config))
     train(*load(config, "strategy.batches=padded", f"output_dir={tmp_path / 'padded'}"))
-    assert losses(tmp_path / "padded") == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
+    close(losses(tmp_path / "padded"), losses(tmp_path / "run"), terms=TERMS, dtype=torch.float32)
 
 
 def test_a_checkpoint_holds_the_draft_vocabulary(config: Path, tmp_path: Path) -> None:
@@ -178,4 +182,4 @@ def test_two_ranks_give_the_losses_of_one(config: Path, tmp_path: Path) -> None:
     train(*load(config, "train.batch_size=1", "train.accumulate=4"))
     two = ("train.batch_size=1", "train.accumulate=2", f"output_dir={tmp_path / 'two'}")
     finish(cli("train", "-c", str(config), "--nproc", "2", *two))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=2e-5)
+    close(losses(tmp_path / "two"), losses(tmp_path / "run"), terms=TERMS, dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 NORMS = ("norm", "final_layernorm", "ln_f", "norm_f", "final_norm")
@@ -52,3 +53,13 @@ def prompt_lengths(batch: Any, input_ids: Tensor) -> list[int]:
     if sum(lengths) != len(input_ids):
         raise Refusal(f"the batch holds {len(input_ids)} tokens for prompts of {sum(lengths)}")
     return lengths
+
+
+def finite_advice(dtype: torch.dtype) -> str:
+    """Return what to try where states of `dtype` are not finite."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return "Try: target.dtype=float32"
+    return (
+        "No dtype is wider: the target's weights, or what it was given, are bad. "
+        "Try another target.revision or target.path"
+    )

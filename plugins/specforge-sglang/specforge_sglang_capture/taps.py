@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import parts
 from .ask import Ask, parse
 from .copies import Copier, Pending
 from .frame import pack, pack_error
@@ -228,8 +229,9 @@ class Taps:
         states = copy.wait()
         for key, state in zip(self._keys(ask), states, strict=True):
             if not bool(sound[order[key], rows].isfinite().all()):
-                reason = f"the state of {_name(key)} is not finite ({state.dtype})"
-                return pack_error(self._header(ask), f"{reason}. Try: target.dtype=float32")
+                reason = f"the state of {_name(key)} is not finite ({state.dtype}). "
+                reason += parts.finite_advice(state.dtype)
+                return pack_error(self._header(ask), reason)
         return pack(self._header(ask), input_ids[rows], states)
 
     def _keys(self, ask: Ask) -> list[int | str]:

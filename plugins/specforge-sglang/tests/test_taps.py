@@ -9,6 +9,7 @@ import pytest
 import torch
 from specforge_sglang_capture.ask import Ask
 from specforge_sglang_capture.frame import Frame, unpack
+from specforge_sglang_capture.parts import finite_advice
 from specforge_sglang_capture.taps import Taps, before_forward
 from torch import Tensor, nn
 
@@ -157,8 +158,15 @@ def test_a_state_that_is_not_finite_is_refused(value: float) -> None:
     frames = run(model, [2, 2], [ask("a", (0, 1)), ask("b", (0, 1))])
     add.remove()
     assert frames["a"].error is None
-    expected = "the state of layer 1 is not finite (torch.float32). Try: target.dtype=float32"
-    assert frames["b"].error == expected
+    error = frames["b"].error
+    assert error is not None
+    assert error.startswith("the state of layer 1 is not finite (torch.float32). No dtype is wider")
+    assert error.endswith("Try another target.revision or target.path")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_wider_dtype_is_advised_where_there_is_one(dtype: torch.dtype) -> None:
+    assert finite_advice(dtype) == "Try: target.dtype=float32"
 
 
 def test_what_becomes_of_a_tensor_after_the_pass_does_not_matter() -> None:

@@ -1,0 +1,50 @@
+"""What a resumed run changes of the run before: refused, or said in one line."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from ..config import TrainConfig
+from ..drafts.checkpoint import TrainState
+from ..errors import CheckpointError
+from ..strategy import Strategy
+from .optim import lr_factor
+
+NOTICED = 0.01  # a learning rate that moves less is not worth a line
+
+
+def check_optimizer(path: Path, state: TrainState, config: TrainConfig) -> None:
+    """Raise CheckpointError when a checkpoint holds the state of another optimizer."""
+    before = state.config["train"]["optimizer"]
+    if before != config.optimizer:
+        raise CheckpointError(
+            f"{path} was trained with train.optimizer={before}, this run has "
+            f"train.optimizer={config.optimizer}, which has no state in it. Try: "
+            f"train.optimizer={before}, or start from its weights: train.init_from={path}, "
+            "and another output_dir"
+        )
+
+
+def learning_rate_change(
+    state: TrainState, config: TrainConfig, total_steps: int, strategy: Strategy
+) -> str | None:
+    """Return a line where the schedule does not go on as it was, or None.
+
+    Another train.max_steps stretches the schedule over all steps, so a run that had
+    ended at its minimum is warmed up again: that may be meant, and is not what a plot expects.
+    """
+    if not 0 < state.step < total_steps:
+        return None
+    old = TrainConfig.model_validate(state.config["train"])
+    before, after = strategy.schedule(old), strategy.schedule(config)
+    going_on = old.learning_rate * lr_factor(state.step, state.total_steps, old, before)
+    last = old.learning_rate * lr_factor(state.step - 1, state.total_steps, old, before)
+    now = config.learning_rate * lr_factor(state.step, total_steps, config, after)
+    if math.isclose(going_on, now, rel_tol=NOTICED):
+        return None
+    return (
+        f"the learning rate changes from {last:.3g} at step {state.step} to {now:.3g} at step "
+        f"{state.step + 1}: its schedule was {old.schedule} over {state.total_steps} steps, "
+        f"and is {config.schedule} over {total_steps}"
+    )

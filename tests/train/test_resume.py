@@ -1,0 +1,91 @@
+"""What a run that is started again says of what was changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from specforge_core.errors import CheckpointError
+from specforge_core.testing.close import close
+from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.runs import lines, load
+from specforge_core.train.run import train
+
+from ..runs import linear_run
+
+pytest.importorskip("specforge_linear", reason="the linear example is not installed")
+
+
+@pytest.fixture
+def config(tmp_path: Path, toy_target: Path) -> Path:
+    return linear_run(tmp_path, toy_target)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_longer_run_says_where_its_learning_rate_goes(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], schedule: str
+) -> None:
+    options = (f"train.schedule={schedule}", "train.decay_ratio=0.5", "train.warmup_ratio=0")
+    train(*load(config, *options))
+    assert "learning rate" not in capsys.readouterr().err
+    train(*load(config, *options, "train.max_steps=10"))
+    rates = [row["learning_rate"] for row in lines(tmp_path / "run")]
+    assert rates[5] == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "learning rate" in line]
+    assert len(said) == 1
+    assert said[0] == (
+        f"the learning rate changes from 0 at step 6 to {rates[6]:.3g} at step 7: its schedule "
+        f"was {schedule} over 6 steps, and is {schedule} over 10"
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("train.schedule=constant",), ("train.schedule=constant", "train.max_steps=8")),
+        (("train.max_steps=6",), ("train.max_steps=6",)),
+    ],
+)
+def test_a_learning_rate_that_goes_on_is_not_mentioned(
+    config: Path, capsys: pytest.CaptureFixture[str], before: tuple[str, ...], after: tuple[str]
+) -> None:
+    common = ("train.warmup_ratio=0",)
+    train(*load(config, *common, *before))
+    train(*load(config, *common, *after))
+    err = capsys.readouterr().err
+    assert "resuming at step 6" in err
+    assert "learning rate" not in err
+
+
+def test_another_peak_is_said_too(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("train.warmup_ratio=0", "train.schedule=constant")
+    train(*load(config, *common))
+    train(*load(config, *common, "train.max_steps=7", "train.learning_rate=0.01"))
+    assert "changes from 0.05 at step 6 to 0.01 at step 7" in capsys.readouterr().err
+    close(lines(tmp_path / "run")[-1]["learning_rate"], 0.01, terms=1)
+
+
+def test_another_optimizer_is_named(config: Path, env: FakeSite) -> None:
+    env.strategy(
+        "unit",
+        """
+        from specforge_core import hookimpl
+        from specforge_core.types import Draft
+        from specforge_linear import (
+            Head, specforge_adapter, specforge_config, specforge_train_step)
+        from torch import nn
+        @hookimpl
+        def specforge_draft(target):
+            hidden = Head(target.hidden_size, target.hidden_size)
+            model = nn.Sequential(hidden, Head(target.hidden_size, target.vocab_size))
+            return Draft(model=model, shard=(hidden,))
+        """,
+    )
+    common = ("strategy.name=unit", "train.save_every=6")
+    train(*load(config, *common))
+    message = "trained with train.optimizer=adamw, this run has train.optimizer=muon"
+    with pytest.raises(CheckpointError, match=f"{message}.* Try: train.optimizer=adamw"):
+        train(*load(config, *common, "train.optimizer=muon", "train.max_steps=8"))
