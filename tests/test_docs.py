@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import runpy
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
+from specforge_core import hookspecs, types
 from specforge_core.cli import cli
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +22,22 @@ def test_generated_pages_are_up_to_date(page: str) -> None:
     path = ROOT / "scripts" / f"{page.removesuffix('s')}_docs.py"
     found = runpy.run_path(str(path))["render"]()
     assert (ROOT / f"docs/{page}.md").read_text() == found, f"run python {path}"
+
+
+def test_the_hooks_page_has_every_argument_and_every_value_with_its_fields() -> None:
+    page = (ROOT / "docs/hooks.md").read_text()
+    parts = {part.partition("\n")[0]: part for part in page.split("\n## ")[1:]}
+    hooks = {n: hook for n, hook in vars(hookspecs).items() if n.startswith("specforge_")}
+    values = {n: value for n, value in vars(types).items() if n[0].isupper() and not n.isupper()}
+    assert set(parts) == hooks.keys() | values.keys()
+    for name, hook in hooks.items():
+        for argument in inspect.signature(hook).parameters.values():
+            assert f"| `{argument.name}` | " in parts[name], name
+    for name, value in values.items():
+        for field in fields(value) if is_dataclass(value) else ():
+            assert f"| `{field.name}` | " in parts[name], name
+    for link in re.findall(r"\]\(#(\w+)\)", page):
+        assert link in {name.lower() for name in parts}
 
 
 def test_the_readme_lists_every_command_and_its_files_exist() -> None:
