@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import CaptureError
+from .files import replacing
 
 CODES = {
     torch.bool: "BOOL",
@@ -100,7 +101,7 @@ def read_into(file: OpenFile, offset: int, left: memoryview) -> None:
         left, offset = left[count:], offset + count
 
 
-def write_file(path: Path, columns: Mapping[str, Sequence[Tensor]]) -> int:
+def write_tensors(path: Path, columns: Mapping[str, Sequence[Tensor]]) -> int:
     """Write each column's tensors one after the other, joined along axis 0; return the size.
 
     The file appears whole under its name or not at all.  Raises OSError.
@@ -119,17 +120,9 @@ def write_file(path: Path, columns: Mapping[str, Sequence[Tensor]]) -> int:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                for part in columns[name]:
-                    file.write(part.contiguous().flatten().view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for part in columns[name]:
+                file.write(part.contiguous().flatten().view(torch.uint8).numpy().data)
     return 8 + len(text) + end

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specforge_core.errors import CaptureError
-from specforge_core.tensorfile import CODES, OpenFile, read_header, read_into, write_file
+from specforge_core.tensorfile import CODES, OpenFile, read_header, read_into, write_tensors
 
 
 @pytest.mark.parametrize("dtype", CODES, ids=str)
@@ -18,7 +18,7 @@ def test_what_is_written_is_what_safetensors_and_the_byte_reader_read(
 ):
     parts = [torch.randint(0, 2, (n, 3)).to(dtype) for n in (4, 0, 2)]
     columns = {"x": parts, "flags": [torch.tensor([True])]}
-    size = write_file(tmp_path / "a.safetensors", columns)
+    size = write_tensors(tmp_path / "a.safetensors", columns)
     assert size == (tmp_path / "a.safetensors").stat().st_size
     whole = load_file(tmp_path / "a.safetensors")
     assert whole["x"].dtype == dtype
@@ -31,7 +31,7 @@ def test_what_is_written_is_what_safetensors_and_the_byte_reader_read(
 
 def test_strided_parts_are_written_in_order(tmp_path: Path):
     part = torch.arange(6).reshape(2, 3).T
-    write_file(tmp_path / "a", {"x": [part]})
+    write_tensors(tmp_path / "a", {"x": [part]})
     assert load_file(tmp_path / "a")["x"].tolist() == part.tolist()
 
 
@@ -59,10 +59,10 @@ def test_reading_past_the_end_is_an_error(tmp_path: Path):
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path):
-    write_file(tmp_path / "f", {"x": [torch.tensor([1])]})
+    write_tensors(tmp_path / "f", {"x": [torch.tensor([1])]})
     (tmp_path / ".f.tmp").mkdir()  # cannot be opened for writing
     with pytest.raises(OSError, match="directory"):
-        write_file(tmp_path / "f", {"x": [torch.tensor([2])]})
+        write_tensors(tmp_path / "f", {"x": [torch.tensor([2])]})
     assert load_file(tmp_path / "f")["x"].tolist() == [1]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import CaptureError
+from ..files import write_file
 from ..types import CaptureSpec, Field, FinalState
 
 MANIFEST = "manifest.json"
@@ -113,13 +113,4 @@ class CaptureManifest(Frozen):
 
     def write(self, directory: Path) -> None:
         """Replace the directory's manifest: the old or the new one is there, never half of one."""
-        beside = directory / f".{MANIFEST}.tmp"
-        try:
-            with beside.open("w", encoding="utf-8") as file:
-                file.write(self.model_dump_json(indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(directory / MANIFEST)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+        write_file(directory / MANIFEST, self.model_dump_json(indent=1).encode() + b"\n")

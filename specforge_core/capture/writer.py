@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import CaptureError
 from ..locks import hold
-from ..tensorfile import write_file
+from ..tensorfile import write_tensors
 from ..types import Sample
 from .identity import check_identity
 from .layout import is_ragged, layout_problems, num_tokens
@@ -184,7 +184,7 @@ class ShardWriter:
 
     def _guard(self, file: str, columns: dict[str, list[Tensor]]) -> int:
         try:
-            return write_file(self.directory / file, columns)
+            return write_tensors(self.directory / file, columns)
         except OSError as exc:
             raise self._failed(file, exc) from exc
 

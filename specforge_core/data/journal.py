@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import DataError
+from ..locks import hold
 
 START = b'{"id": '  # of every line: rows have their id first
 
@@ -29,13 +29,11 @@ class Journal:
             self._file = path.open("a+b", buffering=0)
         except OSError as exc:
             raise self._error(exc) from exc
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
+        if not hold(self._file):
             self._file.close()
             raise DataError(
                 f"another process is writing {str(path)!r}. Wait for it, or try: -o OTHER.jsonl"
-            ) from exc
+            )
         self._size = self._whole_lines()
 
     def __enter__(self) -> Journal:

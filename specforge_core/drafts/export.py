@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, PluginError
+from ..files import write_file
 from ..types import Export
 
 CONFIG = "config.json"
@@ -112,16 +113,6 @@ def read_export(directory: Path) -> Export:
             f"never read. Convert it to {WEIGHTS} first"
         )
     return Export(config=config, weights=_read_weights(directory / WEIGHTS))
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Replace a file: the old or the new one is there, never half of one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

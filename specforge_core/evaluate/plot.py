@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..drafts.export import write_file
 from ..errors import CheckpointError
+from ..files import write_file
 from .report import EvalReport, SetReport
 
 MARKERS = "osD^vPX"

@@ -26,7 +26,7 @@ class PromptResult:
     difference: Difference | None  # greedy only
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SetReport:
     """What one prompt set measured.  None: not measured."""
 
@@ -45,7 +45,7 @@ class SetReport:
     ties: int  # answers that part from the target's where its two best tokens are tied
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Setup:
     """The part of a report that is known before anything is measured."""
 
@@ -58,22 +58,12 @@ class Setup:
     max_draft_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class EvalReport(Setup):
+@dataclass(frozen=True)
+class EvalReport(SetReport, Setup):
     """What `specforge eval` measured, over all prompts and per set."""
 
-    num_prompts: int
-    acceptance_length: float | None
-    per_position: tuple[float, ...]
-    verifications: int
-    drafted: int
-    accepted: int
-    new_tokens: int
-    tokens_per_second: float | None
-    baseline_tokens_per_second: float | None
     lossless: bool | None  # true: every greedy answer was compared and equal (but for ties)
     lossless_reason: str
-    ties: int
     differences: tuple[str, ...]  # the first few
     per_set: Mapping[str, SetReport]
 
@@ -89,18 +79,9 @@ def summarize(setup: Setup, results: Mapping[str, Sequence[PromptResult]]) -> Ev
     lossless, reason = _lossless(whole, setup.temperature)
     return EvalReport(
         **asdict(setup),
-        num_prompts=whole.num_prompts,
-        acceptance_length=whole.acceptance_length,
-        per_position=whole.per_position,
-        verifications=whole.verifications,
-        drafted=whole.drafted,
-        accepted=whole.accepted,
-        new_tokens=whole.new_tokens,
-        tokens_per_second=whole.tokens_per_second,
-        baseline_tokens_per_second=whole.baseline_tokens_per_second,
+        **asdict(whole),
         lossless=lossless,
         lossless_reason=reason,
-        ties=whole.ties,
         differences=tuple(_describe(r) for r in everything if r.difference)[:SHOWN],
         per_set={
             name: _set_report(found, greedy=setup.temperature == 0)
@@ -126,7 +107,7 @@ def render(report: EvalReport) -> Group:
     return Group(table, *(Text(line) for line in (*lines, *report.differences)))
 
 
-def _cells(row: SetReport | EvalReport) -> list[str]:
+def _cells(row: SetReport) -> list[str]:
     speed, alone = row.tokens_per_second, row.baseline_tokens_per_second
     return [
         str(row.num_prompts),

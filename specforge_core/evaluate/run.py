@@ -15,8 +15,8 @@ from ..config import RunConfig
 from ..data.chat import encode_prompt
 from ..data.sources import Conversation, Message, read_conversations
 from ..devices import pick_device
-from ..drafts.export import write_file
 from ..errors import ConfigError, DataError
+from ..files import write_file
 from ..progress import track
 from ..strategy import Strategy
 from ..target.engine import TransformersEngine

@@ -92,7 +92,7 @@ def decoder_config(shape: DecoderShape) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "initializer_range": shape.init_std,
         "max_position_embeddings": shape.max_positions,
-        **rope_fields({"rope_parameters": dict(shape.rope)}),
+        **rope_fields(shape.rope),
         "tie_word_embeddings": False,  # else an engine takes the embedding for the head
         "vocab_size": shape.vocab_size,
     }

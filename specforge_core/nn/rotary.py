@@ -35,7 +35,8 @@ def draft_rope(target: Mapping[str, Any], theta: float | None = None) -> dict[st
     given = target.get("rope_parameters") or target.get("rope_scaling") or {}
     if isinstance(given.get("full_attention"), Mapping):  # one set per layer type
         given = given["full_attention"]
-    rope = {key: given[key] for key in KEYS if given.get(key) is not None}
+    beside = {"original_max_position_embeddings": target.get("original_max_position_embeddings")}
+    rope = {key: value for key in KEYS if (value := given.get(key, beside.get(key))) is not None}
     rope.setdefault("rope_type", given.get("type", "default"))
     if rope["rope_type"] in ("mrope", "default"):
         rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta")}

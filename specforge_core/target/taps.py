@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from ..errors import CaptureError
 from ..types import CaptureSpec
 from .asked import check_layers
-
-LAYER_LISTS = ("layers", "h", "blocks")
-FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm")
+from .weights import FINAL_NORMS, LAYER_LISTS
 
 
 class _Enough(Exception):

@@ -18,15 +18,17 @@ from ..types import TargetInfo
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# how models spell their decoder's list of layers, and the norm behind it
+LAYER_LISTS = ("layers", "h", "blocks")
+FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm")
 # how checkpoints spell each tensor: the end of its name, of which the shortest match counts
 SPELLINGS = {
     "embed_tokens": ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"),
     "lm_head": ("lm_head", "embed_out"),
-    "final_norm": ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm"),
+    "final_norm": FINAL_NORMS,
 }
 TIED = {"lm_head": "embed_tokens", "embed_tokens": "lm_head"}
-# where decoder layers, other modalities and extra prediction heads have tensors of such names
-INSIDE = ("layers", "h", "blocks")
+# where other modalities and extra prediction heads, like layers, have tensors of such names
 BESIDE = ("visual", "vision", "audio", "mtp", "encoder")
 
 
@@ -143,4 +145,4 @@ def _spelled(name: str, keys: Iterable[str], kind: str = "weight") -> str | None
 
 
 def _elsewhere(path: Iterable[str]) -> bool:
-    return any(part in INSIDE or part.startswith(BESIDE) for part in path)
+    return any(part in LAYER_LISTS or part.startswith(BESIDE) for part in path)

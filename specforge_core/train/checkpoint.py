@@ -7,7 +7,6 @@ whole, so `step-000100` either is complete or is not there.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +33,7 @@ from torch.optim import Optimizer
 
 from ..drafts.checkpoint import STATE, TrainState, check_shapes, checkpoints, read_state, under
 from ..errors import RunError
+from ..files import write_file
 from ..types import Draft
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -59,11 +59,7 @@ def save(
         storage = HuggingFaceStorageWriter(str(beside), save_distributed=True)
         dcp_save(tensors, storage_writer=storage)
         if main:
-            text = json.dumps(asdict(state), indent=1)
-            with (beside / STATE).open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            write_file(beside / STATE, json.dumps(asdict(state), indent=1).encode() + b"\n")
             shutil.rmtree(final, ignore_errors=True)
             beside.rename(final)
             for old in checkpoints(output_dir)[:-keep]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import PluginError
+from ..files import write_file
 from ..progress import console
 from ..types import RESERVED_METRICS, StepOutput, Tracker
 
@@ -150,9 +151,7 @@ def rewind(path: Path, step: int) -> None:
         if row["step"] > step:
             break
         kept.append(line + "\n")
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+    write_file(path, "".join(kept).encode())
 
 
 @dataclass(slots=True)

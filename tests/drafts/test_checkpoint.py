@@ -51,7 +51,7 @@ def test_a_damaged_state_is_an_error(tmp_path: Path, text: str) -> None:
 
 def test_what_is_no_run_is_an_error(tmp_path: Path) -> None:
     assert checkpoints(tmp_path) == []
-    with pytest.raises(CheckpointError, match="holds no complete checkpoint. Try: specforge train"):
+    with pytest.raises(CheckpointError, match=r"holds no complete checkpoint\. Try: specforge"):
         find(tmp_path)
     with pytest.raises(CheckpointError, match=r"is not a checkpoint: it has no state\.json"):
         read_state(tmp_path)

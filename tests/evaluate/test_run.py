@@ -27,7 +27,8 @@ from specforge_core import hookimpl
 from specforge_core.types import CaptureSpec, Draft, Field, Proposal
 
 class Adapter:
-    spec = CaptureSpec(layers=(0, 4), final="post_norm", fields={"input_ids": Field(shape=(None,), dtype="int64")})
+    fields = {"input_ids": Field(shape=(None,), dtype="int64")}
+    spec = CaptureSpec(layers=(0, 4), final="post_norm", fields=fields)
     def __call__(self, capture):
         return {"input_ids": capture.input_ids}
 

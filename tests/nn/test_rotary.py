@@ -53,6 +53,8 @@ def test_what_a_draft_takes_of_the_targets_parameters() -> None:
     assert draft_rope(old) == {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}
     sections = {"rope_type": "mrope", "mrope_section": [1, 2], "rope_theta": 7.0}
     assert draft_rope({"rope_parameters": sections}) == plain
+    within = {"rope_type": "yarn", "rope_theta": 7.0, "original_max_position_embeddings": 9}
+    assert draft_rope({"rope_scaling": {"type": "yarn"}, **within}) == within
     kinds = {"full_attention": plain, "sliding_attention": {"rope_theta": 1.0}}
     assert draft_rope({"rope_parameters": kinds}) == plain
 
