@@ -21,7 +21,7 @@ SOURCES = sorted(CORE.rglob("*.py"))
 LAYERS = (
     {"types", "errors"},
     {"hookspecs"},
-    {"plugins", "progress", "http_json", "locks"},
+    {"plugins", "progress", "http_json", "locks", "cpu"},
     {"strategy"},
     {"config", "listing"},
     {"data", "capture", "train", "evaluate", "export", "ops", "defaults"},
