@@ -1,0 +1,97 @@
+"""What a checkpoint holds, and that a resumed draft has the rest of it too."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from specforge_core.drafts.checkpoint import checkpoints, find
+from specforge_core.drafts.load import restore
+from specforge_core.errors import RunError
+from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.runs import load, losses
+from specforge_core.train import checkpoint
+from specforge_core.train.run import train
+
+from ..runs import linear_run
+
+pytest.importorskip("specforge_linear", reason="the linear example is not installed")
+
+# a draft that is an adapter on a base, as of a target's own layers
+ADAPTED = """
+    import torch
+    from torch import nn
+    from specforge_core import hookimpl
+    from specforge_core.types import Draft
+    from specforge_linear import (
+        Head, specforge_adapter, specforge_config, specforge_train_step)
+
+    class Adapted(nn.Module):
+        def __init__(self, target):
+            super().__init__()
+            with torch.random.fork_rng():
+                torch.manual_seed(7)  # the same whenever it is built
+                self.base = Head(target.hidden_size, target.hidden_size).requires_grad_(False)
+            self.head = Head(target.hidden_size, target.vocab_size)
+
+        def forward(self, hidden):
+            return self.head(self.base(hidden))
+
+    @hookimpl
+    def specforge_draft(target):
+        frozen = nn.Linear(3, 3)
+        saved = lambda name: not name.startswith("base.")
+        return Draft(model=Adapted(target), frozen=frozen, saved=saved)
+    """
+
+
+@pytest.fixture
+def config(tmp_path: Path, toy_target: Path, env: FakeSite) -> Path:
+    env.strategy("adapted", ADAPTED)
+    return linear_run(tmp_path, toy_target)
+
+
+def names(path: Path) -> set[str]:
+    found: set[str] = set()
+    for file in path.glob("*.safetensors"):
+        with safe_open(str(file), framework="pt") as tensors:
+            found |= set(tensors.keys())
+    return found
+
+
+def test_what_is_not_to_be_saved_is_not_and_is_there_again(config: Path, tmp_path: Path) -> None:
+    options = ("strategy.name=adapted", "train.keep=9")
+    train(*load(config, *options))
+    stored = names(find(tmp_path / "run"))
+    assert {n for n in stored if n.startswith("model.")} == {"model.head.weight", "model.head.bias"}
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again)
+    shutil.rmtree(checkpoints(again)[-1])
+    train(*load(config, *options, f"output_dir={again}"))
+    assert losses(again) == losses(tmp_path / "run")
+    run, strategy = load(config, *options)
+    model = restore(run, strategy, tmp_path / "run").draft.model
+    fresh = strategy.draft(run.strategy, restore(run, strategy, again).target, None).model
+    assert torch.equal(model.base.weight, fresh.base.weight)  # type: ignore[union-attr, arg-type]
+    assert not torch.equal(model.head.weight, fresh.head.weight)  # type: ignore[union-attr, arg-type]
+
+
+def test_a_checkpoint_that_cannot_be_written_keeps_the_ones_before_it(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(*load(config, "train.max_steps=3"))
+    before = names(find(tmp_path / "run"))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_file", full)
+    with pytest.raises(RunError, match=r"could not be written: .*No space left"):
+        train(*load(config, "train.max_steps=6"))
+    (kept,) = checkpoints(tmp_path / "run")
+    assert names(kept) == before
+    assert [p.name for p in kept.parent.iterdir()] == [kept.name]
