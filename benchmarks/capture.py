@@ -114,7 +114,7 @@ def main() -> None:
         "input_ids": tokens,
         "loss_mask": tokens,
         "hidden": Field(shape=(None, len(layers) * info.hidden_size), dtype=dtype),
-        "final": Field((None, info.hidden_size), dtype),
+        "final": Field(shape=(None, info.hidden_size), dtype=dtype),
     }
     adapter = Concat(CaptureSpec(layers=layers, final="post_norm", fields=fields))
     identity = CaptureIdentity(

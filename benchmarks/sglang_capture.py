@@ -29,7 +29,7 @@ from specforge_sglang.engine import SGLangEngine
 from specforge_sglang_capture import spool
 
 from specforge_core.config import TargetConfig
-from specforge_core.cpu import use_few_threads
+from specforge_core.cpu import use_threads
 from specforge_core.types import CaptureSpec, Prompt
 
 
@@ -64,7 +64,7 @@ def draw_prompts(tokens: int, length: int, vocabulary: int) -> list[Prompt]:
     for index in range(max(1, tokens // length)):
         count = draw.randint(length * 9 // 10, length * 11 // 10)
         ids = torch.tensor(draw.choices(range(vocabulary), k=count))
-        prompts.append(Prompt(index, ids, torch.ones_like(ids)))
+        prompts.append(Prompt(index=index, input_ids=ids, loss_mask=torch.ones_like(ids)))
     return prompts
 
 
@@ -96,7 +96,9 @@ def captured(engine: SGLangEngine, prompts: list[Prompt], spec: CaptureSpec) -> 
 def measure(engine: SGLangEngine, way: str, options: argparse.Namespace) -> None:
     info = engine.info
     chosen = sorted({1, info.num_layers // 2 - 1, info.num_layers - 4})
-    spec = CaptureSpec(tuple(i for i in chosen if 0 <= i < info.num_layers), "post_norm", {})
+    spec = CaptureSpec(
+        layers=tuple(i for i in chosen if 0 <= i < info.num_layers), final="post_norm", fields={}
+    )
     prompts = draw_prompts(options.tokens, options.length, info.vocab_size)
     total = sum(len(prompt.input_ids) for prompt in prompts)
     plain(engine, prompts, options.at_once)  # compiles kernels
@@ -174,7 +176,7 @@ def run(target: Path, options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse()
-    use_few_threads()  # as the command line does
+    use_threads()  # as the command line does
     if options.target is not None:
         run(options.target, options)
         return

@@ -46,7 +46,7 @@ def loss_curve(output: Path) -> list[dict[str, float]]:
 
 def report(output: Path, evaluated: dict[str, Any], started: float) -> dict[str, Any]:
     """Return the contents of report.json."""
-    from specforge_core.train.checkpoint import find, read_state
+    from specforge_core.drafts.checkpoint import find, read_state
 
     curve = loss_curve(output)
     sets = evaluated["per_set"]
