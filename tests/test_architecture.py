@@ -21,7 +21,7 @@ SOURCES = sorted(CORE.rglob("*.py"))
 LAYERS = (
     {"types", "errors"},
     {"hookspecs"},
-    {"plugins", "progress", "http_json", "locks", "cpu"},
+    {"plugins", "progress", "http_json", "locks"},
     {"strategy"},
     {"config", "listing"},
     {"data", "capture", "train", "evaluate", "export", "ops", "defaults"},
