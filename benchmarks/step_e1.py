@@ -12,6 +12,7 @@ optimizer is not part of it.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -21,12 +22,14 @@ import torch
 from specforge_eagle3 import build_draft
 from specforge_eagle3.attention import attend
 from specforge_eagle3.config import Eagle3Config, draft_shape
-from specforge_eagle3.rows import Documents
+from specforge_eagle3.rows import Documents, Eagle3Collate
 from specforge_eagle3.step import Eagle3Step
 from specforge_eagle3.vocab import offsets
 from torch import Tensor
 
-from specforge_core.nn.linear_soft_cross_entropy import SoftLoss, linear_soft_cross_entropy
+from specforge_core.batches.loader import to_device
+from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entropy
+from specforge_core.nn.soft_loss import SoftLoss
 from specforge_core.types import Batch, Draft, StepContext, TargetInfo
 
 
@@ -62,7 +65,14 @@ def build(case: Case, device: str, dtype: torch.dtype, **options: Any) -> tuple[
         "intermediate_size": case.mlp,
         "rope_theta": 1e6,
     }
-    target = TargetInfo("random", None, case.hidden, 36, case.vocab, sizes)
+    target = TargetInfo(
+        name_or_path="random",
+        revision=None,
+        hidden_size=case.hidden,
+        num_layers=36,
+        vocab_size=case.vocab,
+        config=sizes,
+    )
     gen = torch.Generator(device).manual_seed(0)
     shape = (case.vocab, case.hidden)
     embed = torch.empty(shape, device=device, dtype=dtype).normal_(std=0.02, generator=gen)
@@ -73,19 +83,29 @@ def build(case: Case, device: str, dtype: torch.dtype, **options: Any) -> tuple[
     return draft, Eagle3Step(config)
 
 
-def random_batch(case: Case, device: str, dtype: torch.dtype, documents: int = 1) -> Batch:
+def random_batch(
+    case: Case, draft: Draft, step: Eagle3Step, dtype: torch.dtype, documents: int = 1
+) -> Batch:
+    """Return what the collate makes of random samples, on the draft's device."""
     gen = torch.Generator().manual_seed(1)
-    chosen = torch.randint(case.draft_vocab, (1, case.length), generator=gen)
-    return {
-        "input_ids": torch.randint(case.vocab, (1, case.length), generator=gen).to(device),
-        "loss_mask": torch.ones(1, case.length, dtype=torch.uint8, device=device),
-        "hidden_states": torch.randn(1, case.length, 3 * case.hidden, generator=gen).to(
-            device, dtype
-        ),
-        "final": torch.randn(1, case.length, case.hidden, generator=gen).to(device, dtype),
-        "target_argmax": (chosen * (case.vocab // case.draft_vocab)).to(device),
-        "document_ids": (1 + torch.arange(case.length) * documents // case.length)[None].to(device),
-    }
+    samples = []
+    for length in torch.arange(case.length).tensor_split(documents):
+        n = len(length)
+        chosen = torch.randint(case.draft_vocab, (n,), generator=gen)
+        samples.append(
+            {
+                "input_ids": torch.randint(case.vocab, (n,), generator=gen),
+                "loss_mask": torch.ones(n, dtype=torch.uint8),
+                "hidden_states": torch.randn(n, 3 * case.hidden, generator=gen).to(dtype),
+                "final": torch.randn(n, case.hidden, generator=gen).to(dtype),
+                "target_argmax": chosen * (case.vocab // case.draft_vocab),
+                # about what random states and this head give
+                "target_logsumexp": torch.full((n,), math.log(case.vocab)),
+            }
+        )
+    model: Any = draft.model
+    collate = Eagle3Collate(model.t2d.cpu(), step.config.mask_on, step.config.step_weights)
+    return to_device(collate(samples), model.t2d.device)
 
 
 def backward(loss: Tensor, grad: Tensor | None = None) -> None:
@@ -110,8 +130,11 @@ def check_loss(device: str, dtype: torch.dtype, loss: SoftLoss) -> float:
     for place, kind in ((device, dtype), ("cpu", torch.float64)):
         # both start from what the narrow dtype holds
         own = {n: t.to(dtype).to(place, kind).detach().clone() for n, t in given.items()}
+        whole = torch.full((60,), 10.0, device=place)  # the 9001 tokens are half of them, or less
         leaves = [own[n].requires_grad_() for n in ("hidden", "weight")]
-        total, rows = linear_soft_cross_entropy(**own, loss=loss, teacher_softcap=4.0, chunk=64)
+        total, rows = linear_soft_cross_entropy(
+            **own, loss=loss, teacher_softcap=4.0, teacher_logsumexp=whole, chunk=64
+        )
         backward(total)
         results.append([total.detach(), rows.overlaps, *(leaf.grad for leaf in leaves)])
     pairs = zip(*results, strict=True)
@@ -121,9 +144,9 @@ def check_loss(device: str, dtype: torch.dtype, loss: SoftLoss) -> float:
 def check_step(**options: Any) -> float:
     """Return the largest relative difference of a gradient: flash in bfloat16, eager in float32."""
     grads = []
-    for attention, dtype in (("flash", torch.bfloat16), ("eager", torch.float32)):
+    for attention, dtype in (("auto", torch.bfloat16), ("eager", torch.float32)):
         draft, step = build(CHECK, "cuda", dtype, attention=attention, **options)
-        out = step(draft, random_batch(CHECK, "cuda", dtype, documents=3), context())
+        out = step(draft, random_batch(CHECK, draft, step, dtype, documents=3), context())
         backward(out.loss_sum / out.weight)
         grads.append({n: p.grad for n, p in draft.model.named_parameters() if p.grad is not None})
     return max(relative(grads[0][name], grads[1][name]) for name in grads[1])
@@ -131,19 +154,16 @@ def check_step(**options: Any) -> float:
 
 def check_attention(device: str) -> float:
     """Return the largest relative error of merged attention, packed documents, own terms 0 to 6."""
-    docs, wide_docs = (Documents([1, 130, 57, 300], place) for place in (device, device))
+    docs = Documents.of_lengths([1, 130, 57, 300], device)
     gen = torch.Generator().manual_seed(3)
     errors = []
     for own in (0, 1, 6):
         drawn = [torch.randn(488, h, 64, generator=gen) for h in (8, *(2,) * (2 + 2 * own))]
         found = []
-        for path, dtype, d in (
-            ("flash", torch.bfloat16, docs),
-            ("eager", torch.float64, wide_docs),
-        ):
+        for path, dtype in (("auto", torch.bfloat16), ("eager", torch.float64)):
             x = [t.bfloat16().to(device, dtype).requires_grad_() for t in drawn]
             pairs = [(x[i], x[i + 1]) for i in range(1, len(x), 2)]
-            out = attend(x[0], pairs[0], pairs[1:], d, path)
+            out = attend(x[0], pairs[0], pairs[1:], docs, path)
             backward(out.square().sum())
             found.append([out.detach(), *(t.grad for t in x)])
         both = zip(*found, strict=True)
@@ -170,7 +190,8 @@ def check(device: str, dtype: torch.dtype) -> None:
 
 
 def context() -> StepContext:
-    return StepContext(0, 1, torch.Generator())
+    mesh: Any = None  # one process
+    return StepContext(step=0, total_steps=1, generator=torch.Generator(), training=True, mesh=mesh)
 
 
 # ---- time ------------------------------------------------------------------
@@ -221,9 +242,9 @@ def measure(
     gc.collect()  # what was measured before, and compiled, is not held
     torch.compiler.reset()
     draft, step = build(case, device, dtype, train_head=head)
-    batch = random_batch(case, device, dtype)
+    batch = random_batch(case, draft, step, dtype)
     if device == "cuda":
-        for unit in draft.repeated_units:
+        for unit in draft.compiled:
             unit.compile()
     began = time.perf_counter()
     for _ in range(3):

@@ -5,39 +5,13 @@ Shapes: U teacher rows, R student rows of each, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Objective: TypeAlias = Literal["cross_entropy", "log_overlap", "hybrid"]
-
-
-@dataclass(frozen=True, slots=True)
-class SoftLoss:
-    """What is minimised for a student distribution q against its teacher p.
-
-    With the overlap a = sum_v min(p_v, q_v), which is the probability that a token drawn
-    from q is accepted as one of p's:
-        cross_entropy   -sum_v p_v log q_v
-        log_overlap     -log a; nothing where a is 0
-        hybrid          w KL(p || q) + (1 - w) (1 - a), w = scale * exp(-decay * a), w constant
-    """
-
-    objective: Objective = "cross_entropy"
-    scale: float = 1.0
-    decay: float = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class SoftRows:
-    """What each student row came to, without gradients; all [U, R]."""
-
-    losses: Tensor  # before weighting
-    overlaps: Tensor  # sum of min(p, q)
-    best: Tensor  # int64, the student's most likely token
+from .soft_loss import SoftLoss, SoftRows, wide
 
 
 def linear_soft_cross_entropy(
@@ -49,6 +23,7 @@ def linear_soft_cross_entropy(
     loss: SoftLoss | None = None,
     *,
     teacher_softcap: float | None = None,
+    teacher_logsumexp: Tensor | None = None,
     chunk: int = 2048,
 ) -> tuple[Tensor, SoftRows]:
     """Return the weighted sum of all rows' losses, and what each row came to.
@@ -59,6 +34,11 @@ def linear_soft_cross_entropy(
     nothing to any gradient.  Since they are known here, the gradients of hidden and weight
     are made in the forward pass, while the logits are still there, and only scaled in the
     backward.  Softmax, sums over chunks and the losses are float32 (float64 for float64).
+
+    teacher_weight may be a part of the teacher's head, the V tokens that the student knows.
+    teacher_logsumexp [U] is then over the teacher's whole vocabulary, so that overlaps count
+    what the teacher gives to other tokens as lost.  Where it is below the sum of these V, which
+    only rounding can make it, that sum is taken: an overlap is at most 1.
     """
     total, losses, overlaps, best = _LinearSoftCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.to(weight.dtype),
@@ -66,16 +46,12 @@ def linear_soft_cross_entropy(
         teacher_hidden.to(teacher_weight.dtype),
         teacher_weight,
         row_weights,
+        teacher_logsumexp,
         loss or SoftLoss(),
         teacher_softcap,
         chunk,
     )
     return total, SoftRows(losses, overlaps, best)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that sums are made in."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 class _LinearSoftCrossEntropy(torch.autograd.Function):
@@ -87,6 +63,7 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
         teacher_hidden: Tensor,
         teacher_weight: Tensor,
         row_weights: Tensor,
+        logsumexp: Tensor | None,
         loss: SoftLoss,
         softcap: float | None,
         chunk: int,
@@ -95,6 +72,7 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
         labels, students = row_weights.shape
         accurate = wide(weight.dtype)
         row_weights = row_weights.to(accurate)
+        logsumexp = None if logsumexp is None else logsumexp.to(accurate).contiguous()
         losses = hidden.new_empty(labels, students, dtype=accurate)
         overlaps, best = torch.empty_like(losses), torch.empty_like(losses, dtype=torch.int64)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
@@ -111,7 +89,13 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
             d_logits = torch.mm(rows, weight.t(), out=logits[: size * students])
             teacher = torch.mm(teacher_hidden[part], teacher_weight.t(), out=teacher_logits[:size])
             losses[part], overlaps[part], best[part], d_logits = _rows(
-                d_logits, teacher, row_weights[part], loss, softcap, want_hidden or want_weight
+                d_logits,
+                teacher,
+                row_weights[part],
+                None if logsumexp is None else logsumexp[part],
+                loss,
+                softcap,
+                want_hidden or want_weight,
             )
             if grad_hidden is not None:
                 torch.mm(d_logits, weight, out=grad_hidden[part].flatten(0, 1))
@@ -132,7 +116,7 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
             # scaled and narrowed in one pass over the largest tensor of the backward
             narrow = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, d_total, out=narrow)
-        return grad_hidden, grad_weight, *(None,) * 6
+        return grad_hidden, grad_weight, *(None,) * 7
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -149,6 +133,7 @@ def _rows(
     logits: Tensor,
     teacher: Tensor,
     weights: Tensor,
+    logsumexp: Tensor | None,
     loss: SoftLoss,
     softcap: float | None,
     want_grad: bool,
@@ -159,7 +144,7 @@ def _rows(
         from .triton_soft_cross_entropy import soft_cross_entropy_in_place
 
         return *soft_cross_entropy_in_place(
-            logits, teacher, weights, loss, softcap, want_grad
+            logits, teacher, weights, logsumexp, loss, softcap, want_grad
         ), logits
     accurate = weights.dtype
     scores = teacher.to(accurate)
@@ -167,17 +152,21 @@ def _rows(
         scores = torch.tanh(scores / softcap) * softcap
     log_p = scores.log_softmax(dim=-1)
     p = log_p.exp()[:, None]  # [u, 1, V]
+    drawn = p  # what the teacher draws these tokens with
+    if logsumexp is not None:
+        known = (scores.logsumexp(dim=-1) - logsumexp).clamp_(max=0).exp_()
+        drawn = p * known[:, None, None]
     # In place from here: a chunk of logits is the largest tensor of a CPU run.
     q = logits.to(accurate).view(*weights.shape, -1)
     top, best = q.max(dim=-1)
     log_total = (q - top[..., None]).exp_().sum(dim=-1).log_().add_(top)
     losses = log_total - torch.einsum("urv,uv->ur", q, p[:, 0])
     q.sub_(log_total[..., None]).exp_()
-    overlaps = torch.minimum(p, q).sum(dim=-1)
+    overlaps = torch.minimum(drawn, q).sum(dim=-1)
     if loss.objective == "cross_entropy":
         grad = q.sub_(p) if want_grad else q
     else:
-        below = torch.where(q < p, q, 0.0)
+        below = torch.where(q < drawn, q, 0.0)
         d_overlap = below - q * below.sum(dim=-1, keepdim=True)
         if loss.objective == "log_overlap":
             some = overlaps > 0

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .linear_soft_cross_entropy import SoftLoss
+from .soft_loss import SoftLoss
 
 _LOWEST = tl.constexpr(-1e30)  # finite, so that the difference of two is no NaN
 _KINDS = {"cross_entropy": 0, "log_overlap": 1, "hybrid": 2}
@@ -20,33 +17,46 @@ def soft_cross_entropy_in_place(
     logits: Tensor,
     teacher: Tensor,
     weights: Tensor,
+    logsumexp: Tensor | None,
     loss: SoftLoss,
     softcap: float | None,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses, overlaps and best tokens, each [u, R], of `logits` [u * R, V].
 
-    `teacher` [u, V] are logits too, capped by `softcap`.  With `want_grad`, `logits` is
-    overwritten by d(loss)/d(logits) times the row's weight.
+    `teacher` [u, V] are logits too, capped by `softcap`; `logsumexp` [u] is of the teacher's
+    whole vocabulary, of which V may be a part.  With `want_grad`, `logits` is overwritten by
+    d(loss)/d(logits) times the row's weight.
     """
     rows, vocab = logits.shape
     labels, students = weights.shape
     assert logits.stride(1) == teacher.stride(1) == weights.stride(1) == 1
     assert weights.stride(0) == students
     totals = torch.empty(labels, device=logits.device, dtype=torch.float32)
-    entropies = torch.empty_like(totals)
+    entropies, known = torch.empty_like(totals), torch.empty_like(totals)
     losses = torch.empty(labels, students, device=logits.device, dtype=torch.float32)
     overlaps, best = torch.empty_like(losses), torch.empty_like(losses, dtype=torch.int64)
     cap = softcap or 0.0
     with torch.cuda.device(logits.device):
         _teacher[(labels,)](
-            teacher, totals, entropies, vocab, teacher.stride(0), CAP=cap, BLOCK=4096, num_warps=16
+            teacher,
+            totals if logsumexp is None else logsumexp,  # of no use there where it is none
+            totals,
+            entropies,
+            known,
+            vocab,
+            teacher.stride(0),
+            CAP=cap,
+            WHOLE=logsumexp is None,
+            BLOCK=4096,
+            num_warps=16,
         )
         _student[(rows,)](
             logits,
             teacher,
             totals,
             entropies,
+            known,
             weights,
             losses,
             overlaps,
@@ -78,14 +88,17 @@ def _load(base, cols, vocab, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _teacher(  # type: ignore[no-untyped-def]
     logits,  # triton reads annotations itself, and knows no types of ours
+    logsumexp,
     totals,
     entropies,
+    known,
     vocab,
     stride,
     CAP: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each row's log of summed exponentials, and its entropy."""
+    """Each row's log of summed exponentials, its entropy, and its part of the whole vocabulary."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
     lane = tl.arange(0, BLOCK)
@@ -105,6 +118,10 @@ def _teacher(  # type: ignore[no-untyped-def]
     lse = row_top + tl.log(sum_exp)
     tl.store(totals + row, lse)
     tl.store(entropies + row, lse - tl.sum(first * scale, 0) / sum_exp)
+    if WHOLE:
+        tl.store(known + row, 1.0)
+    else:  # only rounding can make the part more than the whole
+        tl.store(known + row, tl.exp(tl.minimum(lse - tl.load(logsumexp + row), 0.0)))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -136,6 +153,7 @@ def _student(  # type: ignore[no-untyped-def]
     teacher,
     totals,
     entropies,
+    known,
     weights,
     losses,
     overlaps,
@@ -154,6 +172,7 @@ def _student(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     base, t_base = logits + row * stride, teacher + row // students * teacher_stride
     t_lse = tl.load(totals + row // students)
+    part = tl.load(known + row // students)
     weight = tl.load(weights + row).to(tl.float32)
     lane = tl.arange(0, BLOCK)
     # Its reductions are the barrier between its reads of the row and the writes below.
@@ -167,13 +186,13 @@ def _student(  # type: ignore[no-untyped-def]
         cols = start + lane
         q = tl.exp(_load(base, cols, vocab, 0) - lse)
         p = tl.exp(_load(t_base, cols, vocab, CAP) - t_lse)
-        overlap += tl.minimum(p, q)
+        overlap += tl.minimum(part * p, q)
         if KIND == 0:
             if WANT_GRAD:
                 grad = ((q - p) * weight).to(logits.dtype.element_ty)
                 tl.store(base + cols, grad, mask=cols < vocab)
         else:
-            below += tl.where(q < p, q, 0.0)
+            below += tl.where(q < part * p, q, 0.0)
     a = tl.sum(overlap, 0)
     tl.store(overlaps + row, a)
 
@@ -198,6 +217,6 @@ def _student(  # type: ignore[no-untyped-def]
             cols = start + lane
             q = tl.exp(_load(base, cols, vocab, 0) - lse)
             p = tl.exp(_load(t_base, cols, vocab, CAP) - t_lse)
-            d_overlap = q * (tl.where(q < p, 1.0, 0.0) - inner)
+            d_overlap = q * (tl.where(q < part * p, 1.0, 0.0) - inner)
             grad = kl_part * (q - p) + a_part * d_overlap
             tl.store(base + cols, grad.to(logits.dtype.element_ty), mask=cols < vocab)

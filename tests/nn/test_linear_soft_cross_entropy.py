@@ -6,12 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specforge_core.nn.linear_soft_cross_entropy import (
-    Objective,
-    SoftLoss,
-    SoftRows,
-    linear_soft_cross_entropy,
-)
+from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entropy
+from specforge_core.nn.soft_loss import Objective, SoftLoss, SoftRows
 from specforge_core.testing.close import close
 
 LOSSES = [
@@ -39,21 +35,33 @@ def data(
     }
 
 
+def teacher_scores(given: dict[str, Tensor], softcap: float | None) -> Tensor:
+    scores = given["teacher_hidden"] @ given["teacher_weight"].t()
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def pruned(given: dict[str, Tensor], known: int, softcap: float | None = None) -> dict[str, Tensor]:
+    """Let the student know the first `known` tokens only."""
+    whole = teacher_scores(given, softcap).logsumexp(-1)
+    parts = {name: given[name][:known] for name in ("weight", "teacher_weight")}
+    return given | parts | {"teacher_logsumexp": whole}
+
+
 def formula(
     given: dict[str, Tensor], loss: SoftLoss, softcap: float | None = None
 ) -> tuple[Tensor, SoftRows]:
     """The losses as written, one row at a time."""
-    scores = given["teacher_hidden"] @ given["teacher_weight"].t()
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = teacher_scores(given, softcap)
     losses, overlaps, best = [], [], []
     for label, rows in enumerate(given["hidden"]):
-        p = scores[label].softmax(-1)
+        p = drawn = scores[label].softmax(-1)
+        if "teacher_logsumexp" in given:
+            drawn = (scores[label] - given["teacher_logsumexp"][label]).exp()
         for row in rows:
             logits = row @ given["weight"].t()
             q = logits.softmax(-1)
             cross, kl = -(p * q.log()).sum(), (p * (p / q).log()).sum()
-            a = torch.minimum(p, q).sum()
+            a = torch.minimum(drawn, q).sum()
             mix = loss.scale * torch.exp(-loss.decay * a.detach())
             losses.append(
                 {
@@ -77,10 +85,12 @@ def leaves(given: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.objective}-{loss.scale}")
 @pytest.mark.parametrize("chunk", [1, 6, 10_000])
 @pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("known", [None, 20])
 def test_values_and_gradients_are_the_formulas(
-    loss: SoftLoss, chunk: int, softcap: float | None
+    loss: SoftLoss, chunk: int, softcap: float | None, known: int | None
 ) -> None:
-    ours, theirs = leaves(data()), leaves(data())
+    given = data() if known is None else pruned(data(), known, softcap)
+    ours, theirs = leaves(given), leaves(given)
     total, rows = linear_soft_cross_entropy(**ours, loss=loss, teacher_softcap=softcap, chunk=chunk)
     want, want_rows = formula(theirs, loss, softcap)
     terms = 16 + 53  # the hidden size and the vocabulary
@@ -93,6 +103,41 @@ def test_values_and_gradients_are_the_formulas(
     (3 * want).backward()
     for name in ("hidden", "weight"):
         close(ours[name].grad, theirs[name].grad, terms=terms + rows.losses.numel())
+
+
+def test_what_the_teacher_gives_to_unknown_tokens_is_accepted_nowhere() -> None:
+    given = pruned(data(), 20)
+    whole = teacher_scores(data(), None).softmax(-1)
+    mass = whole[:, :20].sum(-1)
+    assert float(mass.max()) < 0.8  # what the two teachers differ by
+    alone = given | {"teacher_logsumexp": None}  # the known tokens as if there were no others
+    for objective in ("log_overlap", "hybrid"):
+        told, lost = (
+            linear_soft_cross_entropy(**g, loss=SoftLoss(objective))[1] for g in (given, alone)
+        )
+        assert bool((told.overlaps <= mass[:, None]).all())
+        assert bool((told.overlaps < lost.overlaps).all())
+        assert bool((told.losses > lost.losses).all())
+    # how the known tokens compare among themselves does not change
+    told, lost = (linear_soft_cross_entropy(**g)[1] for g in (given, alone))
+    assert torch.equal(told.losses, lost.losses)
+    assert not torch.equal(told.overlaps, lost.overlaps)
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "log_overlap", "hybrid"])
+def test_rounding_makes_no_part_more_than_the_whole(objective: Objective) -> None:
+    """A log-sum-exp below what its own tokens sum to counts as that sum."""
+    given = data()
+    whole = teacher_scores(given, None).logsumexp(-1)
+    given["weight"] = given["teacher_weight"]
+    given["hidden"] = given["teacher_hidden"][:, None].expand_as(given["hidden"]).clone()
+    for low in (whole, whole - 1e-3, whole - 5):
+        found = linear_soft_cross_entropy(**given, loss=SoftLoss(objective), teacher_logsumexp=low)[
+            1
+        ]
+        close(found.overlaps, torch.ones_like(found.overlaps), terms=53)
+        if objective != "cross_entropy":
+            close(found.losses, torch.zeros_like(found.losses), terms=53, scale=1.0)
 
 
 def test_the_gradient_is_also_that_of_finite_differences() -> None:
@@ -173,10 +218,15 @@ def test_bfloat16_heads_are_near_the_formula() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.objective}-{loss.scale}")
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_the_gpu_kernel_is_the_formula(loss: SoftLoss, softcap: float | None) -> None:
+@pytest.mark.parametrize("known", [None, 5003])
+def test_the_gpu_kernel_is_the_formula(
+    loss: SoftLoss, softcap: float | None, known: int | None
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     given = data(50, 7, 64, 9001)
+    if known is not None:
+        given = pruned(given, known, softcap)
     ours = {n: t.cuda().float() for n, t in leaves(given).items()}
     for name in ("hidden", "weight"):
         ours[name] = ours[name].detach().requires_grad_()

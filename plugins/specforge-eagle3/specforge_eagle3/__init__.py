@@ -7,13 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.errors import ConfigError
 from specforge_core.hookspecs import hookimpl
+from specforge_core.target.head import Head
+from specforge_core.target.weights import load_target_tensors
 from specforge_core.types import (
     Adapter,
     CaptureSpec,
     Collate,
+    DataInfo,
     Draft,
     Export,
     Problem,
@@ -24,13 +26,14 @@ from specforge_core.types import (
     Transform,
 )
 
-from .adapter import Eagle3Adapter, Eagle3Transform, check_choices, pack, pad
+from .adapter import Eagle3Adapter, Eagle3Transform, check_choices
 from .config import DraftShape, Eagle3Config, draft_shape
 from .export import export_draft
 from .frozen import Frozen
 from .importer import load_export
 from .model import Eagle3Model
 from .proposer import Eagle3Proposer
+from .rows import Eagle3Collate
 from .step import Eagle3Step
 from .vocab import frequent_tokens, members, offsets, read_map, target_tokens
 
@@ -43,14 +46,14 @@ def specforge_config() -> type[Eagle3Config]:
 
 @hookimpl
 def specforge_adapter(config: Eagle3Config, target: TargetInfo) -> Adapter:
-    """Capture three layers, the final state and the target's own choices."""
+    """Capture three layers, the final state, the target's own choices and its log-sum-exp."""
     return Eagle3Adapter.build(config, target)
 
 
 @hookimpl
-def specforge_verify_capture(sample: Sample, manifest: CaptureManifest) -> list[Problem]:
+def specforge_verify_capture(target: TargetInfo, sample: Sample) -> list[Problem]:
     """Report choices of the target beyond its vocabulary."""
-    return check_choices(sample, manifest.identity.vocab_size)
+    return check_choices(sample, target.vocab_size)
 
 
 @hookimpl
@@ -60,31 +63,23 @@ def specforge_transform(config: Eagle3Config, spec: CaptureSpec, max_length: int
 
 
 @hookimpl
-def specforge_collate(config: Eagle3Config) -> Collate:
-    """Put the samples of a batch behind each other, or below each other with padding."""
-    return pack if config.batches == "packed" else pad
+def specforge_collate(config: Eagle3Config, draft: Draft) -> Collate:
+    """Put the samples of a batch behind each other, and find what is a label."""
+    model, frozen = draft.model, draft.frozen
+    assert isinstance(model, Eagle3Model)
+    assert isinstance(frozen, Frozen)
+    frozen.teacher_head(model.d2t)  # read here, so that no step waits for it
+    return Eagle3Collate(model.t2d.cpu(), config.mask_on, config.step_weights)
 
 
 @hookimpl
-def specforge_draft(
-    config: Eagle3Config,
-    target: TargetInfo,
-    manifest: CaptureManifest | None,
-    token_counts: Tensor | None,
-) -> Draft:
+def specforge_draft(config: Eagle3Config, target: TargetInfo, data: DataInfo | None) -> Draft:
     """Build the draft around the target's embedding, with its vocabulary's rows of the head."""
-    from specforge_core.target.weights import load_target_tensors
-
     shape = draft_shape(config, target)
-    count = target.vocab_size  # rows beyond it are padding
-    embedding = load_target_tensors(target, ("embed_tokens",))["embed_tokens"][:count]
-
-    def head() -> Tensor:
-        return load_target_tensors(target, ("lm_head",))["lm_head"][:count]
-
-    loading = manifest is None and token_counts is None
-    d2t = None if loading else draft_map(config, shape, token_counts)
-    return build_draft(config, shape, embedding, head, d2t)
+    # rows beyond the vocabulary are padding
+    embedding = load_target_tensors(target, ("embed_tokens",))["embed_tokens"][: target.vocab_size]
+    d2t = None if data is None else draft_map(config, shape, data.token_counts)
+    return build_draft(config, shape, embedding, lambda: Head.load(target).weight, d2t)
 
 
 def draft_map(config: Eagle3Config, shape: DraftShape, token_counts: Tensor | None) -> Tensor:
@@ -128,7 +123,7 @@ def build_draft(
     model.lm_head.requires_grad_(config.train_head)
     model.to(device)
     frozen = Frozen(embed_tokens, load_head)
-    return Draft(model, frozen=frozen, repeated_units=(model.before, model.after))
+    return Draft(model=model, frozen=frozen, compile=(model.before, model.after))
 
 
 @hookimpl
@@ -154,6 +149,6 @@ def specforge_export(
 
 
 @hookimpl
-def specforge_import(config: Eagle3Config, draft: Draft, export: Export) -> bool:
+def specforge_import(draft: Draft, export: Export) -> bool:
     """Read a published checkpoint, in any of its spellings."""
-    return load_export(config, draft, export)
+    return load_export(draft, export)

@@ -2,83 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch import Generator, Tensor
 
-from specforge_core.target.weights import load_target_tensors
-from specforge_core.defaults import truncate
-from specforge_core.types import (
-    Batch,
-    CaptureSpec,
-    Field,
-    Problem,
-    Sample,
-    TargetCapture,
-    TargetInfo,
-)
+from specforge_core.batches.collate import token_fields, truncate
+from specforge_core.types import CaptureSpec, Field, Problem, Sample, TargetCapture, TargetInfo
 
 from .config import Eagle3Config, capture_layers
 
-VERSION = 1
-ARGMAX_ROWS = 512  # rows whose full-vocabulary logits exist at a time
-DOCUMENTS = "document_ids"  # [B, S]: 1, 2, ... on the samples of a row, 0 on padding
+VERSION = 2
 
 
 def capture_spec(layers: tuple[int, ...], hidden_size: int) -> CaptureSpec:
     """Return what one sample looks like.
 
-    target_argmax holds the target's own next token at each position, so that training needs
-    the target's head only for the draft vocabulary.
+    target_argmax holds the target's own next token at each position, and target_logsumexp the
+    sum that its probabilities are divided by, so that training needs the target's head only for
+    the draft vocabulary.
     """
     fields = {
-        "input_ids": Field((None,), "int64"),
-        "loss_mask": Field((None,), "uint8"),
-        "hidden_states": Field((None, len(layers) * hidden_size), "bfloat16"),
-        "final": Field((None, hidden_size), "bfloat16"),
-        "target_argmax": Field((None,), "int64"),
+        "input_ids": Field(shape=(None,), dtype="int64"),
+        "loss_mask": Field(shape=(None,), dtype="uint8"),
+        "hidden_states": Field(shape=(None, len(layers) * hidden_size), dtype="bfloat16"),
+        "final": Field(shape=(None, hidden_size), dtype="bfloat16"),
+        "target_argmax": Field(shape=(None,), dtype="int64"),
+        "target_logsumexp": Field(shape=(None,), dtype="float32"),
     }
-    return CaptureSpec(layers, "post_norm", fields, VERSION)
+    return CaptureSpec(
+        layers=layers,
+        final="post_norm",
+        fields=fields,
+        next_tokens=True,
+        logsumexp=True,
+        version=VERSION,
+    )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Eagle3Adapter:
-    """Stores the captured layers side by side, the final state and the target's choices."""
+    """Stores the captured layers side by side, the final state and what the target makes of it."""
 
     spec: CaptureSpec
-    target: TargetInfo
     mask_on: str
-    _head: Tensor | None = field(default=None, repr=False)  # [V, H]; read when first needed
 
     @classmethod
     def build(cls, config: Eagle3Config, target: TargetInfo) -> Eagle3Adapter:
         layers = capture_layers(config, target.num_layers)
-        return cls(capture_spec(layers, target.hidden_size), target, config.mask_on)
+        return cls(capture_spec(layers, target.hidden_size), config.mask_on)
 
     def __call__(self, capture: TargetCapture, /) -> Sample | None:
         if not trained_labels(capture.loss_mask, self.mask_on).any():
             return None
         assert capture.final is not None
+        assert capture.next_tokens is not None
+        assert capture.logsumexp is not None
         states = [capture.hidden_states[layer] for layer in self.spec.layers]
         return {
-            "input_ids": capture.input_ids.long(),
+            "input_ids": capture.input_ids,
             "loss_mask": capture.loss_mask.to(torch.uint8),
             "hidden_states": torch.cat([s.to(torch.bfloat16) for s in states], dim=-1),
             "final": capture.final.to(torch.bfloat16),
-            "target_argmax": self._choices(capture.final),
+            "target_argmax": capture.next_tokens,
+            "target_logsumexp": capture.logsumexp,
         }
-
-    @torch.no_grad()
-    def _choices(self, final: Tensor) -> Tensor:
-        """Return the target's most likely next token [T] of final states [T, H]."""
-        if self._head is None or self._head.device != final.device:
-            head = load_target_tensors(self.target, ("lm_head",))["lm_head"]
-            self._head = head[: self.target.vocab_size].to(final.device, final.dtype)  # no padding
-        parts = [(rows @ self._head.t()).argmax(dim=-1) for rows in torch.split(final, ARGMAX_ROWS)]
-        return torch.cat(parts)
 
 
 def trained_labels(loss_mask: Tensor, mask_on: str, documents: Tensor | None = None) -> Tensor:
@@ -106,32 +94,15 @@ def trained_labels(loss_mask: Tensor, mask_on: str, documents: Tensor | None = N
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Transform:
-    """Cuts a sample to `max_length` tokens, and drops it if no label is left."""
+    """Cuts a sample to `max_length` tokens, and drops it if no label is left.  Draws nothing."""
 
     spec: CaptureSpec
     max_length: int
     mask_on: str
 
-    def __call__(self, sample: Sample, /) -> Sample | None:
-        cut = truncate(sample, spec=self.spec, max_length=self.max_length)
+    def __call__(self, sample: Sample, generator: Generator, /) -> Sample | None:
+        cut = truncate(sample, token_fields(self.spec), self.max_length)
         return cut if trained_labels(cut["loss_mask"], self.mask_on).any() else None
-
-
-def pack(samples: Sequence[Sample]) -> Batch:
-    """Put samples behind each other in one row [1, sum of T]."""
-    batch = {name: torch.cat([s[name] for s in samples])[None] for name in samples[0]}
-    lengths = torch.tensor([len(s["input_ids"]) for s in samples])
-    numbers = torch.arange(1, len(samples) + 1)
-    documents = numbers.repeat_interleave(lengths)[None]
-    return batch | {DOCUMENTS: documents.to(batch["input_ids"].device)}
-
-
-def pad(samples: Sequence[Sample]) -> Batch:
-    """Put one sample in each row [B, longest]; padding is zero and in no document."""
-    with_ids = [{**s, DOCUMENTS: torch.ones_like(s["input_ids"])} for s in samples]
-    return {
-        name: pad_sequence([s[name] for s in with_ids], batch_first=True) for name in with_ids[0]
-    }
 
 
 def check_choices(sample: Sample, vocab_size: int) -> list[Problem]:
@@ -143,4 +114,4 @@ def check_choices(sample: Sample, vocab_size: int) -> list[Problem]:
     if low >= 0 and high < vocab_size:
         return []
     text = f"has values {low} to {high}, allowed are 0 to {vocab_size - 1}. Capture again"
-    return [Problem("field 'target_argmax'", text)]
+    return [Problem(where="field 'target_argmax'", message=text)]

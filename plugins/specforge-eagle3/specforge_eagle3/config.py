@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from specforge_core.errors import ConfigError
 from specforge_core.nn.decoder import DecoderOptions, DecoderShape, decoder_fields
-from specforge_core.nn.linear_soft_cross_entropy import SoftLoss
+from specforge_core.nn.soft_loss import SoftLoss
 from specforge_core.types import TargetInfo
 
 
@@ -45,11 +45,8 @@ class Eagle3Config(DecoderOptions):
     fc_norm: bool = Field(False, description="Norm each captured state before fc (EAGLE-3.1).")
     norm_output: bool = Field(False, description="Feed the normed state back (EAGLE-3.1).")
     train_head: bool = Field(True, description="Train the draft's head, or keep the target's rows.")
-    batches: Literal["packed", "padded"] = Field(
-        "packed", description="Samples of a batch behind each other in one row, or one a row."
-    )
-    attention: Literal["auto", "flash", "eager"] = Field(
-        "auto", description="auto: flash, but for dtypes its kernels do not know."
+    attention: Literal["auto", "eager"] = Field(
+        "auto", description="auto: flash kernels on a GPU in half precision, else eager."
     )
     head_chunk: int = Field(3584, gt=0, description="Rows whose logits exist at a time, about.")
     draft_length: int = Field(7, gt=0, description="Tokens of a drafted chain; levels of a tree.")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_core.errors import ConfigError
 from specforge_core.drafts.dialects import layer_inputs
+from specforge_core.errors import ConfigError
 from specforge_core.nn.decoder import decoder_config
 from specforge_core.types import Draft, Export, TargetInfo
 
@@ -26,6 +26,14 @@ ARCHITECTURES = {False: "LlamaForCausalLMEagle3", True: "Eagle3Qwen3ForCausalLM"
 SPECULATORS = "Eagle3Speculator"
 SPECULATORS_VERSION = "0.3.0"
 
+# key of config.json, or tensor -> what goes wrong where it differs, for the method's own keys
+CAUSES = {
+    **dict.fromkeys(("d2t", "t2d", "draft_id_to_target_id"), "vocabulary map"),
+    **dict.fromkeys(("draft_vocab_size", "vocab_size"), "vocabulary map"),
+    **dict.fromkeys(("eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"), "layer ids"),
+    **dict.fromkeys(("fc_norm", "norm_output", "norm_before_residual", "norm_before_fc"), "norms"),
+    "speculative_tokens": "block size",
+}
 # our parameter names, and the published ones
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 NAMES = {
@@ -73,10 +81,30 @@ def export_draft(
     speculators = format == "vllm" and shape.qk_norm
     if format == "hf" or speculators:
         weights["embed_tokens.weight"] = plain(frozen.embed_tokens)
-    if not speculators:
-        return Export(export_config(config, shape, target), weights)
-    renamed = {name.replace("midlayer.", "layers.0."): value for name, value in weights.items()}
-    return Export(speculators_config(config, shape, target), renamed)
+    if speculators:
+        weights = {name.replace("midlayer.", "layers.0."): v for name, v in weights.items()}
+    make = speculators_config if speculators else export_config
+    return Export(
+        config=make(config, shape, target),
+        weights=weights,
+        serve=serving_options(config, shape),
+        causes=CAUSES,
+        base=target.name_or_path,
+    )
+
+
+def serving_options(config: Eagle3Config, shape: DraftShape) -> dict[str, dict[str, Any]]:
+    """Return what each engine that knows this draft is started with; a tree is SGLang's alone."""
+    length, tree = config.draft_length, config.tree_top_k > 1
+    sglang = {
+        "speculative_algorithm": "EAGLE3",
+        "speculative_num_steps": length,
+        "speculative_eagle_topk": config.tree_top_k,
+        # the last verified token is counted too
+        "speculative_num_draft_tokens": 1 + (config.tree_tokens if tree else length),
+    }
+    vllm = {"method": "eagle3", "num_speculative_tokens": length}
+    return {"vllm": vllm} if shape.qk_norm else {"sglang": sglang, "vllm": vllm}
 
 
 def export_config(config: Eagle3Config, shape: DraftShape, target: TargetInfo) -> dict[str, Any]:

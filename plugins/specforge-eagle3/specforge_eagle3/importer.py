@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_core.errors import CheckpointError
 from specforge_core.drafts.dialects import from_layer_inputs
+from specforge_core.errors import CheckpointError
 from specforge_core.nn.rotary import draft_rope
 from specforge_core.types import Draft, Export
 
-from .config import DraftShape, Eagle3Config
+from .config import DraftShape
 from .export import ARCHITECTURES, NAMES, SPECULATORS
 from .frozen import Frozen
 from .model import Eagle3Model
@@ -28,7 +28,7 @@ SPELLINGS = {
 }
 
 
-def load_export(config: Eagle3Config, draft: Draft, export: Export) -> bool:
+def load_export(draft: Draft, export: Export) -> bool:
     """Load a checkpoint into `draft`; its draft vocabulary too.
 
     Raises CheckpointError when it was made for another draft than the config describes.

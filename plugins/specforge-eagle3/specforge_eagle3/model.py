@@ -8,7 +8,6 @@ Vd draft vocabulary, Q = (h + 2 v) d.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,16 +16,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from specforge_core.nn.decoder import init_weights
-from specforge_core.nn.linear_soft_cross_entropy import (
-    SoftLoss,
-    SoftRows,
-    linear_soft_cross_entropy,
-)
+from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entropy
 from specforge_core.nn.rotary import Rope, Rotary, rotate
+from specforge_core.nn.soft_loss import SoftLoss, SoftRows
+from specforge_core.types import Batch
 
 from .attention import KeyValue, attend
 from .config import DraftShape
-from .rows import Documents, Rows, upload
+from .rows import Documents
 
 
 class _Gather(torch.autograd.Function):
@@ -56,15 +53,12 @@ class Task:
     No dataclass: FSDP's mixed precision casts the tensors in those.
     """
 
-    def __init__(
-        self, rows: Rows, teacher_head: Tensor, step_weights: Sequence[float], loss: SoftLoss
-    ) -> None:
-        self.documents = rows.documents
-        self.students, self.present = rows.students, rows.present
-        self.teacher = rows.batch["final"][rows.labels]  # [U, H]
+    def __init__(self, batch: Batch, teacher_head: Tensor, loss: SoftLoss) -> None:
+        self.documents = Documents.of(batch)
+        self.students, self.present = batch["students"], batch["present"]  # [U, R]
+        self.row_weights = batch["row_weights"]  # [U, R]
+        self.teacher, self.logsumexp = batch["final"], batch["logsumexp"]  # [U, H], [U]
         self.teacher_head = teacher_head  # [Vd, H]
-        weights = upload(torch.tensor(step_weights, dtype=torch.float32), rows.present.device)
-        self.row_weights = rows.present * weights  # [U, R]
         self.loss = loss
 
 
@@ -168,6 +162,7 @@ class Eagle3Model(nn.Module):
             task.row_weights,
             task.loss,
             teacher_softcap=self.shape.softcap,
+            teacher_logsumexp=task.logsumexp,
             chunk=self.head_chunk,
         )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specforge_core.types import Proposal, Sampling, TargetCapture
 
+from .attention import eager
 from .config import Eagle3Config
 from .frozen import Frozen
 from .model import Eagle3Model
@@ -105,7 +106,7 @@ class Eagle3Proposer:
             if i < max_tokens and i < self.max_tokens:
                 leaves = self._step(leaves, drafted[-1:], i)
         tokens = torch.tensor(drafted, device=self._tokens.device)
-        return Proposal(tokens, self._spread(torch.stack(probs)) if probs else None)
+        return Proposal(tokens=tokens, probs=self._spread(torch.stack(probs)) if probs else None)
 
     @torch.no_grad()
     def chain_logits(self, last_token: int, drafted: list[int]) -> Tensor:
@@ -150,15 +151,8 @@ class Eagle3Proposer:
     def _finish(self, q: Tensor, feature: Tensor, keys: Tensor, values: Tensor) -> _Leaves:
         """Attend to the cached rows and the own steps, and leave the layer."""
         model = self._model
-        count, heads, d = q.shape
-        q = (q * d**-0.5).view(count, keys.shape[2], -1, d)
-        first = torch.einsum("wvgd,mvd->wvgm", q, self._first[0])
-        own = torch.einsum("wvgd,iwvd->wvgi", q, keys)
-        weights = torch.cat([first, own], dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
-        split = first.shape[-1]
-        out = torch.einsum("wvgm,mvd->wvgd", weights[..., :split], self._first[1])
-        out = out + torch.einsum("wvgi,iwvd->wvgd", weights[..., split:], values)
-        hidden, normed = model.after(out.reshape(count, heads * d), feature)
+        attended = eager(q, self._first, (keys, values), visible=None)
+        hidden, normed = model.after(attended.flatten(1), feature)
         logits = model.lm_head(normed).float()
         return _Leaves(normed if model.shape.norm_output else hidden, logits, keys, values)
 
@@ -190,7 +184,8 @@ class Eagle3Proposer:
         kept = scores.cpu().argsort(descending=True, stable=True)[:budget].sort().values
         renamed = torch.full((len(tokens) + 1,), -1)
         renamed[kept] = torch.arange(len(kept))
-        return Proposal(tokens[kept.to(tokens.device)], None, renamed[parents[kept]])
+        chosen_tokens = tokens[kept.to(tokens.device)]
+        return Proposal(tokens=chosen_tokens, probs=None, parents=renamed[parents[kept]])
 
     def _spread(self, probs: Tensor) -> Tensor:
         """Return [K, V] of distributions [K, Vd] over the draft vocabulary."""

@@ -3,123 +3,147 @@
 Row t of step i reads the feature of token t and the embedding of token t+1+i; its label is
 the target's distribution at u = t+1+i, of token t+2+i.  So one label u is predicted by a row
 of every step, u-1-i of step i.  Shapes: N tokens of all documents, D documents, U labels,
-R steps, B and S rows and columns of the batch, H hidden size, Vd draft vocabulary.
+R steps, B and S rows and columns of the batch, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from specforge_core.batches.collate import flat_rows, pack
 from specforge_core.errors import CaptureError
-from specforge_core.types import Batch
+from specforge_core.types import DOCUMENT_IDS, POSITION_IDS, Batch, Sample
 
-from .adapter import DOCUMENTS, trained_labels
+from .adapter import trained_labels
 
-FIELDS = ("input_ids", "loss_mask", "hidden_states", "final", "target_argmax")
-
-
-def upload(values: Tensor, device: torch.device | str) -> Tensor:
-    """Copy to the device without waiting for it."""
-    if torch.device(device).type == "cpu":
-        return values
-    return values.pin_memory().to(device, non_blocking=True)
+FIELDS = (
+    *("input_ids", "loss_mask", "hidden_states", "final", "target_argmax", "target_logsumexp"),
+)
 
 
 class Documents:
-    """Where each document begins and ends in a row of N tokens.
+    """Where each document is in a row of N tokens.
 
     No dataclass: FSDP's mixed precision casts the tensors in those.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device | str) -> None:
-        self.lengths = lengths
-        self.longest = max(lengths, default=0)
-        sizes = torch.tensor(lengths, dtype=torch.int64)
-        ends = sizes.cumsum(0)
-        bounds = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
-        starts = (ends - sizes).repeat_interleave(sizes)
-        self.bounds = upload(bounds, device)  # [D + 1]
-        self.positions = upload(torch.arange(len(starts)) - starts, device)  # [N], in the document
+    def __init__(self, ids: Tensor, positions: Tensor, bounds: Tensor, longest: int) -> None:
+        self.ids = ids  # [N], the same in one document
+        self.positions = positions  # [N], in the document
+        self.bounds = bounds  # [D + 1] int32
+        self.longest = longest
         self._visible: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: Batch) -> Documents:
+        ids, positions = batch[DOCUMENT_IDS][0], batch[POSITION_IDS][0]
+        return cls(ids, positions, batch["bounds"], len(batch["longest"]))
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device | str) -> Documents:
+        """Return documents of these lengths behind each other."""
+        batch = pack([{"input_ids": torch.zeros(n)} for n in lengths], ("input_ids",))
+        batch |= document_bounds(batch[DOCUMENT_IDS][0])
+        return cls.of({name: tensor.to(device) for name, tensor in batch.items()})
 
     @property
     def visible(self) -> Tensor:
         """[N, N] bool: which tokens of its document a token sees; for the eager path only."""
         if self._visible is None:
-            places = torch.arange(len(self.positions), device=self.positions.device)
-            starts = places - self.positions
-            self._visible = (starts[:, None] == starts) & (places[:, None] >= places)
+            self._visible = (self.ids[:, None] == self.ids).tril_()
         return self._visible
 
 
+def document_bounds(documents: Tensor) -> Batch:
+    """Return where the documents [N] begin and end: `bounds` [D + 1], and `longest` [length, 0].
+
+    Kernels want the length of the longest as a number.  A shape carries it to the step, which
+    would have to wait for the device to read it back.
+    """
+    _, counts = torch.unique_consecutive(documents, return_counts=True)
+    bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+    return {"bounds": bounds, "longest": torch.empty(max(counts.tolist(), default=0), 0)}
+
+
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """A batch without its padding."""
+class Eagle3Collate:
+    """Puts the samples of a batch behind each other, and finds the labels."""
 
-    documents: Documents
-    batch: Batch  # fields [N, ...]
-    labels: Tensor  # [U] int64, ascending: the places that are labels
-    students: Tensor  # [U, R] int64, the row that predicts the label at each step
-    present: Tensor  # [U, R] bool: that row is in the label's document; else `students` is 0
-    supervised: Tensor  # [N] bool: rows whose label of step 0 is supervised, drafted or not
-    starts: Tensor  # [N] bool: of these, the ones a draft starts from within an answer
-    answers: Tensor  # [U] bool: the label's token is supervised, whatever the mask is on
+    t2d: Tensor  # [V] bool, on the CPU: the draft vocabulary
+    mask_on: str
+    step_weights: Sequence[float]  # R
 
-    @classmethod
-    def build(cls, batch: Batch, t2d: Tensor, mask_on: str, steps: int) -> Rows:
-        """Drop the padding; find the labels that are supervised and in the draft vocabulary.
-
-        The device is waited for once: what is long is queued behind this, so all that decides
-        about sizes and places is read together and worked out on the CPU.  Raises CaptureError
-        when the batch lacks a field.
-        """
-        if missing := [name for name in FIELDS if name not in batch]:
+    def __call__(self, samples: Sequence[Sample], /) -> Batch:
+        """Return what `label_rows` does.  Raises CaptureError when the samples lack a field."""
+        if missing := [name for name in FIELDS if any(name not in s for s in samples)]:
             raise CaptureError(
                 f"the captured samples have no {', '.join(missing)}, which EAGLE-3 trains on. "
                 "Capture again into an empty directory: specforge capture -c RUN.yaml"
             )
-        ids = batch["input_ids"]
-        numbers = batch.get(DOCUMENTS, torch.ones_like(ids))
-        drafted = t2d[batch["target_argmax"]]
-        read = torch.stack([numbers, batch["loss_mask"].long(), drafted.long()]).cpu()
-        # the same number in two rows of the batch is two documents
-        read[0] += torch.arange(len(ids))[:, None] * (ids.shape[1] + 1) * (read[0] > 0)
-        unique, loss_mask, drafted = read.flatten(1)
-        flat = {name: batch[name].flatten(0, 1) for name in FIELDS}
-        kept = unique.nonzero().squeeze(1)
-        if len(kept) < len(unique):
-            unique, loss_mask, drafted = unique[kept], loss_mask[kept], drafted[kept]
-            places = upload(kept, ids.device)
-            flat = {name: values[places] for name, values in flat.items()}
-        _, counts = unique.unique_consecutive(return_counts=True)
+        chosen = [{name: sample[name] for name in FIELDS} for sample in samples]
+        return label_rows(pack(chosen, FIELDS), self.t2d, self.mask_on, self.step_weights)
 
-        asked = trained_labels(loss_mask, mask_on, unique)
-        labels = (asked & drafted.bool()).nonzero().squeeze(1)
-        back = 1 + torch.arange(steps)
-        starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        present = (labels - starts[labels])[:, None] >= back
-        students = (labels[:, None] - back).masked_fill(~present, 0)
-        supervised = torch.zeros_like(asked)
-        supervised[:-1] = asked[1:]
-        starts = torch.zeros_like(asked)
-        within = trained_labels(loss_mask, "label", unique)
-        starts[:-1] = (asked & within & loss_mask.bool())[1:]
-        own = (labels, students, present, supervised, starts, within[labels])
-        found = (upload(x, ids.device) for x in own)
-        return cls(Documents(counts.tolist(), ids.device), flat, *found)
 
-    def prefix_hits(self, hits: Tensor) -> Tensor:
-        """Return how many steps from the first on each row predicted right, [N] int64.
+def label_rows(batch: Batch, t2d: Tensor, mask_on: str, step_weights: Sequence[float]) -> Batch:
+    """Find the labels of a packed or padded batch [B, S]: supervised, in the draft vocabulary.
 
-        `hits` [U, R] are of the labels; what is no label (not supervised, not in the draft
-        vocabulary) is a miss.
-        """
-        count = len(self.supervised)
-        by_row = torch.zeros(hits.shape[1], count + 1, dtype=torch.int64, device=hits.device)
-        column = self.students.masked_fill(~self.present, count)
-        step = torch.arange(hits.shape[1], device=hits.device).expand_as(column)
-        by_row[step, column] = (hits & self.present).long()
-        return by_row[:, :count].cumprod(dim=0).sum(dim=0)
+    The result has no padding.  By token: input_ids, hidden_states, document_ids, position_ids, and
+        supervised  [1, N] bool: the row's label of step 0 is supervised, drafted or not
+        starts      [1, N] bool: of these, the ones a draft starts from within an answer
+    by label, ascending:
+        final         [U, H], the target's final state
+        choices       [U] int64, its own next token
+        logsumexp     [U] float32, of its logits over its whole vocabulary
+        answers       [U] bool: the label's token is supervised, whatever the mask is on
+        students      [U, R] int64, the row that predicts the label at each step
+        present       [U, R] bool: that row is in the label's document; else `students` is 0
+        row_weights   [U, R] float32: the step's weight where a row is present
+    and what `document_bounds` says of the documents.  States may be on another device than all
+    else, which is on the CPU.
+    """
+    flat, documents = flat_rows(batch, (*FIELDS, POSITION_IDS))
+    loss_mask, positions, choices = (
+        flat[name] for name in ("loss_mask", POSITION_IDS, "target_argmax")
+    )
+    asked = trained_labels(loss_mask, mask_on, documents)
+    labels = (asked & t2d[choices]).nonzero().squeeze(1)
+    back = 1 + torch.arange(len(step_weights))
+    present = positions[labels, None] >= back
+    supervised, starts = torch.zeros_like(asked), torch.zeros_like(asked)
+    supervised[:-1] = asked[1:]
+    within = trained_labels(loss_mask, "label", documents)
+    starts[:-1] = (asked & within & loss_mask.bool())[1:]
+    by_token = {
+        **{name: flat[name] for name in ("input_ids", "hidden_states", POSITION_IDS)},
+        DOCUMENT_IDS: documents,
+        "supervised": supervised,
+        "starts": starts,
+    }
+    return {
+        **{name: tensor[None] for name, tensor in by_token.items()},
+        "final": flat["final"][labels.to(flat["final"].device)],
+        "choices": choices[labels],
+        "logsumexp": flat["target_logsumexp"][labels],
+        "answers": within[labels],
+        "students": (labels[:, None] - back).masked_fill_(~present, 0),
+        "present": present,
+        "row_weights": present * torch.tensor(step_weights, dtype=torch.float32),
+        **document_bounds(documents),
+    }
+
+
+def prefix_hits(hits: Tensor, students: Tensor, present: Tensor, count: int) -> Tensor:
+    """Return how many steps from the first on each of `count` rows predicted right, [N] int64.
+
+    `hits` [U, R] are of the labels; what is no label (not supervised, not in the draft
+    vocabulary) is a miss.
+    """
+    by_row = torch.zeros(hits.shape[1], count + 1, dtype=torch.int64, device=hits.device)
+    column = students.masked_fill(~present, count)
+    step = torch.arange(hits.shape[1], device=hits.device).expand_as(column)
+    by_row[step, column] = (hits & present).long()
+    return by_row[:, :count].cumprod(dim=0).sum(dim=0)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from specforge_core.nn.linear_soft_cross_entropy import SoftRows
+from specforge_core.nn.soft_loss import SoftRows
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .config import Eagle3Config
 from .frozen import Frozen
 from .model import Eagle3Model, Task
-from .rows import Rows
+from .rows import prefix_hits
 from .vocab import target_tokens
 
 
@@ -38,40 +38,38 @@ class Eagle3Step:
         assert isinstance(model, Eagle3Model)
         assert isinstance(frozen, Frozen)
         config = self.config
-        rows = Rows.build(batch, model.t2d, config.mask_on, config.steps)
-        head = frozen.teacher_head(model.d2t)
-        task = Task(rows, head, config.step_weights, config.objective)
-        embeddings = frozen.embed(rows.batch["input_ids"])
-        loss_sum, found = model(rows.batch["hidden_states"], embeddings, task)
+        task = Task(batch, frozen.teacher_head(model.d2t), config.objective)
+        embeddings = frozen.embed(batch["input_ids"][0])
+        loss_sum, found = model(batch["hidden_states"][0], embeddings, task)
 
-        counts = rows.present.sum(0).float()  # [R]
         if config.mean_over == "positions":
-            weight = counts.new_full((), len(rows.supervised))
+            weight = task.row_weights.new_full((), batch["input_ids"].numel())
         else:
             weight = task.row_weights.sum() / sum(config.step_weights)
-        tokens = target_tokens(model.d2t)
-        hits = tokens[found.best] == rows.batch["target_argmax"][rows.labels][:, None]
-        return StepOutput(loss_sum, weight, self._metrics(rows, hits & rows.present, found))
+        hits = target_tokens(model.d2t)[found.best] == batch["choices"][:, None]
+        metrics = self._metrics(batch, hits & task.present, found)
+        return StepOutput(loss_sum=loss_sum, weight=weight, metrics=metrics)
 
-    def _metrics(self, rows: Rows, hits: Tensor, found: SoftRows) -> dict[str, Ratio]:
+    def _metrics(self, batch: Batch, hits: Tensor, found: SoftRows) -> dict[str, Ratio]:
         """Return what the draft would get right, and would get accepted.
 
         accuracy_k: of the rows of step k that are trained, those whose best token is the
-        target's.  acceptance_rate: sum of min(p, q) over the draft vocabulary, mean over trained
-        rows.  acceptance_length counts the verified token too: 1 + the hits before the first
-        miss, at most draft_tokens, over the rows whose last and first drafted token are both an
-        answer's.  A target token outside of the draft vocabulary and the end of what is
-        supervised are misses.
+        target's.  acceptance_rate: sum of min(p, q), p over the target's whole vocabulary, mean
+        over trained rows.  acceptance_length counts the verified token too: 1 + the hits before
+        the first miss, at most draft_tokens, over the rows whose last and first drafted token
+        are both an answer's.  A target token outside of the draft vocabulary and the end of what
+        is supervised are misses.
         """
-        present = rows.present
+        present, starts, supervised = (batch[n] for n in ("present", "starts", "supervised"))
         right, total = hits.sum(0).float(), present.sum(0).float()
-        accepted = rows.prefix_hits(hits & rows.answers[:, None]).clamp(max=self.draft_tokens)
+        answered = hits & batch["answers"][:, None]
+        accepted = prefix_hits(answered, batch["students"], present, starts.numel())
+        drafted = ((1 + accepted.clamp(max=self.draft_tokens)) * starts).sum().float()
         metrics = {
-            "acceptance_rate": Ratio((found.overlaps * present).sum(), total.sum()),
-            "acceptance_length": Ratio(
-                ((1 + accepted) * rows.starts).sum().float(), rows.starts.sum().float()
-            ),
-            "in_draft_vocab": Ratio(total[0], rows.supervised.sum().float()),
+            "acceptance_rate": Ratio(num=(found.overlaps * present).sum(), den=total.sum()),
+            "acceptance_length": Ratio(num=drafted, den=starts.sum().float()),
+            "in_draft_vocab": Ratio(num=total[0], den=supervised.sum().float()),
         }
-        metrics |= {f"accuracy_{k + 1}": Ratio(right[k], total[k]) for k in range(len(total))}
-        return metrics
+        return metrics | {
+            f"accuracy_{k + 1}": Ratio(num=right[k], den=total[k]) for k in range(len(total))
+        }

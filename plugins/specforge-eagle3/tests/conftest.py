@@ -13,10 +13,12 @@ from specforge_eagle3 import Eagle3Config, build_draft
 from specforge_eagle3.config import draft_shape
 from specforge_eagle3.frozen import Frozen
 from specforge_eagle3.model import Eagle3Model
+from specforge_eagle3.rows import FIELDS, label_rows
 from specforge_eagle3.vocab import offsets
 from torch import Tensor
 
-from specforge_core.types import Draft, StepContext, TargetInfo
+from specforge_core.batches.collate import pack
+from specforge_core.types import Batch, Draft, StepContext, TargetInfo
 
 VOCAB, DRAFT_VOCAB, HIDDEN, LAYERS = 29, 17, 24, 8
 EPS = 1e-6
@@ -56,7 +58,14 @@ def make_config(**options: Any) -> Eagle3Config:
 
 
 def make_target(**overrides: Any) -> TargetInfo:
-    return TargetInfo("tiny", None, HIDDEN, LAYERS, VOCAB, {**TARGET_CONFIG, **overrides})
+    return TargetInfo(
+        name_or_path="tiny",
+        revision=None,
+        hidden_size=HIDDEN,
+        num_layers=LAYERS,
+        vocab_size=VOCAB,
+        config={**TARGET_CONFIG, **overrides},
+    )
 
 
 def make_tiny(
@@ -64,9 +73,7 @@ def make_tiny(
 ) -> Tiny:
     config = make_config(**options)
     target = make_target(final_logit_softcapping=softcap)
-    gen = torch.Generator().manual_seed(1)
-    embed = torch.randn(VOCAB, HIDDEN, generator=gen)
-    head = torch.randn(VOCAB, HIDDEN, generator=gen) * 0.5
+    embed, head, gen = target_tensors()
     tokens = torch.randperm(VOCAB, generator=gen)[:DRAFT_VOCAB].sort().values
     if config.draft_vocab_size == "full":
         tokens = torch.arange(VOCAB)
@@ -81,7 +88,9 @@ def make_tiny(
     return Tiny(config, target, draft, head)
 
 
-def make_samples(lengths: tuple[int, ...] = (13, 9, 3), seed: int = 2) -> list[dict[str, Tensor]]:
+def make_samples(
+    lengths: tuple[int, ...] = (13, 9, 3), seed: int = 2, softcap: float | None = None
+) -> list[dict[str, Tensor]]:
     """Ragged samples; part of each is supervised, part of the choices cannot be drafted."""
     gen = torch.Generator().manual_seed(seed)
     samples = []
@@ -97,11 +106,34 @@ def make_samples(lengths: tuple[int, ...] = (13, 9, 3), seed: int = 2) -> list[d
                 "target_argmax": torch.randint(VOCAB, (length,), generator=gen),
             }
         )
-    return samples
+    return [{**s, "target_logsumexp": logsumexp(s["final"], softcap)} for s in samples]
+
+
+def target_tensors() -> tuple[Tensor, Tensor, torch.Generator]:
+    """Return the tiny target's embedding and head, both [V, H], and a generator for the rest."""
+    gen = torch.Generator().manual_seed(1)
+    embed = torch.randn(VOCAB, HIDDEN, generator=gen)
+    return embed, torch.randn(VOCAB, HIDDEN, generator=gen) * 0.5, gen
+
+
+def logsumexp(final: Tensor, softcap: float | None) -> Tensor:
+    """Return what the engine computes from final states [T, H], over the whole vocabulary."""
+    scores = final.double() @ target_tensors()[1].double().t()
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    return scores.logsumexp(-1).float()
+
+
+def make_batch(tiny: Tiny, samples: list[dict[str, Tensor]], arrange: Any = pack) -> Batch:
+    """Return what the strategy's collate makes of samples, packed or padded before."""
+    batch = arrange(samples, FIELDS)
+    config = tiny.config
+    return label_rows(batch, tiny.model.t2d.cpu(), config.mask_on, config.step_weights)
 
 
 def make_context(seed: int = 0) -> StepContext:
-    return StepContext(0, 1, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    mesh: Any = None  # one process
+    return StepContext(step=0, total_steps=1, generator=generator, training=True, mesh=mesh)
 
 
 # ---- the method, one row at a time, one head at a time ---------------------
@@ -220,9 +252,10 @@ def objective(w: dict[str, Tensor], tiny: Tiny, samples: list[dict[str, Tensor]]
                     if shape.softcap is not None:
                         scores = shape.softcap * torch.tanh(scores / shape.softcap)
                     p = scores.softmax(-1)
+                    drawn = (scores - sample["target_logsumexp"][u].double()).exp()
                     logits = w["lm_head.weight"] @ states[i][t]
                     q = logits.softmax(-1)
-                    a = torch.minimum(p, q).sum()
+                    a = torch.minimum(drawn, q).sum()
                     mix = config.lk_scale * torch.exp(-config.lk_decay * a.detach())
                     sums[i] = (
                         sums[i]
@@ -262,6 +295,7 @@ class Kit:
     target: Callable[..., TargetInfo] = make_target
     tiny: Callable[..., Tiny] = make_tiny
     samples: Callable[..., list[dict[str, Tensor]]] = make_samples
+    batch: Callable[..., Batch] = make_batch
     context: Callable[..., StepContext] = make_context
     states64: Callable[..., list[dict[int, Tensor]]] = sample_states
     objective64: Callable[..., Exact] = objective

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from specforge_core.errors import ConfigError
-from specforge_core.testing.ward import Patient, Plant, epsilon, other_weights, rope, values
+
+pytest.importorskip("specforge_doctor", reason="specforge-doctor is not installed")
+
+from specforge_doctor.testing import (
+    Patient,
+    Plant,
+    epsilon,
+    other_weights,
+    rope,
+    values,
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from specforge_eagle3.export import export_draft
 from specforge_eagle3.importer import load_export
 from torch import Tensor
 
-from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.drafts.export import read_export, write_export
+from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.types import Export
 
 H, VD, V, I, Q, KV = 24, 17, 29, 40, 32, 16  # noqa: E741
@@ -120,6 +120,35 @@ def test_normed_queries_go_to_vllm_by_the_speculators_format(kit: Any) -> None:
     assert not any(n.startswith("midlayer") for n in names)
 
 
+def test_it_says_how_it_is_served(kit: Any) -> None:
+    _, chain = exported(kit, "sglang", draft_length=5)
+    assert chain.serve["sglang"] == {
+        "speculative_algorithm": "EAGLE3",
+        "speculative_num_steps": 5,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 6,
+    }
+    assert chain.serve["vllm"] == {"method": "eagle3", "num_speculative_tokens": 5}
+    assert chain.base == "tiny"
+    _, tree = exported(kit, "hf", draft_length=5, tree_top_k=4, tree_tokens=12)
+    flags = tree.serve["sglang"]
+    assert (flags["speculative_eagle_topk"], flags["speculative_num_draft_tokens"]) == (4, 13)
+    _, normed = exported(kit, "vllm", layer_type="qwen3")
+    assert normed.serve.keys() == {"vllm"}  # SGLang would leave its norms out
+
+
+@pytest.mark.parametrize("layer_type", ["llama", "qwen3"])
+def test_its_own_keys_have_a_cause(kit: Any, layer_type: str) -> None:
+    _, export = exported(kit, "vllm", layer_type=layer_type)
+    assert export.causes["d2t"] == export.causes["draft_vocab_size"] == "vocabulary map"
+    assert {"d2t", "t2d"} <= export.causes.keys() & export.weights.keys()
+    layer_ids = [name for name in export.config if name.endswith("layer_ids")]
+    assert {export.causes[name] for name in layer_ids} == {"layer ids"}
+    norms = [n for n in export.config if n.startswith(("norm_", "fc_norm"))]
+    assert len(norms) == 4
+    assert {export.causes[name] for name in norms} == {"norms"}
+
+
 def test_normed_queries_are_refused_for_sglang(kit: Any) -> None:
     tiny = kit.tiny(layer_type="qwen3")
     with pytest.raises(ConfigError, match="SGLang serves EAGLE-3 drafts without norms on queries"):
@@ -150,10 +179,10 @@ def test_every_spelling_is_read_bit_for_bit(
 ) -> None:
     tiny, export = exported(kit, "hf", fc_norm=True, export_dtype="float32")
     weights = respell(dict(export.weights), layer, prefix, d2t)
-    write_export(Export(export.config, weights), tmp_path / "draft", {})
+    write_export(Export(config=export.config, weights=weights), tmp_path / "draft", {})
     other = kit.tiny(fc_norm=True, seed=7)
     other.model.d2t.zero_()
-    assert load_export(other.config, other.draft, read_export(tmp_path / "draft"))
+    assert load_export(other.draft, read_export(tmp_path / "draft"))
     for name, value in tiny.model.state_dict().items():
         assert torch.equal(other.model.state_dict()[name], value), name
 
@@ -165,7 +194,7 @@ def test_an_export_of_an_import_is_the_same_file(kit: Any, format: str, layer_ty
         return
     _, export = exported(kit, format, layer_type=layer_type)
     other = kit.tiny(seed=3, layer_type=layer_type)
-    assert load_export(other.config, other.draft, export)
+    assert load_export(other.draft, export)
     again = export_draft(other.config, other.draft, other.target, format)
     assert again is not None
     assert again.config == export.config
@@ -180,13 +209,13 @@ def test_legacy_norm_names_are_read(kit: Any) -> None:
     config = dict(export.config)
     del config["fc_norm"]
     other = kit.tiny(fc_norm=True, seed=3)
-    load_export(other.config, other.draft, Export({**config, "use_aux_norm": True}, weights))
+    load_export(other.draft, Export(config={**config, "use_aux_norm": True}, weights=weights))
     assert torch.equal(other.model.fc_norm[2].weight, tiny.model.fc_norm[2].weight)
 
 
 def test_another_strategys_export_is_left_to_others(kit: Any) -> None:
     tiny = kit.tiny()
-    assert not load_export(tiny.config, tiny.draft, Export({"architectures": ["X"]}, {}))
+    assert not load_export(tiny.draft, Export(config={"architectures": ["X"]}, weights={}))
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -220,20 +249,20 @@ def test_what_would_be_accepted_nowhere_is_refused(
 ) -> None:
     tiny, export = exported(kit, "sglang")
     with pytest.raises(CheckpointError, match=message):
-        load_export(tiny.config, tiny.draft, Export({**export.config, **change}, export.weights))
+        load_export(tiny.draft, Export(config={**export.config, **change}, weights=export.weights))
 
 
 def test_tensors_that_do_not_fit_are_named(kit: Any) -> None:
     tiny, export = exported(kit, "sglang")
     weights = {**export.weights, "fc.weight": torch.zeros(H, 2 * H)}
     with pytest.raises(CheckpointError, match=r"'fc.weight' has shape \(24, 48\), this draft"):
-        load_export(tiny.config, tiny.draft, Export(export.config, weights))
+        load_export(tiny.draft, Export(config=export.config, weights=weights))
     extra = {**export.weights, "midlayer.self_attn.q_norm.weight": torch.zeros(8)}
     with pytest.raises(CheckpointError, match="this draft needs no such tensor"):
-        load_export(tiny.config, tiny.draft, Export(export.config, extra))
+        load_export(tiny.draft, Export(config=export.config, weights=extra))
     missing = {n: v for n, v in export.weights.items() if n not in ("d2t", "t2d")}
     with pytest.raises(CheckpointError, match="has no d2t, so it drafts all 29 tokens"):
-        load_export(tiny.config, tiny.draft, Export(export.config, missing))
+        load_export(tiny.draft, Export(config=export.config, weights=missing))
 
 
 def test_an_embedding_of_its_own_is_refused(kit: Any) -> None:
@@ -241,4 +270,4 @@ def test_an_embedding_of_its_own_is_refused(kit: Any) -> None:
     weights = dict(export.weights)
     weights["embed_tokens.weight"] = weights["embed_tokens.weight"] + 1
     with pytest.raises(CheckpointError, match="has an embedding of its own"):
-        load_export(tiny.config, tiny.draft, Export(export.config, weights))
+        load_export(tiny.draft, Export(config=export.config, weights=weights))

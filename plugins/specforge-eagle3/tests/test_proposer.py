@@ -29,11 +29,13 @@ def capture(sample: dict[str, Tensor], start: int, end: int) -> TargetCapture:
     states = sample["hidden_states"][start:end].view(end - start, 3, HIDDEN).unbind(1)
     layers = dict(zip((1, 3, 4), states, strict=True))
     ids = sample["input_ids"][start:end]
-    return TargetCapture(0, ids, torch.ones_like(ids), layers, None)
+    mask = torch.ones_like(ids)
+    return TargetCapture(index=0, input_ids=ids, loss_mask=mask, hidden_states=layers)
 
 
 def sampling(temperature: float = 0.0, seed: int = 0) -> Sampling:
-    return Sampling(temperature, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return Sampling(temperature=temperature, generator=generator)
 
 
 def started(
@@ -54,7 +56,7 @@ def test_chain_logits_are_the_training_forwards(kit: Any, options: dict[str, Any
     ids = sample["input_ids"].tolist()
     with torch.no_grad():
         embeddings = tiny.frozen.embed(sample["input_ids"])
-        docs = Documents([20], "cpu")
+        docs = Documents.of_lengths([20], "cpu")
         states = tiny.model.unroll(sample["hidden_states"], embeddings, docs, steps)
         trained = [tiny.model.lm_head(s) for s in states]
     known = 5  # tokens whose features the target has given

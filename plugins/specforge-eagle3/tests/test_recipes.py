@@ -8,7 +8,7 @@ import pytest
 import yaml
 from transformers import Qwen3Config
 
-from specforge_core.config import load_config
+from specforge_core.load import load_config
 from specforge_core.train.plan import plan_run
 
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
@@ -23,7 +23,7 @@ def test_a_recipe_is_planned(tmp_path: Path, name: str, nproc: int, samples: int
     ).save_pretrained(tmp_path)
     run, strategy = load_config(RECIPES / f"{name}.yaml", (f"target.path={tmp_path}",))
     plan = yaml.safe_load(plan_run(run, strategy, nproc))["plan"]
-    assert plan["strategy"] == "specforge-eagle3 0.1.0"
+    assert plan["strategy"] == "specforge-eagle3 0.2.0"
     assert plan["captures"] == {"layers": [1, 17, 32], "final": "post_norm"}
     assert plan["samples_per_step"] == samples
     assert plan["target"]["vocab_size"] == 151936

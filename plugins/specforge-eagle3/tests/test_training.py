@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
+from specforge_core.capture.job import run_capture
 from specforge_core.capture.verify import verify_directory
-from specforge_core.capture.worker import run_capture
+from specforge_core.drafts.load import export_checkpoint, restore
 from specforge_core.errors import CaptureError, CheckpointError, ConfigError
 from specforge_core.evaluate.run import evaluate
-from specforge_core.drafts.restore import export_checkpoint, restore
 from specforge_core.testing.close import close
 from specforge_core.testing.runs import cli, finish, lines, load, losses, write_run
 from specforge_core.testing.toy import save_toy_target, write_conversations
@@ -43,16 +43,21 @@ def config(tmp_path: Path, target: Path) -> Path:
     )
 
 
-def test_a_draft_learns_and_says_how_well(config: Path, tmp_path: Path) -> None:
-    train(*load(config, "train.max_steps=40"))
+@pytest.mark.parametrize("vocabulary", ["64", "full"])
+def test_a_draft_learns_and_says_how_well(config: Path, tmp_path: Path, vocabulary: str) -> None:
+    train(*load(config, "train.max_steps=40", f"strategy.draft_vocab_size={vocabulary}"))
     rows = lines(tmp_path / "run")
     assert rows[-1]["acceptance_length"] > rows[0]["acceptance_length"] + 0.2
-    assert rows[0]["acceptance_rate"] + 0.15 < rows[-1]["acceptance_rate"] < 1
     assert rows[-1]["accuracy_1"] > rows[0]["accuracy_1"] + 0.2
     assert {"accuracy_1", "accuracy_2", "accuracy_3", "in_draft_vocab"} <= rows[-1].keys()
+    first, last = rows[0]["acceptance_rate"], rows[-1]["acceptance_rate"]
+    if vocabulary == "full":
+        assert first + 0.2 < last < 1
+    else:  # this target gives about 0.4 to the 64 tokens that can be drafted at all
+        assert 1.3 * first < last < 0.4
 
 
-@pytest.mark.parametrize("options", ["batches=padded", "train_head=false", "loss=lk_lambda"])
+@pytest.mark.parametrize("options", ["loss=lk_alpha", "train_head=false", "loss=lk_lambda"])
 def test_offline_training_gives_what_online_training_gives(
     config: Path, tmp_path: Path, options: str
 ) -> None:
@@ -72,12 +77,6 @@ def test_a_stored_capture_is_verified(config: Path, tmp_path: Path) -> None:
     run_capture(run, strategy)
     report = verify_directory(directory, run, strategy, recapture=3)
     assert (report.num_recaptured, report.complete) == (3, True)
-
-
-def test_padded_and_packed_batches_train_alike(config: Path, tmp_path: Path) -> None:
-    train(*load(config))
-    train(*load(config, "strategy.batches=padded", f"output_dir={tmp_path / 'padded'}"))
-    close(losses(tmp_path / "padded"), losses(tmp_path / "run"), terms=TERMS, dtype=torch.float32)
 
 
 def test_a_checkpoint_holds_the_draft_vocabulary(config: Path, tmp_path: Path) -> None:

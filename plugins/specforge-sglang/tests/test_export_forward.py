@@ -161,7 +161,7 @@ def eagle3_reference(draft: Any, proposer: Any, prefix: TargetCapture) -> Tensor
     left = record(model.after)
     with torch.no_grad():
         embeddings = draft.frozen.embed(torch.tensor([*IDS, LAST]))
-        (states,) = model.unroll(features, embeddings, Documents([len(IDS)], "cpu"), 1)
+        (states,) = model.unroll(features, embeddings, Documents.of_lengths([len(IDS)], "cpu"), 1)
         logits = model.lm_head(states)
     fed = left[0][1 if model.shape.norm_output else 0]
     proposer.start(prefix)
