@@ -97,7 +97,9 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(tmp_path: Path, toy_ta
         launcher.send_signal(signal.SIGKILL)
         launcher.wait()
         wait(lambda: not alive(int((output / ".lock").read_text())))
-        assert checkpoint.read_state(checkpoint.find(output)).world_size == 2
+        state = checkpoint.read_state(checkpoint.find(output))
+        train = state.config["train"]
+        assert state.position == 2 * state.step * train["batch_size"] * train["accumulate"]
     finally:
         with suppress(ProcessLookupError):  # nobody is left, as it should be
             os.killpg(launcher.pid, signal.SIGKILL)
