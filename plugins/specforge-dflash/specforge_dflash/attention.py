@@ -153,11 +153,11 @@ def _eager_part(
     own_seen: Tensor,
 ) -> Tensor:
     """Return [b, v, A, g, B, d] for queries of this shape, context and blocks [b, v, A, B, d]."""
-    b, kv_heads, count, _, block, d = shape = q.shape
-    context = q.reshape(b, kv_heads, -1, d) @ context_kv[0].transpose(-1, -2)
-    own = q.reshape(b, kv_heads, count, -1, d) @ block_kv[0].transpose(-1, -2)
-    context = context.view(*shape[:-1], -1).float().masked_fill(~seen, float("-inf"))
-    own = own.view(*shape[:-1], block).float().masked_fill(~own_seen, float("-inf"))
+    shape = q.shape
+    context = q.flatten(2, 4) @ context_kv[0].transpose(-1, -2)
+    own = q.flatten(3, 4) @ block_kv[0].transpose(-1, -2)
+    context = context.view(*shape[:-1], seen.shape[-1]).float().masked_fill(~seen, float("-inf"))
+    own = own.view(*shape[:-1], shape[4]).float().masked_fill(~own_seen, float("-inf"))
     top = own.amax(-1, keepdim=True)
     if context.shape[-1]:
         top = torch.maximum(top, context.amax(-1, keepdim=True))
@@ -165,8 +165,8 @@ def _eager_part(
     context, own = (context - top).exp(), (own - top).exp()
     total = context.sum(-1, keepdim=True) + own.sum(-1, keepdim=True)
 
-    out = context.to(q.dtype).view(b, kv_heads, -1, context.shape[-1]) @ context_kv[1]
-    inner = own.to(q.dtype).view(b, kv_heads, count, -1, block) @ block_kv[1]
+    out = context.to(q.dtype).flatten(2, 4) @ context_kv[1]
+    inner = own.to(q.dtype).flatten(3, 4) @ block_kv[1]
     return (out.view(shape).float() + inner.view(shape)) / total
 
 
