@@ -22,8 +22,7 @@ from specforge_core.types import (
 
 from .adapter import DFlashAdapter
 from .anchors import DFlashTransform
-from .collate import DFlashCollate
-from .collate import train_slots as train_slots
+from .collate import DFlashCollate, train_slots as train_slots
 from .config import DFlashConfig, draft_shape
 from .export import export_draft, load_export
 from .mask_token import mask_token, mask_token_occurs

@@ -14,6 +14,7 @@ from specforge_core.batches.loader import sample_generator
 from specforge_core.config import TargetConfig
 from specforge_core.strategy import Strategy
 from specforge_core.target.info import load_target_info
+from specforge_core.testing.close import close
 from specforge_core.types import Prompt, Sampling
 
 VOCAB = 64

@@ -11,6 +11,7 @@ import torch
 from specforge_core.capture.job import run_capture
 from specforge_core.drafts.load import export_checkpoint, restore
 from specforge_core.evaluate.run import evaluate
+from specforge_core.testing.close import close
 from specforge_core.testing.runs import cli, finish, load, losses, write_run
 from specforge_core.train.run import train
 
