@@ -111,10 +111,10 @@ def instrument(draft: Draft, clock: Clock) -> None:
     model.norm.register_forward_hook(after("head", "b_layers"))
 
 
-def one_step(draft: Draft, step: DFlashStep, batch: Batch, clock: Clock, seed: int) -> None:
+def one_step(draft: Draft, step: DFlashStep, batch: Batch, clock: Clock) -> None:
     draft.model.zero_grad(set_to_none=True)
     clock.mark("start")
-    out = step(draft, batch, context(seed))
+    out = step(draft, batch, context())
     loss = out.loss_sum / out.weight
     clock.mark("backward")
     backward(loss)
@@ -122,24 +122,26 @@ def one_step(draft: Draft, step: DFlashStep, batch: Batch, clock: Clock, seed: i
 
 
 PARTS = {
-    "anchors, embedding": [("start", "model")],
+    "embedding": [("start", "model")],
     "context (fc, norm)": [("model", "layers"), ("b_context", "end")],
     "layers": [("layers", "head"), ("b_layers", "b_context")],
     "head + loss": [("head", "backward"), ("backward", "b_layers")],
 }
 
 
-def measure(case: Case, device: str, dtype: torch.dtype, repeat: int, rate: float) -> None:
+def measure(
+    case: Case, device: str, dtype: torch.dtype, repeat: int, rate: float, documents: int
+) -> None:
     draft, step = build(case, device, dtype)
-    batch = random_batch(case, device, dtype)
+    batch = random_batch(case, step, device, dtype, documents=documents)
     clock = Clock(device)
     instrument(draft, clock)
     if device == "cuda":
-        for layer in draft.shard_units:
+        for layer in draft.compiled:
             layer.compile()
     began = time.perf_counter()
-    for seed in range(3):
-        one_step(draft, step, batch, clock, seed)
+    for _ in range(3):
+        one_step(draft, step, batch, clock)
     clock.between("start", "end")
     print(f"warm-up with compilation: {time.perf_counter() - began:.0f} s")
     if device == "cuda":
@@ -148,15 +150,15 @@ def measure(case: Case, device: str, dtype: torch.dtype, repeat: int, rate: floa
         held = torch.cuda.memory_allocated() / 2**30
     totals, forwards = [], []
     parts: dict[str, list[list[float]]] = {name: [] for name in PARTS}
-    for seed in range(repeat):
-        one_step(draft, step, batch, clock, seed)
+    for _ in range(repeat):
+        one_step(draft, step, batch, clock)
         totals.append(clock.between("start", "end"))
         forwards.append(clock.between("start", "backward"))
         for name, spans in PARTS.items():
             parts[name].append([clock.between(*span) for span in spans])
 
     rows = case.anchors * (case.block - 1)
-    work = flops(case, case.slots * (case.length / 2 + case.block), rows)
+    work = flops(case, case.slots * (case.length / documents / 2 + case.block), rows)
     floor = 1e3 * sum(work.values()) / rate
     total = median(totals)
     print(f"\nstep (forward + backward), median of {repeat}: {total:.1f} ms")
@@ -170,7 +172,7 @@ def measure(case: Case, device: str, dtype: torch.dtype, repeat: int, rate: floa
         if case.best_known_gib:
             print(f"best known trainer: {case.best_known_gib} GiB")
     layer_work = work.pop("layers: matrix products") + work.pop("layers: attention")
-    work = {"anchors, embedding": 0.0, **work, "layers": layer_work}
+    work = {"embedding": 0.0, **work, "layers": layer_work}
     print(f"\n{'part':22} {'forward':>9} {'backward':>9} {'sum':>9} {'floor':>9}   ms")
     for name, times in parts.items():
         sums = [median(column) for column in zip(*times, strict=True)]
@@ -190,7 +192,8 @@ def measure_attention(case: Case, device: str, dtype: torch.dtype, repeat: int) 
         torch.randn(1, h, n, case.head_dim, device=device).to(dtype).requires_grad_()
         for h, n in shapes
     )
-    mask = block_mask(limits, case.length, case.block, None)
+    starts = torch.zeros_like(limits)
+    mask = block_mask(limits, starts, case.length, case.block, None)
     grad = torch.randn_like(q)
 
     def forward() -> Tensor:
@@ -199,7 +202,7 @@ def measure_attention(case: Case, device: str, dtype: torch.dtype, repeat: int) 
     with torch.no_grad():
         front = timed(forward, device, repeat)
     both = timed(lambda: backward(forward(), grad), device, repeat)
-    make = timed(lambda: block_mask(limits, case.length, case.block, None), device, repeat)
+    make = timed(lambda: block_mask(limits, starts, case.length, case.block, None), device, repeat)
     n = case.layers
     print(f"\nattention alone, {n} layers: {n * front:.1f} ms, with backward {n * both:.1f} ms")
     print(f"its mask, once a step: {make:.2f} ms")
@@ -228,6 +231,7 @@ def main() -> None:
     parser.add_argument("--case", choices=[*sorted(CASES), "E1"], default="D1")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the code")
     parser.add_argument("--repeat", type=int, default=8)
+    parser.add_argument("--documents", type=int, default=1, help="of D1's row")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -244,7 +248,7 @@ def main() -> None:
     check(device, dtype)
     rate = matmul_rate(case, device, dtype, args.repeat)
     print(f"matrix products of the draft's MLP, {dtype}: {rate / 1e12:.3g} TFLOP/s")
-    measure(case, device, dtype, args.repeat, rate)
+    measure(case, device, dtype, args.repeat, rate, args.documents)
     measure_head(case, device, dtype, args.repeat)
     if device == "cuda":
         measure_attention(case, device, dtype, args.repeat)

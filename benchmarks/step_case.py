@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from specforge_dflash import build_draft
+from specforge_dflash.adapter import capture_spec
+from specforge_dflash.anchors import DFlashTransform
+from specforge_dflash.collate import DFlashCollate
 from specforge_dflash.config import DFlashConfig
 from specforge_dflash.step import DFlashStep
 from torch import Tensor
@@ -61,7 +64,14 @@ def build(case: Case, device: str, dtype: torch.dtype, **options: Any) -> tuple[
         "intermediate_size": case.mlp,
         "rope_theta": 1e6,
     }
-    target = TargetInfo("random", None, case.hidden, 36, case.vocab, sizes)
+    target = TargetInfo(
+        name_or_path="random",
+        revision=None,
+        hidden_size=case.hidden,
+        num_layers=36,
+        vocab_size=case.vocab,
+        config=sizes,
+    )
     gen = torch.Generator(device).manual_seed(0)
     embed, head = (
         torch.empty(case.vocab, case.hidden, device=device, dtype=dtype).normal_(
@@ -74,19 +84,40 @@ def build(case: Case, device: str, dtype: torch.dtype, **options: Any) -> tuple[
     return draft, DFlashStep(config)
 
 
-def random_batch(case: Case, device: str, dtype: torch.dtype) -> Batch:
+def random_batch(
+    case: Case,
+    step: DFlashStep,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    documents: int = 1,
+) -> Batch:
+    """A packed row of documents of equal length, all supervised, as the loader gives it."""
     gen = torch.Generator().manual_seed(1)
-    ids = torch.randint(case.vocab - 1, (1, case.length), generator=gen)
-    features = torch.randn(1, case.length, case.layers * case.hidden, generator=gen)
+    spec = capture_spec(tuple(range(case.layers)), case.hidden)
+    transform = DFlashTransform(spec, case.length, step.config.num_anchors // documents)
+    length, samples = case.length // documents, []
+    for _ in range(documents):
+        sample = {
+            "input_ids": torch.randint(case.vocab - 1, (length,), generator=gen),
+            "loss_mask": torch.ones(length, dtype=torch.uint8),
+            "hidden_states": torch.randn(length, case.layers * case.hidden, generator=gen),
+        }
+        drawn = transform(sample, torch.Generator().manual_seed(seed))
+        assert drawn is not None
+        samples.append(drawn)
+    batch = DFlashCollate(step.config, spec, case.vocab - 1)(samples)
     return {
-        "input_ids": ids.to(device),
-        "loss_mask": torch.ones(1, case.length, dtype=torch.uint8, device=device),
-        "hidden_states": features.to(device, dtype),
+        name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        for name, tensor in batch.items()
     }
 
 
-def context(seed: int = 0) -> StepContext:
-    return StepContext(0, 1, torch.Generator().manual_seed(seed))
+def context() -> StepContext:
+    mesh: Any = None
+    generator = torch.Generator().manual_seed(0)
+    return StepContext(step=0, total_steps=1, generator=generator, training=True, mesh=mesh)
 
 
 def backward(loss: Tensor, grad: Tensor | None = None) -> None:
@@ -116,12 +147,13 @@ def check_loss(device: str, dtype: torch.dtype) -> tuple[float, float]:
     return relative(losses.detach(), want.detach()), relative(hidden.grad, exact.grad)
 
 
-def check_paths(**options: Any) -> float:
+def check_paths(documents: int, **options: Any) -> float:
     """Return the largest relative difference of a gradient: flex in bfloat16, eager in float32."""
     grads = []
     for attention, dtype in (("flex", torch.bfloat16), ("eager", torch.float32)):
         draft, step = build(CHECK, "cuda", dtype, attention=attention, **options)
-        out = step(draft, random_batch(CHECK, "cuda", dtype), context())
+        batch = random_batch(CHECK, step, "cuda", dtype, documents=documents)
+        out = step(draft, batch, context())
         backward(out.loss_sum / out.weight)
         grads.append({n: p.grad for n, p in draft.model.named_parameters() if p.grad is not None})
     return max(relative(grads[0][name], grads[1][name]) for name in grads[1])
@@ -135,7 +167,7 @@ def check(device: str, dtype: torch.dtype) -> None:
     if device == "cpu":
         print("check: flex attention has no backward pass on a CPU, skipped")
         return
-    for name, window in (("full", None), ("sliding", 100)):
-        error = check_paths(sliding_window=window)
-        print(f"check: {name} attention, both paths' gradients {error:.1e}")
+    for name, window, documents in (("full", None, 1), ("sliding", 100, 1), ("full", None, 4)):
+        error = check_paths(documents, sliding_window=window)
+        print(f"check: {name} attention, {documents} documents, both paths' gradients {error:.1e}")
         assert error < 5e-2

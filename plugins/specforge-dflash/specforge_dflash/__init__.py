@@ -9,6 +9,7 @@ from specforge_core.nn.decoder import init_weights
 from specforge_core.types import (
     Adapter,
     CaptureSpec,
+    Collate,
     Draft,
     Export,
     Problem,
@@ -19,10 +20,12 @@ from specforge_core.types import (
     Transform,
 )
 
-from .adapter import DFlashAdapter, DFlashTransform, mask_token_occurs
+from .adapter import DFlashAdapter
+from .anchors import DFlashTransform
+from .collate import DFlashCollate, train_slots as train_slots
 from .config import DFlashConfig, draft_shape
 from .export import export_draft, load_export
-from .mask_token import mask_token
+from .mask_token import mask_token, mask_token_occurs
 from .model import DFlashModel, Frozen
 from .proposer import DFlashProposer
 from .step import DFlashStep
@@ -46,13 +49,20 @@ def specforge_verify_capture(config: DFlashConfig, sample: Sample) -> list[Probl
     token = config.mask_token_id
     if token is None or not bool((sample["input_ids"] == token).any()):
         return []
-    return [Problem("input_ids", mask_token_occurs(token, "the sample"))]
+    return [Problem(where="input_ids", message=mask_token_occurs(token, "the sample"))]
 
 
 @hookimpl
-def specforge_transform(spec: CaptureSpec, max_length: int) -> Transform:
-    """Cut samples to `max_length`; drop those in which no block can start."""
-    return DFlashTransform(spec, max_length)
+def specforge_transform(config: DFlashConfig, spec: CaptureSpec, max_length: int) -> Transform:
+    """Cut samples to `max_length` and draw their anchors; drop those without one."""
+    return DFlashTransform(spec, max_length, config.num_anchors)
+
+
+@hookimpl
+def specforge_collate(config: DFlashConfig, spec: CaptureSpec, draft: Draft) -> Collate:
+    """Put samples behind each other, with the blocks that start at their anchors."""
+    assert isinstance(draft.model, DFlashModel)
+    return DFlashCollate(config, spec, draft.model.shape.mask_token_id)
 
 
 @hookimpl
@@ -98,7 +108,7 @@ def build_draft(
     torch.nn.init.constant_(model.norm.weight, 1 / float(lm_head.float().norm(dim=1).mean()))
     model.to(device)
     frozen = Frozen(embed_tokens, lm_head, scale, shape.softcap)
-    return Draft(model, tuple(model.layers), frozen)
+    return Draft(model=model, frozen=frozen, shard=tuple(model.layers))
 
 
 @hookimpl

@@ -1,14 +1,15 @@
 """Attention from block slots to the context and to their own block, on two paths.
 
-Keys are the target context, positions 0..S-1, and the block slots themselves.  A slot at
-position p = a + k of the block at anchor a sees context j < a, and in its block
+Keys are the target context, places 0..S-1 of a row, and the block slots themselves.  A slot at
+place p = a + k of the block at anchor a, in a document that starts at s, sees context
+s <= j < a, and in its block
   full layers:    every slot;
-  sliding layers: slots up to itself (causal), and of all these only the positions
+  sliding layers: slots up to itself (causal), and of all these only the places
                   within the last W including its own: p - j < W.
 The sliding rule is what SGLang serves (W - 1 to the left, causal) and vLLM's default.
-Padded blocks see only themselves.
+A block whose anchor is its document's start sees only itself.
 
-Shapes: b samples, S context, A anchors, B slots of a block, N = A*B, h heads, g of them
+Shapes: b rows, S context, A anchors, B slots of a block, N = A*B, h heads, g of them
 for each of the v key/value heads, d head size.
 """
 
@@ -29,27 +30,62 @@ TILE = 128  # rows and columns that flex attention skips or computes together
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Some blocks that follow each other, and the stretch of the context that they see."""
+
+    blocks: int
+    begin: int  # of the stretch
+    seen: Tensor  # [b, 1, blocks, 1, B or 1, its length] bool
+
+
+@dataclass(frozen=True, slots=True)
 class EagerMask:
     """What the slots of each block see, as plain masks."""
 
-    context: Tensor  # [b, 1, A, 1, B or 1, S] bool
+    parts: tuple[Part, ...]  # of all blocks, in order
     own: Tensor  # [B, B] bool
 
     @classmethod
     def build(
-        cls, limits: Tensor, context_length: int, block_size: int, window: int | None
+        cls,
+        limits: Tensor,
+        starts: Tensor,
+        context_length: int,
+        block_size: int,
+        window: int | None,
     ) -> EagerMask:
-        """`limits` [b, A]: how many context positions a block sees, which is its anchor."""
+        """Blocks [b, A] see the context from `starts` to before `limits`, their anchors.
+
+        On a CPU a packed row is taken apart by documents, else its cost would be quadratic in
+        them.  A GPU is never waited for, so there it is one part.
+        """
         slots = torch.arange(block_size, device=limits.device)
-        keys = torch.arange(context_length, device=limits.device)
-        limit = limits[:, None, :, None, None, None]
-        context = keys < limit
         own = torch.ones(block_size, block_size, dtype=torch.bool, device=limits.device)
         if window is not None:
-            context = context & (limit + slots[:, None] - keys < window)
             back = slots[:, None] - slots
             own = (back >= 0) & (back < window)
-        return cls(context, own)
+        stretches = [(limits.shape[1], 0, context_length)]
+        if limits.device.type == "cpu" and len(limits) == 1:
+            stretches = _stretches(limits[0], starts[0])
+        parts, first = [], 0
+        for count, begin, end in stretches:
+            keys = torch.arange(begin, end, device=limits.device)
+            limit, start = (
+                x[:, None, first : first + count, None, None, None] for x in (limits, starts)
+            )
+            seen = (keys >= start) & (keys < limit)
+            if window is not None:
+                seen = seen & (limit + slots[:, None] - keys < window)
+            parts.append(Part(count, begin, seen))
+            first += count
+        return cls(tuple(parts), own)
+
+
+def _stretches(limits: Tensor, starts: Tensor) -> list[tuple[int, int, int]]:
+    """Return each document's number of blocks, and the context they see; limits, starts [A]."""
+    begins, counts = torch.unique_consecutive(starts, return_counts=True)
+    ends = [int(part.max()) for part in torch.split(limits, counts.tolist())]
+    return list(zip(counts.tolist(), begins.tolist(), ends, strict=True))
 
 
 Mask: TypeAlias = "EagerMask | BlockMask"
@@ -87,16 +123,41 @@ def _eager(
     b, heads, slots, d = q.shape
     kv_heads = context_kv[0].shape[1]
     block = mask.own.shape[0]
-    shape = (b, kv_heads, slots // block, heads // kv_heads, block)  # [b, v, A, g, B]
-    q = (q * d**-0.5).view(b, kv_heads, shape[3], shape[2], block, d).transpose(2, 3)
 
     def by_block(x: Tensor) -> Tensor:  # [b, v, N, d] -> [b, v, A, B, d]
-        return x.view(b, kv_heads, shape[2], block, d)
+        return x.view(b, kv_heads, slots // block, block, d)
 
-    context = q.reshape(b, kv_heads, -1, d) @ context_kv[0].transpose(-1, -2)
-    own = q.reshape(b, kv_heads, shape[2], -1, d) @ by_block(block_kv[0]).transpose(-1, -2)
-    context = context.view(*shape, -1).float().masked_fill(~mask.context, float("-inf"))
-    own = own.view(*shape, block).float().masked_fill(~mask.own, float("-inf"))
+    q = (q * d**-0.5).view(b, kv_heads, heads // kv_heads, slots // block, block, d)
+    q = q.transpose(2, 3)  # [b, v, A, g, B, d]
+    keys, values = (by_block(x) for x in block_kv)
+    done, first = [], 0
+    for part in mask.parts:
+        here, there = slice(first, first + part.blocks), slice(part.begin, _end(part))
+        own_kv = keys[:, :, here], values[:, :, here]
+        seen_kv = context_kv[0][:, :, there], context_kv[1][:, :, there]
+        done.append(_eager_part(q[:, :, here], seen_kv, own_kv, part.seen, mask.own))
+        first += part.blocks
+    out = done[0] if len(done) == 1 else torch.cat(done, dim=2)
+    return out.to(q.dtype).transpose(2, 3).reshape(b, heads, slots, d)
+
+
+def _end(part: Part) -> int:
+    return part.begin + part.seen.shape[-1]
+
+
+def _eager_part(
+    q: Tensor,
+    context_kv: tuple[Tensor, Tensor],
+    block_kv: tuple[Tensor, Tensor],
+    seen: Tensor,
+    own_seen: Tensor,
+) -> Tensor:
+    """Return [b, v, A, g, B, d] for queries of this shape, context and blocks [b, v, A, B, d]."""
+    shape = q.shape
+    context = q.flatten(2, 4) @ context_kv[0].transpose(-1, -2)
+    own = q.flatten(3, 4) @ block_kv[0].transpose(-1, -2)
+    context = context.view(*shape[:-1], seen.shape[-1]).float().masked_fill(~seen, float("-inf"))
+    own = own.view(*shape[:-1], shape[4]).float().masked_fill(~own_seen, float("-inf"))
     top = own.amax(-1, keepdim=True)
     if context.shape[-1]:
         top = torch.maximum(top, context.amax(-1, keepdim=True))
@@ -104,10 +165,9 @@ def _eager(
     context, own = (context - top).exp(), (own - top).exp()
     total = context.sum(-1, keepdim=True) + own.sum(-1, keepdim=True)
 
-    out = context.to(q.dtype).view(b, kv_heads, -1, context.shape[-1]) @ context_kv[1]
-    inner = own.to(q.dtype).view(b, kv_heads, shape[2], -1, block) @ by_block(block_kv[1])
-    out = (out.view(*shape, d).float() + inner.view(*shape, d)) / total
-    return out.to(q.dtype).transpose(2, 3).reshape(b, heads, slots, d)
+    out = context.to(q.dtype).flatten(2, 4) @ context_kv[1]
+    inner = own.to(q.dtype).flatten(3, 4) @ block_kv[1]
+    return (out.view(shape).float() + inner.view(shape)) / total
 
 
 @cache
@@ -123,28 +183,30 @@ def _flex(fused: bool) -> Callable[..., Any]:
 
 
 def block_mask(
-    limits: Tensor, context_length: int, block_size: int, window: int | None
+    limits: Tensor, starts: Tensor, context_length: int, block_size: int, window: int | None
 ) -> BlockMask:
-    """Return flex attention's mask over keys [context | slots], from the anchors alone.
+    """Return flex attention's mask over keys [context | slots], from each block's bounds [b, A].
 
-    Which tiles are empty, partly or wholly visible follows from each query tile's lowest
-    and highest anchor; nothing of size N x N is made.
+    Which tiles are empty, partly or wholly visible follows from the bounds of each query tile's
+    blocks; nothing of size N x N is made, and the device is not waited for.
     """
     count = limits.shape[1]
     queries, keys = count * block_size, context_length + count * block_size
 
     def visible(batch: Tensor, _head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        limit = limits[batch, q // block_size]
+        block = q // block_size
+        limit = limits[batch, block]
         inner = kv - context_length
-        same = (inner >= 0) & (inner // block_size == q // block_size)
+        same = (inner >= 0) & (inner // block_size == block)
+        near = (kv < limit) & (kv >= starts[batch, block])
         if window is None:
-            return (kv < limit) | same
+            return near | same
         off = q % block_size
         back = off - inner % block_size
-        near = (kv < limit) & (limit + off - kv < window)
+        near = near & (limit + off - kv < window)
         return near | (same & (back >= 0) & (back < window))
 
-    partly, wholly = _tiles(limits, context_length, block_size, window)
+    partly, wholly = _tiles(limits, starts, context_length, block_size, window)
     return BlockMask.from_kv_blocks(
         *_ordered(partly & ~wholly),
         *_ordered(wholly),
@@ -155,7 +217,7 @@ def block_mask(
 
 
 def _tiles(
-    limits: Tensor, context_length: int, block_size: int, window: int | None
+    limits: Tensor, starts: Tensor, context_length: int, block_size: int, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return [b, 1, query tiles, key tiles] bool: partly visible, and wholly visible."""
     device = limits.device
@@ -165,16 +227,18 @@ def _tiles(
     k0 = torch.arange(0, context_length + queries, TILE, device=device)
     k1 = k0 + TILE
 
-    slot_limits = limits.repeat_interleave(block_size, dim=1)
-    missing = -queries % TILE
-    slot_limits = torch.cat([slot_limits, slot_limits[:, -1:].expand(-1, missing)], dim=1)
-    tiles = slot_limits.view(len(limits), -1, TILE)
-    low, high = tiles.amin(-1)[:, :, None], tiles.amax(-1)[:, :, None]  # [b, query tiles, 1]
-
-    partly, wholly = k0 < high, k1 <= low
+    # of every query tile the blocks it has slots of; the last of them again where it has fewer
+    most = (TILE - 1) // block_size + 2
+    blocks = q0 // block_size + torch.arange(most, device=device)
+    blocks = torch.minimum(blocks, (q1 - 1) // block_size)  # [query tiles, most]
+    limit, start = limits[:, blocks, None], starts[:, blocks, None]  # [b, query tiles, most, 1]
+    low = start
+    partly, wholly = k0 < limit, (k0 >= start) & (k1 <= limit)
     if window is not None:
-        partly = partly & (low - (k1 - 1) < window)
-        wholly = wholly & (high + block_size - 1 - k0 < window)
+        low = torch.maximum(start, limit + 1 - window)  # the first that its first slot sees
+        wholly = wholly & (limit + block_size - 1 - k0 < window)
+    partly = (partly & (k1 > low) & (low < limit)).any(2)
+    wholly = wholly.all(2)
     own_begin = context_length + q0 // block_size * block_size
     own_end = context_length + (q1 + block_size - 1) // block_size * block_size
     partly = partly | ((k0 < own_end) & (k1 > own_begin))

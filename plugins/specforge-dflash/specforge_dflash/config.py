@@ -27,6 +27,9 @@ class DFlashConfig(DecoderOptions):
         None, gt=0, description="How many layers the formula picks; num_layers if not set."
     )
     num_anchors: int = Field(512, gt=0, description="Blocks trained per sample, at most.")
+    batches: Literal["packed", "padded"] = Field(
+        "packed", description="Samples of a batch behind each other in one row, or one a row."
+    )
     label_layout: LabelLayout = Field(
         "same_position", description="Slot k predicts token a+k (k >= 1), or a+k+1 (k >= 0)."
     )

@@ -42,7 +42,7 @@ def export_draft(
         name: value.detach().to(device="cpu", dtype=dtype).contiguous()
         for name, value in model.state_dict().items()
     }
-    return Export(export_config(config, model.shape, target), weights)
+    return Export(config=export_config(config, model.shape, target), weights=weights)
 
 
 def export_config(config: DFlashConfig, shape: DraftShape, target: TargetInfo) -> dict[str, Any]:

@@ -25,6 +25,11 @@ REMEDY = "Try: strategy.mask_token_id=ID, a token that never occurs in your data
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id")
 
 
+def mask_token_occurs(token: int, where: str) -> str:
+    """Say that the mask token is not free to stand for unknown tokens."""
+    return f"{where} contains token {token}, which the draft reads as 'not drafted yet'. {REMEDY}"
+
+
 def mask_token(config: DFlashConfig, target: TargetInfo) -> int:
     """Return the mask token's id.  Raises ConfigError when none can be chosen safely."""
     if config.mask_token_id is None:

@@ -1,6 +1,6 @@
 """The DFlash draft: layers over block slots that read the target's states in every layer.
 
-Parameter names are those of the published checkpoints.  Shapes: b samples, S context
+Parameter names are those of the published checkpoints.  Shapes: b rows, S context
 tokens, A blocks, B slots of a block, N = A*B, H hidden size, K captured layers, d head size.
 """
 
@@ -151,14 +151,17 @@ class DFlashModel(nn.Module):
         features: Tensor,
         embeddings: Tensor,
         anchors: Tensor,
-        keep: Tensor,
+        starts: Tensor,
+        positions: Tensor,
         caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """Return the slots' final states [b, N, H], normed.
 
-        features [b, S, K*H] are the target's captured states, embeddings [b, N, H] the
-        slots' inputs, anchors and keep [b, A].  With caches, one per layer,
-        `features` are those of the tokens since the last call, and all before are context too.
+        features [b, S, K*H] are the target's captured states, positions [b, S] where in their
+        documents; embeddings [b, N, H] the slots' inputs; anchors and starts [b, A] where in the
+        row each block and its document start, anchors ascending.  With caches, one per layer,
+        `features` and `positions` are those of the tokens since the last call, and all before
+        are context too.
         """
         dtype = self.fc.weight.dtype
         context = self.hidden_norm(self.fc(features.to(dtype)))
@@ -167,7 +170,7 @@ class DFlashModel(nn.Module):
             # no view, and with a gradient as all later layers' input has one: else the first
             # layer is compiled apart
             hidden.requires_grad_()
-        geometry = self._geometry(features, anchors, keep, caches)
+        geometry = self._geometry(anchors, starts, positions, caches)
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, context, geometry, None if caches is None else caches[i])
         out: Tensor = self.norm(hidden)
@@ -175,27 +178,28 @@ class DFlashModel(nn.Module):
 
     def _geometry(
         self,
-        features: Tensor,
         anchors: Tensor,
-        keep: Tensor,
+        starts: Tensor,
+        positions: Tensor,
         caches: Sequence[LayerCache] | None,
     ) -> Geometry:
-        device, block = features.device, self.shape.block_size
-        start = 0 if caches is None else caches[0].length
-        end = start + features.shape[1]
-        slots = (anchors[..., None] + torch.arange(block, device=device)).flatten(1)
-        context = torch.arange(start, end, device=device)[None]
-        limits = anchors.masked_fill(~keep, 0)
-        use_flex = self.attention == "flex" or (self.attention == "auto" and features.is_cuda)
+        block = self.shape.block_size
+        length = positions.shape[1] + (0 if caches is None else caches[0].length)
+        within = torch.arange(block, device=anchors.device)
+        slots = ((anchors - starts)[..., None] + within).flatten(1)
+        use_flex = self.attention == "flex" or (self.attention == "auto" and anchors.is_cuda)
         build = block_mask if use_flex and caches is None else EagerMask.build
         windows: dict[LayerType, int | None] = {
             "full_attention": None,
             "sliding_attention": self.shape.sliding_window,
         }
         return Geometry(
-            self.rotary(context),
+            self.rotary(positions),
             self.rotary(slots),
-            {kind: build(limits, end, block, windows[kind]) for kind in self.shape.layer_types},
+            {
+                kind: build(anchors, starts, length, block, windows[kind])
+                for kind in self.shape.layer_types
+            },
         )
 
 

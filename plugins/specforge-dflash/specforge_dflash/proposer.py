@@ -38,10 +38,10 @@ class DFlashProposer:
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
         logits = self.block_logits(last_token)[:max_tokens]
         if sampling.temperature == 0:
-            return Proposal(logits.argmax(dim=-1), None)
+            return Proposal(tokens=logits.argmax(dim=-1), probs=None)
         probs = torch.softmax(logits / sampling.temperature, dim=-1)
         drawn = torch.multinomial(probs.cpu(), 1, generator=sampling.generator).squeeze(1)
-        return Proposal(drawn.to(probs.device), probs)
+        return Proposal(tokens=drawn.to(probs.device), probs=probs)
 
     @torch.no_grad()
     def block_logits(self, last_token: int) -> Tensor:
@@ -54,12 +54,15 @@ class DFlashProposer:
         new = [f.to(device) for f in self._pending] or [torch.empty(0, width, device=device)]
         features = torch.cat(new)[None]
         self._pending = []
-        anchor = torch.full((1, 1), self._caches[0].length + features.shape[1], device=device)
+        start = self._caches[0].length
+        positions = torch.arange(start, start + features.shape[1], device=device)[None]
+        anchor = torch.full((1, 1), start + features.shape[1], device=device)
         hidden = self._model(
             features,
             self._frozen.embed(block),
             anchor,
-            torch.ones_like(anchor, dtype=torch.bool),
+            torch.zeros_like(anchor),
+            positions,
             self._caches,
         )
         return self._frozen.logits(hidden[0, self._config.first_slot :])

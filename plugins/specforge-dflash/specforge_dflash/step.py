@@ -1,6 +1,6 @@
 """The training objective: blocks are filled in one pass, each slot from what came before it.
 
-Shapes: b samples, A blocks of each, D slots that draft, M = b*A blocks in all.
+Shapes: b rows, A blocks of each, D slots of a block that draft, M = b*A blocks in all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor
 from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
-from .anchors import Blocks, draw_blocks
 from .config import DFlashConfig
 from .model import DFlashModel, Frozen
 
@@ -34,39 +33,38 @@ class DFlashStep:
         frozen, model = draft.frozen, draft.model
         assert isinstance(frozen, Frozen)
         assert isinstance(model, DFlashModel)
-        blocks = draw_blocks(
-            self.config,
-            model.shape.mask_token_id,
-            batch["input_ids"],
-            batch["loss_mask"],
-            ctx.generator,
-        )
-        losses, hits, valid = self._slots(model, frozen, batch["hidden_states"], blocks)
+        losses, hits = self._slots(model, frozen, batch)
+        valid = batch["valid"].flatten(0, 1)[:, self.config.first_slot :]
         weights, total = slot_weights(self.config, losses.detach(), valid)
-        return StepOutput((weights * losses).sum(), total, _metrics(losses.detach(), hits, valid))
+        return StepOutput(
+            loss_sum=(weights * losses).sum(),
+            weight=total,
+            metrics=_metrics(losses.detach(), hits, valid),
+        )
 
-    def _slots(
-        self, model: DFlashModel, frozen: Frozen, features: Tensor, blocks: Blocks
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return losses (0 where not valid), hits and validity of the M blocks, all [M, D]."""
-        first = self.config.first_slot
-        valid = blocks.valid.flatten(0, 1)
-        rows = valid.flatten().nonzero().squeeze(1)  # before the model: it waits for the device
-        labels = blocks.labels.flatten()[rows]
-
-        slots = frozen.embed(blocks.input_ids.flatten(1))
-        hidden = model(features, slots, blocks.anchors, blocks.keep)
-        drafting = hidden.view(*blocks.input_ids.shape, -1)[:, :, first:].flatten(0, 2)
+    def _slots(self, model: DFlashModel, frozen: Frozen, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return losses (0 where not valid) and hits of the M blocks, both [M, D]."""
+        rows = batch["rows"]
+        labels = batch["labels"].flatten()[rows]
+        hidden = model(
+            batch["hidden_states"],
+            frozen.embed(batch["block_ids"].flatten(1)),
+            batch["anchors"],
+            batch["starts"],
+            batch["position_ids"],
+        )
         row_losses, best = linear_cross_entropy(
-            drafting[rows],
+            hidden.flatten(0, 1)[rows],
             frozen.lm_head,
             labels,
             softcap=frozen.softcap,
             chunk=self.config.head_chunk,
         )
-        losses = row_losses.new_zeros(valid.numel()).index_put((rows,), row_losses)
-        hits = torch.zeros_like(valid).flatten().index_put((rows,), best == labels)
-        return losses.view(valid.shape), hits.view(valid.shape), valid
+        slots = batch["valid"].numel()
+        losses = row_losses.new_zeros(slots).index_put((rows,), row_losses)
+        hits = (best == labels).new_zeros(slots).index_put((rows,), best == labels)
+        first, block = self.config.first_slot, self.config.block_size
+        return losses.view(-1, block)[:, first:], hits.view(-1, block)[:, first:]
 
 
 def slot_weights(config: DFlashConfig, losses: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,10 +107,12 @@ def _metrics(losses: Tensor, hits: Tensor, valid: Tensor) -> dict[str, Ratio]:
     prefix = (hits & valid).cumprod(dim=1).sum(1)
     blocks = valid.any(1)
     metrics = {
-        "cross_entropy": Ratio(losses.sum(), slots.sum()),
-        "accuracy": Ratio(right.sum(), slots.sum()),
-        "acceptance_length": Ratio(((1 + prefix) * blocks).sum().float(), blocks.sum().float()),
+        "cross_entropy": Ratio(num=losses.sum(), den=slots.sum()),
+        "accuracy": Ratio(num=right.sum(), den=slots.sum()),
+        "acceptance_length": Ratio(
+            num=((1 + prefix) * blocks).sum().float(), den=blocks.sum().float()
+        ),
     }
     for k in range(min(SLOTS_SHOWN, valid.shape[1])):
-        metrics[f"accuracy_{k + 1}"] = Ratio(right[k], slots[k])
+        metrics[f"accuracy_{k + 1}"] = Ratio(num=right[k], den=slots[k])
     return metrics

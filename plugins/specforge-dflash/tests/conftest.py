@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 import torch
 from specforge_dflash import DFlashConfig, build_draft
+from specforge_dflash.adapter import capture_spec
+from specforge_dflash.anchors import DFlashTransform
+from specforge_dflash.collate import DFlashCollate
 from specforge_dflash.model import DFlashModel, Frozen
 from torch import Tensor
 
-from specforge_core.types import Draft, StepContext, TargetInfo
+from specforge_core.batches.loader import sample_generator
+from specforge_core.types import Batch, Draft, Sample, StepContext, TargetInfo
 
 VOCAB, HIDDEN, LAYERS = 41, 24, 8
 MASK = 40
@@ -53,7 +57,14 @@ def make_config(**options: Any) -> DFlashConfig:
 
 
 def make_target(**overrides: Any) -> TargetInfo:
-    return TargetInfo("tiny", None, HIDDEN, LAYERS, VOCAB, {**TARGET_CONFIG, **overrides})
+    return TargetInfo(
+        name_or_path="tiny",
+        revision=None,
+        hidden_size=HIDDEN,
+        num_layers=LAYERS,
+        vocab_size=VOCAB,
+        config={**TARGET_CONFIG, **overrides},
+    )
 
 
 def make_tiny(softcap: float | None = None, scale: float = 1.0, **options: Any) -> Tiny:
@@ -69,22 +80,33 @@ def make_tiny(softcap: float | None = None, scale: float = 1.0, **options: Any) 
     return Tiny(config, target, draft)
 
 
-def make_batch(lengths: tuple[int, ...] = (19, 11), layers: int = 2, seed: int = 2) -> Any:
-    """Ragged samples, right-padded with zeros; part of each is supervised."""
+def make_samples(
+    lengths: tuple[int, ...] = (19, 11), layers: int = 2, seed: int = 2
+) -> list[Sample]:
+    """Ragged samples; part of each is supervised."""
     gen = torch.Generator().manual_seed(seed)
-    longest = max(lengths)
-    ids = torch.randint(1, MASK, (len(lengths), longest), generator=gen)
-    mask = (torch.rand(len(lengths), longest, generator=gen) < 0.7).to(torch.uint8)
-    features = torch.randn(len(lengths), longest, layers * HIDDEN, generator=gen)
-    mask[:, 3:5] = 1
-    for row, length in enumerate(lengths):
-        for tensor in (ids, mask, features):
-            tensor[row, length:] = 0
-    return {"input_ids": ids, "loss_mask": mask, "hidden_states": features}
+    samples = []
+    for length in lengths:
+        mask = (torch.rand(length, generator=gen) < 0.7).to(torch.uint8)
+        mask[3:5] = 1
+        ids = torch.randint(1, MASK, (length,), generator=gen)
+        features = torch.randn(length, layers * HIDDEN, generator=gen)
+        samples.append({"input_ids": ids, "loss_mask": mask, "hidden_states": features})
+    return samples
 
 
-def make_context(seed: int = 0) -> StepContext:
-    return StepContext(0, 1, torch.Generator().manual_seed(seed))
+def make_batch(config: DFlashConfig, samples: list[Sample], epoch: int = 0) -> Batch:
+    """What the loader makes of samples: transform, then collate."""
+    spec = capture_spec((1, 5), HIDDEN)
+    transform = DFlashTransform(spec, 10**6, config.num_anchors)
+    drawn = [transform(s, sample_generator(0, epoch, i)) for i, s in enumerate(samples)]
+    return DFlashCollate(config, spec, MASK)([s for s in drawn if s is not None])
+
+
+def make_context() -> StepContext:
+    mesh: Any = None
+    generator = torch.Generator().manual_seed(0)
+    return StepContext(step=0, total_steps=1, generator=generator, training=True, mesh=mesh)
 
 
 # ---- the method, one block at a time, one head at a time -------------------
@@ -162,7 +184,8 @@ class Kit:
     config: Callable[..., DFlashConfig] = make_config
     target: Callable[..., TargetInfo] = make_target
     tiny: Callable[..., Tiny] = make_tiny
-    batch: Callable[..., Any] = make_batch
+    samples: Callable[..., list[Sample]] = make_samples
+    batch: Callable[..., Batch] = make_batch
     context: Callable[..., StepContext] = make_context
     logits64: Callable[..., Tensor] = block_logits
     weights64: Callable[[Tiny], dict[str, Tensor]] = weights64

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from specforge_dflash.adapter import DFlashAdapter, DFlashTransform
+from specforge_dflash.adapter import DFlashAdapter
 
 from specforge_core.errors import DataError
 from specforge_core.types import TargetCapture
@@ -17,7 +17,7 @@ def capture(mask: list[int], token: int = 7) -> TargetCapture:
     states = {i: torch.full((tokens, 24), float(i)) for i in (1, 5)}
     ids = torch.arange(tokens)
     ids[-1] = token
-    return TargetCapture(3, ids, torch.tensor(mask), states, None)
+    return TargetCapture(index=3, input_ids=ids, loss_mask=torch.tensor(mask), hidden_states=states)
 
 
 @pytest.fixture
@@ -47,12 +47,3 @@ def test_samples_without_two_consecutive_supervised_tokens_are_skipped(
 def test_the_mask_token_in_the_data_is_an_error(adapter: DFlashAdapter) -> None:
     with pytest.raises(DataError, match=r"sample 3 contains token 40.*strategy.mask_token_id="):
         adapter(capture([0, 1, 1], token=40))
-
-
-def test_transform_cuts_then_drops(adapter: DFlashAdapter) -> None:
-    sample = adapter(capture([0, 0, 1, 1, 1]))
-    assert sample is not None
-    cut = DFlashTransform(adapter.spec, 4)(sample)
-    assert cut is not None
-    assert [len(t) for t in cut.values()] == [4, 4, 4]
-    assert DFlashTransform(adapter.spec, 3)(sample) is None

@@ -1,4 +1,4 @@
-"""Where blocks start, and what they are asked."""
+"""Where blocks start: drawn per sample, and by nothing but its own generator."""
 
 from __future__ import annotations
 
@@ -6,98 +6,104 @@ from typing import Any
 
 import pytest
 import torch
-from specforge_dflash.anchors import Blocks, draw_blocks
+from specforge_dflash.adapter import capture_spec
+from specforge_dflash.anchors import DFlashTransform, start_places
 from torch import Tensor
 
-from specforge_core.errors import DataError
+from specforge_core.batches.loader import sample_generator
+from specforge_core.types import Sample
 
-MASK = 40
+SPEC = capture_spec((1, 5), 24)
 
 
-def draw(config: Any, batch: dict[str, Tensor], seed: int = 0) -> Blocks:
+def draw(sample: Sample, count: int, seed: int = 0, max_length: int = 1000) -> Sample | None:
     generator = torch.Generator().manual_seed(seed)
-    return draw_blocks(config, MASK, batch["input_ids"], batch["loss_mask"], generator)
+    return DFlashTransform(SPEC, max_length, count)(sample, generator)
 
 
-def starts(loss_mask: Tensor) -> list[list[int]]:
-    return [[a for a in range(len(row) - 1) if row[a] and row[a + 1]] for row in loss_mask.tolist()]
+def anchors(sample: Sample, count: int, seed: int = 0) -> list[int]:
+    drawn = draw(sample, count, seed)
+    assert drawn is not None
+    return drawn["anchors"].tolist()
 
 
-def test_every_candidate_is_taken_when_there_is_room(kit: Any) -> None:
-    batch = kit.batch()
-    blocks = draw(kit.config(num_anchors=512), batch)
-    found = [a[k].tolist() for a, k in zip(blocks.anchors, blocks.keep, strict=True)]
-    assert found == starts(batch["loss_mask"])
-    assert blocks.keep.shape[1] == max(len(row) for row in found)  # no wider than needed
+def starts(mask: Tensor) -> list[int]:
+    return [a for a in range(len(mask) - 1) if mask[a] and mask[a + 1]]
 
 
-def test_anchors_are_distinct_ascending_and_padded_at_the_end(kit: Any) -> None:
-    batch = kit.batch((60, 9, 40))
+def test_every_place_is_taken_when_there_is_room(kit: Any) -> None:
+    for sample in kit.samples((19, 11, 60)):
+        assert anchors(sample, 512) == starts(sample["loss_mask"])
+
+
+def test_anchors_are_distinct_ascending_and_allowed(kit: Any) -> None:
+    (sample,) = kit.samples((60,))
+    allowed = starts(sample["loss_mask"])
+    assert len(allowed) > 12
     for seed in range(20):
-        blocks = draw(kit.config(num_anchors=12), batch, seed)
-        assert blocks.anchors.shape == (3, 12)
-        for anchors, keep, allowed in zip(
-            blocks.anchors, blocks.keep, starts(batch["loss_mask"]), strict=True
-        ):
-            kept = anchors[keep].tolist()
-            assert kept == sorted(set(kept))
-            assert set(kept) <= set(allowed)
-            assert len(kept) == min(12, len(allowed))
-            assert keep.tolist() == [True] * len(kept) + [False] * (12 - len(kept))
+        found = anchors(sample, 12, seed)
+        assert found == sorted(set(found))
+        assert len(found) == 12
+        assert set(found) <= set(allowed)
 
 
-def test_anchors_are_drawn_uniformly(kit: Any) -> None:
-    batch = {
-        "input_ids": torch.ones(1, 11, dtype=torch.int64),
-        "loss_mask": torch.ones(1, 11, dtype=torch.int64),
+def test_anchors_are_drawn_uniformly() -> None:
+    sample = {
+        "input_ids": torch.ones(11, dtype=torch.int64),
+        "loss_mask": torch.ones(11, dtype=torch.uint8),
+        "hidden_states": torch.zeros(11, 48),
     }
     counts = torch.zeros(10)
-    generator = torch.Generator().manual_seed(0)
-    config = kit.config(num_anchors=3)
-    for _ in range(2000):
-        blocks = draw_blocks(config, MASK, batch["input_ids"], batch["loss_mask"], generator)
-        counts[blocks.anchors[0]] += 1
+    for seed in range(2000):
+        counts[torch.tensor(anchors(sample, 3, seed))] += 1
     # 600 each, standard deviation 20.5
     assert float((counts - 600).abs().max()) < 90
 
 
 def test_the_draw_depends_on_the_generator_alone(kit: Any) -> None:
-    batch, config = kit.batch((60,)), kit.config(num_anchors=5)
-    assert torch.equal(draw(config, batch, 1).anchors, draw(config, batch, 1).anchors)
-    assert not torch.equal(draw(config, batch, 1).anchors, draw(config, batch, 2).anchors)
+    (sample,) = kit.samples((60,))
+    torch.manual_seed(1)
+    first = anchors(sample, 5, 1)
+    torch.manual_seed(2)
+    assert anchors(sample, 5, 1) == first
+    assert anchors(sample, 5, 2) != first
 
 
-@pytest.mark.parametrize(("layout", "first"), [("same_position", 1), ("next_token", 0)])
-def test_labels_are_the_tokens_after_the_anchor(kit: Any, layout: str, first: int) -> None:
-    batch = kit.batch()
-    ids, mask = batch["input_ids"], batch["loss_mask"]
-    blocks = draw(kit.config(label_layout=layout), batch)
-    assert blocks.labels.shape[2] == 4 - first
-    for row in range(len(ids)):
-        for i, anchor in enumerate(blocks.anchors[row].tolist()):
-            if not blocks.keep[row, i]:
-                assert not blocks.valid[row, i].any()
-                continue
-            assert blocks.input_ids[row, i].tolist() == [int(ids[row, anchor]), *[MASK] * 3]
-            for slot in range(first, 4):
-                place = anchor + slot + (0 if layout == "same_position" else 1)
-                valid = place < ids.shape[1] and bool(mask[row, place])
-                assert bool(blocks.valid[row, i, slot - first]) == valid
-                if valid:
-                    assert int(blocks.labels[row, i, slot - first]) == int(ids[row, place])
+def test_a_sample_is_cut_before_the_draw(kit: Any) -> None:
+    sample: Sample = {
+        "input_ids": torch.arange(5),
+        "loss_mask": torch.tensor([0, 0, 1, 1, 1], dtype=torch.uint8),
+        "hidden_states": torch.zeros(5, 48),
+    }
+    cut = draw(sample, 512, max_length=4)
+    assert cut is not None
+    assert {name: len(tensor) for name, tensor in cut.items()} == {
+        "input_ids": 4, "loss_mask": 4, "hidden_states": 4, "anchors": 1
+    }  # fmt: skip
+    assert cut["anchors"].tolist() == [2]
+    assert draw(sample, 512, max_length=3) is None
 
 
-def test_a_batch_without_a_place_to_start_has_one_padded_block(kit: Any) -> None:
-    batch = kit.batch()
-    batch["loss_mask"].zero_()
-    blocks = draw(kit.config(), batch)
-    assert blocks.keep.shape == (2, 1)
-    assert not blocks.keep.any()
-    assert not blocks.valid.any()
+@pytest.mark.parametrize("mask", [[0, 0, 0], [1, 0, 1], [0, 0, 1], [1]])
+def test_a_sample_without_a_place_is_dropped(mask: list[int]) -> None:
+    assert not len(start_places(torch.tensor(mask)))
+    sample = {
+        "input_ids": torch.arange(len(mask)),
+        "loss_mask": torch.tensor(mask, dtype=torch.uint8),
+        "hidden_states": torch.zeros(len(mask), 48),
+    }
+    assert draw(sample, 512) is None
 
 
-def test_the_mask_token_in_the_data_is_an_error(kit: Any) -> None:
-    batch = kit.batch()
-    batch["input_ids"][1, 2] = MASK
-    with pytest.raises(DataError, match=r"training data contains token 40.*mask_token_id="):
-        draw(kit.config(), batch)
+def test_epochs_draw_anew_and_again_the_same(kit: Any) -> None:
+    (sample,) = kit.samples((60,))
+    transform = DFlashTransform(SPEC, 1000, 5)
+
+    def drawn(seed: int, epoch: int, number: int) -> list[int]:
+        found = transform(sample, sample_generator(seed, epoch, number))
+        assert found is not None
+        return found["anchors"].tolist()
+
+    assert drawn(0, 1, 3) == drawn(0, 1, 3)
+    others = [drawn(1, 1, 3), drawn(0, 2, 3), drawn(0, 1, 4)]
+    assert drawn(0, 1, 3) not in others

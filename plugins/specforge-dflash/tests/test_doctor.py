@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from specforge_core.testing.ward import Patient, Plant, epsilon, other_weights, rope, values
 
 

@@ -105,12 +105,12 @@ def test_reloading_reproduces_the_logits_bit_for_bit(kit: Any, dtype: str) -> No
     tiny = kit.tiny(export_dtype=dtype)
     made = export(tiny)
     other = kit.tiny(export_dtype=dtype, seed=9)
-    batch = kit.batch()
-    anchors, keep = torch.tensor([[2, 9], [1, 4]]), torch.ones(2, 2, dtype=torch.bool)
-    slots = tiny.frozen.embed(torch.full((2, 8), 40))
+    batch = kit.batch(tiny.config, kit.samples((19,)))
+    slots = tiny.frozen.embed(batch["block_ids"].flatten(1))
+    where = batch["anchors"], batch["starts"], batch["position_ids"]
 
     def logits(model: torch.nn.Module) -> torch.Tensor:
-        states = model.to(getattr(torch, dtype))(batch["hidden_states"], slots, anchors, keep)
+        states = model.to(getattr(torch, dtype))(batch["hidden_states"], slots, *where)
         return tiny.frozen.logits(states)
 
     before = logits(other.model)
@@ -235,5 +235,5 @@ def test_the_oldest_published_layout_is_read(kit: Any) -> None:
 
 def test_exports_of_other_strategies_are_not_ours(kit: Any) -> None:
     tiny = kit.tiny()
-    foreign = Export({"architectures": ["LlamaForCausalLM"]}, {})
+    foreign = Export(config={"architectures": ["LlamaForCausalLM"]}, weights={})
     assert not load_export(tiny.config, tiny.model, foreign)

@@ -10,13 +10,15 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models
 
-from specforge_core.target.engine import load_target_info
+from specforge_core.batches.loader import sample_generator
 from specforge_core.config import TargetConfig
 from specforge_core.strategy import Strategy
+from specforge_core.target.info import load_target_info
 from specforge_core.testing.close import close
-from specforge_core.types import Prompt, Sampling, StepContext
+from specforge_core.types import Prompt, Sampling
 
 VOCAB = 64
+GREEDY = Sampling(temperature=0.0, generator=torch.Generator())
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -57,7 +59,7 @@ def save_target(family: str, path: Path) -> TargetConfig:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_capture_train_draft_export_and_reload(family: str, tmp_path: Path) -> None:
+def test_capture_train_draft_export_and_reload(kit: Any, family: str, tmp_path: Path) -> None:
     target = save_target(family, tmp_path / "target")
     info = load_target_info(target)
     strategy = Strategy.load("dflash")
@@ -65,39 +67,40 @@ def test_capture_train_draft_export_and_reload(family: str, tmp_path: Path) -> N
         {"name": "dflash", "num_layers": 2, "block_size": 4, "export_dtype": "float32"}
     )
     adapter = strategy.adapter(config, info)
-    engine = strategy.target_engine(target)
+    engine = strategy.target_engine(target, torch.device("cpu"))
     gen = torch.Generator().manual_seed(0)
     prompts = [
-        Prompt(i, torch.randint(60, (12 + i,), generator=gen), (torch.arange(12 + i) > 3).long())
+        Prompt(
+            index=i,
+            input_ids=torch.randint(60, (12 + i,), generator=gen),
+            loss_mask=(torch.arange(12 + i) > 3).long(),
+        )
         for i in range(3)
     ]
     captures = sorted(engine.capture(prompts, adapter.spec), key=lambda c: c.index)
     samples = [adapter(c) for c in captures]
-    transform = strategy.transform(config, adapter.spec, 13, True)
-    cut = [transform(s) for s in samples if s is not None]
-    batch = strategy.collate(config, adapter.spec)([s for s in cut if s is not None])
-    assert batch["hidden_states"].shape == (3, 13, 64)
-
-    draft = strategy.draft(config, info, None, None)
+    draft = strategy.draft(config, info, None)
     assert draft.model.shape.mask_token_id == 61  # the first row that is no token
-    step = strategy.train_step(config)
-    out = step(draft, batch, StepContext(0, 1, torch.Generator().manual_seed(0)))
+    transform = strategy.transform(config, adapter.spec, 13)
+    cut = [transform(s, sample_generator(0, 0, i)) for i, s in enumerate(samples) if s is not None]
+    batch = strategy.collate(config, adapter.spec, draft)([s for s in cut if s is not None])
+    assert batch["hidden_states"].shape == (1, 12 + 13 + 13, 64)
+    assert batch["document_ids"][0].bincount().tolist() == [0, 12, 13, 13]
+    out = strategy.train_step(config)(draft, batch, kit.context())
     assert torch.isfinite(out.loss_sum)
     assert float(out.weight) > 0
 
     proposer = strategy.proposer(config, draft, info)
     proposer.start(captures[0])
-    proposal = proposer.propose(5, 99, Sampling(0.0, torch.Generator()))
+    proposal = proposer.propose(5, 99, GREEDY)
     assert proposal.tokens.shape == (3,)
 
     made = strategy.export(config, draft, info, "sglang")
-    other = strategy.draft(config.model_copy(update={"seed": 5}), info, None, None)
+    other = strategy.draft(config.model_copy(update={"seed": 5}), info, None)
     strategy.load_export(config, other, info, made)
     reread = strategy.proposer(config, other, info)
     reread.start(captures[0])
-    assert torch.equal(
-        reread.propose(5, 99, Sampling(0.0, torch.Generator())).tokens, proposal.tokens
-    )
+    assert torch.equal(reread.propose(5, 99, GREEDY).tokens, proposal.tokens)
     engine.close()
 
 
@@ -108,7 +111,7 @@ def test_embedding_and_head_are_the_targets(family: str, tmp_path: Path) -> None
     info = load_target_info(target)
     strategy = Strategy.load("dflash")
     config = strategy.config().model_validate({"name": "dflash", "num_layers": 2})
-    frozen: Any = strategy.draft(config, info, None, None).frozen
+    frozen: Any = strategy.draft(config, info, None).frozen
     model = transformers.AutoModelForCausalLM.from_pretrained(target.path).eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():

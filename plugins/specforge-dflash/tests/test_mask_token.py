@@ -20,6 +20,17 @@ def tokenizer(words: int, *special: str, **roles: str) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=raw, **roles)
 
 
+def make_target(path: str, vocab_size: int, config: dict[str, Any]) -> TargetInfo:
+    return TargetInfo(
+        name_or_path=path,
+        revision=None,
+        hidden_size=8,
+        num_layers=8,
+        vocab_size=vocab_size,
+        config=config,
+    )
+
+
 def test_first_row_above_the_tokenizer() -> None:
     assert choose(tokenizer(10, "<s>"), 16, frozenset()) == 11
 
@@ -54,7 +65,14 @@ def test_no_safe_token_is_an_error() -> None:
 
 def test_the_choice_reads_the_tokenizer_beside_the_target(kit: Any, tmp_path: Path) -> None:
     tokenizer(10, "<s>").save_pretrained(tmp_path)
-    target = TargetInfo(str(tmp_path), None, 8, 8, 11 + 3, {"eos_token_id": [3, 4]})
+    target = TargetInfo(
+        name_or_path=str(tmp_path),
+        revision=None,
+        hidden_size=8,
+        num_layers=8,
+        vocab_size=11 + 3,
+        config={"eos_token_id": [3, 4]},
+    )
     assert mask_token(kit.config(mask_token_id=None), target) == 11
     assert mask_token(kit.config(mask_token_id=2), target) == 2
 
@@ -65,7 +83,14 @@ def test_a_row_that_does_not_exist_is_refused(kit: Any) -> None:
 
 
 def test_a_target_without_tokenizer_needs_the_option(kit: Any, tmp_path: Path) -> None:
-    target = TargetInfo(str(tmp_path), None, 8, 8, 16, {})
+    target = TargetInfo(
+        name_or_path=str(tmp_path),
+        revision=None,
+        hidden_size=8,
+        num_layers=8,
+        vocab_size=16,
+        config={},
+    )
     with pytest.raises(ConfigError, match=r"no tokenizer .* Try: strategy.mask_token_id"):
         mask_token(kit.config(mask_token_id=None), target)
 
@@ -77,7 +102,14 @@ SMOLLM = Path("~/.cache/specforge/smollm2-135m-instruct").expanduser()
 def test_a_real_vocabulary_without_free_rows(kit: Any) -> None:
     from transformers import AutoTokenizer
 
-    target = TargetInfo(str(SMOLLM), None, 576, 30, 49152, {"eos_token_id": 2, "pad_token_id": 2})
+    target = TargetInfo(
+        name_or_path=str(SMOLLM),
+        revision=None,
+        hidden_size=576,
+        num_layers=30,
+        vocab_size=49152,
+        config={"eos_token_id": 2, "pad_token_id": 2},
+    )
     found = mask_token(kit.config(mask_token_id=None), target)
     tok = AutoTokenizer.from_pretrained(SMOLLM)
     assert tok.convert_ids_to_tokens(found) == "<empty_output>"

@@ -11,7 +11,8 @@ from specforge_dflash.proposer import DFlashProposer
 from specforge_core.testing.close import close
 from specforge_core.types import Sampling, TargetCapture
 
-GREEDY = Sampling(0.0, torch.Generator())
+GREEDY = Sampling(temperature=0.0, generator=torch.Generator())
+
 WIDTHS = 48 + 2 * (3 * 24 + 32 + 40 + 20) + 24  # what fc, two layers and the head sum over
 
 
@@ -19,12 +20,15 @@ def proposer(tiny: Any) -> DFlashProposer:
     return DFlashProposer(tiny.config, tiny.model, tiny.frozen)
 
 
-def captured(tiny: Any, batch: Any, start: int, end: int) -> TargetCapture:
+def captured(tiny: Any, sample: Any, start: int, end: int) -> TargetCapture:
     layers = tiny.model.shape.capture_layers
-    states = batch["hidden_states"][0, start:end].split(24, dim=-1)
-    ids = batch["input_ids"][0, start:end]
+    states = sample["hidden_states"][start:end].split(24, dim=-1)
+    ids = sample["input_ids"][start:end]
     return TargetCapture(
-        0, ids, torch.zeros_like(ids), dict(zip(layers, states, strict=True)), None
+        index=0,
+        input_ids=ids,
+        loss_mask=torch.zeros_like(ids),
+        hidden_states=dict(zip(layers, states, strict=True)),
     )
 
 
@@ -32,24 +36,23 @@ def captured(tiny: Any, batch: Any, start: int, end: int) -> TargetCapture:
 @pytest.mark.parametrize("window", [None, 5])
 def test_cached_drafting_equals_training(kit: Any, layout: str, window: int | None) -> None:
     tiny = kit.tiny(label_layout=layout, sliding_window=window, softcap=8.0)
-    batch = kit.batch((19,))
+    sample = kit.samples((19,))[0]
     found = proposer(tiny)
-    found.start(captured(tiny, batch, 0, 5))
+    found.start(captured(tiny, sample, 0, 5))
     length = 5
     for accepted in (3, 1, 0, 6):  # 0: asked again without new tokens
         if accepted:
-            found.accept(captured(tiny, batch, length, length + accepted))
+            found.accept(captured(tiny, sample, length, length + accepted))
         length += accepted
-        token = int(batch["input_ids"][0, length])
+        token = int(sample["input_ids"][length])
         got = found.block_logits(token)
 
         ids = torch.full((1, 1, 4), 40)
         ids[..., 0] = token
-        anchors, keep = torch.tensor([[length]]), torch.tensor([[True]])
+        where = torch.tensor([[length]]), torch.tensor([[0]]), torch.arange(19)[None]
         with torch.no_grad():
-            states = tiny.model(
-                batch["hidden_states"], tiny.frozen.embed(ids.flatten(1)), anchors, keep
-            )
+            slots = tiny.frozen.embed(ids.flatten(1))
+            states = tiny.model(sample["hidden_states"][None], slots, *where)
             want = tiny.frozen.logits(states[0, 0 if layout == "next_token" else 1 :])
         assert got.shape == (found.max_tokens, 41)
         close(got, want, terms=WIDTHS)
@@ -57,43 +60,43 @@ def test_cached_drafting_equals_training(kit: Any, layout: str, window: int | No
 
 
 def test_a_long_text_outgrows_the_first_cache(kit: Any) -> None:
-    tiny, batch = kit.tiny(), kit.batch((700,))
+    tiny, sample = kit.tiny(), kit.samples((700,))[0]
     step = proposer(tiny)
-    step.start(captured(tiny, batch, 0, 100))
+    step.start(captured(tiny, sample, 0, 100))
     for start in range(100, 690, 59):
         step.propose(3, 3, GREEDY)
-        step.accept(captured(tiny, batch, start, start + 59))
+        step.accept(captured(tiny, sample, start, start + 59))
     whole = proposer(tiny)
-    whole.start(captured(tiny, batch, 0, 690))
+    whole.start(captured(tiny, sample, 0, 690))
     close(step.block_logits(3), whole.block_logits(3), terms=WIDTHS + 2 * 690)
 
 
 def test_start_forgets_the_last_text(kit: Any) -> None:
-    tiny, batch = kit.tiny(), kit.batch((19,))
+    tiny, sample = kit.tiny(), kit.samples((19,))[0]
     found = proposer(tiny)
-    found.start(captured(tiny, batch, 0, 12))
+    found.start(captured(tiny, sample, 0, 12))
     found.propose(3, 3, GREEDY)
-    found.start(captured(tiny, batch, 0, 6))
+    found.start(captured(tiny, sample, 0, 6))
     fresh = proposer(tiny)
-    fresh.start(captured(tiny, batch, 0, 6))
+    fresh.start(captured(tiny, sample, 0, 6))
     assert torch.equal(found.block_logits(3), fresh.block_logits(3))
 
 
 def test_greedy_tokens_and_fewer_of_them(kit: Any) -> None:
-    tiny, batch = kit.tiny(), kit.batch((19,))
+    tiny, sample = kit.tiny(), kit.samples((19,))[0]
     found = proposer(tiny)
     assert found.max_tokens == 3
-    found.start(captured(tiny, batch, 0, 6))
+    found.start(captured(tiny, sample, 0, 6))
     proposal = found.propose(3, 2, GREEDY)
     assert proposal.probs is None
     assert proposal.tokens.tolist() == found.block_logits(3)[:2].argmax(-1).tolist()
 
 
 def test_sampled_tokens_follow_the_probabilities_they_come_with(kit: Any) -> None:
-    tiny, batch = kit.tiny(softcap=2.0), kit.batch((19,))
+    tiny, sample = kit.tiny(softcap=2.0), kit.samples((19,))[0]
     found = proposer(tiny)
-    found.start(captured(tiny, batch, 0, 6))
-    sampling = Sampling(1.5, torch.Generator().manual_seed(0))
+    found.start(captured(tiny, sample, 0, 6))
+    sampling = Sampling(temperature=1.5, generator=torch.Generator().manual_seed(0))
     counts = torch.zeros(3, 41)
     for _ in range(1500):
         proposal = found.propose(3, 3, sampling)
@@ -106,9 +109,9 @@ def test_sampled_tokens_follow_the_probabilities_they_come_with(kit: Any) -> Non
 
 
 def test_drafting_works_in_bfloat16(kit: Any) -> None:
-    tiny, batch = kit.tiny(), kit.batch((19,))
+    tiny, sample = kit.tiny(), kit.samples((19,))[0]
     tiny.model.bfloat16()
     tiny.frozen.bfloat16()
     found = proposer(tiny)
-    found.start(captured(tiny, batch, 0, 6))
+    found.start(captured(tiny, sample, 0, 6))
     assert found.propose(3, 3, GREEDY).tokens.shape == (3,)

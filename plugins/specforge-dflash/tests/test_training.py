@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from specforge_core.capture.worker import run_capture
+from specforge_core.capture.job import run_capture
+from specforge_core.drafts.load import export_checkpoint, restore
 from specforge_core.evaluate.run import evaluate
-from specforge_core.drafts.restore import export_checkpoint, restore
 from specforge_core.testing.close import close
 from specforge_core.testing.runs import cli, finish, load, losses, write_run
 from specforge_core.train.run import train
@@ -18,13 +18,12 @@ from specforge_core.train.run import train
 
 @pytest.fixture
 def config(tmp_path: Path, toy_target: Path) -> Path:
-    """Every possible anchor is used, so that no draw decides what a step sees."""
     held = {"prompts": {"toy": str(tmp_path / "train.jsonl")}, "limit": 2, "max_new_tokens": 12}
     return write_run(
         tmp_path,
         toy_target,
         conversations=16,
-        strategy={"name": "dflash", "block_size": 4, "num_layers": 2, "num_anchors": 512},
+        strategy={"name": "dflash", "block_size": 4, "num_layers": 2, "num_anchors": 8},
         data={"max_length": 256},
         train={"max_steps": 8, "batch_size": 1, "accumulate": 4, "learning_rate": 0.003},
         eval=held,
