@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specforge_core.batches.collate import flat_rows, pack
+from specforge_core.batches.loader import to_device
 from specforge_core.errors import CaptureError
 from specforge_core.types import DOCUMENT_IDS, POSITION_IDS, Batch, Sample
 
@@ -111,7 +112,7 @@ def label_rows(batch: Batch, t2d: Tensor, mask_on: str, step_weights: Sequence[f
     )
     asked = trained_labels(loss_mask, mask_on, documents)
     labels = (asked & t2d[choices]).nonzero().squeeze(1)
-    back = 1 + torch.arange(len(step_weights))
+    final, back = flat["final"], 1 + torch.arange(len(step_weights))
     present = positions[labels, None] >= back
     supervised, starts = torch.zeros_like(asked), torch.zeros_like(asked)
     supervised[:-1] = asked[1:]
@@ -125,7 +126,7 @@ def label_rows(batch: Batch, t2d: Tensor, mask_on: str, step_weights: Sequence[f
     }
     return {
         **{name: tensor[None] for name, tensor in by_token.items()},
-        "final": flat["final"][labels.to(flat["final"].device)],
+        "final": final[to_device({"labels": labels}, final.device)["labels"]],
         "choices": choices[labels],
         "logsumexp": flat["target_logsumexp"][labels],
         "answers": within[labels],
