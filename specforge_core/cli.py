@@ -50,12 +50,28 @@ def strategies(as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plugins(as_json: bool) -> None:
+    """List strategies, plugins and commands, and what is wrong with them."""
+    from .listing import list_plugins
+
+    rows = list_plugins(cli)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        package = f"{row['package']} {row['version']}"
+        state = f"{row['state']}: {row['reason']}" if row["reason"] else row["state"]
+        click.echo(f"{row['group']:<11} {row['name']:<16} {package:<26} {state}")
+
+
+@cli.command()
 @click.argument("name")
 def check(name: str) -> None:
-    """Check one strategy as a run would, print its options."""
-    from .listing import check_strategy
+    """Check one strategy, plugin or command as a run would, print its options."""
+    from .listing import check as run_check
 
-    for line in check_strategy(name):
+    for line in run_check(name):
         click.echo(line)
 
 

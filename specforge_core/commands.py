@@ -73,7 +73,7 @@ def load_command(installed: Installed) -> click.Command:
     found = load(installed)
     if not isinstance(found, click.Command):
         raise PluginError(
-            f"{installed}: {installed.entry_point.value!r} is a {type(found).__name__}, and an "
+            f"{installed}: {installed.entry_point.value!r} holds {type(found).__name__}, and an "
             "entry point of specforge.commands names a click command. "
             f"Try: pip install -U {installed.dist}"
         )

@@ -120,8 +120,11 @@ def find_strategy(name: str) -> Installed:
     if name in installed:
         return installed[name]
     have = ", ".join(sorted(installed)) or "none"
+    close = difflib.get_close_matches(name, installed, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
     raise PluginError(
-        f"strategy {name!r} is not installed (installed: {have}). Try: pip install specforge-{name}"
+        f"strategy {name!r} is not installed (installed: {have}): {hint}"
+        f"Try: pip install specforge-{name}"
     )
 
 
@@ -152,13 +155,18 @@ def core_manager(
     pm.add_hookspecs(hookspecs)
     for module in DEFAULT_PLUGINS:
         pm.register(importlib.import_module(module), "core")
-    disabled = {*disable, *os.environ.get(DISABLE_ENV, "").split(",")}
+    left_out = disabled() | frozenset(disable)
     for plugin in discover(PLUGINS).values():
-        if plugin.name not in disabled:
+        if plugin.name not in left_out:
             _register(pm, plugin)
             if plugin.name not in using and _implements(pm, plugin.name, OWN_SECTION):
                 pm.unregister(name=plugin.name)
     return pm
+
+
+def disabled() -> frozenset[str]:
+    """Return the cross-cutting plugins that the environment leaves out."""
+    return frozenset(os.environ.get(DISABLE_ENV, "").split(",")) - {""}
 
 
 def _implements(pm: pluggy.PluginManager, name: str, hook: str) -> bool:

@@ -97,7 +97,7 @@ def test_errors_end_as_those_of_the_core(
     [
         ("1 / 0", "raises (acme-raises 0.3) could not be imported from 'acme_raises:command'"),
         ("import sys; sys.exit(0)", "could not be imported from 'acme_raises:command': SystemExit"),
-        ("def command(): ...", "'acme_raises:command' is a function, and an entry point of"),
+        ("def command(): ...", "'acme_raises:command' holds function, and an entry point of"),
         ("", "has no attribute 'command'"),
     ],
 )
