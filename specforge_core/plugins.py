@@ -158,7 +158,11 @@ def core_manager(
     left_out = disabled() | frozenset(disable)
     for plugin in discover(PLUGINS).values():
         if plugin.name not in left_out:
-            _register(pm, plugin)
+            try:
+                _register(pm, plugin)
+            except PluginError as exc:
+                other = f"Or leave it out: {DISABLE_ENV}={plugin.name}"
+                raise PluginError(f"{exc}. {other}") from exc
             if plugin.name not in using and _implements(pm, plugin.name, OWN_SECTION):
                 pm.unregister(name=plugin.name)
     return pm

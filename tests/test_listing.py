@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from specforge_core.cli import cli
-from specforge_core.errors import PluginError
-from specforge_core.listing import check, list_plugins
+from specforge_core.config import TrainConfig
+from specforge_core.errors import ConfigError, PluginError
+from specforge_core.listing import check, list_options, list_plugins
 from specforge_core.testing.plugin import FakeSite
 
 STRATEGY = """
@@ -202,3 +203,15 @@ def test_a_plugin_that_leaves_at_import_fails_the_command(env: FakeSite) -> None
     assert done.returncode == 2
     assert done.stderr.startswith("error: leaves (acme-leaves 0.3) could not be imported")
     assert done.stdout == ""
+
+
+def test_config_prints_every_option_of_a_section_or_of_all() -> None:
+    lines = list(list_options("train"))
+    assert lines[0] == "options of train: (The optimizer, its schedule, and when to save.)"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == list(TrainConfig.model_fields)
+    assert "  batch_size: int = 1  Samples per micro-batch and rank." in lines
+    everything = list(list_options(None))
+    assert set(lines) < set(everything)
+    assert any(line.startswith("  path: ") and "= required" in line for line in everything)
+    with pytest.raises(ConfigError, match="'trian' is no section of the core's"):
+        list(list_options("trian"))
