@@ -67,11 +67,44 @@ def plugins(as_json: bool) -> None:
 
 @cli.command()
 @click.argument("name")
-def check(name: str) -> None:
-    """Check one strategy, plugin or command as a run would, print its options."""
+@click.option("--deep", is_flag=True, help="Also run the suite that every strategy has to pass.")
+@overrides_argument
+def check(name: str, deep: bool, overrides: tuple[str, ...]) -> None:
+    """Check one strategy, plugin or command as a run would, print its options.
+
+    With --deep, KEY=VALUE arguments such as strategy.num_layers=1 are options of the strategy.
+    """
     from .listing import check as run_check
 
     for line in run_check(name):
+        click.echo(line)
+    if deep or overrides:
+        from .deep import check_deep
+
+        check_deep(name, overrides)
+        click.echo(f"{name}: passes the suite of every strategy")
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--kind", default="method", show_default=True, help="What to begin: a template.")
+@click.option("-o", "--output", type=PATH, help="Directory to write; else specforge-NAME.")
+def new(name: str, kind: str, output: Path | None) -> None:
+    """Write a package that works, to begin a method from."""
+    from .new import write_package
+
+    directory = output or Path(f"specforge-{name}")
+    written = write_package(name, kind, directory)
+    click.echo(f"wrote {len(written)} files to {directory}. Try: pip install -e {directory}")
+
+
+@cli.command()
+@click.argument("section", required=False)
+def config(section: str | None) -> None:
+    """Print every option of the run config, or those of one SECTION."""
+    from .listing import list_options
+
+    for line in list_options(section):
         click.echo(line)
 
 
@@ -126,7 +159,7 @@ def verify(
 def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> None:
     """Train a draft, offline or online; resumes.
 
-    Every option of the config is listed in docs/config.md.
+    `specforge config` prints every option of the config.
     """
     run, strategy = load_run(config, overrides)
     if plan:

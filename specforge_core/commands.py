@@ -7,8 +7,10 @@ shows the summary of its distribution.
 
 from __future__ import annotations
 
+import functools
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from .plugins import Installed
     from .strategy import Strategy
 
+GROUP = "specforge.commands"  # as in plugins.py, which is not imported to list
 PATH = click.Path(path_type=Path)
 CONFIG_HELP = "YAML file of the run; KEY=VALUE arguments override it."
 config_option = click.option("-c", "--config", type=PATH, required=True, help=CONFIG_HELP)
@@ -39,31 +42,25 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return all names; imports no package."""
-        return [*self.commands, *sorted(_installed().keys() - self.commands.keys())]
+        return [*self.commands, *sorted(_summaries().keys() - self.commands.keys())]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return a command; of a package's only what its metadata says."""
+        """Return a command; of a package's only its name and summary."""
         if cmd_name in self.commands:
             return self.commands[cmd_name]
-        found = _installed().get(cmd_name)
-        return None if found is None else Listed(found)
+        summary = _summaries().get(cmd_name)
+        return None if summary is None else click.Command(cmd_name, short_help=summary)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command that is called; this imports a package's."""
-        name, command, rest = super().resolve_command(ctx, args)
-        if isinstance(command, Listed):
-            command = load_command(command.installed)
-        return name, command, rest
+        if args[0] not in self.commands:
+            from .plugins import COMMANDS, discover
 
-
-class Listed(click.Command):
-    """A package's command, not imported."""
-
-    def __init__(self, installed: Installed) -> None:
-        super().__init__(installed.name, short_help=_summary(installed))
-        self.installed = installed
+            if found := discover(COMMANDS).get(args[0]):
+                return args[0], load_command(found), args[1:]
+        return super().resolve_command(ctx, args)
 
 
 def load_command(installed: Installed) -> click.Command:
@@ -80,15 +77,39 @@ def load_command(installed: Installed) -> click.Command:
     return found
 
 
-def _installed() -> dict[str, Installed]:
-    from .plugins import COMMANDS, discover
+@functools.cache
+def _summaries() -> dict[str, str]:
+    """Return the summary of each command's distribution.
 
-    return discover(COMMANDS)
+    For lists only, and read by hand: importing importlib.metadata would cost half of a start.
+    """
+    found: dict[str, str] = {}
+    for directory in dict.fromkeys(sys.path):
+        for info in Path(directory).glob("*.dist-info"):
+            for name in _entry_points(info):
+                found.setdefault(name, _summary(info))
+    return found
 
 
-def _summary(installed: Installed) -> str:
-    if installed.problem():
-        return f"Cannot be run: specforge check {installed.name}"
-    dist = installed.entry_point.dist
-    metadata: Any = dist.metadata if dist is not None else {}
-    return metadata.get("Summary") or f"Of the package {installed.dist}."
+def _entry_points(info: Path) -> list[str]:
+    try:
+        lines = (info / "entry_points.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    names, inside = [], False
+    for line in map(str.strip, lines):
+        if line.startswith("["):
+            inside = line == f"[{GROUP}]"
+        elif inside and "=" in line:
+            names.append(line.partition("=")[0].strip())
+    return names
+
+
+def _summary(info: Path) -> str:
+    with (info / "METADATA").open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("Summary:"):
+                return line.partition(":")[2].strip()
+            if not line.strip():
+                break
+    return f"Of the package {info.name.partition('-')[0]}."

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .commands import Commands, load_command
-from .errors import PluginError
+from .errors import ConfigError, PluginError
 from .plugins import (
     COMMANDS,
     OWN_SECTION,
@@ -158,6 +158,33 @@ def _check_command(installed: Installed) -> Iterator[str]:
     yield f"{installed.name}: ok (command of {installed.dist} {installed.version})"
     with click.Context(command, info_name=f"specforge {installed.name}") as context:
         yield command.get_help(context)
+
+
+def list_options(section: str | None) -> Iterator[str]:
+    """Yield the options of the run config: of one section, or of all.
+
+    Raises ConfigError for a section that there is not.
+    """
+    from .config import RunConfig, Section
+
+    sections: dict[str, type[BaseModel]] = {
+        name: field.annotation
+        for name, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+    del sections["strategy"]  # every strategy has its own
+    if section is not None and section not in sections:
+        raise ConfigError(
+            f"{section!r} is no section of the core's (known: {', '.join(sections)}). The options "
+            "of strategy and plugins are their packages': specforge check NAME"
+        )
+    for name, model in sections.items():
+        if section in (None, name):
+            yield from _options(name, model)
+    if section is None:
+        yield "options of strategy and plugins.NAME: specforge check NAME prints them"
+        output = RunConfig.model_fields["output_dir"]
+        yield f"output_dir: path = {str(output.default)!r}  {output.description}"
 
 
 def _options(section: str, model: type[BaseModel]) -> Iterator[str]:

@@ -190,7 +190,8 @@ def _register(pm: pluggy.PluginManager, installed: Installed) -> None:
             hint = f", did you mean {close[0]}?" if close else ""
             raise PluginError(
                 f"{installed} implements {caller.name}, which is no hook{hint} "
-                f"docs/hooks.md lists them. Try: pip install -U {installed.dist} {CORE}"
+                "specforge_core/hookspecs.py lists them. "
+                f"Try: pip install -U {installed.dist} {CORE}"
             )
         for impl in caller.get_hookimpls():
             if impl.plugin is module and impl.kwargnames:

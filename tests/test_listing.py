@@ -60,7 +60,7 @@ def command(site: FakeSite, name: str, source: str = COMMAND) -> None:
 
 
 def states(group: str) -> dict[str, tuple[str, str]]:
-    rows = list_plugins(cli)  # type: ignore[arg-type]  # click types a group of another class
+    rows = list_plugins(cli)
     return {r["name"]: (r["state"], r["reason"]) for r in rows if r["group"] == group}
 
 

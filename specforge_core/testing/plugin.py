@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("specforge_core.testing.contract")
+
 
 class FakeSite:
     """A directory on sys.path that holds distributions written by a test."""

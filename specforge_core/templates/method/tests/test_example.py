@@ -1,0 +1,37 @@
+"""The suite that every method has to pass, and this one's own tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from specforge_core.testing.contract import Case, StrategyContract
+
+
+class TestContract(StrategyContract):
+    """Points of the contract; override one only with a stricter one."""
+
+    strategy: ClassVar[dict[str, Any]] = {"name": "example"}
+    other_shape: ClassVar[dict[str, Any]] = {"draft_tokens": 2}
+
+
+def test_the_loss_is_that_of_plain_cross_entropy(tmp_path: Path, toy_target: Path) -> None:
+    case = Case.open({"name": "example"}, toy_target, tmp_path)
+    case.draft.model.double()
+    assert case.draft.frozen is not None
+    head = case.draft.frozen.double().weight
+    sample = case.samples[0]
+    output = case.step([sample | {"final": sample["final"].double()}])
+    ids, mask = sample["input_ids"], sample["loss_mask"]
+    wanted, count = torch.zeros((), dtype=torch.float64), 0
+    for place, state in enumerate(sample["final"].double()):
+        for number, block in enumerate(case.draft.model.blocks):  # type: ignore[arg-type]
+            token = place + 2 + number
+            if token < len(ids) and mask[token]:
+                inner = state + torch.nn.functional.silu(state @ block.weight.T)
+                wanted -= (inner @ head.T).log_softmax(-1)[ids[token]]
+                count += 1
+    assert count == output.weight
+    torch.testing.assert_close(output.loss_sum.double(), wanted, rtol=1e-5, atol=0)
