@@ -27,6 +27,7 @@ from ..drafts.load import restore
 from ..errors import SpecForgeError
 from ..evaluate.decode import pick
 from ..train.dist import world
+from ..train.fsdp import cast_inputs
 from ..train.metrics import RESERVED_PREFIXES
 from ..train.run import train
 from ..types import (
@@ -72,6 +73,7 @@ class Case:
         finally:
             engine.close()
         draft = cls.new_draft(job)
+        cast_inputs(draft.model, torch.float32)  # as FSDP does; states are stored in bfloat16
         noise = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in draft.model.parameters():

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from specforge_core.batches.loader import sample_generator, to_device
 from specforge_core.capture.samples import capture_in_order, to_host
-from specforge_core.devices import pick_device, pick_dtype
+from specforge_core.cpu import pick_dtype
+from specforge_core.devices import pick_device
 from specforge_core.errors import CaptureError
 from specforge_core.progress import track
 from specforge_core.train.dist import world
+from specforge_core.train.fsdp import cast_inputs
 from specforge_core.types import Adapter, Draft, Prompt, Sample, StepContext, TargetEngine
 
 from .inputs import Answers, Inputs, free_memory
@@ -37,7 +36,7 @@ def simulate(inputs: Inputs, draft: Draft, answers: Answers) -> Measurement | No
     for module in (draft.model, draft.frozen):
         if module is not None:
             module.to(device, dtype).eval()
-    draft.model.register_forward_pre_hook(partial(_cast, dtype), with_kwargs=True)
+    cast_inputs(draft.model, dtype)
     step = strategy.train_step(run.strategy)
     tallies = [Tally(0, 0)] * len(answers)
     free_memory()
@@ -91,15 +90,3 @@ def _samples(
         kept = transform(sample, sample_generator(run.train.seed, 0, index))
         if kept is not None:
             yield index, kept
-
-
-def _cast(
-    dtype: torch.dtype, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give the model its inputs in the dtype that FSDP's mixed precision casts them to."""
-
-    def plain(value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(dtype) if floating else value
-
-    return tuple(map(plain, args)), {name: plain(value) for name, value in kwargs.items()}

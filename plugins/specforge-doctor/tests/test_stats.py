@@ -6,8 +6,9 @@ import math
 import random
 
 import pytest
-from specforge_core.testing.close import close
 from specforge_doctor.stats import Measurement, Tally, compare, student
+
+from specforge_core.testing.close import close
 
 
 def measured(name: str, *parts: tuple[float, float]) -> Measurement:
