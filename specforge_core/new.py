@@ -36,6 +36,7 @@ def write_package(name: str, kind: str, directory: Path) -> list[Path]:
         raise ConfigError(f"{directory} is there and not empty. Try: -o ANOTHER_DIRECTORY")
     major, minor, *_ = version(CORE).split(".")
     words = {
+        "template_tests": "tests",  # a wheel of the core has no tests
         "CORE_VERSION": f"{major}.{minor}",
         "NEXT_VERSION": f"{major}.{int(minor) + 1}",
         "specforge-example": f"specforge-{name}",

@@ -151,7 +151,7 @@ def core_manager(
     *, using: frozenset[str] = frozenset(), disable: Iterable[str] = ()
 ) -> pluggy.PluginManager:
     """Build a manager of the core's defaults and the cross-cutting plugins, no strategy."""
-    pm = pluggy.PluginManager(hookspecs.PROJECT)
+    pm = _Manager(hookspecs.PROJECT)
     pm.add_hookspecs(hookspecs)
     for module in DEFAULT_PLUGINS:
         pm.register(importlib.import_module(module), "core")
@@ -166,6 +166,15 @@ def core_manager(
             if plugin.name not in using and _implements(pm, plugin.name, OWN_SECTION):
                 pm.unregister(name=plugin.name)
     return pm
+
+
+class _Manager(pluggy.PluginManager):
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        """Leave out another package's hook that a module imported under a name of its own."""
+        given = getattr(getattr(plugin, name), "__name__", name)
+        if given != name and given in vars(hookspecs):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
 
 
 def disabled() -> frozenset[str]:

@@ -131,6 +131,21 @@ def test_a_default_argument_and_a_misspelled_hook_are_refused(fake_site: FakeSit
         Strategy.load("typo")
 
 
+def test_a_hook_imported_under_another_name_is_no_hook(fake_site: FakeSite) -> None:
+    source = """
+    from specforge_linear import specforge_adapter, specforge_draft as inherited
+    from specforge_linear import specforge_train_step
+    from specforge_core import hookimpl
+    @hookimpl
+    def specforge_draft(target):
+        draft = inherited(target)
+        draft.model.mine = True
+        return draft
+    """
+    fake_site.strategy("variant", source)
+    assert Strategy.load("variant").draft(CONFIG, TARGET, None).model.mine is True
+
+
 # what a hook returned is called while training; (hook, body, message)
 CALLABLES = {
     "a step that raises": (

@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,108 +18,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from ..batches.loader import sample_generator
-from ..capture.job import Job
 from ..capture.layout import check_sample
 from ..capture.samples import to_host
 from ..drafts.export import read_export, write_export
 from ..drafts.load import restore
 from ..errors import SpecForgeError
 from ..evaluate.decode import pick
-from ..train.dist import world
-from ..train.fsdp import cast_inputs
 from ..train.metrics import RESERVED_PREFIXES
 from ..train.run import train
 from ..types import (
     RESERVED_METRICS,
-    Draft,
     Proposal,
     Proposer,
     Ratio,
-    Sample,
     Sampling,
-    StepContext,
     StepOutput,
     TargetCapture,
 )
-from .runs import cli, finish, load, losses, write_run
-
-CPU = torch.device("cpu")
-CONVERSATIONS = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A strategy on a toy target: its captures, its samples, and a draft."""
-
-    config: Path
-    job: Job
-    captures: tuple[TargetCapture, ...]
-    samples: tuple[Sample, ...]  # transformed
-    draft: Draft
-
-    @classmethod
-    def open(cls, strategy: Mapping[str, Any], target: Path, directory: Path) -> Case:
-        """Capture a few conversations, and build a draft whose weights are not its first ones."""
-        settings = {"max_steps": 4, "batch_size": 1, "schedule": "constant", "warmup_ratio": 0}
-        config = write_run(
-            directory, target, conversations=CONVERSATIONS, strategy=strategy, train=settings
-        )
-        job = Job.open(*load(config))
-        prompts = list(job.prompts())
-        engine = job.engine()
-        try:
-            captures = sorted(engine.capture(prompts, job.adapter.spec), key=lambda c: c.index)
-        finally:
-            engine.close()
-        draft = cls.new_draft(job)
-        cast_inputs(draft.model, torch.float32)  # as FSDP does; states are stored in bfloat16
-        noise = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in draft.model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.02)
-        case = cls(config=config, job=job, captures=tuple(captures), samples=(), draft=draft)
-        samples = tuple(s for c in captures if (s := case.sample(c)) is not None)
-        assert len(samples) > 1, "the adapter or the transform turned all samples down"
-        return replace(case, samples=samples)
-
-    @staticmethod
-    def new_draft(job: Job, data: None = None) -> Draft:
-        """Build a draft as it is built before weights are loaded."""
-        draft = job.strategy.draft(job.run.strategy, job.target, data)
-        draft.model.float()
-        if draft.frozen is not None:
-            draft.frozen.float().requires_grad_(False)
-        return draft
-
-    def sample(self, capture: TargetCapture) -> Sample | None:
-        """Store a capture and transform it; None when the strategy turns it down."""
-        run, strategy = self.job.run, self.job.strategy
-        stored = self.job.adapter(capture)
-        if stored is None:
-            return None
-        transform = strategy.transform(run.strategy, self.job.adapter.spec, run.data.max_length)
-        generator = sample_generator(run.train.seed, 0, capture.index)
-        return transform(to_host(capture.index, stored), generator)
-
-    def step(self, samples: Sequence[Sample]) -> StepOutput:
-        """Collate samples and run the train step on them."""
-        strategy, config = self.job.strategy, self.job.run.strategy
-        batch = strategy.collate(config, self.job.adapter.spec, self.draft)(samples)
-        with world(CPU) as alone:
-            context = StepContext(
-                step=0,
-                total_steps=4,
-                generator=torch.Generator().manual_seed(0),
-                training=True,
-                mesh=alone.mesh,
-            )
-            return strategy.train_step(config)(self.draft, batch, context)
-
-    def proposer(self) -> Proposer:
-        """Return what drafts with the case's draft."""
-        self.draft.model.eval()
-        return self.job.strategy.proposer(self.job.run.strategy, self.draft, self.job.target)
+from .case import Case
+from .runs import cli, finish, load, losses
 
 
 class StrategyContract:
@@ -170,12 +87,15 @@ class StrategyContract:
         assert not without, "freeze them or use them"
 
     def test_a_batch_is_the_sum_of_its_samples(self, case: Case) -> None:
-        whole, parts = case.step(case.samples), [case.step([s]) for s in case.samples]
-        _close(whole.loss_sum, sum(part.loss_sum for part in parts))
-        _close(whole.weight, sum(part.weight for part in parts))
-        for name, ratio in whole.metrics.items():
-            _close(ratio.num, sum(part.metrics[name].num for part in parts))
-            _close(ratio.den, sum(part.metrics[name].den for part in parts))
+        # also with every token supervised, so that a document's first ones are
+        loud = [replace(c, loss_mask=torch.ones_like(c.loss_mask)) for c in case.captures]
+        for samples in (case.samples, [s for c in loud if (s := case.sample(c)) is not None]):
+            whole, parts = case.step(samples), [case.step([s]) for s in samples]
+            _close(whole.loss_sum, sum(part.loss_sum for part in parts))
+            _close(whole.weight, sum(part.weight for part in parts))
+            for name, ratio in whole.metrics.items():
+                _close(ratio.num, sum(part.metrics[name].num for part in parts))
+                _close(ratio.den, sum(part.metrics[name].den for part in parts))
 
     def test_nothing_supervised_weighs_nothing(self, case: Case) -> None:
         for capture in case.captures:

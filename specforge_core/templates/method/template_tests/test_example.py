@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from specforge_core.testing.contract import Case, StrategyContract
+from specforge_core.testing.case import Case
+from specforge_core.testing.contract import StrategyContract
 
 
 class TestContract(StrategyContract):
