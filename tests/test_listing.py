@@ -132,7 +132,7 @@ def test_the_command_prints_json_and_a_table(env: FakeSite) -> None:
             "reason": "takes part only in runs with a section plugins.tracker",
         }
     ]
-    (line,) = (line for line in ask().splitlines() if "tracker" in line)
+    (line,) = (line for line in ask().splitlines() if " tracker " in line)
     assert line.split()[:4] == ["plugins", "tracker", "acme-tracker", "0.3"]
     assert line.endswith("off: takes part only in runs with a section plugins.tracker")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -11,16 +12,23 @@ from pathlib import Path
 import pytest
 
 from specforge_core.errors import ConfigError
+from specforge_core.listing import check
 from specforge_core.new import kinds, write_package
 from specforge_core.testing.plugin import FakeSite
-from specforge_core.testing.runs import cli, finish, write_run
+from specforge_core.testing.runs import cli, finish, load, losses, write_run
+from specforge_core.train.run import train
 
 
-@pytest.fixture
-def package(fake_site: FakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(params=["method"])
+def package(
+    fake_site: FakeSite,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Path:
     """A new package that is installed as an editable one is: metadata, and a path."""
     home = tmp_path / "specforge-two-words"
-    write_package("two-words", "method", home)
+    write_package("two-words", request.param, home)
     project = tomllib.loads((home / "pyproject.toml").read_text())["project"]
     fake_site.dist(
         project["name"],
@@ -34,16 +42,19 @@ def package(fake_site: FakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return home
 
 
+@pytest.mark.parametrize("package", kinds(), indirect=True)
 def test_no_word_of_the_template_is_left(package: Path) -> None:
     files = [path for path in package.rglob("*") if path.is_file()]
-    assert {path.name for path in files} >= {"pyproject.toml", "README.md", "run.yaml", "ci.yml"}
+    assert {path.name for path in files} >= {"pyproject.toml", "README.md", "ci.yml"}
+    assert (package / "tests" / "test_two_words.py") in files
     for path in files:
         assert "example" not in path.read_text().lower(), path
         assert "example" not in str(path.relative_to(package)), path
 
 
 @pytest.mark.slow
-def test_a_new_method_passes_its_own_tests_as_written(package: Path) -> None:
+@pytest.mark.parametrize("package", kinds(), indirect=True)
+def test_a_new_package_passes_its_own_tests_as_written(package: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(package)]
     done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -65,6 +76,21 @@ def test_a_new_method_trains_evaluates_and_exports(
     )
     finish(cli("export", "--checkpoint", out, "-o", export))
     finish(cli("eval", "-c", str(config), "--draft", export, *held, "eval.max_new_tokens=8"))
+
+
+@pytest.mark.parametrize("package", ["tracker"], indirect=True)
+def test_a_new_tracker_is_checked_and_tracks_a_run(
+    package: Path, tmp_path: Path, toy_target: Path
+) -> None:
+    assert "plugins.two_words" in "".join(check("two_words"))
+    settings = {"max_steps": 2}
+    strategy = {"name": "linear"}
+    config = write_run(tmp_path, toy_target, conversations=8, strategy=strategy, train=settings)
+    train(*load(config, "plugins.two_words={}"))
+    text = (tmp_path / "run" / "two_words.csv").read_text()
+    assert [float(v) for _, n, v in csv.reader(text.splitlines()) if n == "loss"] == losses(
+        tmp_path / "run"
+    )
 
 
 @pytest.mark.parametrize("name", ["Big", "two words", "a_b", "1st", "-x", ""])
