@@ -138,7 +138,7 @@ def run_manager(
     strategy = find_strategy(name)
     pm = core_manager(using=using, disable=disable)
     _register(pm, strategy)
-    missing = [h for h in REQUIRED if not _implements(pm, name, h)]
+    missing = [h for h in REQUIRED if not implements(pm, name, h)]
     if missing:
         raise PluginError(
             f"{strategy} does not implement {', '.join(missing)}. "
@@ -163,7 +163,7 @@ def core_manager(
             except PluginError as exc:
                 other = f"Or leave it out: {DISABLE_ENV}={plugin.name}"
                 raise PluginError(f"{exc}. {other}") from exc
-            if plugin.name not in using and _implements(pm, plugin.name, OWN_SECTION):
+            if plugin.name not in using and implements(pm, plugin.name, OWN_SECTION):
                 pm.unregister(name=plugin.name)
     return pm
 
@@ -182,7 +182,8 @@ def disabled() -> frozenset[str]:
     return frozenset(os.environ.get(DISABLE_ENV, "").split(",")) - {""}
 
 
-def _implements(pm: pluggy.PluginManager, name: str, hook: str) -> bool:
+def implements(pm: pluggy.PluginManager, name: str, hook: str) -> bool:
+    """Say whether a registered plugin has a hook."""
     return any(impl.plugin_name == name for impl in getattr(pm.hook, hook).get_hookimpls())
 
 

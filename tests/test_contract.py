@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from specforge_core import new
 from specforge_core.testing.case import Case
 from specforge_core.testing.contract import StrategyContract
 from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.runs import SECONDS, cli
 
 POINTS = [name for name in vars(StrategyContract) if name.startswith("test_")]
 # fault -> (the point that has to fail, what the strategy does instead of the template's)
@@ -231,3 +233,20 @@ def test_without_a_fault_the_same_strategy_passes_every_point(
 def test_every_point_but_that_of_processes_has_a_fault() -> None:
     processes = "test_one_rank_two_ranks_and_accumulation_train_alike"
     assert {point for point, _, _ in FAULTS.values()} | {processes} == set(POINTS)
+
+
+@pytest.mark.slow
+def test_check_deep_runs_the_suite_on_an_installed_strategy(
+    template: FakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(template, "train_step", FAULTS["a mean for a sum"][2])
+    path = (str(template.path), str(new.TEMPLATES / "method"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    process = cli("check", "faulty", "--deep", "strategy.draft_tokens=3")
+    out, err = process.communicate(timeout=2 * SECONDS)
+    assert process.returncode == 1
+    assert "hooks: " in out
+    failed = {line.split("::")[-1].split()[0] for line in out.splitlines() if "FAILED" in line}
+    assert "test_a_batch_is_the_sum_of_its_samples" in failed
+    assert "test_the_proposer_keeps_to_every_limit" not in failed
+    assert "strategy 'faulty' does not pass the suite of every strategy" in err
