@@ -99,7 +99,8 @@ def test_the_core_s_optimizers_come_through_the_hook(
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     draft = Draft(model=model, shard=(model[0],))
     found = Strategy.load("linear").optimizers(TrainConfig(optimizer=name), draft)
-    assert sorted(type(optimizer).__name__ for optimizer in found) == kinds
+    names = [type(optimizer).__name__.removeprefix("Float32") for optimizer in found]
+    assert sorted(names) == kinds
     owned = [p for optimizer in found for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
 
