@@ -7,34 +7,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from .commands import CONFIG_HELP, PATH, Commands, config_option, load_run, overrides_argument
 from .errors import SpecForgeError
-
-if TYPE_CHECKING:
-    from .config import RunConfig
-    from .strategy import Strategy
-
-EXISTING = click.Path(path_type=Path)
-overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-
-
-CONFIG_HELP = "YAML file of the run; KEY=VALUE arguments override it."
-config_option = click.option("-c", "--config", type=EXISTING, required=True, help=CONFIG_HELP)
-
-
-class InOrder(click.Group):
-    """Lists its commands in the order a user meets them."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order they were defined."""
-        return list(self.commands)
 
 
 @click.group(
-    cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.version_option(package_name="specforge-core")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error (allowed anywhere).")
@@ -45,6 +26,11 @@ def cli(debug: bool) -> None:
     A first run:   specforge train -c run.yaml
     then:          specforge eval -c run.yaml --draft OUTPUT_DIR
     """
+
+
+@cli.result_callback()
+def _forget(result: object, debug: bool) -> None:
+    """Drop what a command returned: only `ctx.exit(STATUS)` sets the status."""
 
 
 @cli.command()
@@ -64,22 +50,71 @@ def strategies(as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("name")
-def check(name: str) -> None:
-    """Check one strategy as a run would, print its options."""
-    from .listing import check_strategy
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plugins(as_json: bool) -> None:
+    """List strategies, plugins and commands, and what is wrong with them."""
+    from .listing import list_plugins
 
-    for line in check_strategy(name):
+    rows = list_plugins(cli)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        package = f"{row['package']} {row['version']}"
+        state = f"{row['state']}: {row['reason']}" if row["reason"] else row["state"]
+        click.echo(f"{row['group']:<11} {row['name']:<16} {package:<26} {state}")
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--deep", is_flag=True, help="Also run the suite that every strategy has to pass.")
+@overrides_argument
+def check(name: str, deep: bool, overrides: tuple[str, ...]) -> None:
+    """Check one strategy, plugin or command as a run would, print its options.
+
+    With --deep, KEY=VALUE arguments such as strategy.num_layers=1 are options of the strategy.
+    """
+    from .listing import check as run_check
+
+    for line in run_check(name):
+        click.echo(line)
+    if deep or overrides:
+        from .deep import check_deep
+
+        check_deep(name, overrides)
+        click.echo(f"{name}: passes the suite of every strategy")
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--kind", default="method", show_default=True, help="What to begin: a template.")
+@click.option("-o", "--output", type=PATH, help="Directory to write; else specforge-NAME.")
+def new(name: str, kind: str, output: Path | None) -> None:
+    """Write a package that works, to begin a method from."""
+    from .new import write_package
+
+    directory = output or Path(f"specforge-{name}")
+    written = write_package(name, kind, directory)
+    click.echo(f"wrote {len(written)} files to {directory}. Try: pip install -e {directory}")
+
+
+@cli.command()
+@click.argument("section", required=False)
+def config(section: str | None) -> None:
+    """Print every option of the run config, or those of one SECTION."""
+    from .listing import list_options
+
+    for line in list_options(section):
         click.echo(line)
 
 
 @cli.command()
 @config_option
-@click.option("-o", "--output", type=EXISTING, required=True, help="JSONL file to write.")
+@click.option("-o", "--output", type=PATH, required=True, help="JSONL file to write.")
 @overrides_argument
 def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
     """Let the target answer prompts itself; resumes."""
-    run, _ = _load(config, overrides)
+    run, _ = load_run(config, overrides)
     from .data.regenerate import regenerate as run_regenerate
 
     report = run_regenerate(run, output)
@@ -91,7 +126,7 @@ def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
 @overrides_argument
 def capture(config: Path, overrides: tuple[str, ...]) -> None:
     """Store hidden states for offline training; resumes."""
-    run, strategy = _load(config, overrides)
+    run, strategy = load_run(config, overrides)
     from .capture.job import run_capture
 
     manifest = run_capture(run, strategy)
@@ -102,15 +137,15 @@ def capture(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command()
-@click.argument("directory", type=EXISTING)
-@click.option("-c", "--config", type=EXISTING, help=CONFIG_HELP)
+@click.argument("directory", type=PATH)
+@click.option("-c", "--config", type=PATH, help=CONFIG_HELP)
 @click.option("--recapture", default=4, show_default=True, help="Samples captured again with -c.")
 @overrides_argument
 def verify(
     directory: Path, config: Path | None, recapture: int, overrides: tuple[str, ...]
 ) -> None:
     """Check a capture; with -c capture some again and compare."""
-    run, strategy = _load(config, overrides) if config is not None else (None, None)
+    run, strategy = load_run(config, overrides) if config is not None else (None, None)
     from .capture.verify import verify_directory
 
     click.echo(str(verify_directory(directory, run, strategy, recapture)))
@@ -124,9 +159,9 @@ def verify(
 def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> None:
     """Train a draft, offline or online; resumes.
 
-    Every option of the config is listed in docs/config.md.
+    `specforge config` prints every option of the config.
     """
-    run, strategy = _load(config, overrides)
+    run, strategy = load_run(config, overrides)
     if plan:
         from .train.plan import plan_run
 
@@ -149,12 +184,12 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
 
 @cli.command("eval")
 @config_option
-@click.option("--draft", type=EXISTING, required=True, help="Run, checkpoint or export.")
+@click.option("--draft", type=PATH, required=True, help="Run, checkpoint or export.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @overrides_argument
 def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Measure acceptance by lossless speculative decoding."""
-    run, strategy = _load(config, overrides)
+    run, strategy = load_run(config, overrides)
     from .drafts.load import restore
     from .evaluate.report import render
     from .evaluate.run import evaluate as run_evaluate
@@ -169,23 +204,15 @@ def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...
 
 
 @cli.command()
-@click.option("--checkpoint", type=EXISTING, required=True, help="Checkpoint or run directory.")
+@click.option("--checkpoint", type=PATH, required=True, help="Checkpoint or run directory.")
 @click.option("--format", "format_", default="hf", show_default=True, help="hf, sglang, vllm ...")
-@click.option("-o", "--output", type=EXISTING, required=True, help="Directory to write.")
+@click.option("-o", "--output", type=PATH, required=True, help="Directory to write.")
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 def export(checkpoint: Path, format_: str, output: Path, force: bool) -> None:
     """Write a trained draft in an engine's layout."""
     from .drafts.load import export_checkpoint
 
     click.echo(f"wrote {export_checkpoint(checkpoint, format_, output, force=force)}")
-
-
-def _load(config: Path, overrides: tuple[str, ...]) -> tuple[RunConfig, Strategy]:
-    from .cpu import use_threads
-    from .load import load_config
-
-    use_threads()
-    return load_config(config, overrides)
 
 
 def main() -> None:
@@ -207,12 +234,16 @@ def _run() -> int:
     rank = os.environ.get("RANK")
     prefix = "error: " if rank is None else f"error (rank {rank}): "
     try:
-        cli.main(args=arguments, prog_name="specforge", standalone_mode=False)
+        asked: object = cli.main(args=arguments, prog_name="specforge", standalone_mode=False)
     except click.ClickException as exc:
         exc.show()
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 130
+    except SystemExit as exc:
+        if exc.code is not None and not isinstance(exc.code, int):
+            click.echo(f"{prefix}{exc.code}", err=True)
+        return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
     except Exception as exc:
         if debug:
             raise
@@ -222,7 +253,7 @@ def _run() -> int:
         kind = type(exc).__name__
         click.echo(f"{prefix}{kind}: {exc}\nAdd --debug to see where it came from", err=True)
         return 1
-    return 0
+    return asked if isinstance(asked, int) else 0  # of ctx.exit(STATUS), which main() returns
 
 
 def _skip_teardown(status: int) -> None:

@@ -29,7 +29,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> tuple[RunConfig,
     """
     raw = read_yaml(path)
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override)
     return validate(raw, str(path))
 
 
@@ -79,7 +79,8 @@ def validate(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Strategy]:
         raise ConfigError(_explain(exc, origin, RunConfig)) from exc
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set what `KEY=VALUE` says, with dots between the parts of KEY, in a config mapping."""
     key, equals, text = override.partition("=")
     *parents, last = key.split(".")
     if not equals or not last:
@@ -120,7 +121,7 @@ def _explain(
             message = error["msg"].removeprefix("Value error, ")
             lines.append(f"{where}: {message}, got {error['input']!r}" if where else message)
     listing = "\n  ".join(lines)
-    return f"{origin} is not a valid config:\n  {listing}\nTry: specforge train --help"
+    return f"{origin} is not a valid config:\n  {listing}\nTry: specforge config"
 
 
 def _similar(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:

@@ -120,8 +120,11 @@ def find_strategy(name: str) -> Installed:
     if name in installed:
         return installed[name]
     have = ", ".join(sorted(installed)) or "none"
+    close = difflib.get_close_matches(name, installed, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
     raise PluginError(
-        f"strategy {name!r} is not installed (installed: {have}). Try: pip install specforge-{name}"
+        f"strategy {name!r} is not installed (installed: {have}): {hint}"
+        f"Try: pip install specforge-{name}"
     )
 
 
@@ -135,7 +138,7 @@ def run_manager(
     strategy = find_strategy(name)
     pm = core_manager(using=using, disable=disable)
     _register(pm, strategy)
-    missing = [h for h in REQUIRED if not _implements(pm, name, h)]
+    missing = [h for h in REQUIRED if not implements(pm, name, h)]
     if missing:
         raise PluginError(
             f"{strategy} does not implement {', '.join(missing)}. "
@@ -148,20 +151,39 @@ def core_manager(
     *, using: frozenset[str] = frozenset(), disable: Iterable[str] = ()
 ) -> pluggy.PluginManager:
     """Build a manager of the core's defaults and the cross-cutting plugins, no strategy."""
-    pm = pluggy.PluginManager(hookspecs.PROJECT)
+    pm = _Manager(hookspecs.PROJECT)
     pm.add_hookspecs(hookspecs)
     for module in DEFAULT_PLUGINS:
         pm.register(importlib.import_module(module), "core")
-    disabled = {*disable, *os.environ.get(DISABLE_ENV, "").split(",")}
+    left_out = disabled() | frozenset(disable)
     for plugin in discover(PLUGINS).values():
-        if plugin.name not in disabled:
-            _register(pm, plugin)
-            if plugin.name not in using and _implements(pm, plugin.name, OWN_SECTION):
+        if plugin.name not in left_out:
+            try:
+                _register(pm, plugin)
+            except PluginError as exc:
+                other = f"Or leave it out: {DISABLE_ENV}={plugin.name}"
+                raise PluginError(f"{exc}. {other}") from exc
+            if plugin.name not in using and implements(pm, plugin.name, OWN_SECTION):
                 pm.unregister(name=plugin.name)
     return pm
 
 
-def _implements(pm: pluggy.PluginManager, name: str, hook: str) -> bool:
+class _Manager(pluggy.PluginManager):
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        """Leave out another package's hook that a module imported under a name of its own."""
+        given = getattr(getattr(plugin, name), "__name__", name)
+        if given != name and given in vars(hookspecs):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
+
+
+def disabled() -> frozenset[str]:
+    """Return the cross-cutting plugins that the environment leaves out."""
+    return frozenset(os.environ.get(DISABLE_ENV, "").split(",")) - {""}
+
+
+def implements(pm: pluggy.PluginManager, name: str, hook: str) -> bool:
+    """Say whether a registered plugin has a hook."""
     return any(impl.plugin_name == name for impl in getattr(pm.hook, hook).get_hookimpls())
 
 
@@ -178,7 +200,8 @@ def _register(pm: pluggy.PluginManager, installed: Installed) -> None:
             hint = f", did you mean {close[0]}?" if close else ""
             raise PluginError(
                 f"{installed} implements {caller.name}, which is no hook{hint} "
-                f"docs/hooks.md lists them. Try: pip install -U {installed.dist} {CORE}"
+                "specforge_core/hookspecs.py lists them. "
+                f"Try: pip install -U {installed.dist} {CORE}"
             )
         for impl in caller.get_hookimpls():
             if impl.plugin is module and impl.kwargnames:

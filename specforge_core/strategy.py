@@ -254,7 +254,7 @@ class Strategy:
         if found is None:
             raise PluginError(
                 f"{self.package}, {hook}: returned nothing. Its package has to return what "
-                "docs/hooks.md says"
+                "specforge_core/hookspecs.py says"
             )
         return found
 

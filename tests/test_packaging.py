@@ -85,7 +85,7 @@ def test_a_third_party_installs_wheels_and_trains(
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(raw))
     specforge = str(home / "bin" / "specforge")
-    assert "linear           specforge-linear 0.1.0" in run(specforge, "strategies", cwd=tmp_path)
+    assert "linear           specforge-linear 0.2.0" in run(specforge, "strategies", cwd=tmp_path)
     assert "finished at step 4/4" in run(specforge, "train", "-c", str(config), cwd=tmp_path)
     draft = ("--draft", str(tmp_path / "run"))
     out = run(specforge, "eval", "-c", str(config), *draft, cwd=tmp_path)

@@ -114,7 +114,7 @@ def test_a_missing_required_hook_is_named(env: FakeSite) -> None:
 def test_a_plugin_that_pins_another_core_is_incompatible(env: FakeSite) -> None:
     env.strategy("old", GOOD, requires=["specforge-core>=7,<8"])
     assert states()["old"].startswith("incompatible: old (specforge-old 0.1.0) needs")
-    with pytest.raises(PluginError, match=r"needs specforge-core<8,>=7, but 0\.1"):
+    with pytest.raises(PluginError, match=r"needs specforge-core<8,>=7, but 0\.2"):
         Strategy.load("old")
 
 

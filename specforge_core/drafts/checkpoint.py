@@ -101,7 +101,7 @@ def find(path: Path) -> Path:
 def check_shapes(path: Path, wanted: Mapping[str, Tensor]) -> None:
     """Compare the stored tensors' names and shapes with those of the draft and optimizer.
 
-    Raises CheckpointError naming the first tensor that is missing or another size.
+    Raises CheckpointError naming the first tensor that is missing, left over or another size.
     """
     stored: dict[str, list[int]] = {}
     for file in sorted(path.glob("*.safetensors")):
@@ -114,8 +114,11 @@ def check_shapes(path: Path, wanted: Mapping[str, Tensor]) -> None:
         for name, ends in found.items():
             before = stored.get(name, ends)
             stored[name] = [max(a, b) for a, b in zip(before, ends, strict=True)]
-    for name, tensor in wanted.items():
-        if name not in stored:
+    left_over = [n for n in stored if n.startswith("model.") and n not in wanted]
+    for name, tensor in [*wanted.items(), *((n, None) for n in left_over)]:
+        if tensor is None:
+            problem = "is in it, and not in this run's draft"
+        elif name not in stored:
             problem = "is not in it"
         elif stored[name] != list(tensor.shape):
             problem = f"has shape {stored[name]} in it, and {list(tensor.shape)} in this run"

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("specforge_core.testing.contract")
+
 
 class FakeSite:
     """A directory on sys.path that holds distributions written by a test."""
@@ -32,11 +34,13 @@ class FakeSite:
         module: str | None = None,
         source: str = "",
         requires: Iterable[str] = (),
+        summary: str = "",
     ) -> None:
         """Write a distribution's metadata, and one module of `source` if named."""
         info = self.path / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        lines += [f"Summary: {summary}"] if summary else []
         lines += [f"Requires-Dist: {requirement}" for requirement in requires]
         (info / "METADATA").write_text("\n".join(lines) + "\n")
         groups = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def save_toy_target(path: Path, *, seed: int = 0, **config: Any) -> None:
     tokenizer.save_pretrained(path)
 
 
+def main() -> None:
+    """Write the toy target with conversations to train on: the directory toy-target, or argv's."""
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "toy-target")
+    save_toy_target(path)
+    write_conversations(path / "train.jsonl", 64)
+
+
 def write_conversations(path: Path, count: int, *, seed: int = 0, turns: int = 1) -> Path:
     """Write `count` conversations of ragged lengths as OpenAI JSONL; return `path`."""
     draw = random.Random(seed)
@@ -72,3 +80,7 @@ def write_conversations(path: Path, count: int, *, seed: int = 0, turns: int = 1
                 ]
             file.write(json.dumps({"id": str(i), "messages": messages}) + "\n")
     return path
+
+
+if __name__ == "__main__":
+    main()

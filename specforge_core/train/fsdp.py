@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -23,3 +27,18 @@ def shard(draft: Draft, mesh: DeviceMesh, compute_dtype: torch.dtype) -> FSDPMod
     root = fully_shard(draft.model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     assert isinstance(root, FSDPModule)
     return root
+
+
+def cast_inputs(model: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Have an unsharded model compute on what FSDP's mixed precision would give it."""
+    model.register_forward_pre_hook(partial(_cast, compute_dtype), with_kwargs=True)
+
+
+def _cast(
+    dtype: torch.dtype, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def plain(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
+
+    return tuple(map(plain, args)), {name: plain(value) for name, value in kwargs.items()}

@@ -270,7 +270,7 @@ def test_a_run_may_begin_with_another_strategys_weights_if_they_fit(
 def test_the_plan_says_what_would_happen_and_does_nothing(config: Path, tmp_path: Path) -> None:
     run, strategy = load(config)
     plan = yaml.safe_load(plan_run(run, strategy, 2))["plan"]
-    assert plan["strategy"] == "specforge-linear 0.1.0"
+    assert plan["strategy"] == "specforge-linear 0.2.0"
     assert plan["samples_per_step"] == 8
     assert plan["captures"] == {"layers": [4], "final": "none"}
     assert not (tmp_path / "run").exists()

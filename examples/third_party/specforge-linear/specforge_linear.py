@@ -61,7 +61,9 @@ class Head(nn.Module):
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(vocab_size, hidden_size) / hidden_size**0.5)
+        draw = torch.Generator().manual_seed(0)  # alike on every rank
+        weight = torch.randn(vocab_size, hidden_size, generator=draw)
+        self.weight = nn.Parameter(weight / hidden_size**0.5)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, hidden: Tensor) -> Tensor:

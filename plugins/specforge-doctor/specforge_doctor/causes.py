@@ -1,46 +1,27 @@
-"""What an export says differently from a fresh one, by the cause of trouble it would be."""
+"""What an export says differently from a fresh one, by the cause of trouble it would be.
+
+A method names the causes of its own keys (`Export.causes`); the rest are those of
+any transformer.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..types import Export
+from specforge_core.types import Export
 
 MISSING = "nothing"
-ORDER = (
-    *("layer ids", "label layout", "norms", "rope", "vocabulary map", "template", "mask token"),
-    *("block size", "other settings", "weights"),
-)
-TEMPLATE = "template"
-NAMED = ORDER[:8]  # each of them changes what an engine does
-Rule = Callable[[tuple[str, ...]], bool]  # of a key's path, in small letters
-
-_VOCABULARY = ("d2t", "t2d", "draft_id_to_target_id", "draft_vocab_size", "vocab_size")
+NORMS, ROPE, VOCABULARY, TEMPLATE = "norms", "rope", "vocabulary", "template"
+OTHER, WEIGHTS = "other settings", "weights"
+UNNAMED = (TEMPLATE, OTHER, WEIGHTS)  # these say not what an engine would do otherwise
 _ROPE = ("rope", "rotary", "partial_rotary")
-_CONFIG_RULES: tuple[tuple[str, Rule], ...] = (
-    ("layer ids", lambda path: path[-1].endswith(("layer_ids", "num_aux_hidden_states"))),
-    ("label layout", lambda path: path[-1] in ("label_layout", "sample_from_anchor")),
-    ("norms", lambda path: "norm" in path[-1]),
-    (
-        "rope",
-        lambda path: (
-            any(part.startswith(_ROPE) for part in path) or path[-1] == "max_position_embeddings"
-        ),
-    ),
-    ("vocabulary map", lambda path: path[-1] in _VOCABULARY),
-    ("mask token", lambda path: "mask_token" in path[-1]),
-    (
-        "block size",
-        lambda path: path[-1] in ("block_size", "num_draft_tokens", "speculative_tokens"),
-    ),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +38,19 @@ class Difference:
         return f"{self.where} is {self.found}, expected {self.expected}"
 
 
+def order(fresh: Export) -> tuple[str, ...]:
+    """Return all causes, the method's own first: keys with one text are one cause."""
+    general = (NORMS, ROPE, VOCABULARY, TEMPLATE, OTHER, WEIGHTS)
+    return tuple(dict.fromkeys((*fresh.causes.values(), *general)))
+
+
 def differences(found: Export, fresh: Export) -> list[Difference]:
     """Return all differences, in the order of the causes."""
     ours, theirs = dict(_flat(fresh.config)), dict(_flat(found.config))
     result = [
-        Difference(_config_cause(path), ".".join(path), _show(given), _show(expected), path)
+        Difference(
+            _config_cause(path, fresh.causes), ".".join(path), _show(given), _show(expected), path
+        )
         for path in sorted(ours.keys() | theirs.keys())
         if (given := theirs.get(path)) != (expected := ours.get(path))
     ]
@@ -69,8 +58,9 @@ def differences(found: Export, fresh: Export) -> list[Difference]:
         one, other = found.weights.get(name), fresh.weights.get(name)
         if one is None or other is None or not _same(one, other):
             shown = _describe(one, other)
-            result.append(Difference(_tensor_cause(name), name, *shown))
-    return sorted(result, key=lambda item: ORDER.index(item.cause))
+            result.append(Difference(_tensor_cause(name, fresh.causes), name, *shown))
+    ranks = order(fresh)
+    return sorted(result, key=lambda item: ranks.index(item.cause))
 
 
 def repair(found: Export, fresh: Export, causes: set[str]) -> Export:
@@ -87,7 +77,7 @@ def repair(found: Export, fresh: Export, causes: set[str]) -> Export:
         weights.pop(item.where, None)
         if item.where in fresh.weights:
             weights[item.where] = fresh.weights[item.where]
-    return Export(config, weights)
+    return replace(fresh, config=config, weights=weights)
 
 
 def _flat(
@@ -112,16 +102,27 @@ def _put(config: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
         config[last] = value
 
 
-def _config_cause(path: tuple[str, ...]) -> str:
-    small = tuple(part.lower() for part in path)
-    return next((cause for cause, rule in _CONFIG_RULES if rule(small)), "other settings")
+def _declared(path: tuple[str, ...], causes: Mapping[str, str]) -> str | None:
+    """Return a method's own cause of a key or a tensor, named in full or by its last part."""
+    return causes.get(".".join(path), causes.get(path[-1]))
 
 
-def _tensor_cause(name: str) -> str:
-    parts = name.lower().split(".")
-    if any("norm" in part for part in parts):
-        return "norms"
-    return "vocabulary map" if parts[-1] in _VOCABULARY else "weights"
+def _config_cause(path: tuple[str, ...], causes: Mapping[str, str]) -> str:
+    if (own := _declared(path, causes)) is not None:
+        return own
+    last = path[-1].lower()
+    if "norm" in last:
+        return NORMS
+    if any(part.lower().startswith(_ROPE) for part in path) or last == "max_position_embeddings":
+        return ROPE
+    return VOCABULARY if last == "vocab_size" else OTHER
+
+
+def _tensor_cause(name: str, causes: Mapping[str, str]) -> str:
+    parts = tuple(name.split("."))
+    if (own := _declared(parts, causes)) is not None:
+        return own
+    return NORMS if any("norm" in part.lower() for part in parts) else WEIGHTS
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

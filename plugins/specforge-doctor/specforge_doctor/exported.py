@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..drafts.export import write_export
-from ..errors import CheckpointError, SpecForgeError
-from ..progress import console
-from ..types import Export, NotServed
-from .bench import Answers, Bench, free_memory
-from .causes import ORDER, TEMPLATE, Difference, repair
+from specforge_core.drafts.export import write_export
+from specforge_core.errors import CheckpointError, SpecForgeError
+from specforge_core.progress import console
+from specforge_core.types import Export, NotServed
+
+from .causes import TEMPLATE, Difference, repair
+from .inputs import Answers, Inputs, free_memory
 from .reference import Reference
 from .stats import Measurement, Tally, compare
 
@@ -26,11 +27,11 @@ def reloaded(reference: Reference, export: Export) -> Measurement:
     What the strategy refuses to load is a measurement too.  Raises PluginError where it
     loads no exports at all.
     """
-    bench = reference.bench
-    config = bench.run.strategy
-    draft = bench.strategy.draft(config, bench.target, None, None)
+    inputs = reference.inputs
+    config = inputs.run.strategy
+    draft = inputs.strategy.draft(config, inputs.target, None)
     try:
-        bench.strategy.load_export(config, draft, bench.target, export)
+        inputs.strategy.load_export(config, draft, inputs.target, export)
     except CheckpointError as exc:
         return Measurement(EXPORT, (), refused=str(exc))
     return reference.loop(EXPORT, reference.proposer(draft))[0]
@@ -46,23 +47,23 @@ class Served:
 
 
 def serve(
-    bench: Bench, path: Path, draft_tokens: int, answers: Answers, eos: frozenset[int]
+    inputs: Inputs, path: Path, draft_tokens: int, answers: Answers, eos: frozenset[int]
 ) -> Served | NotServed:
     """Have the engine answer the prompts with the export at `path`.
 
     An engine that fails on it is a measurement too.
     """
-    engine = bench.run.target.engine
+    engine = inputs.run.target.engine
     free_memory()
     try:
-        server = bench.strategy.serve(bench.run.target, path, draft_tokens)
+        server = inputs.strategy.serve(inputs.run.target, path, draft_tokens)
         if isinstance(server, NotServed):
             return server
         engine = server.name
         console.print(f"serving {path} with {engine}", markup=False)
-        prompts = [prompt.input_ids for prompt in bench.prompts]
+        prompts = [prompt.input_ids for prompt in inputs.prompts]
         try:
-            found = server.answer(prompts, bench.run.eval.max_new_tokens, eos)
+            found = server.answer(prompts, inputs.run.eval.max_new_tokens, eos)
         finally:
             server.close()
     except SpecForgeError as exc:  # a bad export may be why, so the walk goes on
@@ -73,13 +74,13 @@ def serve(
 
 
 def serve_copy(
-    bench: Bench, export: Export, draft_tokens: int, answers: Answers, eos: frozenset[int]
+    inputs: Inputs, export: Export, draft_tokens: int, answers: Answers, eos: frozenset[int]
 ) -> Measurement:
     """Have the engine answer the prompts with an export that is nowhere yet."""
     with tempfile.TemporaryDirectory(prefix="specforge-doctor-") as directory:
         path = Path(directory) / "export"
         write_export(export, path, {"made_by": "specforge doctor"})
-        found = serve(bench, path, draft_tokens, answers, eos)
+        found = serve(inputs, path, draft_tokens, answers, eos)
     assert isinstance(found, Served)  # it was before
     return found.measurement
 
@@ -96,8 +97,8 @@ def explain(
     Where none does alone, the first ones that do together; nothing where all of them
     together do not.
     """
-    own = {item.cause for item in different} - {TEMPLATE}  # all here read the same template
-    causes = [cause for cause in ORDER if cause in own]
+    # in the order of the differences; all here read the same template
+    causes = list(dict.fromkeys(item.cause for item in different if item.cause != TEMPLATE))
     tried = [{cause} for cause in causes]
     tried += [set(causes[:end]) for end in range(2, len(causes) + 1)]
     for repaired in tried:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import ConfigError
-from ..evaluate.decode import CachedTarget, Limits, generate, pick, room
-from ..evaluate.run import EvalPrompt, open_target, ready_proposer
-from ..progress import track
-from ..target.engine import TransformersEngine
-from ..types import CaptureSpec, Draft, Proposer, Sampling
-from .bench import Answers, Bench
+from specforge_core.errors import ConfigError
+from specforge_core.evaluate.decode import CachedTarget, Limits, generate, pick, room
+from specforge_core.evaluate.run import EvalPrompt, open_target, ready_proposer
+from specforge_core.progress import track
+from specforge_core.target.engine import TransformersEngine
+from specforge_core.types import CaptureSpec, Draft, Proposer, Sampling
+
+from .inputs import Answers, Inputs
 from .stats import Measurement, Tally
 
 LOOP = "reference loop"
@@ -25,20 +26,20 @@ EVERYWHERE = "draft, at every token"
 class Reference:
     """The target in this process, ready to verify drafts."""
 
-    bench: Bench
+    inputs: Inputs
     engine: TransformersEngine
     spec: CaptureSpec
     limits: Limits
 
     def proposer(self, draft: Draft) -> Proposer:
         """Return what drafts; the draft is moved to the target's device and dtype."""
-        return ready_proposer(self.bench.run, self.bench.strategy, draft, self.engine)
+        return ready_proposer(self.inputs.run, self.inputs.strategy, draft, self.engine)
 
     def loop(self, name: str, proposer: Proposer) -> tuple[Measurement, Answers]:
         """Answer every prompt as `specforge eval` does."""
         tallies, answers = [], []
-        with track(name, len(self.bench.prompts)) as tracker:
-            for prompt in self.bench.prompts:
+        with track(name, len(self.inputs.prompts)) as tracker:
+            for prompt in self.inputs.prompts:
                 answer = generate(
                     self.engine.model,
                     proposer,
@@ -60,7 +61,7 @@ class Reference:
         """
         tallies = []
         with track(EVERYWHERE, len(answers)) as tracker:
-            for prompt, answer in zip(self.bench.prompts, answers, strict=True):
+            for prompt, answer in zip(self.inputs.prompts, answers, strict=True):
                 tallies.append(self._tally(proposer, prompt, answer, draft_tokens))
                 tracker.advance()
         return Measurement(EVERYWHERE, tuple(tallies))
@@ -80,7 +81,7 @@ class Reference:
             if proposal.parents is not None:
                 raise ConfigError(
                     "the doctor compares drafted chains, and this run drafts trees. Set the "
-                    f"strategy's options: specforge check {self.bench.strategy.name} lists them"
+                    f"strategy's options: specforge check {self.inputs.strategy.name} lists them"
                 )
             hits = 0
             for drafted, token in zip(proposal.tokens.tolist(), ids[last + 1 :], strict=False):
@@ -93,12 +94,12 @@ class Reference:
 
 
 @contextmanager
-def open_reference(bench: Bench) -> Iterator[Reference]:
+def open_reference(inputs: Inputs) -> Iterator[Reference]:
     """Load the target as `specforge eval` does; it is dropped again, whatever happens."""
-    with open_target(bench.run, bench.strategy) as (engine, spec, limits):
-        yield Reference(bench, engine, spec, limits)
+    with open_target(inputs.run, inputs.strategy) as (engine, spec, limits):
+        yield Reference(inputs, engine, spec, limits)
 
 
 def greedy() -> Sampling:
     """Return how everything is drawn here."""
-    return Sampling(0.0, torch.Generator())
+    return Sampling(temperature=0.0, generator=torch.Generator())

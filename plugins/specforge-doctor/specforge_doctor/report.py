@@ -1,4 +1,4 @@
-"""What a visit found: JSON for programs, tables and one sentence for people."""
+"""What was found: JSON for programs, tables and one sentence for people."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def render(report: DoctorReport) -> Group:
         compared.add_column(name, justify="right" if "c" in name else "left")
     for pair in report.comparisons:
         compared.add_row(pair.left, pair.right, *_verdict(pair))
-    lines = [f"the export's {item.cause}: {item}" for item in report.different[:SHOWN]]
+    lines = [f"{item} ({item.cause})" for item in report.different[:SHOWN]]
     if len(report.different) > SHOWN:
         lines.append(f"and {len(report.different) - SHOWN} more differences of the export")
     return Group(table, compared, *(Text(line) for line in (*lines, *report.notes)))

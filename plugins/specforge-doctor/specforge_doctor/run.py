@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig, validate
-from ..data.chat import template_fingerprint, tokenizer_fingerprint
-from ..drafts.export import CONFIG, PROVENANCE, read_export, write_file
-from ..drafts.restore import restore
-from ..errors import CheckpointError, ConfigError, PluginError
-from ..evaluate.run import make_directory
-from ..strategy import Strategy
-from ..target.engine import load_target_info
-from ..train.checkpoint import STATE, TrainState, check_strategy, find, read_state
-from ..types import Draft, Export, NotServed, Simulator
-from .bench import Answers, Bench
-from .causes import ORDER, TEMPLATE, Difference, differences
+from specforge_core.config import RunConfig
+from specforge_core.drafts.checkpoint import STATE, TrainState, check_strategy, find, read_state
+from specforge_core.drafts.export import CONFIG, PROVENANCE, read_export
+from specforge_core.drafts.load import restore
+from specforge_core.errors import CheckpointError, ConfigError, PluginError
+from specforge_core.evaluate.run import make_directory
+from specforge_core.files import write_file
+from specforge_core.load import validate
+from specforge_core.strategy import Strategy
+from specforge_core.target.info import load_target_info
+from specforge_core.target.tokenizer import template_fingerprint, tokenizer_fingerprint
+from specforge_core.types import Draft, Export, NotServed, Simulator
+
+from .causes import TEMPLATE, Difference, differences, order
 from .exported import explain, reloaded, serve, serve_copy
+from .inputs import Answers, Inputs
 from .reference import LOOP, open_reference
 from .report import DoctorReport, Setup
 from .simulate import simulate
@@ -30,7 +33,7 @@ REPORT = "doctor/report.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Patient:
+class Case:
     """A checkpoint, its export, and what the checkpoint is exported as today."""
 
     checkpoint: Path
@@ -60,24 +63,24 @@ def diagnose(
     Raises ConfigError and CheckpointError for what cannot be compared at all.
     """
     make_directory(run.output_dir / Path(REPORT).parent)
-    bench = Bench.load(run, strategy, load_target_info(run.target))
-    patient = _admit(bench, draft, export, format)
-    evidence = Evidence(_different(bench, patient), _notes(bench, patient))
-    task = _in_reference(bench, patient, evidence)
-    evidence.simulated = simulate(bench, _draft(bench, patient), task.answers)
+    inputs = Inputs.load(run, strategy, load_target_info(run.target))
+    case = _read_case(inputs, draft, export, format)
+    evidence = Evidence(_different(inputs, case), _notes(inputs, case))
+    task = _in_reference(inputs, case, evidence)
+    evidence.simulated = simulate(inputs, _draft(inputs, case), task.answers)
     if evidence.simulated is None:
         evidence.notes.append("not simulated: the strategy's step reports no acceptance_length")
     if not evidence.differs(evidence.exported):
-        _in_engine(bench, patient, evidence, task)
+        _in_engine(inputs, case, evidence, task)
     setup = Setup(
         strategy=strategy.name,
         target=run.target.path,
-        checkpoint=str(patient.checkpoint),
-        step=patient.state.step,
-        export=str(patient.path),
-        format=patient.format,
+        checkpoint=str(case.checkpoint),
+        step=case.state.step,
+        export=str(case.path),
+        format=case.format,
         dtype=run.eval.dtype,
-        num_prompts=len(bench.prompts),
+        num_prompts=len(inputs.prompts),
         max_new_tokens=run.eval.max_new_tokens,
         draft_tokens=task.draft_tokens,
     )
@@ -86,7 +89,7 @@ def diagnose(
     return report
 
 
-def _admit(bench: Bench, draft: Path, export: Path, format: str | None) -> Patient:
+def _read_case(inputs: Inputs, draft: Path, export: Path, format: str | None) -> Case:
     """Read both sides, and export the checkpoint again as its own config says."""
     if (draft / CONFIG).exists() and not (draft / STATE).exists():
         raise ConfigError(
@@ -95,7 +98,7 @@ def _admit(bench: Bench, draft: Path, export: Path, format: str | None) -> Patie
         )
     checkpoint = find(draft)
     state = read_state(checkpoint)
-    check_strategy(checkpoint, state, bench.strategy.name)
+    check_strategy(checkpoint, state, inputs.strategy.name)
     found = read_export(export)
     given = format or _provenance(export).get("format")
     if not isinstance(given, str):
@@ -107,7 +110,7 @@ def _admit(bench: Bench, draft: Path, export: Path, format: str | None) -> Patie
     restored = restore(trained, strategy, checkpoint)
     fresh = strategy.export(trained.strategy, restored.draft, restored.target, given)
     config: dict[str, Any] = json.loads(json.dumps(fresh.config))  # as it would be read back
-    return Patient(checkpoint, state, export, given, found, Export(config, fresh.weights))
+    return Case(checkpoint, state, export, given, found, replace(fresh, config=config))
 
 
 def _provenance(export: Path) -> dict[str, Any]:
@@ -122,26 +125,26 @@ def _provenance(export: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _different(bench: Bench, patient: Patient) -> tuple[Difference, ...]:
+def _different(inputs: Inputs, case: Case) -> tuple[Difference, ...]:
     """Return what the export has otherwise than a fresh one, and the training than today."""
-    own = differences(patient.found, patient.fresh) + _templates(bench, patient)
-    return tuple(sorted(own, key=lambda item: ORDER.index(item.cause)))
+    own = differences(case.found, case.fresh) + _templates(inputs, case)
+    return tuple(sorted(own, key=lambda item: order(case.fresh).index(item.cause)))
 
 
-def _templates(bench: Bench, patient: Patient) -> list[Difference]:
+def _templates(inputs: Inputs, case: Case) -> list[Difference]:
     """Compare how prompts are rendered now with how the draft's were."""
-    kwargs = bench.run.data.chat_template_kwargs
+    kwargs = inputs.run.data.chat_template_kwargs
     now = {
-        "chat_template_fingerprint": template_fingerprint(bench.tokenizer, kwargs),
-        "tokenizer_fingerprint": tokenizer_fingerprint(bench.tokenizer),
+        "chat_template_fingerprint": template_fingerprint(inputs.tokenizer, kwargs),
+        "tokenizer_fingerprint": tokenizer_fingerprint(inputs.tokenizer),
     }
     called = {
         "chat_template_fingerprint": "the chat template, or data.chat_template_kwargs,",
         "tokenizer_fingerprint": "the tokenizer",
     }
     origins = {
-        "the checkpoint": patient.state.identity,
-        "the export": _provenance(patient.path).get("capture") or {},
+        "the checkpoint": case.state.identity,
+        "the export": _provenance(case.path).get("capture") or {},
     }
     result = []
     for name, value in now.items():
@@ -154,28 +157,28 @@ def _templates(bench: Bench, patient: Patient) -> list[Difference]:
     return result
 
 
-def _notes(bench: Bench, patient: Patient) -> list[str]:
+def _notes(inputs: Inputs, case: Case) -> list[str]:
     """Return what may surprise: another strategy section, an export of another step."""
     notes = []
-    now = bench.run.strategy.model_dump(mode="json")
-    for name, trained in patient.state.config["strategy"].items():
+    now = inputs.run.strategy.model_dump(mode="json")
+    for name, trained in case.state.config["strategy"].items():
         if now.get(name) != trained:
             notes.append(f"strategy.{name} is {now.get(name)} here, and was {trained} in training")
-    step = _provenance(patient.path).get("step")
-    if step is not None and step != patient.state.step:
-        notes.append(f"the export is of step {step}, the checkpoint of step {patient.state.step}")
+    step = _provenance(case.path).get("step")
+    if step is not None and step != case.state.step:
+        notes.append(f"the export is of step {step}, the checkpoint of step {case.state.step}")
     return notes
 
 
-def _draft(bench: Bench, patient: Patient) -> Draft:
-    return restore(bench.run, bench.strategy, patient.checkpoint).draft
+def _draft(inputs: Inputs, case: Case) -> Draft:
+    return restore(inputs.run, inputs.strategy, case.checkpoint).draft
 
 
-def _in_reference(bench: Bench, patient: Patient, evidence: Evidence) -> Task:
+def _in_reference(inputs: Inputs, case: Case, evidence: Evidence) -> Task:
     """Measure checkpoint and export in the loop; find the cause where they differ."""
-    step = bench.strategy.train_step(bench.run.strategy)
-    with open_reference(bench) as reference:
-        proposer = reference.proposer(_draft(bench, patient))
+    step = inputs.strategy.train_step(inputs.run.strategy)
+    with open_reference(inputs) as reference:
+        proposer = reference.proposer(_draft(inputs, case))
         simulated = step.draft_tokens if isinstance(step, Simulator) else proposer.max_tokens
         evidence.loop, answers = reference.loop(LOOP, proposer)
         if evidence.loop.value is None:
@@ -186,7 +189,7 @@ def _in_reference(bench: Bench, patient: Patient, evidence: Evidence) -> Task:
         evidence.everywhere = reference.everywhere(proposer, answers, simulated)
         task = Task(proposer.max_tokens, answers, reference.limits.eos)
         try:
-            evidence.exported = reloaded(reference, patient.found)
+            evidence.exported = reloaded(reference, case.found)
         except PluginError as exc:
             evidence.notes.append(f"the export was not read back: {exc}")
             return task
@@ -194,32 +197,32 @@ def _in_reference(bench: Bench, patient: Patient, evidence: Evidence) -> Task:
             evidence.explained = explain(
                 partial(reloaded, reference),
                 evidence.loop,
-                patient.found,
-                patient.fresh,
+                case.found,
+                case.fresh,
                 evidence.different,
             )
     return task
 
 
-def _in_engine(bench: Bench, patient: Patient, evidence: Evidence, task: Task) -> None:
+def _in_engine(inputs: Inputs, case: Case, evidence: Evidence, task: Task) -> None:
     """Have the export served, where the engine can; find the cause where that differs."""
-    found = serve(bench, patient.path, task.draft_tokens, task.answers, task.eos)
+    found = serve(inputs, case.path, task.draft_tokens, task.answers, task.eos)
     if isinstance(found, NotServed):
         evidence.notes.append(f"no engine was measured: {found.reason}")
         return
     evidence.served = found
     evidence.notes.append(
-        f"{found.engine}: {found.same} of {len(bench.prompts)} answers are the reference's own"
+        f"{found.engine}: {found.same} of {len(inputs.prompts)} answers are the reference's own"
     )
     if evidence.differs(found.measurement):
         assert evidence.loop is not None
         again = partial(
             serve_copy,
-            bench,
+            inputs,
             draft_tokens=task.draft_tokens,
             answers=task.answers,
             eos=task.eos,
         )
         evidence.explained = explain(
-            again, evidence.loop, patient.found, patient.fresh, evidence.different
+            again, evidence.loop, case.found, case.fresh, evidence.different
         )

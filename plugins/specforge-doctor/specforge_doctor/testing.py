@@ -1,4 +1,4 @@
-"""For tests of a method under `specforge doctor`: a patient, and ways to make it ill."""
+"""For tests of a method under `specforge doctor`: a trained run, and faults for its export."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from ..cli import cli
-from ..config import load_config
-from ..doctor.report import DoctorReport
-from ..doctor.run import diagnose
-from ..drafts.restore import export_checkpoint
-from ..train.run import train
-from .predictable import save_predictable_target, write_own_answers
+from specforge_core.cli import cli
+from specforge_core.drafts.load import export_checkpoint
+from specforge_core.load import load_config
+from specforge_core.testing.predictable import save_predictable_target, write_own_answers
+from specforge_core.train.run import train
 
-Plant = Callable[[dict[str, Any], dict[str, Any]], None]  # changes an export's config and weights
+from .report import DoctorReport
+from .run import diagnose
+
+Fault = Callable[[dict[str, Any], dict[str, Any]], None]  # changes an export's config and weights
 
 
 @dataclass(frozen=True, slots=True)
-class Patient:
+class TrainedRun:
     """A run whose drafts are mostly accepted, and its export, in one directory."""
 
     path: Path
 
     @classmethod
-    def raise_in(cls, path: Path, strategy: Mapping[str, Any], *, max_steps: int) -> Patient:
-        """Train a draft for a predictable toy target in seconds, and export it for SGLang."""
+    def make(
+        cls, path: Path, strategy: Mapping[str, Any], *, max_steps: int, format: str = "hf"
+    ) -> TrainedRun:
+        """Train a draft for a predictable toy target in seconds, and export it."""
         save_predictable_target(path / "target", num_hidden_layers=8)
         data = write_own_answers(path / "target", path / "train.jsonl", 48, length=40)
         held = write_own_answers(path / "target", path / "held.jsonl", 8, length=1, seed=7)
@@ -47,10 +50,10 @@ class Patient:
         }
         (path / "run.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
         train(*load_config(path / "run.yaml"))
-        export_checkpoint(path / "run", "sglang", path / "export", force=False)
+        export_checkpoint(path / "run", format, path / "export", force=False)
         return cls(path)
 
-    def examine(self, *overrides: str) -> DoctorReport:
+    def diagnose(self, *overrides: str) -> DoctorReport:
         """Compare the export with the run, as `specforge doctor` does."""
         run, strategy = load_config(self.path / "run.yaml", overrides)
         return diagnose(run, strategy, self.path / "run", self.path / "export")
@@ -63,8 +66,8 @@ class Patient:
         export_checkpoint(path / "run", "hf", path / "export", force=False)
         return diagnose(run, strategy, path / "run", path / "export")
 
-    def name_cause(self, path: Path, plant: Plant) -> tuple[str | None, str]:
-        """Plant something in a copy of the export; return the cause that is named, and how.
+    def diagnose_fault(self, path: Path, fault: Fault) -> tuple[str | None, str]:
+        """Put a fault into a copy of the export; return the cause that is named, and how.
 
         Goes through the command, and asserts that it fails with the message of the report.
         """
@@ -72,7 +75,7 @@ class Patient:
         shutil.copytree(self.path / "export", export)
         config = json.loads((export / "config.json").read_text(encoding="utf-8"))
         weights = load_file(export / "model.safetensors")
-        plant(config, weights)
+        fault(config, weights)
         (export / "config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(weights, export / "model.safetensors")
         done = CliRunner().invoke(
@@ -96,15 +99,15 @@ def values(report: DoctorReport) -> dict[str, float | None]:
 
 
 def epsilon(config: dict[str, Any], weights: dict[str, Any]) -> None:
-    """Plant another epsilon of the norms."""
+    """Set another epsilon of the norms."""
     config["rms_norm_eps"] = 0.5
 
 
 def rope(config: dict[str, Any], weights: dict[str, Any]) -> None:
-    """Plant another rotary base, in both spellings."""
+    """Set another rotary base, in both spellings."""
     config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 100.0
 
 
 def other_weights(config: dict[str, Any], weights: dict[str, Any]) -> None:
-    """Plant a projection of the captured states that reads them in another order."""
+    """Turn a projection of the captured states around."""
     weights["fc.weight"] = weights["fc.weight"].flip(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .causes import NAMED, TEMPLATE, Difference
+from .causes import TEMPLATE, UNNAMED, Difference
 from .exported import Served
 from .report import DoctorReport, Setup, Verdict
 from .stats import TOLERANCE, Comparison, Measurement, compare
@@ -101,12 +101,13 @@ def _verdict(setup: Setup, evidence: Evidence) -> Verdict:
             f"the numbers agree with each other, but not with the training: {found}. Try: "
             "data.chat_template_kwargs and target.path as in training, or train again",
         )
-    if evidence.served is None and (found := _first(evidence.different, NAMED)):
+    unread = next((item for item in evidence.different if item.cause not in UNNAMED), None)
+    if evidence.served is None and unread is not None:
         return Verdict(
             False,
-            found.cause,
-            f"what was measured agrees, but the export's {found.cause} are not the checkpoint's, "
-            f"which only an engine reads: {found}. {again}",
+            unread.cause,
+            "what was measured agrees, but the export is not the checkpoint's in what only an "
+            f"engine reads: {unread} ({unread.cause}). {again}",
         )
     return Verdict(True, None, _healthy(evidence))
 

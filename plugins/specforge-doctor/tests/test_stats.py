@@ -6,8 +6,8 @@ import math
 import random
 
 import pytest
+from specforge_doctor.stats import Measurement, Tally, compare, student
 
-from specforge_core.doctor.stats import Measurement, Tally, compare, student
 from specforge_core.testing.close import close
 
 

@@ -1,4 +1,4 @@
-"""What every measurement of one doctor's visit shares."""
+"""What every measurement of one diagnosis shares."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..config import RunConfig
-from ..data.chat import load_tokenizer
-from ..errors import ConfigError
-from ..evaluate.run import EvalPrompt, load_prompt_sets
-from ..strategy import Strategy
-from ..types import TargetInfo
+from specforge_core.config import RunConfig
+from specforge_core.errors import ConfigError
+from specforge_core.evaluate.run import EvalPrompt, load_prompt_sets
+from specforge_core.strategy import Strategy
+from specforge_core.target.tokenizer import load_tokenizer
+from specforge_core.types import TargetInfo
 
 Answers: TypeAlias = "Sequence[tuple[int, ...]]"
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class Inputs:
     """A run, its target and its held-out prompts."""
 
     run: RunConfig
@@ -30,7 +30,7 @@ class Bench:
     prompts: tuple[EvalPrompt, ...]
 
     @classmethod
-    def load(cls, run: RunConfig, strategy: Strategy, target: TargetInfo) -> Bench:
+    def load(cls, run: RunConfig, strategy: Strategy, target: TargetInfo) -> Inputs:
         """Tokenize the prompts; the run's evaluation becomes greedy and drafts whole chains.
 
         Raises ConfigError for fewer than two prompts, which allow no bounds.
@@ -38,7 +38,7 @@ class Bench:
         changes = {"temperature": 0.0, "max_draft_tokens": None, "compare": False}
         run = run.model_copy(update={"eval": run.eval.model_copy(update=changes)})
         tokenizer = load_tokenizer(run.target)
-        sets = load_prompt_sets(run, tokenizer, target)
+        sets = load_prompt_sets(run, strategy, tokenizer, target)
         prompts = tuple(prompt for found in sets.values() for prompt in found)
         if len(prompts) < 2:
             raise ConfigError(

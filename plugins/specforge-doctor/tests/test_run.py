@@ -10,19 +10,20 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from specforge_doctor.report import DoctorReport
+from specforge_doctor.run import diagnose
 
 from specforge_core.cli import cli
-from specforge_core.config import load_config
-from specforge_core.doctor.report import DoctorReport
-from specforge_core.doctor.run import diagnose
+from specforge_core.drafts.load import export_checkpoint
 from specforge_core.errors import CheckpointError, ConfigError, RunError
 from specforge_core.hookspecs import hookimpl
-from specforge_core.drafts.restore import export_checkpoint
+from specforge_core.load import load_config
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.predictable import save_predictable_target, write_own_answers
 from specforge_core.train.run import train
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
+LAYERS = "it reads other layers"
 # the linear strategy, whose exports name their layer and can be read back
 STRATEGY = """
 from specforge_linear import *
@@ -33,7 +34,12 @@ from specforge_core.types import Export
 @hookimpl
 def specforge_export(config, draft, format):
     if format == "hf":
-        return Export({"layer_ids": [config.layer]}, draft.model.state_dict())
+        return Export(
+            config={"layer_ids": [config.layer]},
+            weights=draft.model.state_dict(),
+            causes={"layer_ids": "it reads other layers", "block_size": "it drafts other blocks"},
+            serve={"standin": {"spoken": True}},
+        )
 
 @hookimpl
 def specforge_import(config, draft, export):
@@ -58,47 +64,53 @@ class Server:
         size = found.config.get("block_size", 1)
         if size < target.options.get("min_block", 0):
             raise CaptureError(f"no block of {size} tokens. Try: another")
-        self.engine = TransformersEngine.load(target)
+        self.engine = TransformersEngine.load(target, torch.device("cpu"))
         weights = found.weights
         head = Head(*reversed(weights["weight"].shape))
         head.load_state_dict(dict(weights))
         layer = target.options.get("layer", found.config["layer_ids"][0])
         layer %= self.engine.info.num_layers
-        self.spec = CaptureSpec((layer,), "none", {})
+        self.spec = CaptureSpec(layers=(layer,), fields={})
         self.proposer = LinearProposer(head, layer)
     def answer(self, prompts, max_new_tokens, eos):
         found = []
         for prompt in prompts:
-            greedy = Sampling(0.0, torch.Generator())
+            greedy = Sampling(temperature=0.0, generator=torch.Generator())
             limits = Limits(max_new_tokens, eos)
             got = generate(
                 self.engine.model, self.proposer, self.spec, prompt, limits, greedy
             )
-            found.append(ServedAnswer(got.tokens, got.stats.verifications, got.stats.emitted))
+            found.append(
+                ServedAnswer(
+                    tokens=got.tokens,
+                    verifications=got.stats.verifications,
+                    emitted=got.stats.emitted,
+                )
+            )
         return found
     def close(self):
         self.engine.close()
 
 @hookimpl
-def specforge_target_engine(target):
+def specforge_target_engine(target, device):
     if target.engine == "standin":
-        return TransformersEngine.load(target)
+        return TransformersEngine.load(target, device)
 
 @hookimpl
 def specforge_serve(target, export, draft_tokens):
     assert draft_tokens == 1 and export.is_absolute()
     if target.engine == "standin":
         if "refuse" in target.options:
-            return NotServed("there is no device")
+            return NotServed(reason="there is no device")
         return Server(target, export)
 """
 
 
 @pytest.fixture
-def trained(env: FakeSite, tmp_path: Path) -> Path:
-    env.strategy("served", STRATEGY)
+def trained(fake_site: FakeSite, tmp_path: Path) -> Path:
+    fake_site.strategy("served", STRATEGY)
     group = {"specforge.plugins": {"standin": "specforge_standin"}}
-    env.dist("specforge-standin", "1.0", group, module="specforge_standin", source=ENGINE)
+    fake_site.dist("specforge-standin", "1.0", group, module="specforge_standin", source=ENGINE)
     save_predictable_target(tmp_path / "target", initializer_range=0.2)
     data = write_own_answers(tmp_path / "target", tmp_path / "train.jsonl", 48, length=24)
     held = write_own_answers(tmp_path / "target", tmp_path / "held.jsonl", 8, length=1, seed=7)
@@ -146,17 +158,17 @@ def test_what_only_the_engine_reads_is_found_by_serving_repaired_copies(trained:
     loop, served = (pair for pair in report.comparisons if pair.left == "reference loop")
     assert not loop.differs
     assert served.differs
-    assert report.verdict.cause == "layer ids"
+    assert report.verdict.cause == LAYERS
     assert "the export, served by stand-in 1.0, gets" in report.verdict.message
-    assert "Cause: layer ids: layer_ids is [0], expected [-2]. Try: " in report.verdict.message
+    assert f"Cause: {LAYERS}: layer_ids is [0], expected [-2]. Try: " in report.verdict.message
 
 
 def test_without_an_engine_such_a_difference_is_an_error_too(trained: Path) -> None:
     edit(trained / "export" / "config.json", layer_ids=[0])
     report = examine(trained, "target.options={refuse: true}")
     assert "no engine was measured: there is no device" in report.notes
-    assert report.verdict.cause == "layer ids"
-    assert "which only an engine reads: layer_ids is [0], expected [-2]" in report.verdict.message
+    assert report.verdict.cause == LAYERS
+    assert "what only an engine reads: layer_ids is [0], expected [-2]" in report.verdict.message
 
 
 def test_an_engine_that_serves_otherwise_is_told_from_a_bad_export(trained: Path) -> None:
@@ -186,8 +198,8 @@ def test_a_step_that_simulates_too_much_is_told_from_a_bad_export(
     def boast(draft: Draft, batch: Batch, ctx: StepContext) -> StepOutput:
         output: StepOutput = plugin.step(draft, batch, ctx)
         found = output.metrics["acceptance_length"]
-        more = {"acceptance_length": Ratio(found.num * 1.1, found.den)}
-        return StepOutput(output.loss_sum, output.weight, more)
+        more = {"acceptance_length": Ratio(num=found.num * 1.1, den=found.den)}
+        return StepOutput(loss_sum=output.loss_sum, weight=output.weight, metrics=more)
 
     def specforge_train_step() -> Any:
         return boast
@@ -209,9 +221,9 @@ def test_an_engine_that_fails_on_an_export_is_repaired_as_one_that_accepts_less(
 ) -> None:
     edit(trained / "export" / "config.json", layer_ids=[0], block_size=0)
     report = examine(trained, "target.options={min_block: 1}")
-    assert report.verdict.cause == "layer ids"
-    assert "is refused (no block of 0 tokens.). Cause: layer ids" in report.verdict.message
-    assert "together with block size" in report.verdict.message
+    assert report.verdict.cause == LAYERS
+    assert f"is refused (no block of 0 tokens.). Cause: {LAYERS}" in report.verdict.message
+    assert "together with it drafts other blocks" in report.verdict.message
 
 
 def test_few_prompts_are_said_to_be_few(trained: Path) -> None:
@@ -245,5 +257,5 @@ def test_the_command_prints_a_table_and_fails_with_one_message(trained: Path) ->
     assert isinstance(failed.exception, RunError)
     report = json.loads(failed.stdout)
     assert report == json.loads((trained / "run" / "doctor" / "report.json").read_text())
-    assert (report["healthy"], report["cause"]) == (False, "layer ids")
+    assert (report["healthy"], report["cause"]) == (False, LAYERS)
     assert str(failed.exception) == report["message"]

@@ -1,0 +1,45 @@
+"""`specforge check NAME --deep`: the suite of every strategy, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .errors import PluginError, RunError
+from .load import apply_override
+from .plugins import find_strategy
+
+SUITE = """
+from specforge_core.testing.contract import StrategyContract
+
+class TestContract(StrategyContract):
+    strategy = {options!r}
+"""
+
+
+def check_deep(name: str, overrides: tuple[str, ...]) -> None:
+    """Run `specforge_core.testing.contract` on a strategy.
+
+    Raises PluginError when pytest is missing, RunError when the strategy fails.
+    """
+    find_strategy(name)
+    if find_spec("pytest") is None:
+        raise PluginError("the suite is run by pytest, which is missing. Try: pip install pytest")
+    raw: dict[str, Any] = {"strategy": {"name": name}}
+    for override in overrides:
+        apply_override(raw, override)
+    with tempfile.TemporaryDirectory(prefix="specforge-check-") as directory:
+        file = Path(directory) / "test_contract.py"
+        file.write_text(SUITE.format(options=raw["strategy"]), encoding="utf-8")
+        options = ("-q", "--rootdir", directory, "-c", "/dev/null", "-p", "no:cacheprovider")
+        markers = ("-o", "markers=slow: starts processes")
+        command = [sys.executable, "-m", "pytest", *options, *markers, str(file)]
+        if subprocess.run(command, check=False).returncode:
+            raise RunError(
+                f"strategy {name!r} does not pass the suite of every strategy: see above. Try: "
+                "a test class of your own, specforge_core.testing.contract.StrategyContract"
+            )

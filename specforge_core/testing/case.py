@@ -1,0 +1,93 @@
+"""A strategy on a toy target, for tests of it piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..batches.loader import sample_generator
+from ..capture.job import Job
+from ..capture.samples import to_host
+from ..train.dist import world
+from ..train.fsdp import cast_inputs
+from ..types import Draft, Proposer, Sample, StepContext, StepOutput, TargetCapture
+from .runs import load, write_run
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A strategy on a toy target: its captures, its samples, and a draft."""
+
+    config: Path
+    job: Job
+    captures: tuple[TargetCapture, ...]
+    samples: tuple[Sample, ...]  # transformed
+    draft: Draft
+
+    @classmethod
+    def open(cls, strategy: Mapping[str, Any], target: Path, directory: Path) -> Case:
+        """Capture a few conversations, and build a draft whose weights are not its first ones."""
+        settings = {"max_steps": 4, "schedule": "constant", "warmup_ratio": 0}
+        settings |= {"batch_size": 1, "compute_dtype": "float32"}
+        config = write_run(directory, target, conversations=6, strategy=strategy, train=settings)
+        job = Job.open(*load(config))
+        prompts = list(job.prompts())
+        engine = job.engine()
+        try:
+            captures = sorted(engine.capture(prompts, job.adapter.spec), key=lambda c: c.index)
+        finally:
+            engine.close()
+        draft = cls.new_draft(job)
+        cast_inputs(draft.model, torch.float32)  # as FSDP does; states are stored in bfloat16
+        noise = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in draft.model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.02)
+        case = cls(config=config, job=job, captures=tuple(captures), samples=(), draft=draft)
+        samples = tuple(s for c in captures if (s := case.sample(c)) is not None)
+        assert len(samples) > 1, "the adapter or the transform turned all samples down"
+        return replace(case, samples=samples)
+
+    @staticmethod
+    def new_draft(job: Job, data: None = None) -> Draft:
+        """Build a draft as it is built before weights are loaded."""
+        draft = job.strategy.draft(job.run.strategy, job.target, data)
+        draft.model.float()
+        if draft.frozen is not None:
+            draft.frozen.float().requires_grad_(False)
+        return draft
+
+    def sample(self, capture: TargetCapture) -> Sample | None:
+        """Store a capture and transform it; None when the strategy turns it down."""
+        run, strategy = self.job.run, self.job.strategy
+        stored = self.job.adapter(capture)
+        if stored is None:
+            return None
+        transform = strategy.transform(run.strategy, self.job.adapter.spec, run.data.max_length)
+        generator = sample_generator(run.train.seed, 0, capture.index)
+        return transform(to_host(capture.index, stored), generator)
+
+    def step(self, samples: Sequence[Sample]) -> StepOutput:
+        """Collate samples and run the train step on them."""
+        strategy, config = self.job.strategy, self.job.run.strategy
+        batch = strategy.collate(config, self.job.adapter.spec, self.draft)(samples)
+        with world(CPU) as alone:
+            context = StepContext(
+                step=0,
+                total_steps=4,
+                generator=torch.Generator().manual_seed(0),
+                training=True,
+                mesh=alone.mesh,
+            )
+            return strategy.train_step(config)(self.draft, batch, context)
+
+    def proposer(self) -> Proposer:
+        """Return what drafts with the case's draft."""
+        self.draft.model.eval()
+        return self.job.strategy.proposer(self.job.run.strategy, self.draft, self.job.target)

@@ -1,0 +1,223 @@
+"""The suite that proves a strategy: subclass `StrategyContract` in its package's tests.
+
+    class TestContract(StrategyContract):
+        strategy = {"name": "mine"}
+        other_shape = {"draft_tokens": 2}  # options of a draft that has other tensors
+
+`specforge check NAME --deep` runs it too.  Everything is done with a toy target on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from .. import plugins
+from ..capture.layout import check_sample
+from ..capture.samples import to_host
+from ..drafts.export import read_export, write_export
+from ..drafts.load import restore
+from ..errors import SpecForgeError
+from ..evaluate.decode import pick
+from ..train.metrics import RESERVED_PREFIXES
+from ..train.run import train
+from ..types import (
+    RESERVED_METRICS,
+    Proposal,
+    Proposer,
+    Ratio,
+    Sampling,
+    StepOutput,
+    TargetCapture,
+)
+from .case import Case
+from .runs import cli, finish, load, losses
+
+
+class StrategyContract:
+    """What every strategy has to do; one test for each point."""
+
+    strategy: ClassVar[Mapping[str, Any]]
+    other_shape: ClassVar[Mapping[str, Any] | None] = None
+    format: ClassVar[str] = "hf"
+
+    @pytest.fixture
+    def case(self, toy_target: Path, tmp_path: Path) -> Case:
+        """Return a case of this strategy."""
+        return Case.open(self.strategy, toy_target, tmp_path)
+
+    def test_samples_match_the_spec(self, case: Case) -> None:
+        spec, vocabulary = case.job.adapter.spec, case.job.target.vocab_size
+        for capture in case.captures:
+            stored = case.job.adapter(capture)
+            if stored is not None:
+                assert check_sample(spec, vocabulary, to_host(capture.index, stored)) == []
+
+    def test_the_first_weights_do_not_hang_on_the_global_seed(self, case: Case) -> None:
+        found: list[dict[str, Tensor]] = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            found.append(case.new_draft(case.job).model.state_dict())
+        _equal(found[0], found[1])
+
+    def test_outputs_have_the_types_and_names_that_add_up(self, case: Case) -> None:
+        outputs = [case.step([sample]) for sample in case.samples]
+        for output in outputs:
+            assert isinstance(output, StepOutput)
+            assert output.loss_sum.shape == output.weight.shape == ()
+            assert sorted(output.metrics) == sorted(outputs[0].metrics)
+            for name, ratio in output.metrics.items():
+                assert isinstance(ratio, Ratio)
+                assert ratio.num.shape == ratio.den.shape == ()
+                assert name not in RESERVED_METRICS
+                assert not name.startswith(RESERVED_PREFIXES)
+
+    def test_every_trained_parameter_gets_a_gradient(self, case: Case) -> None:
+        torch.autograd.backward(case.step(case.samples).loss_sum)
+        without = [
+            name
+            for name, parameter in case.draft.model.named_parameters()
+            if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())
+        ]
+        assert not without, "freeze them or use them"
+
+    def test_a_batch_is_the_sum_of_its_samples(self, case: Case) -> None:
+        # also with every token supervised, so that a document's first ones are
+        loud = [replace(c, loss_mask=torch.ones_like(c.loss_mask)) for c in case.captures]
+        for samples in (case.samples, [s for c in loud if (s := case.sample(c)) is not None]):
+            whole, parts = case.step(samples), [case.step([s]) for s in samples]
+            _close(whole.loss_sum, sum(part.loss_sum for part in parts))
+            _close(whole.weight, sum(part.weight for part in parts))
+            for name, ratio in whole.metrics.items():
+                _close(ratio.num, sum(part.metrics[name].num for part in parts))
+                _close(ratio.den, sum(part.metrics[name].den for part in parts))
+
+    def test_nothing_supervised_weighs_nothing(self, case: Case) -> None:
+        for capture in case.captures:
+            silent = replace(capture, loss_mask=torch.zeros_like(capture.loss_mask))
+            if (sample := case.sample(silent)) is None:
+                continue
+            output = case.step([sample])
+            assert output.weight == 0
+            assert output.loss_sum.isfinite()
+            torch.autograd.backward(output.loss_sum)  # other ranks wait for its gradients
+            for parameter in case.draft.model.parameters():
+                assert parameter.grad is None or parameter.grad.isfinite().all()
+
+    @pytest.mark.slow
+    def test_one_rank_two_ranks_and_accumulation_train_alike(self, case: Case) -> None:
+        found: list[list[float]] = []
+        for nproc, batch_size, accumulate in ((1, 4, 1), (1, 1, 4), (2, 1, 2)):
+            out = case.config.parent / f"alike-{len(found)}"
+            options = (f"train.batch_size={batch_size}", f"train.accumulate={accumulate}")
+            command = ("train", "-c", str(case.config), "--nproc", str(nproc), *options)
+            finish(cli(*command, f"output_dir={out}"))
+            found.append(losses(out))
+        assert found[1] == pytest.approx(found[0], rel=1e-4)
+        assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+    def test_the_proposer_keeps_to_every_limit(self, case: Case) -> None:
+        proposer = case.proposer()
+        assert proposer.max_tokens > 0
+        for limit in range(1, proposer.max_tokens + 1):
+            proposal = _draft(proposer, case.captures[0], limit)
+            assert 0 < _depth(proposal) <= limit
+            assert proposal.tokens.dtype == torch.int64
+            assert proposal.tokens.min() >= 0
+            assert proposal.tokens.max() < case.job.target.vocab_size
+
+    def test_accepting_in_pieces_drafts_as_one_start(self, case: Case) -> None:
+        proposer, capture = case.proposer(), case.captures[0]
+        whole = _draft(proposer, capture, proposer.max_tokens)
+        _draft(proposer, case.captures[1], proposer.max_tokens)  # start forgets this one
+        end = len(capture.input_ids) - 1
+        proposer.start(pick(capture, [0], supervised=False))
+        done = 1
+        for count in (1, 2, end - 4):
+            _propose(proposer, int(capture.input_ids[done]), proposer.max_tokens)
+            proposer.accept(pick(capture, list(range(done, done + count)), supervised=True))
+            done += count
+        pieces = _propose(proposer, int(capture.input_ids[-1]), proposer.max_tokens)
+        assert pieces.tokens.tolist() == whole.tokens.tolist()
+
+    def test_what_was_drawn_comes_with_its_distribution(self, case: Case) -> None:
+        proposal = _draft(case.proposer(), case.captures[0], 8, temperature=1.0)
+        if proposal.probs is not None:
+            _close(proposal.probs.sum(-1).float(), torch.ones(len(proposal.tokens)))
+            assert proposal.probs.gather(1, proposal.tokens[:, None]).gt(0).all()
+
+    def test_an_export_loads_as_what_was_exported(self, case: Case, tmp_path: Path) -> None:
+        job = case.job
+        strategy, config, target = job.strategy, job.run.strategy, job.target
+        if not plugins.implements(strategy.pm, strategy.name, "specforge_import"):
+            pytest.skip("the strategy has no specforge_import")
+        first = strategy.export(config, case.draft, target, self.format)
+        write_export(first, tmp_path / "export", {})
+        loaded = case.new_draft(job)
+        strategy.load_export(config, loaded, target, read_export(tmp_path / "export"))
+        second = strategy.export(config, loaded, target, self.format)
+        assert second.config == first.config
+        _equal(dict(first.weights), dict(second.weights))
+        if self.other_shape is not None:
+            other = load(case.config, *self._other())[0]
+            draft = strategy.draft(other.strategy, target, None)
+            with pytest.raises(SpecForgeError):
+                strategy.load_export(
+                    other.strategy, draft, target, read_export(tmp_path / "export")
+                )
+
+    def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not(self, case: Case) -> None:
+        train(*load(case.config, f"output_dir={case.config.parent / 'whole'}"))
+        for steps in (2, 4):
+            train(*load(case.config, f"train.max_steps={steps}"))
+        run, strategy = load(case.config)
+        one, other = (
+            restore(run, strategy, case.config.parent / name).draft.model.state_dict()
+            for name in ("whole", "run")
+        )
+        _equal(one, other)
+        if self.other_shape is not None:
+            with pytest.raises(SpecForgeError):
+                train(*load(case.config, *self._other(), "train.max_steps=5"))
+
+    def _other(self) -> Iterator[str]:
+        return (f"strategy.{key}={value}" for key, value in (self.other_shape or {}).items())
+
+
+def _draft(
+    proposer: Proposer, capture: TargetCapture, limit: int, temperature: float = 0.0
+) -> Proposal:
+    """Draft behind all but the last token, which the target has not run on."""
+    proposer.start(pick(capture, list(range(len(capture.input_ids) - 1)), supervised=False))
+    return _propose(proposer, int(capture.input_ids[-1]), limit, temperature)
+
+
+def _propose(proposer: Proposer, last: int, limit: int, temperature: float = 0.0) -> Proposal:
+    sampling = Sampling(temperature=temperature, generator=torch.Generator().manual_seed(0))
+    return proposer.propose(last, min(limit, proposer.max_tokens), sampling)
+
+
+def _depth(proposal: Proposal) -> int:
+    """Return the tokens of the longest path."""
+    if proposal.parents is None:
+        return len(proposal.tokens)
+    depths: list[int] = []
+    for parent in proposal.parents.tolist():
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return max(depths, default=0)
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), f"{name} differs"
+
+
+def _close(one: Tensor, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, check_dtype=False)

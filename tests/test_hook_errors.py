@@ -1,0 +1,248 @@
+"""What goes wrong in a package's code names the package, the hook, and what was expected."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specforge_core.config import DataConfig, StrategyConfig, TrainConfig
+from specforge_core.errors import CheckpointError, PluginError
+from specforge_core.strategy import Strategy
+from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.runs import SECONDS, cli, load, write_run
+from specforge_core.train.run import train
+from specforge_core.types import CaptureSpec, Draft, TargetInfo
+
+BASE = """
+from specforge_linear import *
+from specforge_linear import train_step as step
+from specforge_core import hookimpl
+from specforge_core.errors import CheckpointError
+from specforge_core.types import Ratio, StepOutput
+import torch
+"""
+CONFIG = StrategyConfig(name="bad")
+SPEC = CaptureSpec(layers=(), fields={})
+TARGET = TargetInfo(
+    name_or_path="x", revision=None, hidden_size=8, num_layers=2, vocab_size=9, config={}
+)
+DRAFT = Draft(model=torch.nn.Linear(1, 1))
+
+
+def bad(site: FakeSite, hook: str, arguments: str, body: str) -> Strategy:
+    site.strategy("bad", f"{BASE}\n@hookimpl\ndef specforge_{hook}({arguments}):\n    {body}\n")
+    return Strategy.load("bad")
+
+
+CALLS: dict[str, tuple[Any, ...]] = {
+    "config": (),
+    "conversations": ("a.jsonl", DataConfig()),
+    "adapter": (CONFIG, TARGET),
+    "verify_capture": (CONFIG, TARGET, SPEC, {}, None),
+    "reader": (CONFIG, SPEC, TARGET, Path("here")),
+    "transform": (CONFIG, SPEC, 8),
+    "collate": (CONFIG, SPEC, DRAFT),
+    "draft": (CONFIG, TARGET, None),
+    "train_step": (CONFIG,),
+    "optimizers": (TrainConfig(), DRAFT),
+    "schedule": (TrainConfig(),),
+    "proposer": (CONFIG, DRAFT, TARGET),
+    "export": (CONFIG, DRAFT, TARGET, "hf"),
+}
+
+
+@pytest.mark.parametrize("hook", CALLS)
+def test_a_hook_that_raises_names_itself_and_its_package(fake_site: FakeSite, hook: str) -> None:
+    strategy = bad(fake_site, hook, "", "raise KeyError('missing')")
+    with pytest.raises(PluginError) as error:
+        getattr(strategy, hook)(*CALLS[hook])
+    assert str(error.value) == f"specforge-bad 0.1.0, specforge_{hook}: KeyError: 'missing'"
+
+
+@pytest.mark.parametrize(
+    ("hook", "returned", "expected"),
+    [
+        ("config", "3", "int, expected a subclass of StrategyConfig"),
+        ("config", "dict", "type, expected a subclass of StrategyConfig"),
+        ("adapter", "'text'", "str, expected an object with 'spec'"),
+        ("reader", "3", "int, expected an object with '__len__'"),
+        ("transform", "3", "int, expected a function"),
+        ("collate", "[]", "list, expected a function"),
+        ("draft", "torch.nn.Linear(1, 1)", "Linear, expected Draft"),
+        ("train_step", "'text'", "str, expected a function"),
+        ("schedule", "0.5", "float, expected a function"),
+        ("proposer", "step", "function, expected an object with 'start'"),
+        ("export", "{}", "dict, expected Export"),
+        ("verify_capture", "['it is bad']", "str, expected a list of Problem"),
+    ],
+)
+def test_a_wrong_type_is_told_with_what_was_expected(
+    fake_site: FakeSite, hook: str, returned: str, expected: str
+) -> None:
+    strategy = bad(fake_site, hook, "", f"return {returned}")
+    with pytest.raises(PluginError) as error:
+        getattr(strategy, hook)(*CALLS[hook])
+    assert str(error.value) == f"specforge-bad 0.1.0, specforge_{hook}: returned {expected}"
+
+
+@pytest.mark.parametrize("hook", ["adapter", "draft", "train_step"])
+def test_a_required_hook_that_returns_nothing_is_named(fake_site: FakeSite, hook: str) -> None:
+    strategy = bad(fake_site, hook, "", "return None")
+    with pytest.raises(
+        PluginError, match=f"specforge-bad 0.1.0, specforge_{hook}: returned nothing"
+    ):
+        getattr(strategy, hook)(*CALLS[hook])
+
+
+def test_a_cross_cutting_plugin_is_blamed_for_its_own_error(fake_site: FakeSite) -> None:
+    source = """
+    from specforge_core import hookimpl
+    @hookimpl(wrapper=True)
+    def specforge_train_step(config):
+        step = yield
+        return step.absent
+    """
+    group = {"specforge.plugins": {"wraps": "acme_wraps"}}
+    fake_site.dist("acme-wraps", "0.3", group, module="acme_wraps", source=source)
+    strategy = Strategy.load("linear")
+    with pytest.raises(PluginError, match=r"^acme-wraps 0\.3, specforge_train_step: AttributeErr"):
+        strategy.train_step(CONFIG)
+
+
+def test_an_error_meant_for_the_user_stays_as_it_is(fake_site: FakeSite) -> None:
+    text = "this checkpoint does not fit. Try: another"
+    strategy = bad(fake_site, "draft", "", f"raise CheckpointError({text!r})")
+    with pytest.raises(CheckpointError) as error:
+        strategy.draft(CONFIG, TARGET, None)
+    assert str(error.value) == text
+
+
+def test_a_default_argument_and_a_misspelled_hook_are_refused(fake_site: FakeSite) -> None:
+    fake_site.strategy("lax", BASE + "\n@hookimpl\ndef specforge_draft(target=None): ...\n")
+    with pytest.raises(PluginError, match="specforge_draft gives a default to target"):
+        Strategy.load("lax")
+    fake_site.strategy("typo", BASE + "\n@hookimpl\ndef specforge_trian_step(config): ...\n")
+    message = "specforge_trian_step, which is no hook, did you mean specforge_train_step"
+    with pytest.raises(PluginError, match=message):
+        Strategy.load("typo")
+
+
+def test_a_hook_imported_under_another_name_is_no_hook(fake_site: FakeSite) -> None:
+    source = """
+    from specforge_linear import specforge_adapter, specforge_draft as inherited
+    from specforge_linear import specforge_train_step
+    from specforge_core import hookimpl
+    @hookimpl
+    def specforge_draft(target):
+        draft = inherited(target)
+        draft.model.mine = True
+        return draft
+    """
+    fake_site.strategy("variant", source)
+    assert hasattr(Strategy.load("variant").draft(CONFIG, TARGET, None).model, "mine")
+
+
+# what a hook returned is called while training; (hook, body, message)
+CALLABLES = {
+    "a step that raises": (
+        ("train_step", "", "return lambda draft, batch, ctx: batch['absent']"),
+        "specforge-bad 0.1.0, specforge_train_step: KeyError: 'absent'",
+    ),
+    "a step that returns a tensor": (
+        ("train_step", "", "return lambda draft, batch, ctx: torch.zeros(())"),
+        "specforge-bad 0.1.0, specforge_train_step: returned Tensor, expected StepOutput",
+    ),
+    "a metric of the core's": (
+        ("train_step", "", "return named('loss')"),
+        "specforge-bad 0.1.0, specforge_train_step: the metric name 'loss' is the core's own",
+    ),
+    "a metric of a reserved prefix": (
+        ("train_step", "", "return named('seconds_mine')"),
+        "the metric name 'seconds_mine' is the core's own",
+    ),
+    "a metric that comes and goes": (
+        ("train_step", "", "return lambda d, b, ctx: named(f'at_{ctx.step}')(d, b, ctx)"),
+        "specforge_train_step: its metrics were ['at_0'], and now are ['at_1']",
+    ),
+    "a transform that raises": (
+        ("transform", "", "return lambda sample, generator: sample['absent']"),
+        "specforge-bad 0.1.0, specforge_transform: KeyError: 'absent'",
+    ),
+    "a collate that raises": (
+        ("collate", "", "return lambda samples: samples[99]"),
+        "specforge-bad 0.1.0, specforge_collate: IndexError: list index out of range",
+    ),
+    "a collate that returns a list": (
+        ("collate", "", "return list"),
+        "specforge_collate: returned list, expected Batch, a dict of tensors",
+    ),
+    "an adapter that raises": (
+        ("adapter", "config, target", "return Raises(LinearAdapter(SPEC))"),
+        "specforge-bad 0.1.0, specforge_adapter: ValueError: no states",
+    ),
+}
+HELPERS = """
+from specforge_core.types import CaptureSpec, Field
+
+def named(name):
+    def run(draft, batch, ctx):
+        out = step(draft, batch, ctx)
+        one = torch.ones(())
+        return StepOutput(
+            loss_sum=out.loss_sum, weight=out.weight, metrics={name: Ratio(num=one, den=one)}
+        )
+    return run
+
+SPEC = CaptureSpec(layers=(1,), fields={
+    "input_ids": Field(shape=(None,), dtype="int64"),
+    "loss_mask": Field(shape=(None,), dtype="int64"),
+    "hidden": Field(shape=(None, 32), dtype="bfloat16"),
+})
+
+class Raises:
+    def __init__(self, inner):
+        self.spec = inner.spec
+    def __call__(self, capture):
+        raise ValueError("no states")
+"""
+
+
+def write(site: FakeSite, tmp_path: Path, target: Path, hook: tuple[str, str, str]) -> Path:
+    name, arguments, body = hook
+    source = f"{BASE}{HELPERS}\n@hookimpl\ndef specforge_{name}({arguments}):\n    {body}\n"
+    site.strategy("bad", source)
+    settings = {"max_steps": 2, "log_every": 1}
+    strategy = {"name": "bad"}
+    return write_run(tmp_path, target, conversations=6, strategy=strategy, train=settings)
+
+
+@pytest.mark.parametrize("case", CALLABLES)
+def test_what_a_hook_returned_names_its_package_when_it_fails(
+    fake_site: FakeSite, tmp_path: Path, toy_target: Path, case: str
+) -> None:
+    hook, message = CALLABLES[case]
+    config = write(fake_site, tmp_path, toy_target, hook)
+    with pytest.raises(PluginError) as error:
+        train(*load(config))
+    assert message in str(error.value)
+
+
+@pytest.mark.slow
+def test_metric_names_that_hang_on_the_rank_end_all_ranks(
+    fake_site: FakeSite, tmp_path: Path, toy_target: Path
+) -> None:
+    body = "return lambda d, b, ctx: named(f'of_{torch.distributed.get_rank()}')(d, b, ctx)"
+    config = write(fake_site, tmp_path, toy_target, ("train_step", "", body))
+    env = os.environ | {"PYTHONPATH": str(fake_site.path)}
+    process = cli("train", "-c", str(config), "--nproc", "2", env=env)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    for rank in (0, 1):
+        assert (
+            f"error (rank {rank}): specforge-bad 0.1.0, specforge_train_step: "
+            "rank 0 has the metrics ['of_0'], rank 1 ['of_1']"
+        ) in err
