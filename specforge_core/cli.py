@@ -79,10 +79,10 @@ def check(name: str) -> None:
 @overrides_argument
 def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
     """Let the target answer prompts itself; resumes."""
-    run, _ = _load(config, overrides)
+    run, strategy = _load(config, overrides)
     from .data.regenerate import regenerate as run_regenerate
 
-    report = run_regenerate(run, output)
+    report = run_regenerate(run, strategy, output)
     click.echo(str(report))
 
 
