@@ -15,8 +15,7 @@ from specforge_core.config import DataConfig, RegenerateConfig, RunConfig, Strat
 from specforge_core.config import TargetConfig as Target
 from specforge_core.data.regenerate import RegenerateReport
 from specforge_core.data.regenerate import regenerate as run_regenerate
-from specforge_core.errors import CaptureError, ConfigError, DataError
-from specforge_core.load import validate
+from specforge_core.errors import DataError
 from specforge_core.strategy import Strategy
 
 KILLED = """

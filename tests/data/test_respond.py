@@ -70,7 +70,9 @@ def tasks(*chats: tuple[str, ...]) -> list[Task]:
     ]
 
 
-def ask(run: RunConfig, engine: Any, found: Sequence[Task], tokenizer: Any = TOKENIZER) -> list[Chat]:
+def ask(
+    run: RunConfig, engine: Any, found: Sequence[Task], tokenizer: Any = TOKENIZER
+) -> list[Chat]:
     chats = list(Answerer(run, tokenizer, engine).answer(found))
     return sorted(chats, key=lambda chat: chat.task.place)
 

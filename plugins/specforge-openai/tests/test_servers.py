@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from specforge_core.data.servers import Servers
 
 from specforge_core.config import DataConfig, RegenerateConfig, RunConfig, StrategyConfig
 from specforge_core.config import TargetConfig as Target
 from specforge_core.data import servers
 from specforge_core.data.regenerate import regenerate
 from specforge_core.data.respond import Chat, Task
-from specforge_core.data.servers import Servers
 from specforge_core.errors import ConfigError, DataError, RunError
 from specforge_core.testing.toy import toy_tokenizer
 

@@ -20,10 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from specforge_core.target.engine import load_target_info
+from specforge_openai.http_json import Refused, ServerDown
+
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CheckpointError, RunError
-from specforge_core.http_json import Refused, ServerDown
+from specforge_core.target.info import load_target_info
 from specforge_core.types import DraftServer, NotServed, ServedAnswer
 
 from .child import PLAIN, ChildServer, server_flags, uses_cpu

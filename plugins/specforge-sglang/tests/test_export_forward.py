@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from specforge_sglang.child import free_port
 from torch import Tensor
 
-from specforge_core.target.engine import TransformersEngine, load_target_info
 from specforge_core.config import TargetConfig, validate
 from specforge_core.drafts.export import write_export
+from specforge_core.target.engine import TransformersEngine, load_target_info
 from specforge_core.testing.toy import save_toy_target
 from specforge_core.types import CaptureSpec, Prompt, Sampling, TargetCapture
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 
 import pytest
+from specforge_openai.http_json import ServerDown
+from specforge_openai.pool import Pool, Server
 from specforge_sglang.client import Client
-from specforge_sglang.pool import Pool, Server
 
 from specforge_core.errors import CaptureError
-from specforge_core.http_json import ServerDown
 
 
 def down(client: Client) -> None:

@@ -11,9 +11,9 @@ import torch
 from specforge_sglang.engine import SGLangEngine
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 
-from specforge_core.target.engine import TransformersEngine
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.types import CaptureSpec
 
 pytestmark = pytest.mark.slow
