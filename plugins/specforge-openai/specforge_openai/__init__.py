@@ -1,4 +1,4 @@
-"""Servers that speak OpenAI's API as a target engine that only generates: `target.engine: openai`."""
+"""Servers that speak OpenAI's API, as a target engine that only generates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `target.options` section when `target.engine` is openai, and what engines of servers share."""
+"""The `target.options` section of `target.engine: openai`, and what engines of servers share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specforge_core.errors import ConfigError
 
 API_KEY_ENV = "SPECFORGE_API_KEY"
 
-O = TypeVar("O", bound=Section)
+Options = TypeVar("Options", bound=Section)
 
 
 def _addresses(urls: tuple[str, ...]) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ def api_key() -> str | None:
     return os.environ.get(API_KEY_ENV)
 
 
-def read_options(target: TargetConfig, model: type[O]) -> O:
+def read_options(target: TargetConfig, model: type[Options]) -> Options:
     """Validate `target.options`; ConfigError says which key is wrong, and what to write."""
     try:
         return model.model_validate(target.options)

@@ -142,7 +142,7 @@ def prompts() -> Callable[..., list[Prompt]]:
         made = []
         for index, length in enumerate(lengths):
             ids = torch.randint(0, 250, (length,), generator=draw)
-            made.append(Prompt(index, ids, torch.ones_like(ids)))
+            made.append(Prompt(index=index, input_ids=ids, loss_mask=torch.ones_like(ids)))
         return made
 
     return make

@@ -14,7 +14,8 @@ from specforge_sglang.engine import SGLangEngine
 from specforge_core.errors import CaptureError, ConfigError
 from specforge_core.types import CaptureSpec, TargetCapture
 
-SPEC = CaptureSpec((4, -1, 1), "post_norm", {})
+CPU = torch.device("cpu")
+SPEC = CaptureSpec(layers=(4, -1, 1), final="post_norm", fields={})
 
 
 def right(capture: TargetCapture) -> bool:
@@ -32,7 +33,7 @@ def right(capture: TargetCapture) -> bool:
 def test_every_prompt_comes_back_once_with_its_own_states(
     shared: Any, target: Any, prompts: Any, root: Path, way: dict[str, Any]
 ) -> None:
-    engine = SGLangEngine.load(target(shared(), **way))
+    engine = SGLangEngine.load(target(shared(), **way), CPU)
     asked = prompts(5, 40, 1, 3, 200, 40)
     captures = list(engine.capture(asked, SPEC))
     assert sorted(c.index for c in captures) == [0, 1, 2, 3, 4, 5]
@@ -45,7 +46,7 @@ def test_every_prompt_comes_back_once_with_its_own_states(
 def test_a_state_outlives_the_engine_and_its_file(
     shared: Any, target: Any, prompts: Any, root: Path
 ) -> None:
-    engine = SGLangEngine.load(target(shared()))
+    engine = SGLangEngine.load(target(shared()), CPU)
     (capture,) = engine.capture(prompts(64), SPEC)
     (directory,) = root.iterdir()
     kinds = {path.name.split("-")[0] for path in directory.iterdir()}
@@ -59,7 +60,7 @@ def test_the_work_of_a_killed_server_is_done_by_the_others(
     start: Any, target: Any, prompts: Any
 ) -> None:
     servers = [start(delay=0.02) for _ in range(3)]
-    engine = SGLangEngine.load(target(*servers, max_requests=12))
+    engine = SGLangEngine.load(target(*servers, max_requests=12), CPU)
     threading.Timer(0.3, servers[1].kill).start()
     captures = list(engine.capture(prompts(*[10 + i % 7 for i in range(300)]), SPEC))
     assert sorted(c.index for c in captures) == list(range(300))
@@ -73,7 +74,7 @@ def test_the_work_of_a_killed_server_is_done_by_the_others(
 
 def test_a_server_that_comes_back_is_used_again(start: Any, target: Any, prompts: Any) -> None:
     first = start(delay=0.01)
-    engine = SGLangEngine.load(target(first, patience=60))
+    engine = SGLangEngine.load(target(first, patience=60), CPU)
     port = int(first.url.rsplit(":", 1)[1])
 
     def restart() -> None:
@@ -96,7 +97,7 @@ def test_all_servers_gone_is_an_error_that_lists_them(
     start: Any, target: Any, prompts: Any
 ) -> None:
     servers = [start(), start(fault="dies", after=3)]
-    engine = SGLangEngine.load(target(*servers, patience=0.5))
+    engine = SGLangEngine.load(target(*servers, patience=0.5), CPU)
     servers[0].kill()
     with pytest.raises(CaptureError, match="no SGLang server can be used") as caught:
         list(engine.capture(prompts(*[9] * 20), SPEC))
@@ -107,7 +108,7 @@ def test_all_servers_gone_is_an_error_that_lists_them(
 def test_a_server_may_be_down_at_the_start(start: Any, target: Any, prompts: Any) -> None:
     dead, alive = start(), start()
     dead.kill()
-    engine = SGLangEngine.load(target(dead, alive))
+    engine = SGLangEngine.load(target(dead, alive), CPU)
     assert len(list(engine.capture(prompts(4, 5), SPEC))) == 2
     engine.close()
 
@@ -127,7 +128,7 @@ def test_a_server_may_be_down_at_the_start(start: Any, target: Any, prompts: Any
 def test_a_wrong_capture_is_an_error_that_names_the_request(
     shared: Any, target: Any, prompts: Any, root: Path, fault: str, message: str
 ) -> None:
-    engine = SGLangEngine.load(target(shared(fault=fault)))
+    engine = SGLangEngine.load(target(shared(fault=fault)), CPU)
     with pytest.raises(CaptureError, match=message):
         list(engine.capture(prompts(3, 20), SPEC))
     engine.close()
@@ -135,7 +136,7 @@ def test_a_wrong_capture_is_an_error_that_names_the_request(
 
 
 def test_a_prompt_that_the_server_refuses_is_named(shared: Any, target: Any, prompts: Any) -> None:
-    engine = SGLangEngine.load(target(shared()))
+    engine = SGLangEngine.load(target(shared()), CPU)
     message = r"prompt 0 .*was refused: HTTP 400: the input is longer.*Check data.max_length"
     with pytest.raises(CaptureError, match=message):
         list(engine.capture(prompts(501), SPEC))
@@ -150,7 +151,7 @@ def test_a_server_without_the_plugin_is_an_error_that_says_how_to_start_it(
     monkeypatch.setattr("specforge_sglang.engine.ARRIVAL_SECONDS", 0.3)
     server = shared(fault="silent", at_once=True)
     with pytest.raises(CaptureError, match=r"plugin is not active.*specforge_sglang_capture"):
-        SGLangEngine.load(target(server, handoff=way, receiver_host="127.0.0.1"))
+        SGLangEngine.load(target(server, handoff=way, receiver_host="127.0.0.1"), CPU)
 
 
 @pytest.mark.parametrize(
@@ -167,13 +168,13 @@ def test_a_server_that_cannot_capture_is_refused_at_once(
     shared: Any, target: Any, info: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CaptureError, match=message):
-        SGLangEngine.load(target(shared(info=info)))
+        SGLangEngine.load(target(shared(info=info)), CPU)
 
 
 def test_no_more_is_on_its_way_than_allowed(shared: Any, target: Any, prompts: Any) -> None:
     server = shared()
     one = 50 * (4 * 32 * 4 + 8)  # bytes of one capture
-    engine = SGLangEngine.load(target(server, max_bytes=3 * one))
+    engine = SGLangEngine.load(target(server, max_bytes=3 * one), CPU)
     before = server.served()
     source = engine.capture(prompts(*[50] * 30), SPEC)
     next(source)
@@ -186,7 +187,7 @@ def test_no_more_is_on_its_way_than_allowed(shared: Any, target: Any, prompts: A
 def test_a_capture_larger_than_the_limit_still_runs_alone(
     shared: Any, target: Any, prompts: Any
 ) -> None:
-    engine = SGLangEngine.load(target(shared(), max_bytes=10))
+    engine = SGLangEngine.load(target(shared(), max_bytes=10), CPU)
     assert len(list(engine.capture(prompts(50, 60), SPEC))) == 2
     engine.close()
 
@@ -194,7 +195,7 @@ def test_a_capture_larger_than_the_limit_still_runs_alone(
 def test_a_capture_that_is_given_up_leaves_nothing(
     shared: Any, target: Any, prompts: Any, root: Path
 ) -> None:
-    engine = SGLangEngine.load(target(shared(delay=0.05), max_requests=4))
+    engine = SGLangEngine.load(target(shared(delay=0.05), max_requests=4), CPU)
     source = engine.capture(prompts(*[20] * 40), SPEC)
     next(source)
     source.close()
@@ -206,21 +207,21 @@ def test_a_capture_that_is_given_up_leaves_nothing(
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (CaptureSpec((6,), "none", {}), r"layers \[6\] are not in the target: .* 0 to 5"),
-        (CaptureSpec((), "none", {}), "no states at all"),
+        (CaptureSpec(layers=(6,), final="none", fields={}), r"layers \[6\] are not in the target: .* 0 to 5"),
+        (CaptureSpec(layers=(), final="none", fields={}), "no states at all"),
     ],
 )
 def test_layers_that_are_not_there_are_named(
     shared: Any, target: Any, prompts: Any, spec: CaptureSpec, message: str
 ) -> None:
-    engine = SGLangEngine.load(target(shared()))
+    engine = SGLangEngine.load(target(shared()), CPU)
     with pytest.raises(CaptureError, match=message):
         list(engine.capture(prompts(4), spec))
     engine.close()
 
 
 def test_token_ids_beyond_the_vocabulary_are_named(shared: Any, target: Any, prompts: Any) -> None:
-    engine = SGLangEngine.load(target(shared()))
+    engine = SGLangEngine.load(target(shared()), CPU)
     asked = prompts(4)
     asked[0].input_ids[2] = 260
     with pytest.raises(CaptureError, match=r"prompt 0 has token ids .* 0 to 259"):
@@ -231,4 +232,4 @@ def test_token_ids_beyond_the_vocabulary_are_named(shared: Any, target: Any, pro
 def test_an_interpreter_that_is_not_there_is_named(target: Any, tmp_path: Path) -> None:
     missing = tmp_path / "absent" / "python"
     with pytest.raises(ConfigError, match=r"absent.*target\.options\.python="):
-        SGLangEngine.load(target(python=str(missing)))
+        SGLangEngine.load(target(python=str(missing)), CPU)

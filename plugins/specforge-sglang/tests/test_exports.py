@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from specforge_core.drafts.restore import export_checkpoint
+from specforge_core.drafts.load import export_checkpoint
 from specforge_sglang.child import free_port
 
 from specforge_core.config import load_config

@@ -16,6 +16,7 @@ from specforge_core.errors import CaptureError
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.types import CaptureSpec
 
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.slow
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
@@ -27,7 +28,7 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 260,
     "max_position_embeddings": 512,
 }
-SPEC = CaptureSpec((-1, 0, 2, 3), "post_norm", {})
+SPEC = CaptureSpec(layers=(-1, 0, 2, 3), final="post_norm", fields={})
 
 
 def check(path: Path, python: str, prompts: Any, same: Any, **options: Any) -> None:
@@ -41,7 +42,7 @@ def check(path: Path, python: str, prompts: Any, same: Any, **options: Any) -> N
         found = list(made.capture(asked, SPEC))
     finally:
         made.close()
-    reference = TransformersEngine.load(TargetConfig(path=str(path), device="cpu"))
+    reference = TransformersEngine.load(TargetConfig(path=str(path), device="cpu"), CPU)
     same(found, list(reference.capture(asked, SPEC)))
 
 
