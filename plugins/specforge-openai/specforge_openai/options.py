@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from specforge_core.config import Section, TargetConfig
 from specforge_core.errors import ConfigError
 
 API_KEY_ENV = "SPECFORGE_API_KEY"
 
-Options = TypeVar("Options", bound=Section)
+Options = TypeVar("Options", bound="Addresses")
 
 
 def _addresses(urls: tuple[str, ...]) -> tuple[str, ...]:
@@ -27,7 +27,21 @@ def _addresses(urls: tuple[str, ...]) -> tuple[str, ...]:
 Urls = Annotated[tuple[str, ...], AfterValidator(_addresses)]
 
 
-class OpenAIOptions(Section):
+class Addresses(Section):
+    """Servers that run already; `url` may name a single one."""
+
+    urls: Urls = Field((), description="Servers that run already: http://HOST:PORT.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_url(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("url"), str) and "urls" not in raw:
+            raw = {**raw, "urls": [raw["url"]]}
+            del raw["url"]
+        return raw
+
+
+class OpenAIOptions(Addresses):
     """Which servers answer, and how long they are waited for."""
 
     urls: Urls = Field(min_length=1, description="Servers: http://HOST:PORT, with or without /v1.")
@@ -54,7 +68,7 @@ def read_options(target: TargetConfig, model: type[Options]) -> Options:
             where = ".".join(("target.options", *map(str, error["loc"])))
             message = error["msg"].removeprefix("Value error, ")
             if error["type"] == "extra_forbidden":
-                known = ", ".join(model.model_fields)
+                known = ", ".join(("url", *model.model_fields))
                 message = (
                     f"unknown key (known: {known}). To set no other: target.options={{urls: []}}"
                 )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
-from specforge_openai.options import Urls
+from specforge_openai.options import Addresses
 from specforge_openai.options import read_options as read
 
-from specforge_core.config import Section, TargetConfig
+from specforge_core.config import TargetConfig
 from specforge_core.errors import ConfigError
 
 # flags that specforge sets itself: another value would give wrong states, or none
@@ -31,13 +31,12 @@ RESERVED = {
 Flag = bool | int | float | str
 
 
-class SGLangOptions(Section):
+class SGLangOptions(Addresses):
     """Which SGLang runs the target: one that is started here, or servers that run already."""
 
     python: str | None = Field(
         None, description="Interpreter of the environment that has SGLang; starts a server with it."
     )
-    urls: Urls = Field((), description="Servers that run already: http://HOST:PORT.")
     server_args: dict[str, Flag] = Field(
         default_factory=dict, description="More flags of the server: mem_fraction_static: 0.5, ..."
     )
@@ -59,14 +58,6 @@ class SGLangOptions(Section):
     patience: float = Field(
         120.0, ge=0, description="Seconds to wait for a server when all are unreachable."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_url(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and isinstance(raw.get("url"), str) and "urls" not in raw:
-            raw = {**raw, "urls": [raw["url"]]}
-            del raw["url"]
-        return raw
 
     @field_validator("server_args")
     @classmethod

@@ -192,6 +192,12 @@ def same() -> Callable[[list[TargetCapture], list[TargetCapture]], None]:
             assert (got.final is None) == (want.final is None)
             if want.final is not None:
                 torch.testing.assert_close(got.final, want.final, rtol=1e-4, atol=5e-5)
+            assert (got.next_tokens is None) == (want.next_tokens is None)
+            if want.next_tokens is not None:
+                assert torch.equal(got.next_tokens, want.next_tokens)
+            assert (got.logsumexp is None) == (want.logsumexp is None)
+            if want.logsumexp is not None:
+                torch.testing.assert_close(got.logsumexp, want.logsumexp, rtol=1e-4, atol=5e-5)
 
     return check
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from specforge_sglang.engine import SGLangEngine
 
-from specforge_core.errors import CaptureError, ConfigError
-from specforge_core.types import CaptureSpec, TargetCapture
+from specforge_core.errors import CaptureError, ConfigError, RunError
+from specforge_core.types import CaptureSpec, GenerateOptions, TargetCapture
 
 CPU = torch.device("cpu")
 SPEC = CaptureSpec(layers=(4, -1, 1), final="post_norm", fields={})
@@ -27,6 +27,46 @@ def right(capture: TargetCapture) -> bool:
     return states.keys() == base.keys() and all(
         torch.equal(state, (base[key] + column).expand(-1, 32)) for key, state in states.items()
     )
+
+
+def test_next_tokens_and_logsumexp_come_with_the_states(
+    shared: Any, target: Any, prompts: Any
+) -> None:
+    engine = SGLangEngine.load(target(shared()), CPU)
+    both = CaptureSpec(layers=(1,), fields={}, next_tokens=True, logsumexp=True)
+    head = CaptureSpec(layers=(), fields={}, logsumexp=True)
+    for capture in engine.capture(prompts(5, 40), both):
+        assert capture.next_tokens is not None
+        assert capture.logsumexp is not None
+        assert torch.equal(capture.next_tokens, capture.input_ids + 1)
+        assert torch.equal(capture.logsumexp, capture.input_ids / 2)
+    for capture in engine.capture(prompts(5, 40), head):
+        assert (capture.hidden_states, capture.final, capture.next_tokens) == ({}, None, None)
+        assert torch.equal(capture.logsumexp, capture.input_ids / 2)
+    engine.close()
+
+
+def test_next_tokens_beyond_the_vocabulary(shared: Any, target: Any, prompts: Any) -> None:
+    engine = SGLangEngine.load(target(shared(fault="next")), CPU)
+    spec = CaptureSpec(layers=(1,), fields={}, next_tokens=True)
+    with pytest.raises(CaptureError, match="next tokens beyond the target's vocabulary of 260"):
+        list(engine.capture(prompts(20), spec))
+    engine.close()
+
+
+def test_answers(start: Any, target: Any, prompts: Any) -> None:
+    """Those of a server that dies come from the other; a prompt that is refused is marked so."""
+    engine = SGLangEngine.load(target(start(), start(), max_requests=4), CPU)
+    asked = prompts(*[5] * 20, 501)
+    options = GenerateOptions(max_new_tokens=3)
+    found = {a.index: a for a in engine.generate(asked, options)}
+    last = [int(prompt.input_ids[-1]) for prompt in asked]
+    assert all(found[i].tokens == (last[i],) * 3 and not found[i].finished for i in range(20))
+    assert found[20].tokens == ()
+    assert "the input is longer than 500 tokens" in str(found[20].refused)
+    ended = list(engine.generate(asked[:1], GenerateOptions(max_new_tokens=3, eos=frozenset({9}))))
+    assert [(a.tokens, a.finished) for a in ended] == [((9,), True)]
+    engine.close()
 
 
 @pytest.mark.parametrize("way", [{}, {"handoff": "http", "receiver_host": "127.0.0.1"}])
@@ -99,7 +139,7 @@ def test_all_servers_gone_is_an_error_that_lists_them(
     servers = [start(), start(fault="dies", after=3)]
     engine = SGLangEngine.load(target(*servers, patience=0.5), CPU)
     servers[0].kill()
-    with pytest.raises(CaptureError, match="no SGLang server can be used") as caught:
+    with pytest.raises(RunError, match="no server of the target engine can be used") as caught:
         list(engine.capture(prompts(*[9] * 20), SPEC))
     assert all(s.url in str(caught.value) for s in servers)
     engine.close()
@@ -116,6 +156,7 @@ def test_a_server_may_be_down_at_the_start(start: Any, target: Any, prompts: Any
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
+        ("protocol", "protocol 3 instead of 2"),
         ("rows", r"prompt 1 \(request 1-\d+ at http.*tokens 19 instead of 20"),
         ("width", r"prompt 1 .*width 16 instead of 32.*Does the server run"),
         ("layers", r"prompt 1 .*num_layers 5 instead of 6"),

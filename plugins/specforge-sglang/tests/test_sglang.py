@@ -21,7 +21,7 @@ from specforge_core.errors import CaptureError
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.testing.toy import write_conversations
 from specforge_core.train.run import train
-from specforge_core.types import CaptureSpec, TargetCapture
+from specforge_core.types import CaptureSpec, GenerateOptions, TargetCapture
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.slow
@@ -83,6 +83,28 @@ def test_states_are_those_of_transformers(
     spec = CaptureSpec(layers=layers, final=final, fields={})
     asked = prompts(5, 37, 100, 1, 200, 37)
     same(list(engine.capture(asked, spec)), list(reference.capture(asked, spec)))
+
+
+@pytest.mark.parametrize("asked", [{"next_tokens"}, {"logsumexp"}, {"next_tokens", "logsumexp"}])
+def test_the_head_is_the_targets_own(
+    engine: SGLangEngine, reference: TransformersEngine, prompts: Any, same: Any, asked: set[str]
+) -> None:
+    """Also where a batch is longer than the rows that are worked on at a time."""
+    given = dict.fromkeys(asked, True)
+    spec = CaptureSpec(layers=(1,), final="post_norm", fields={}, **given)
+    asked_for = prompts(5, 37, 500, 1, 400)
+    same(list(engine.capture(asked_for, spec)), list(reference.capture(asked_for, spec)))
+
+
+def test_answers_are_those_of_transformers(
+    engine: SGLangEngine, reference: TransformersEngine, prompts: Any
+) -> None:
+    asked = prompts(5, 37, 100, 1)
+    options = GenerateOptions(max_new_tokens=16, eos=frozenset(range(0, 260, 13)))
+    key = lambda answer: answer.index  # noqa: E731
+    found = sorted(engine.generate(asked, options), key=key)
+    assert found == sorted(reference.generate(asked, options), key=key)
+    assert {len(answer.tokens) for answer in found} != {16}
 
 
 def test_a_prompt_captured_again_is_captured_in_full(

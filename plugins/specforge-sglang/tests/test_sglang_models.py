@@ -28,7 +28,9 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 260,
     "max_position_embeddings": 512,
 }
-SPEC = CaptureSpec(layers=(-1, 0, 2, 3), final="post_norm", fields={})
+SPEC = CaptureSpec(
+    layers=(-1, 0, 2, 3), final="post_norm", fields={}, next_tokens=True, logsumexp=True
+)
 
 
 def check(path: Path, python: str, prompts: Any, same: Any, **options: Any) -> None:
@@ -36,7 +38,7 @@ def check(path: Path, python: str, prompts: Any, same: Any, **options: Any) -> N
     asked = prompts(5, 40, 100)
     chosen = {"python": python, **options}
     made = SGLangEngine.load(
-        TargetConfig(path=str(path), engine="sglang", device="cpu", options=chosen)
+        TargetConfig(path=str(path), engine="sglang", device="cpu", options=chosen), CPU
     )
     try:
         found = list(made.capture(asked, SPEC))
