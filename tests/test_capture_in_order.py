@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from specforge_core.target.engine import TransformersEngine
 from specforge_core.capture.worker import capture_in_order
+
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.types import CaptureSpec, Field, Prompt, Sample, TargetCapture, TargetEngine
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from specforge_core.errors import PluginError
 from specforge_core.drafts.dialects import from_layer_inputs, layer_inputs, rope_fields
+from specforge_core.errors import PluginError
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from specforge_core.target.engine import load_target_info
 from specforge_core.config import RunConfig, validate
 from specforge_core.data.chat import load_tokenizer
 from specforge_core.errors import ConfigError, DataError, SpecForgeError
 from specforge_core.evaluate.report import EvalReport
 from specforge_core.evaluate.run import evaluate, first_turn, load_prompt_sets
 from specforge_core.strategy import Strategy
+from specforge_core.target.engine import load_target_info
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.toy import save_toy_target, write_conversations
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from specforge_core.errors import CheckpointError, PluginError
 from specforge_core.export import writer
+
 from specforge_core.drafts.export import read_export, write_export
+from specforge_core.errors import CheckpointError, PluginError
 from specforge_core.types import Export
 
 

@@ -11,10 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specforge_core.target.engine import TransformersEngine, load_target_info
-from specforge_core.target.taps import tap_states
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError, ConfigError
+from specforge_core.target.engine import TransformersEngine, load_target_info
+from specforge_core.target.taps import tap_states
 from specforge_core.types import CaptureSpec, Prompt
 
 SHAPE: dict[str, Any] = {

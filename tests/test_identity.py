@@ -8,13 +8,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from specforge_core.target.engine import load_target_info
 from specforge_core.capture.identity import capture_identity, check_identity, target_fingerprint
 from specforge_core.capture.manifest import CaptureIdentity
 from specforge_core.config import RunConfig, StrategyConfig, TargetConfig
 from specforge_core.data.chat import load_tokenizer
 from specforge_core.errors import CaptureError
 from specforge_core.strategy import Strategy
+from specforge_core.target.engine import load_target_info
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.toy import save_toy_target
 from specforge_core.types import CaptureSpec, Field

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from specforge_core.data.order import epoch_order
 from specforge_core.batches.prefetch import Prefetcher
+from specforge_core.data.order import epoch_order
 
 
 def test_items_come_in_order_and_end() -> None:

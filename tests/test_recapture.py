@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from specforge_core.target.engine import TransformersEngine
 from specforge_core.capture.recapture import Fresh, compare
 from specforge_core.config import TargetConfig
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.testing.toy import save_toy_target
 from specforge_core.types import CaptureSpec, Prompt, Sample, TargetCapture
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from specforge_core.drafts.restore import export_checkpoint, restore
 
 from specforge_core.config import load_config
 from specforge_core.errors import CheckpointError, PluginError
-from specforge_core.drafts.restore import export_checkpoint, restore
 from specforge_core.testing.toy import write_conversations
 from specforge_core.train import checkpoint
 from specforge_core.train.run import train

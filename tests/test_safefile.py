@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specforge_core.tensorfile import CODES, OpenFile, read_header, read_into, write_file
 from specforge_core.errors import CaptureError
+from specforge_core.tensorfile import CODES, OpenFile, read_header, read_into, write_file
 
 
 @pytest.mark.parametrize("dtype", CODES, ids=str)

@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-
 from specforge_core.capture.worker import run_capture
+
 from specforge_core.errors import CheckpointError, ConfigError, DataError, RunError
 from specforge_core.testing.runs import lines, load, losses
 from specforge_core.train import checkpoint

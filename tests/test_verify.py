@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
+from specforge_core.capture.worker import run_capture
 
-from specforge_core.target.engine import load_target_info
 from specforge_core.capture.identity import target_fingerprint
 from specforge_core.capture.manifest import CaptureManifest, Shard
 from specforge_core.capture.verify import verify_directory
-from specforge_core.capture.worker import run_capture
 from specforge_core.config import load_config
 from specforge_core.data.chat import load_tokenizer, template_fingerprint
 from specforge_core.errors import CaptureError
+from specforge_core.target.engine import load_target_info
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.toy import save_toy_target, write_conversations
 

@@ -9,10 +9,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from specforge_core.target.engine import TransformersEngine, load_target_info
-from specforge_core.target.weights import embedding_scale, load_target_tensors
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
+from specforge_core.target.engine import TransformersEngine, load_target_info
+from specforge_core.target.weights import embedding_scale, load_target_tensors
 from specforge_core.types import CaptureSpec, Prompt, TargetInfo
 
 SHAPE: dict[str, Any] = {

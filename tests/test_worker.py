@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from specforge_core.capture.worker import run_capture
 
-from specforge_core.target.engine import TransformersEngine
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.store import ShardReader, read_token_counts
-from specforge_core.capture.worker import run_capture
 from specforge_core.config import RunConfig, load_config
 from specforge_core.data.chat import load_tokenizer
 from specforge_core.data.order import epoch_order
 from specforge_core.data.prompts import PromptSet, load_prompts
 from specforge_core.errors import CaptureError, ConfigError
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import cli
 from specforge_core.testing.toy import write_conversations

@@ -45,7 +45,8 @@ def test_an_export_with_files_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "a/b", "/etc/x", ".hidden", "", "config.json", "provenance.json", "model.safetensors"]
+    "name",
+    ["../x", "a/b", "/etc/x", ".hidden", "", "config.json", "provenance.json", "model.safetensors"],
 )
 def test_files_stay_in_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(PluginError, match="a plain name"):

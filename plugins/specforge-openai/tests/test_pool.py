@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 
 import pytest
+from specforge_openai.completions import Client
 from specforge_openai.http_json import ServerDown
 from specforge_openai.pool import Pool, Server, each
-from specforge_openai.completions import Client
 
 from specforge_core.errors import CaptureError, RunError
 

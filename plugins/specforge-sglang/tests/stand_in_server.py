@@ -67,7 +67,12 @@ class Server(BaseHTTPRequestHandler):
         assert ask is not None
         count = SIZES["num_layers"] - (fault == "layers")
         protocol = PROTOCOL + (fault == "protocol")
-        header = {"protocol": protocol, "name": ask.name, "layers": list(ask.layers), "final": ask.final}
+        header = {
+            "protocol": protocol,
+            "name": ask.name,
+            "layers": list(ask.layers),
+            "final": ask.final,
+        }
         header |= {"num_layers": count}
         if fault == "refuses":
             pieces = pack_error(header, "the model has no layer setter")

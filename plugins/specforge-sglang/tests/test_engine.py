@@ -248,7 +248,10 @@ def test_a_capture_that_is_given_up_leaves_nothing(
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (CaptureSpec(layers=(6,), final="none", fields={}), r"layers \[6\] are not in the target: .* 0 to 5"),
+        (
+            CaptureSpec(layers=(6,), final="none", fields={}),
+            r"layers \[6\] are not in the target: .* 0 to 5",
+        ),
         (CaptureSpec(layers=(), final="none", fields={}), "no states at all"),
     ],
 )

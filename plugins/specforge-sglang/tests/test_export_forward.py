@@ -138,7 +138,8 @@ def prefix(target: TargetConfig) -> TargetCapture:
     ids = torch.tensor(IDS)
     engine = TransformersEngine.load(target, CPU)
     (found,) = engine.capture(
-        [Prompt(index=0, input_ids=ids, loss_mask=torch.ones_like(ids))], CaptureSpec(layers=tuple(range(6)), final="none", fields={})
+        [Prompt(index=0, input_ids=ids, loss_mask=torch.ones_like(ids))],
+        CaptureSpec(layers=tuple(range(6)), final="none", fields={}),
     )
     engine.close()
     return found
@@ -164,7 +165,9 @@ def eagle3_reference(draft: Any, proposer: Any, prefix: TargetCapture) -> Tensor
         logits = model.lm_head(states)
     fed = left[0][1 if model.shape.norm_output else 0]
     proposer.start(prefix)
-    tokens = proposer.propose(LAST, STEPS, Sampling(temperature=0.0, generator=torch.Generator())).tokens
+    tokens = proposer.propose(
+        LAST, STEPS, Sampling(temperature=0.0, generator=torch.Generator())
+    ).tokens
     proposer.start(prefix)
     chain = proposer.chain_logits(LAST, tokens[:-1].tolist())
     return {"features": features, "logits": logits, "fed": fed, "tokens": tokens, "chain": chain}

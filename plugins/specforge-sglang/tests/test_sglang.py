@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from specforge_core.capture.job import run_capture
 from specforge_sglang.engine import SGLangEngine
 
+from specforge_core.capture.job import run_capture
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.verify import verify_directory
 from specforge_core.config import TargetConfig
-from specforge_core.load import load_config
 from specforge_core.errors import CaptureError
+from specforge_core.load import load_config
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.testing.toy import write_conversations
 from specforge_core.train.run import train

@@ -53,7 +53,9 @@ def test_a_child_that_is_killed_is_an_error_with_its_last_words(
     options = {"python": oldest_sglang_python, "directory": str(root)}
     config = TargetConfig(path=str(toy_target), engine="sglang", device="cpu", options=options)
     engine = SGLangEngine.load(config, CPU)
-    source = engine.capture(prompts(*[50] * 400), CaptureSpec(layers=(1, 2), final="post_norm", fields={}))
+    source = engine.capture(
+        prompts(*[50] * 400), CaptureSpec(layers=(1, 2), final="post_norm", fields={})
+    )
     next(source)
     (url,) = (server.client.url for server in engine.pool.servers)
     pid = serving(int(url.rsplit(":", 1)[1]))
