@@ -114,10 +114,10 @@ def config(section: str | None) -> None:
 @overrides_argument
 def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
     """Let the target answer prompts itself; resumes."""
-    run, _ = load_run(config, overrides)
+    run, strategy = load_run(config, overrides)
     from .data.regenerate import regenerate as run_regenerate
 
-    report = run_regenerate(run, output)
+    report = run_regenerate(run, strategy, output)
     click.echo(str(report))
 
 

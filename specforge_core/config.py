@@ -21,13 +21,6 @@ def _expand(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def _base_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
-    for url in urls:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{url!r} is no address of a server, such as http://127.0.0.1:30000")
-    return tuple(url.rstrip("/").removesuffix("/v1") for url in urls)
-
-
 class Section(BaseModel):
     """Base of every section: no unknown keys, no changes after validation."""
 
@@ -154,15 +147,24 @@ class RegenerateConfig(Section):
     """How the target answers prompts itself."""
 
     prompts: tuple[Path, ...] = Field((), description="JSONL files of prompts.")
-    urls: Annotated[tuple[str, ...], AfterValidator(_base_urls)] = Field(
-        (), description="Servers with OpenAI's /v1/completions to ask; none: in this process."
-    )
     batch_size: int = Field(16, gt=0, description="Answers at once, over all servers.")
     max_new_tokens: int = Field(512, gt=0)
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     keep_unfinished: bool = Field(False, description="Keep answers cut off by max_new_tokens.")
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _urls_moved(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "urls" in raw:
+            urls = ",".join(map(str, raw["urls"] or ())) if isinstance(raw["urls"], list) else ""
+            raise ValueError(
+                "urls is not a key any more: servers are an engine, which specforge-openai brings. "
+                "Take it out, and for servers try: target.engine=openai "
+                f"target.options.urls=[{urls or 'http://HOST:PORT'}]"
+            )
+        return raw
 
 
 class RunConfig(Section):

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
+from ..devices import pick_device
 from ..errors import DataError
 from ..progress import track
-from .chat import chat_template, encode_prompt, load_tokenizer
-from .generate import Generator
+from ..strategy import Strategy
+from ..target.tokenizer import chat_template, load_tokenizer
+from .chat import encode_prompt
 from .journal import Journal
 from .respond import Answerer, Task
-from .servers import Servers
-from .sources import Conversation, Message, nothing_left, scan
+from .sources import Conversation, Message, Rows, nothing_left, scan
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +49,18 @@ class RegenerateReport:
         )
 
 
-def regenerate(run: RunConfig, output: Path) -> RegenerateReport:
+def regenerate(run: RunConfig, strategy: Strategy, output: Path) -> RegenerateReport:
     """Answer the user turns of `regenerate.prompts` and append the conversations to `output`.
 
     A row is {"id", "messages", the prompt row's other fields, "model", "sampling"}.
-    Calling it again goes on where it stopped; prompts whose first answer was not
-    kept are remembered in `output`.dropped.  Raises DataError for bad prompts, and
-    for an output of another model or sampling; what was written stays.
+    Calling it again goes on where it stopped, and draws as one run would have; prompts
+    whose first answer was not kept are remembered in `output`.dropped.  Raises DataError
+    for bad prompts, and for an output of another model or sampling, and what the engine
+    raises; what was written stays.
     """
     start = time.perf_counter()
     tokenizer = load_tokenizer(run.target)
-    tasks, num_skipped = read_tasks(run, tokenizer)
+    tasks, num_skipped = read_tasks(run, tokenizer, strategy.conversations)
     origin = _origin(run)
     told = Counter[str]()
     written = num_tokens = 0
@@ -65,34 +68,40 @@ def regenerate(run: RunConfig, output: Path) -> RegenerateReport:
         Journal(output) as answers,
         Journal(output.with_name(output.name + ".dropped")) as refused,
         track("answering prompts", len(tasks)) as progress,
+        ExitStack() as stack,
     ):
         done = _ids(answers, origin)
         if done:
             done |= _ids(refused, origin)
         else:
             refused.clear()  # of an output that was taken away
-        progress.skip(before := sum(task.id in done for task in tasks))
-        if before < len(tasks):
-            answerer: Answerer = (Servers if run.regenerate.urls else Generator)(run, tokenizer)
-            for finished in answerer.answer(tasks, done):
-                chats = [chat for chat in finished if chat.task.id not in done]
-                kept = [chat for chat in chats if chat.messages]
-                lost = [chat for chat in chats if not chat.messages]
-                answers.append(
-                    {"id": c.task.id, "messages": c.messages, **c.task.metadata, **origin}
-                    for c in kept
-                )
-                refused.append({"id": c.task.id, "reason": c.dropped, **origin} for c in lost)
-                told.update(str(chat.dropped) for chat in lost)
-                written, num_tokens = written + len(kept), answerer.num_tokens
-                progress.advance(len(chats), f"{num_tokens / answerer.seconds:.1f} tokens/s")
+        left = [task for task in tasks if task.id not in done]
+        progress.skip(before := len(tasks) - len(left))
+        if left:
+            device = pick_device(run.target.device, "target.device")
+            engine = strategy.target_engine(run.target, device)
+            stack.callback(engine.close)
+            answerer = Answerer(run, tokenizer, engine)
+            for chat in stack.enter_context(closing(answerer.answer(left))):
+                task = chat.task
+                if chat.messages:
+                    row = {"id": task.id, "messages": chat.messages, **task.metadata, **origin}
+                    answers.append([row])
+                    written += 1
+                else:
+                    refused.append([{"id": task.id, "reason": chat.dropped, **origin}])
+                    told[str(chat.dropped)] += 1
+                num_tokens = answerer.num_tokens
+                progress.advance(note=f"{num_tokens / (answerer.seconds or 1):.1f} tokens/s")
     seconds = time.perf_counter() - start
     return RegenerateReport(
         output, len(tasks), written, before, told, num_skipped, num_tokens, seconds
     )
 
 
-def read_tasks(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], int]:
+def read_tasks(
+    run: RunConfig, tokenizer: PreTrainedTokenizerBase, source_rows: Rows
+) -> tuple[list[Task], int]:
     """Read all prompts, and count the bad lines skipped."""
     chat_template(tokenizer)
     tasks: dict[str, Task] = {}
@@ -101,9 +110,9 @@ def read_tasks(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     files = run.regenerate.prompts
     if not files:
         raise DataError("regenerate.prompts names no file. Try: regenerate.prompts=[PROMPTS.jsonl]")
-    for found in scan(files, run.data, source_rows, need_answer=False):
+    for found in scan(map(str, files), run.data, source_rows, need_answer=False):
         try:
-            task = _task(found, run, tokenizer)
+            task = _task(found, run, tokenizer, len(tasks))
         except DataError as exc:
             if run.data.on_error == "raise":
                 raise
@@ -123,7 +132,7 @@ def read_tasks(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list
 
 
 def _task(
-    found: Conversation | DataError, run: RunConfig, tokenizer: PreTrainedTokenizerBase
+    found: Conversation | DataError, run: RunConfig, tokenizer: PreTrainedTokenizerBase, place: int
 ) -> Task:
     if isinstance(found, DataError):
         raise found
@@ -145,7 +154,14 @@ def _task(
         length = len(encode_prompt(tokenizer, turns[0], run.data.chat_template_kwargs))
     except DataError as exc:
         raise DataError(f"{found.where}: {exc}") from exc
-    return Task(str(found.row.get("id", found.where)), found.where, tuple(turns), metadata, length)
+    return Task(
+        id=str(found.row.get("id", found.where)),
+        where=found.where,
+        place=place,
+        turns=tuple(turns),
+        metadata=metadata,
+        length=length,
+    )
 
 
 def _origin(run: RunConfig) -> dict[str, Any]:
@@ -153,7 +169,7 @@ def _origin(run: RunConfig) -> dict[str, Any]:
     target = run.target
     name = Path(target.path).resolve().name if Path(target.path).is_dir() else target.path
     sampling = {
-        **run.regenerate.model_dump(exclude={"prompts", "batch_size", "urls"}),
+        **run.regenerate.model_dump(exclude={"prompts", "batch_size"}),
         "chat_template_kwargs": run.data.chat_template_kwargs,
         "dtype": target.dtype,
     }

@@ -1,26 +1,34 @@
-"""A conversation being answered turn by turn, whoever writes the answers."""
+"""Conversations being answered turn by turn, whichever engine runs the target."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+import hashlib
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..config import RunConfig
-from ..errors import DataError
+from ..config import RunConfig, TargetConfig
+from ..errors import CaptureError, DataError
+from ..target.asked import max_positions
+from ..types import Generated, GenerateOptions, Prompt, TargetEngine, TargetInfo
 from .chat import encode_prompt
 from .prompts import check_ids
 from .sources import Message
 
+BATCHES = 16  # asked for together: a conversation is in the file once its own turns are answered
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One conversation to answer."""
 
     id: str
     where: str
+    place: int  # among all tasks, done or not: with the turn and the seed it decides the draws
     turns: tuple[tuple[Message, ...], ...]  # each ends in a user's message
     metadata: Mapping[str, Any]
     length: int  # of the first prompt, in tokens
@@ -33,19 +41,15 @@ class Chat:
     task: Task
     messages: list[Message] = field(default_factory=list)  # up to the last answer kept
     dropped: str | None = None  # why the next answer is not kept
-
-
-class Answerer(Protocol):
-    """What writes the answers: the target in this process, or servers."""
+    answered: int = 0  # turns
 
     @property
-    def num_tokens(self) -> int: ...  # in the answers so far
-    @property
-    def seconds(self) -> float: ...  # spent on them
+    def finished(self) -> bool:
+        return self.dropped is not None or self.answered == len(self.task.turns)
 
-    def answer(self, tasks: Sequence[Task], done: Set[str]) -> Iterator[list[Chat]]:
-        """Yield chats as they are finished, some at a time; those in `done` may be among them."""
-        ...
+    def asked(self) -> list[Message]:
+        """Return what the next answer follows."""
+        return [*self.messages, *self.task.turns[self.answered]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +58,26 @@ class Rules:
 
     run: RunConfig
     tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
-    positions: int | None  # prompt and answer together
+    info: TargetInfo
+    ends: frozenset[int]  # the tokens that end an answer
 
-    def prompt(self, chat: Chat, messages: Sequence[Message]) -> list[int] | None:
+    def prompt(self, chat: Chat) -> Prompt | None:
         """Tokenize what the target reads next; None, and the reason noted, where it cannot."""
         data = self.run.data
-        limit = min(data.max_length, self.positions or data.max_length)
+        limit = min(data.max_length, max_positions(self.info) or data.max_length)
         try:
-            ids = encode_prompt(self.tokenizer, messages, data.chat_template_kwargs)
+            ids = encode_prompt(self.tokenizer, chat.asked(), data.chat_template_kwargs)
         except DataError as exc:
             if data.on_error == "raise":
                 raise DataError(f"{chat.task.where}: {exc}") from exc
             chat.dropped = "refused by the chat template"
             return None
-        check_ids(ids, self.vocab_size, chat.task.where)
+        check_ids(ids, self.info.vocab_size, chat.task.where)
         if len(ids) < limit:
-            return ids
+            tokens = torch.tensor(ids)
+            return Prompt(
+                index=chat.task.place, input_ids=tokens, loss_mask=torch.zeros_like(tokens)
+            )
         if data.too_long == "raise":
             raise DataError(
                 f"{chat.task.where}: a prompt of {len(ids)} tokens leaves no room for an answer "
@@ -79,22 +86,125 @@ class Rules:
         chat.dropped = "too long"
         return None
 
-    def room(self, length: int) -> int:
-        """Return how many tokens may be written after a prompt of `length` tokens."""
-        most = self.run.regenerate.max_new_tokens
-        return most if self.positions is None else min(most, self.positions - length)
-
-    def keep(self, chat: Chat, messages: Sequence[Message], text: str, finished: bool) -> None:
+    def keep(self, chat: Chat, prompt: Prompt, answer: Generated) -> None:
         """Add an answer to the conversation, or note why it ends before it."""
-        if not finished and not self.run.regenerate.keep_unfinished:
+        if answer.refused is not None:
+            if self.run.data.on_error == "raise":
+                raise DataError(
+                    f"{chat.task.where}: target.engine={self.run.target.engine} refuses the prompt "
+                    f"of {len(prompt.input_ids)} tokens ({answer.refused}). Shorten it "
+                    "(data.max_length), or set data.on_error=skip"
+                )
+            chat.dropped = "refused by the engine"
+            return
+        tokens = answer.tokens
+        if tokens and answer.finished and tokens[-1] in self.ends:
+            tokens = tokens[:-1]
+        text = str(self.tokenizer.decode(list(tokens)))
+        if not answer.finished and not self.run.regenerate.keep_unfinished:
             chat.dropped = "unfinished"
         elif not text.strip():
             chat.dropped = "empty"
         else:
-            chat.messages = [*messages, {"role": "assistant", "content": text}]
+            chat.messages = [*chat.asked(), {"role": "assistant", "content": text}]
+            chat.answered += 1
 
 
-def end_tokens(named: int | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: those the target names, and its tokenizer's."""
+class Answerer:
+    """Asks a target engine for the answers, one turn of many conversations at a time."""
+
+    def __init__(
+        self, run: RunConfig, tokenizer: PreTrainedTokenizerBase, engine: TargetEngine
+    ) -> None:
+        self._settings, self._engine = run.regenerate, engine
+        ends = end_tokens(run.target, engine.info, tokenizer)
+        self._rules = Rules(run, tokenizer, engine.info, ends)
+        self._started: float | None = None
+        self.num_tokens = 0  # in the answers so far
+
+    @property
+    def seconds(self) -> float:
+        """Since the first question."""
+        return time.perf_counter() - self._started if self._started is not None else 0.0
+
+    def answer(self, tasks: Sequence[Task]) -> Generator[Chat]:
+        """Yield each conversation as soon as it is finished, those with long prompts first.
+
+        What does not fit in memory shows early then, and prompts of like lengths are asked
+        together.  A conversation is finished by its last answer, or the first that is not kept.
+        """
+        ordered = sorted(tasks, key=lambda task: -task.length)
+        size = BATCHES * self._settings.batch_size
+        for start in range(0, len(ordered), size):
+            going = [Chat(task) for task in ordered[start : start + size]]
+            turn = 0
+            while going:
+                left = []
+                for chat in self._turn(going, turn):
+                    if chat.finished:
+                        yield chat
+                    else:
+                        left.append(chat)
+                going, turn = left, turn + 1
+
+    def _turn(self, chats: Sequence[Chat], turn: int) -> Iterator[Chat]:
+        """Answer one turn of each; yield all, in the order in which they come back."""
+        asked: dict[int, tuple[Chat, Prompt]] = {}
+        for chat in chats:
+            prompt = self._rules.prompt(chat)
+            if prompt is None:
+                yield chat
+            else:
+                asked[prompt.index] = chat, prompt
+        if not asked:
+            return
+        self._started = self._started or time.perf_counter()
+        prompts = [prompt for _, prompt in asked.values()]
+        for answer in self._engine.generate(prompts, self._options(turn)):
+            found = asked.pop(answer.index, None)
+            if found is None:
+                raise CaptureError(
+                    f"the target engine answered prompt {answer.index}, which it was not asked, or "
+                    "twice. Try: target.engine=transformers"
+                )
+            self.num_tokens += len(answer.tokens)
+            self._rules.keep(*found, answer)
+            yield found[0]
+        if asked:
+            where = next(iter(asked.values()))[0].task.where
+            raise CaptureError(
+                f"the target engine did not answer {where} and {len(asked) - 1} more. "
+                "Try: target.engine=transformers"
+            )
+
+    def _options(self, turn: int) -> GenerateOptions:
+        settings = self._settings
+        return GenerateOptions(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=turn_seed(settings.seed, turn),
+            eos=self._rules.ends,
+            batch_size=settings.batch_size,
+        )
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """Return the seed of a turn's draws: the run's own for the first, others for later ones."""
+    if turn == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{turn}".encode()).digest()[:4], "big")
+
+
+def end_tokens(
+    target: TargetConfig, info: TargetInfo, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """Return the tokens that end an answer: those the target's files name, and its tokenizer's."""
+    try:
+        named = GenerationConfig.from_pretrained(
+            target.path, revision=info.revision or target.revision or "main"
+        ).eos_token_id
+    except OSError:  # there is no such file
+        named = info.config.get("eos_token_id")
     ends = {named} if isinstance(named, int) or named is None else set(named)
-    return sorted({*ends, tokenizer.eos_token_id} - {None})
+    return frozenset({*ends, tokenizer.eos_token_id} - {None})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -27,6 +28,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "provenance.json"
 SHARD_BYTES = 5_000_000_000
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PACKAGES = ("specforge-core", "torch", "transformers", "safetensors")
 
 
@@ -41,24 +43,34 @@ def write_export(
     """Write an export as a new directory.
 
     `provenance` says where the draft comes from: strategy, target, revision,
-    layers, fingerprints; the versions of the packages are added.  An existing
+    layers, fingerprints; the versions of the packages are added, and what serving
+    engines and the doctor have to know: `serve`, `causes`, `base`, and the names of
+    the other `files`.  An existing
     directory is replaced only with `force`, and only when all of its files are an
     export's.  Raises CheckpointError when the directory is taken or cannot be
     written, PluginError when what the strategy returned cannot be saved.
     """
     directory = directory.resolve()
     check_place(directory, force=force)
+    _check_names(export.files)
     weights = _plain(export.weights)
-    texts = {
-        CONFIG: _json(export.config, CONFIG),
-        PROVENANCE: _json({**provenance, "packages": _versions()}, PROVENANCE),
+    told = {
+        "serve": {engine: dict(flags) for engine, flags in export.serve.items()},
+        "causes": dict(export.causes),
+        "base": export.base,
+        "files": sorted(export.files),
+    }
+    files = {
+        **export.files,
+        CONFIG: _json(export.config, CONFIG).encode(),
+        PROVENANCE: _json({**provenance, **told, "packages": _versions()}, PROVENANCE).encode(),
     }
     beside = directory.with_name(f".{directory.name}.tmp")
     try:
         shutil.rmtree(beside, ignore_errors=True)  # left by a killed export
         beside.mkdir(parents=True)
-        for name, text in texts.items():
-            write_file(beside / name, text.encode())
+        for name, data in files.items():
+            write_file(beside / name, data)
         _write_weights(weights, beside, shard_bytes)
         _put(beside, directory)
     except (OSError, SafetensorError) as exc:
@@ -75,7 +87,8 @@ def check_place(directory: Path, *, force: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file. Choose another place with -o")
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    strange = sorted(name for name in names if not _is_ours(name))
+    own = _own_files(directory) if PROVENANCE in names else set()
+    strange = sorted(name for name in names if not _is_ours(name) and name not in own)
     if strange or (names and PROVENANCE not in names):
         found = strange[0] if strange else f"no {PROVENANCE}"
         raise CheckpointError(
@@ -113,6 +126,20 @@ def read_export(directory: Path) -> Export:
             f"never read. Convert it to {WEIGHTS} first"
         )
     return Export(config=config, weights=_read_weights(directory / WEIGHTS))
+
+
+def read_serve(directory: Path, engine: str) -> dict[str, Any] | None:
+    """Return the options that an engine needs to serve an export; None where it names none.
+
+    Raises CheckpointError when its provenance.json is missing or damaged.
+    """
+    serve = _read_json(directory, PROVENANCE).get("serve") or {}
+    flags = serve.get(engine) if isinstance(serve, dict) else None
+    if flags is not None and not isinstance(flags, dict):
+        raise CheckpointError(
+            f"{directory / PROVENANCE} has no options under serve.{engine}. Export again"
+        )
+    return flags
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,6 +210,22 @@ def _put(beside: Path, directory: Path) -> None:
         old.rename(directory)
         raise
     shutil.rmtree(old)
+
+
+def _check_names(files: Mapping[str, bytes]) -> None:
+    """Raise PluginError for a file that is not beside the others, or is one of them."""
+    for name in files:
+        if not PLAIN_NAME.fullmatch(name) or _is_ours(name):
+            raise PluginError(
+                f"the strategy's export has a file called {name!r}: a plain name that is none of "
+                f"{CONFIG}, {WEIGHTS}, {PROVENANCE} is needed. Its specforge_export is wrong"
+            )
+
+
+def _own_files(directory: Path) -> set[str]:
+    """Return the names of an export's other files."""
+    found = _read_json(directory, PROVENANCE).get("files", [])
+    return {str(name) for name in found} if isinstance(found, list) else set()
 
 
 def _is_ours(name: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..errors import CaptureError
-from ..types import Prompt
+from ..types import GenerateOptions, Prompt, TargetInfo
 
 
 def check_layers(layers: Iterable[int], num_layers: int) -> None:
@@ -39,3 +39,25 @@ def finite_advice(dtype: torch.dtype) -> str:
         "No dtype is wider: the target's weights, or what it was given, are bad. Try another "
         "target.revision or target.path; for captures there are: specforge verify CAPTURE_DIR"
     )
+
+
+def max_positions(info: TargetInfo) -> int | None:
+    """Return the tokens that prompt and answer may have together, where the target has a limit."""
+    found = info.config.get("max_position_embeddings")
+    return int(found) if found else None
+
+
+def answer_room(info: TargetInfo, length: int, options: GenerateOptions) -> int:
+    """Return how many tokens may be written after a prompt of `length` tokens.
+
+    Raises CaptureError where there is no room for one.
+    """
+    limit = max_positions(info)
+    if limit is None:
+        return options.max_new_tokens
+    if length >= limit:
+        raise CaptureError(
+            f"a prompt of {length} tokens leaves no room for an answer: the target takes {limit}. "
+            f"Try: data.max_length={limit}"
+        )
+    return min(options.max_new_tokens, limit - length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..config import TargetConfig
 from ..cpu import pick_target_dtype
 from ..errors import CaptureError, ConfigError
 from ..types import CaptureSpec, Generated, GenerateOptions, Prompt, TargetCapture, TargetInfo
-from .asked import check_prompts, finite_advice
+from .asked import answer_room, check_prompts, finite_advice
 from .batching import group_by_length
 from .generate import answer_batch
 from .head import Head
@@ -107,13 +108,19 @@ class TransformersEngine:
     def generate(self, prompts: Sequence[Prompt], options: GenerateOptions) -> Iterator[Generated]:
         """Answer every prompt, `batch_size` of like lengths at a time, the longest first.
 
-        A prompt's draws depend on its index and the seed alone, not on its batch.
+        A prompt's draws depend on its index and the seed alone, not on its batch.  Answers end
+        where the target's positions do.
         """
         check_prompts(prompts, self.info.vocab_size)
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
-        for start in range(0, len(order), options.batch_size):
-            chosen = [prompts[i] for i in order[start : start + options.batch_size]]
-            yield from answer_batch(self.model, chosen, options)
+        groups: dict[int, list[Prompt]] = {}  # by the tokens there is room for
+        for prompt in sorted(prompts, key=lambda prompt: -len(prompt.input_ids)):
+            room = answer_room(self.info, len(prompt.input_ids), options)
+            groups.setdefault(room, []).append(prompt)
+        for room, group in groups.items():
+            bounded = replace(options, max_new_tokens=room)
+            for start in range(0, len(group), options.batch_size):
+                chosen = group[start : start + options.batch_size]
+                yield from answer_batch(self.model, chosen, bounded)
 
     def close(self) -> None:
         """Drop the model, so that its memory can be used again."""

@@ -79,7 +79,7 @@ class TargetCapture:
 class GenerateOptions:
     """How answers are drawn.  Temperature 0 is greedy."""
 
-    max_new_tokens: int
+    max_new_tokens: int  # fewer where the target's positions end
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0  # with a prompt's index it decides that prompt's draws

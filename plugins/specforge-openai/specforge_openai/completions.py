@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..config import TargetConfig
-from ..errors import ConfigError
-from ..http_json import Refused, ServerDown, request_json
-from .chat import PROBE
+from specforge_core.config import TargetConfig
+from specforge_core.errors import ConfigError
+from specforge_core.target.tokenizer import PROBE
 
-TIMEOUT = 1800.0  # seconds for one answer: long ones, behind a server's queue
+from .http_json import Refused, ServerDown, request_json
+from .options import api_key
+
 QUICK = 20.0  # seconds for an answer that needs no queue
 FIRST = 300.0  # seconds for a first answer: a server that just started compiles its kernels
 
@@ -26,7 +26,8 @@ class Completion:
 
     text: str
     finish_reason: str  # "stop" or "length"
-    num_tokens: int
+    tokens: tuple[int, ...] | None  # where the server gives them
+    end: int | None  # the token that ended it, where the server names one
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Client:
     """Requests to one server.  Safe to use from several threads at once."""
 
     url: str
+    timeout: float  # seconds for one answer: long ones, behind a server's queue
 
     def served(self) -> Served:
         """Return the server's first model."""
@@ -55,22 +57,23 @@ class Client:
         except (LookupError, TypeError, AttributeError, ValueError) as exc:
             raise Refused(f"its /v1/models names no model: {str(answer)[:200]}") from exc
 
-    def complete(self, body: Mapping[str, Any], timeout: float = TIMEOUT) -> Completion:
+    def complete(self, body: Mapping[str, Any], timeout: float | None = None) -> Completion:
         """Return what continues `body["prompt"]`."""
-        answer = self._request("/v1/completions", body, timeout)
+        answer = self._request("/v1/completions", body, timeout or self.timeout)
         try:
             (choice,) = answer["choices"]
             text, reason = choice["text"], choice["finish_reason"]
-            count = int((answer.get("usage") or {}).get("completion_tokens") or 0)
+            ids = choice.get("token_ids")  # vLLM's
+            tokens = None if ids is None else tuple(int(token) for token in ids)
+            end = choice.get("stop_reason", choice.get("matched_stop"))  # vLLM's, SGLang's
         except (LookupError, TypeError, AttributeError, ValueError) as exc:
             raise ServerDown(f"no completion: {str(answer)[:200]}") from exc
         if not isinstance(text, str) or reason not in ("stop", "length"):
             raise ServerDown(f"an answer that ended with {reason!r}, not with stop or length")
-        return Completion(text, reason, count)
+        return Completion(text, reason, tokens, end if isinstance(end, int) else None)
 
     def _request(self, path: str, body: Mapping[str, Any] | None, timeout: float) -> Any:
-        key = os.environ.get("SPECFORGE_API_KEY")
-        return request_json(self.url, path, body, timeout=timeout, api_key=key)
+        return request_json(self.url, path, body, timeout=timeout, api_key=api_key())
 
 
 def check_server(
@@ -85,7 +88,7 @@ def check_server(
     except Refused as exc:
         raise ConfigError(
             f"{client.url} does not speak OpenAI's API ({exc}). "
-            "Try: regenerate.urls=[http://HOST:PORT]"
+            "Try: target.options.urls=[http://HOST:PORT]"
         ) from exc
     if model_name(target.path) not in map(model_name, served.names):
         raise ConfigError(
@@ -101,7 +104,7 @@ def check_server(
         raise ConfigError(
             f"{client.url} refuses a prompt of token ids ({exc}), so it would not read what the "
             "target's chat template writes. Start a server whose /v1/completions takes them, "
-            "or answer in this process: regenerate.urls=[]"
+            "or answer in this process: target.engine=transformers target.options={}"
         ) from exc
     if not _same_start(text, str(tokenizer.decode(ids))):
         raise ConfigError(

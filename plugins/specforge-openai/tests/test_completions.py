@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from specforge_openai.completions import Client, check_server, model_name
+from specforge_openai.http_json import Refused, ServerDown
 
 from specforge_core.config import TargetConfig
-from specforge_core.data.completions import Client, check_server, model_name
 from specforge_core.errors import ConfigError
-from specforge_core.http_json import Refused, ServerDown
 from specforge_core.testing.toy import toy_tokenizer
 
 BODY = {"prompt": [72, 105], "max_tokens": 4}
@@ -22,20 +22,28 @@ def server(completions_server: Any) -> Any:
 
 def refusal(server: Any, target: Path) -> str:
     with pytest.raises(ConfigError) as error:
-        check_server(Client(server.url), TargetConfig(path=str(target)), toy_tokenizer())
+        check_server(Client(server.url, 60.0), TargetConfig(path=str(target)), toy_tokenizer())
     return str(error.value)
 
 
 def test_answer(server: Any) -> None:
-    answer = Client(server.url).complete(BODY)
-    assert (answer.text, answer.finish_reason, answer.num_tokens) == ("2 tokens", "stop", 2)
+    answer = Client(server.url, 60.0).complete(BODY)
+    assert (answer.text, answer.finish_reason) == ("2 tokens", "stop")
+    assert (answer.tokens, answer.end) == (None, None)
     assert server.bodies == [BODY]
     assert "Authorization" not in server.headers
 
 
+@pytest.mark.parametrize("name", ["stop_reason", "matched_stop"])
+def test_tokens_and_the_one_that_ended_it(server: Any, name: str) -> None:
+    server.answer = lambda body: server.said("a", token_ids=[65, 7], **{name: 7})
+    answer = Client(server.url, 60.0).complete(BODY)
+    assert (answer.tokens, answer.end) == ((65, 7), 7)
+
+
 def test_key_is_sent(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECFORGE_API_KEY", "a-key")
-    Client(server.url).complete(BODY)
+    Client(server.url, 60.0).complete(BODY)
     assert server.headers["Authorization"] == "Bearer a-key"
 
 
@@ -56,7 +64,7 @@ def test_key_is_sent(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_answers_that_are_none(server: Any, answer: Any, kind: Any, message: str) -> None:
     server.answer = lambda body: answer
     with pytest.raises(kind) as error:
-        Client(server.url).complete(BODY)
+        Client(server.url, 60.0).complete(BODY)
     assert message in str(error.value)
 
 
@@ -65,13 +73,13 @@ def test_no_server() -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(ServerDown, match="ConnectionRefusedError"):
-            Client(url).served()
+            Client(url, 60.0).served()
 
 
 def test_the_target_is_served(server: Any, toy_target: Path) -> None:
     server.model = {"id": "alias", "root": f"/elsewhere/{toy_target.name.upper()}"}
     target = TargetConfig(path=str(toy_target))
-    served = check_server(Client(server.url), target, toy_tokenizer())
+    served = check_server(Client(server.url, 60.0), target, toy_tokenizer())
     assert (served.id, served.positions) == ("alias", None)
 
 
@@ -96,7 +104,7 @@ def test_prompts_of_token_ids_are_refused(server: Any, toy_target: Path) -> None
     server.answer = lambda body: (422, {"error": "prompt must be a string"})
     message = refusal(server, toy_target)
     assert "refuses a prompt of token ids (HTTP 422: prompt must be a string)" in message
-    assert "regenerate.urls=[]" in message
+    assert "target.engine=transformers" in message
 
 
 @pytest.mark.parametrize("models", [{}, [], "x"])

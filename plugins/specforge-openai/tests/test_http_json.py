@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-
-from specforge_core.http_json import Refused, ServerDown, request_json
+from specforge_openai.http_json import Refused, ServerDown, request_json
 
 ANSWERS = {
     "/down": (503, b'{"error": {"message": "out of  memory"}}'),

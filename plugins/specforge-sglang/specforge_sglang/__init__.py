@@ -9,18 +9,20 @@ from specforge_core.hookspecs import hookimpl
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
     from specforge_core.config import TargetConfig
     from specforge_core.types import DraftServer, NotServed, TargetEngine
 
 
 @hookimpl
-def specforge_target_engine(target: TargetConfig) -> TargetEngine | None:
+def specforge_target_engine(target: TargetConfig, device: torch.device) -> TargetEngine | None:
     """Run the target in SGLang, when the config asks for `sglang`."""
     if target.engine != "sglang":
         return None
     from .engine import SGLangEngine
 
-    return SGLangEngine.load(target)
+    return SGLangEngine.load(target, device)
 
 
 @hookimpl

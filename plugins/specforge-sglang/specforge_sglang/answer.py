@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from specforge_sglang_capture.ask import Ask
+from specforge_sglang_capture.ask import PROTOCOL, Ask
 from specforge_sglang_capture.frame import Frame
 
 from specforge_core.errors import CaptureError
@@ -23,14 +23,17 @@ def as_capture(
         raise CaptureError(f"{where} was not captured: {frame.error}")
     assert frame.input_ids is not None
     header, tokens = frame.header, len(prompt.input_ids)
+    count = len(ask.layers) + (ask.final != "none")
     expected: dict[str, Any] = {
+        "protocol": PROTOCOL,
         "name": ask.name,
         "layers": list(ask.layers),
         "final": ask.final,
         "num_layers": info.num_layers,
         "tokens": tokens,
-        "width": info.hidden_size,
-        "states": len(ask.layers) + (ask.final != "none"),
+        "width": info.hidden_size if count else 0,
+        "states": count,
+        "head": list(ask.head),
     }
     if wrong := {key: header.get(key) for key in expected if header.get(key) != expected[key]}:
         told = ", ".join(f"{k} {v!r} instead of {expected[k]!r}" for k, v in wrong.items())
@@ -41,4 +44,21 @@ def as_capture(
         raise CaptureError(f"{where} came back with other tokens than were sent")
     states = dict(zip(ask.layers, frame.states, strict=False))
     final = frame.states[-1] if ask.final != "none" else None
-    return TargetCapture(prompt.index, prompt.input_ids, prompt.loss_mask, states, final)
+    if frame.next_tokens is not None and not _are_tokens(frame.next_tokens, info.vocab_size):
+        raise CaptureError(
+            f"{where} came back with next tokens beyond the target's vocabulary of "
+            f"{info.vocab_size}. Does the server run {info.name_or_path}?"
+        )
+    return TargetCapture(
+        index=prompt.index,
+        input_ids=prompt.input_ids,
+        loss_mask=prompt.loss_mask,
+        hidden_states=states,
+        final=final,
+        next_tokens=frame.next_tokens,
+        logsumexp=frame.logsumexp,
+    )
+
+
+def _are_tokens(values: torch.Tensor, vocab_size: int) -> bool:
+    return bool(((values >= 0) & (values < vocab_size)).all())

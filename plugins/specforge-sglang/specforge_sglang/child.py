@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import IO
 
 import specforge_sglang_capture
+from specforge_openai.http_json import Refused, ServerDown
 from specforge_sglang_capture import DIRECTORY_ENV, ENABLE_ENV, LIFELINE_ENV
 
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError, ConfigError
-from specforge_core.http_json import Refused, ServerDown
 from specforge_core.types import TargetInfo
 
 from .client import Client

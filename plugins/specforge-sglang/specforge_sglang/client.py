@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specforge_openai.http_json import Refused, ServerDown, request_json
+from specforge_openai.options import API_KEY_ENV, api_key
 from specforge_sglang_capture import MIN_VERSION, parse_version
 
 from specforge_core.errors import CaptureError
-from specforge_core.http_json import Refused, ServerDown, request_json
 
 START = "python -m specforge_sglang_capture --model-path MODEL --port PORT"
 
@@ -20,7 +21,6 @@ class Client:
 
     url: str
     timeout: float  # seconds
-    api_key: str | None = None
 
     def get(self, path: str) -> dict[str, Any]:
         """Return the JSON object at a path; ServerDown when the server does not answer."""
@@ -45,7 +45,7 @@ class Client:
         return self._request("/generate", body)
 
     def _request(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        answer = request_json(self.url, path, body, timeout=self.timeout, api_key=self.api_key)
+        answer = request_json(self.url, path, body, timeout=self.timeout, api_key=api_key())
         if not isinstance(answer, dict):
             raise ServerDown(f"no answer of SGLang: {str(answer)[:80]}")
         return answer
@@ -58,7 +58,7 @@ def check_server(client: Client) -> None:
     except Refused as exc:
         raise CaptureError(
             f"{client.url} is no SGLang server that can be used ({exc}). Check target.options.urls"
-            " and target.options.api_key"
+            f" and {API_KEY_ENV} in the environment"
         ) from exc
     found = str(info.get("version", "0"))
     if parse_version(found) < MIN_VERSION:

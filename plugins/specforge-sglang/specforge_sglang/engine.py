@@ -7,28 +7,37 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from specforge_openai.http_json import Refused, ServerDown
+from specforge_openai.pool import Pool, Server, each
 from specforge_sglang_capture import ENABLE_ENV, spool
-from specforge_sglang_capture.ask import Ask
+from specforge_sglang_capture.ask import HEAD, Ask, Head
 from specforge_sglang_capture.frame import FrameError, unpack
 
-from specforge_core.target.asked import check_layers, check_prompts
-from specforge_core.target.engine import load_target_info
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
-from specforge_core.http_json import Refused, ServerDown
-from specforge_core.types import CaptureSpec, Prompt, TargetCapture, TargetInfo
+from specforge_core.target.asked import check_layers, check_prompts
+from specforge_core.target.info import load_target_info
+from specforge_core.types import (
+    CaptureSpec,
+    Generated,
+    GenerateOptions,
+    Prompt,
+    TargetCapture,
+    TargetInfo,
+)
 
 from .answer import as_capture
 from .child import ChildServer
 from .client import START, Client, check_server
+from .generate import as_answer, sampling_params
 from .handoff import FileHandoff, Handoff, HttpHandoff
 from .options import SGLangOptions, read_options
-from .pool import Pool, Server
 
 ARRIVAL_SECONDS = 60.0  # from a server's answer to the arrival of what it captured
 CHECK_SECONDS = 10.0  # one look at a server that was retired
@@ -80,8 +89,11 @@ class SGLangEngine:
         self._itemsize = 4  # bytes of one value, until a capture has shown the dtype
 
     @classmethod
-    def load(cls, target: TargetConfig) -> SGLangEngine:
-        """Start a server, or find those that run; a first capture shows that they work."""
+    def load(cls, target: TargetConfig, device: torch.device) -> SGLangEngine:
+        """Start a server, or find those that run; a first capture shows that they work.
+
+        `device` is where the drafts are; states are on the CPU until the trainer wants them.
+        """
         info = load_target_info(target)
         options = read_options(target)
         handoff = _open_handoff(options)
@@ -91,7 +103,7 @@ class SGLangEngine:
                 child = ChildServer(target, info, options)
                 child.wait(Client(child.url, 5.0), options.start_timeout)
             urls = options.urls or (child.url if child else "",)
-            clients = [Client(url, options.timeout, options.api_key) for url in urls]
+            clients = [Client(url, options.timeout) for url in urls]
             engine = cls(info, options, [Server(client) for client in clients], handoff, child)
             engine._handshake()
         except BaseException:
@@ -103,8 +115,9 @@ class SGLangEngine:
 
     def _handshake(self) -> None:
         """Capture a few tokens on every server; CaptureError says what is wrong with one."""
-        prompt = Prompt(0, torch.arange(PROBE_TOKENS), torch.zeros(PROBE_TOKENS, dtype=torch.int64))
-        spec = CaptureSpec((0,), "post_norm", {})
+        tokens = torch.arange(PROBE_TOKENS)
+        prompt = Prompt(index=0, input_ids=tokens, loss_mask=torch.zeros_like(tokens))
+        spec = CaptureSpec(layers=(0,), final="post_norm", fields={})
         for server in self.pool.servers:
             try:
                 check_server(server.client)
@@ -117,6 +130,36 @@ class SGLangEngine:
             self._itemsize = capture.hidden_states[0].element_size()
         if all(server.retired for server in self.pool.servers):
             self.pool.release(self.pool.acquire(0), 0, served=False)  # waits, or says who is down
+
+    def supports(self, spec: CaptureSpec) -> bool:
+        """Say yes: what a model cannot give is an error that names it."""
+        return True
+
+    def generate(self, prompts: Sequence[Prompt], options: GenerateOptions) -> Iterator[Generated]:
+        """Yield answers as they come, `batch_size` of them in flight over all servers."""
+        check_prompts(prompts, self.info.vocab_size)
+        work = partial(self._generate, options=options)
+        return each(prompts, work, min(options.batch_size, self._options.max_requests))
+
+    def _generate(self, prompt: Prompt, options: GenerateOptions) -> Generated:
+        """Have one prompt answered by some server, whichever fails meanwhile."""
+        sampling = sampling_params(prompt, options, self.info)
+        while True:
+            server = self.pool.acquire(len(prompt.input_ids))
+            served = False
+            try:
+                found = server.client.generate(prompt.input_ids.tolist(), sampling)
+                served = True
+            except Refused as exc:
+                return Generated(index=prompt.index, tokens=(), finished=False, refused=str(exc))
+            except ServerDown as exc:
+                if self._child is not None:
+                    self._child.check_alive()
+                self.pool.retire(server, str(exc))
+                continue
+            finally:
+                self.pool.release(server, len(prompt.input_ids), served)
+            return as_answer(found, prompt, server.client.url)
 
     def capture(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> Iterator[TargetCapture]:
         """Yield one capture per prompt, in the order in which they arrive.
@@ -155,7 +198,7 @@ class SGLangEngine:
     def _check(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> None:
         check_layers(spec.layers, self.info.num_layers)
         check_prompts(prompts, self.info.vocab_size)
-        if not spec.layers and spec.final == "none":
+        if not (spec.layers or spec.final != "none" or _head(spec)):
             raise CaptureError("the strategy asks for no states at all. Change its layers")
 
     def _limit(self) -> int:
@@ -166,7 +209,7 @@ class SGLangEngine:
 
     def _size(self, prompt: Prompt, spec: CaptureSpec) -> int:
         count = len(spec.layers) + (spec.final != "none")
-        return len(prompt.input_ids) * (count * self.info.hidden_size * self._itemsize + 8)
+        return len(prompt.input_ids) * (count * self.info.hidden_size * self._itemsize + 20)
 
     def _run(
         self,
@@ -205,7 +248,9 @@ class SGLangEngine:
         Raises ServerDown when another server may do better, CaptureError when none would.
         """
         name = f"{prompt.index}-{next(self._names)}"
-        ask = Ask(name, self._handoff.way, self._handoff.place, spec.layers, spec.final)
+        ask = Ask(
+            name, self._handoff.way, self._handoff.place, spec.layers, spec.final, _head(spec)
+        )
         self._handoff.expect(name)
         where = f"prompt {prompt.index} (request {name} at {server.client.url})"
         try:
@@ -249,8 +294,8 @@ class SGLangEngine:
         )
         return (
             f"the server at {server.client.url} answers, but hands out no states: specforge's "
-            f"plugin is not active there. Start it with: {START} (or set {ENABLE_ENV}=1 where "
-            f"specforge-sglang is installed). States were expected {remedy}"
+            f"plugin is not active there, or older than 0.2. Where it runs, try: pip install -U "
+            f"specforge-sglang, then {START} (or {ENABLE_ENV}=1). States were expected {remedy}"
         )
 
     def _handoff_root(self) -> Any:
@@ -267,6 +312,11 @@ class SGLangEngine:
         if self._child is not None:
             self._child.close()
         self._handoff.close()
+
+
+def _head(spec: CaptureSpec) -> Head:
+    asked = {"next_tokens": spec.next_tokens, "logsumexp": spec.logsumexp}
+    return tuple(name for name in HEAD if asked[name])
 
 
 def _open_handoff(options: SGLangOptions) -> Handoff:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+from specforge_openai.options import Addresses, read_options as read
 
-from specforge_core.config import Section, TargetConfig
+from specforge_core.config import TargetConfig
 from specforge_core.errors import ConfigError
 
 # flags that specforge sets itself: another value would give wrong states, or none
@@ -29,13 +30,12 @@ RESERVED = {
 Flag = bool | int | float | str
 
 
-class SGLangOptions(Section):
+class SGLangOptions(Addresses):
     """Which SGLang runs the target: one that is started here, or servers that run already."""
 
     python: str | None = Field(
         None, description="Interpreter of the environment that has SGLang; starts a server with it."
     )
-    urls: tuple[str, ...] = Field((), description="Servers that run already: http://HOST:PORT.")
     server_args: dict[str, Flag] = Field(
         default_factory=dict, description="More flags of the server: mem_fraction_static: 0.5, ..."
     )
@@ -57,25 +57,6 @@ class SGLangOptions(Section):
     patience: float = Field(
         120.0, ge=0, description="Seconds to wait for a server when all are unreachable."
     )
-    api_key: str | None = Field(None, description="Sent to the servers, if they ask for one.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_url(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and isinstance(raw.get("url"), str) and "urls" not in raw:
-            raw = {**raw, "urls": [raw["url"]]}
-            del raw["url"]
-        return raw
-
-    @field_validator("urls")
-    @classmethod
-    def _absolute(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        for url in urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError("a url begins with http:// or https://")
-        if len(set(urls)) != len(urls):
-            raise ValueError("a url is listed twice")
-        return tuple(url.rstrip("/") for url in urls)
 
     @field_validator("server_args")
     @classmethod
@@ -94,18 +75,7 @@ class SGLangOptions(Section):
 
 def read_options(target: TargetConfig) -> SGLangOptions:
     """Validate `target.options`; ConfigError says which key is wrong, and what to write."""
-    try:
-        options = SGLangOptions.model_validate(target.options)
-    except ValidationError as exc:
-        lines = []
-        for error in exc.errors(include_url=False):
-            where = ".".join(("target.options", *map(str, error["loc"])))
-            message = error["msg"].removeprefix("Value error, ")
-            if error["type"] == "extra_forbidden":
-                message = f"unknown key (known: url, {', '.join(SGLangOptions.model_fields)})"
-            lines.append(f"{where}: {message}")
-        listing = "\n  ".join(lines)
-        raise ConfigError(f"the options of target.engine=sglang are wrong:\n  {listing}") from exc
+    options = read(target, SGLangOptions)
     if options.urls or options.python:
         return options
     try:

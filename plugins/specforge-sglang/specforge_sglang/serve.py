@@ -13,26 +13,25 @@ token, and cuts the last verification.  This package counts what verifications y
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from specforge_core.target.engine import load_target_info
+from specforge_openai.http_json import Refused, ServerDown
+
 from specforge_core.config import TargetConfig
+from specforge_core.drafts.export import read_serve
 from specforge_core.errors import CheckpointError, RunError
-from specforge_core.http_json import Refused, ServerDown
+from specforge_core.target.info import load_target_info
 from specforge_core.types import DraftServer, NotServed, ServedAnswer
 
 from .child import PLAIN, ChildServer, server_flags, uses_cpu
 from .client import Client
 from .options import Flag, SGLangOptions, read_options
 
-# by architectures of an export's config.json
-DFLASH = ("DFlashDraftModel",)
-EAGLE3 = ("LlamaForCausalLMEagle3",)
+STEPS, TOKENS = "speculative_num_steps", "speculative_num_draft_tokens"  # the last verified too
 AT_ONCE = 16  # answers at a time: more would change nothing but the roundings of batches
 # What is sure to run, since only acceptance is measured; target.options.server_args win.
 FLAGS: dict[str, Flag] = {
@@ -53,7 +52,7 @@ def serve(target: TargetConfig, export: Path, draft_tokens: int) -> DraftServer 
     options = read_options(target)
     if options.python is None:
         return NotServed(
-            "the servers at target.options.url run without this draft. "
+            reason="the servers at target.options.url run without this draft. "
             "Try: target.options.python=/path/to/sglang-venv/bin/python, and no url"
         )
     drafting = drafting_flags(export, draft_tokens)
@@ -61,7 +60,7 @@ def serve(target: TargetConfig, export: Path, draft_tokens: int) -> DraftServer 
         return drafting
     if uses_cpu(target):
         return NotServed(
-            "SGLang drafts on a GPU only. Try: the same command on a machine with one, "
+            reason="SGLang drafts on a GPU only. Try: the same command on a machine with one, "
             "target.device=auto"
         )
     drafting["speculative_draft_model_path"] = str(export.resolve())
@@ -69,28 +68,29 @@ def serve(target: TargetConfig, export: Path, draft_tokens: int) -> DraftServer 
 
 
 def drafting_flags(export: Path, draft_tokens: int) -> dict[str, Flag] | NotServed:
-    """Return the flags of an export's method, found by its architecture.
+    """Return the flags that an export's provenance.json gives for SGLang.
 
-    A DFlash block has the length that config.json names: that is what users are served.
+    A chain, which has one token a step, is made `draft_tokens` long; a tree, and a block that is
+    drafted at once, are as the export says, which is what users are served.
     """
-    try:
-        config = json.loads((export / "config.json").read_bytes())
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{export}/config.json cannot be read: {exc}. Export again") from exc
-    architectures = config.get("architectures") or []
-    if set(DFLASH) & set(architectures):
-        return {"speculative_algorithm": "DFLASH"}
-    if set(EAGLE3) & set(architectures):
-        return {
-            "speculative_algorithm": "EAGLE3",
-            "speculative_num_steps": draft_tokens,
-            "speculative_eagle_topk": 1,
-            "speculative_num_draft_tokens": draft_tokens + 1,
-        }
-    return NotServed(
-        f"SGLang serves no draft of architecture {', '.join(architectures) or 'none'}. "
-        "Try: specforge export --format sglang"
-    )
+    given = read_serve(export, "sglang")
+    if given is None:
+        return NotServed(
+            reason="the export does not say how SGLang serves it (serve.sglang in its "
+            "provenance.json). Try: specforge export --format sglang"
+        )
+    flags: dict[str, Flag] = {}
+    for name, value in given.items():
+        plain = name.lstrip("-").replace("-", "_")
+        if not plain.startswith("speculative_") or not isinstance(value, bool | int | float | str):
+            raise CheckpointError(
+                f"{export}/provenance.json: serve.sglang.{name}={value!r} is no flag of drafting "
+                "(speculative_...). Export again"
+            )
+        flags[plain] = value
+    if STEPS in flags and flags.get(TOKENS) == int(flags[STEPS]) + 1:
+        flags |= {STEPS: draft_tokens, TOKENS: draft_tokens + 1}
+    return flags
 
 
 class SGLangServer:
@@ -154,7 +154,7 @@ def counted(found: Mapping[str, Any], engine: str) -> ServedAnswer:
     verifications = int(meta.get("spec_verify_ct") or 0)
     total = int(meta.get("completion_tokens") or len(tokens))
     if total < 2:  # the prompt's own run is all that was needed
-        return ServedAnswer(tokens, 0, 0)
+        return ServedAnswer(tokens=tokens, verifications=0, emitted=0)
     accepted = next((int(meta[name]) for name in ACCEPTED if meta.get(name) is not None), None)
     if not verifications or accepted is None:
         raise RunError(
@@ -164,4 +164,4 @@ def counted(found: Mapping[str, Any], engine: str) -> ServedAnswer:
         )
     reason = (meta.get("finish_reason") or {}).get("type")
     emitted = total - 1 if reason == "stop" else accepted + verifications
-    return ServedAnswer(tokens, verifications, emitted)
+    return ServedAnswer(tokens=tokens, verifications=verifications, emitted=emitted)

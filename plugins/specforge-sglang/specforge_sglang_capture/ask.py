@@ -12,8 +12,11 @@ from typing import Literal
 
 Final = Literal["none", "pre_norm", "post_norm"]
 Way = Literal["files", "http"]
+Head = tuple[Literal["next_tokens", "logsumexp"], ...]
+HEAD: Head = ("next_tokens", "logsumexp")
 
-PREFIX = "specforge|1"
+PREFIX = "specforge"
+PROTOCOL = 2  # of requests and frames; another one on the other side is refused
 NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 RECEIVER = re.compile(r"[A-Za-z0-9._:\[\]-]{1,200}/[A-Za-z0-9_-]{1,100}")
 
@@ -31,27 +34,38 @@ class Ask:
     place: str
     layers: tuple[int, ...]
     final: Final
+    head: Head = ()  # what the model's head makes of every position
+    protocol: int = PROTOCOL  # of who asks; with another one nothing else than the way is known
 
     def __str__(self) -> str:
-        layers = ",".join(map(str, self.layers))
-        return "|".join((PREFIX, self.way, self.place, layers, self.final, self.name))
+        layers, head = ",".join(map(str, self.layers)), ",".join(self.head)
+        # in every protocol the way and the place come first and the name last, so that a server
+        # can say to any trainer that it speaks another one
+        parts = (PREFIX, str(self.protocol), self.way, self.place, layers, self.final, head)
+        return "|".join((*parts, self.name))
 
 
 def parse(request_id: str) -> Ask | None:
     """Return what a request id asks for; None when it is not one of ours, or malformed."""
-    if not request_id.startswith(PREFIX + "|"):
+    prefix, *parts = request_id.split("|")
+    if prefix != PREFIX or len(parts) < 4 or not parts[0].isdecimal():
         return None
-    parts = request_id.removeprefix(PREFIX + "|").split("|")
-    if len(parts) != 5:
-        return None
-    way, place, layers, final, name = parts
+    protocol, way, place, *wanted, name = parts
     known = {"files": NAME, "http": RECEIVER}
     if way not in known or not known[way].fullmatch(place) or not NAME.fullmatch(name):
         return None
+    if int(protocol) != PROTOCOL:
+        return Ask(name, way, place, (), "none", protocol=int(protocol))  # type: ignore[arg-type]
+    if len(wanted) != 3:
+        return None
+    layers, final, head = wanted
+    values = tuple(value for value in head.split(",") if value)
     if final not in ("none", "pre_norm", "post_norm") or not re.fullmatch(r"[-0-9,]*", layers):
+        return None
+    if not set(values) <= set(HEAD):
         return None
     try:
         numbers = tuple(int(i) for i in layers.split(",") if i)
     except ValueError:
         return None
-    return Ask(name, way, place, numbers, final)  # type: ignore[arg-type]
+    return Ask(name, way, place, numbers, final, values)  # type: ignore[arg-type]

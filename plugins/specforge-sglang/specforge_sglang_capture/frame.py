@@ -1,8 +1,10 @@
 """The bytes of one capture: a short JSON header, then raw tensors.
 
 Layout: 8 bytes magic, 8 bytes header length (little endian), the header padded with spaces so
-that the tensors begin at a multiple of 64 bytes, then input_ids as int64 [T], each layer [T, H]
-and the final state [T, H].  Both sides run on machines of the same byte order.
+that the tensors begin at a multiple of 64 bytes, then input_ids as int64 [T], what the header's
+"head" names (next_tokens as int64 [T], logsumexp as float32 [T] and zeros up to a multiple of 8
+bytes), each layer [T, H] and the final state [T, H].  Both sides run on machines of the same byte
+order.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ class Frame:
     header: dict[str, Any]
     input_ids: Tensor | None = None  # [T] int64
     states: tuple[Tensor, ...] = ()  # [T, H] each: the layers in the order asked for, the final
+    next_tokens: Tensor | None = None  # [T] int64
+    logsumexp: Tensor | None = None  # [T] float32
 
     @property
     def error(self) -> str | None:
@@ -37,16 +41,34 @@ class Frame:
         return None if value is None else str(value)
 
 
-def pack(header: dict[str, Any], input_ids: Tensor, states: Sequence[Tensor]) -> list[memoryview]:
+def pack(
+    header: dict[str, Any],
+    input_ids: Tensor,
+    states: Sequence[Tensor],
+    next_tokens: Tensor | None = None,
+    logsumexp: Tensor | None = None,
+) -> list[memoryview]:
     """Return the pieces of a frame, tensors uncopied.  All are contiguous and on the CPU."""
+    given = {"next_tokens": next_tokens, "logsumexp": logsumexp}
     described = {
         **header,
         "tokens": len(input_ids),
-        "dtype": str(states[0].dtype).removeprefix("torch."),
-        "width": states[0].shape[1],
+        "dtype": str(states[0].dtype).removeprefix("torch.") if states else "float32",
+        "width": states[0].shape[1] if states else 0,
         "states": len(states),
+        "head": [name for name, values in given.items() if values is not None],
     }
-    return [_head(described), _bytes(input_ids), *map(_bytes, states)]
+    pieces = [_head(described), _bytes(input_ids)]
+    if next_tokens is not None:
+        pieces.append(_bytes(next_tokens))
+    if logsumexp is not None:
+        pieces += [_bytes(logsumexp), memoryview(bytes(_gap(len(input_ids))))]
+    return [*pieces, *map(_bytes, states)]
+
+
+def _gap(tokens: int) -> int:
+    """Return the zeros behind `logsumexp`."""
+    return -4 * tokens % 8
 
 
 def pack_error(header: dict[str, Any], error: str) -> list[memoryview]:
@@ -85,14 +107,25 @@ def unpack(buffer: Any) -> Frame:
     if "error" in header:
         return Frame(header)
     tokens, width, count = header["tokens"], header["width"], header["states"]
-    dtype = getattr(torch, header["dtype"])
+    dtype, head = getattr(torch, header["dtype"]), header.get("head", [])
     each = tokens * width * dtype.itemsize
-    if len(view) < start + 8 * tokens + count * each:
+    extra = (8 * tokens if "next_tokens" in head else 0) + (
+        4 * tokens + _gap(tokens) if "logsumexp" in head else 0
+    )
+    if len(view) < start + 8 * tokens + extra + count * each:
         raise FrameError(f"it has {len(view)} bytes, its header promises more")
-    ids = torch.frombuffer(buffer, dtype=torch.int64, count=tokens, offset=start)
+
+    def read(kind: torch.dtype, number: int, place: int) -> Tensor:
+        return torch.frombuffer(buffer, dtype=kind, count=number, offset=place)
+
+    ids = read(torch.int64, tokens, start)
     place = start + 8 * tokens
-    states = [
-        torch.frombuffer(buffer, dtype=dtype, count=tokens * width, offset=place + i * each)
-        for i in range(count)
-    ]
-    return Frame(header, ids, tuple(s.view(tokens, width) for s in states))
+    nexts = sums = None
+    if "next_tokens" in head:
+        nexts = read(torch.int64, tokens, place)
+        place += 8 * tokens
+    if "logsumexp" in head:
+        sums = read(torch.float32, tokens, place)
+        place += 4 * tokens + _gap(tokens)
+    states = [read(dtype, tokens * width, place + i * each) for i in range(count)]
+    return Frame(header, ids, tuple(s.view(tokens, width) for s in states), nexts, sums)

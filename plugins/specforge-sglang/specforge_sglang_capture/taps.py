@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from . import parts
-from .ask import Ask, parse
+from .ask import PROTOCOL, Ask, parse
 from .copies import Copier, Pending
 from .frame import pack, pack_error
+from .head import summarize
 from .parts import Refusal, find_decoder, find_logits_processor, prompt_lengths, states_in
 from .sender import Parcel, Sender
 
@@ -142,20 +143,26 @@ class Taps:
 
     def _see_logits_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         seen, self.seen = self.seen, Seen()
-        if not any(seen.asks) or not self.writes:
+        if not any(seen.asks):
             return
         given = self._signature.bind(module, *args, **kwargs).arguments
         try:
+            head = {}
+            if any(ask is not None and ask.head for ask in seen.asks):
+                # by every rank: each has a part of the vocabulary
+                head = summarize(module, given["lm_head"], given["hidden_states"])
+            if not self.writes:
+                return
             if seen.problem is not None:
                 raise Refusal(seen.problem)
             lengths = prompt_lengths(seen.batch, given["input_ids"])
             states = self._states(seen, given)
-            self._hand_over(seen.asks, lengths, given["input_ids"], states)
+            self._hand_over(seen.asks, lengths, given["input_ids"], states, head)
         except Exception as exc:  # never let a capture end the server
             logger.exception("capture failed")
             reason = str(exc) if isinstance(exc, Refusal) else f"{type(exc).__name__}: {exc}"
             for ask in seen.asks:
-                if ask is not None:
+                if ask is not None and self.writes:
                     self._refuse(ask, reason)
 
     def _states(self, seen: Seen, given: dict[str, Any]) -> dict[int | str, Tensor]:
@@ -187,6 +194,7 @@ class Taps:
         lengths: Sequence[int],
         input_ids: Tensor,
         states: dict[int | str, Tensor],
+        head: dict[str, Tensor],
     ) -> None:
         needed = {key for ask in asks if ask is not None for key in self._keys(ask)}
         total = sum(lengths)
@@ -206,14 +214,20 @@ class Taps:
             start += length
             if ask is None:
                 continue
+            if ask.protocol != PROTOCOL:
+                self._refuse(ask, _other_protocol(ask.protocol))
+                continue
             if missing := [key for key in self._keys(ask) if key not in found]:
                 self._refuse(ask, self._why_missing(missing[0]))
                 continue
             given.append((ask, rows))
         if not given:
             return
-        bodies = [[found[key][rows] for key in self._keys(ask)] for ask, rows in given]
-        whole = [input_ids.to(torch.int64), torch.stack(sound)]
+        bodies = [
+            [found[key][rows] for key in self._keys(ask)] + [head[name][rows] for name in ask.head]
+            for ask, rows in given
+        ]
+        whole = [input_ids.to(torch.int64), *([torch.stack(sound)] if sound else [])]
         shared, *copies = self.copier.begin([whole, *bodies])
         for (ask, rows), copy in zip(given, copies, strict=True):
             size = copy.size + 8 * (rows.stop - rows.start)
@@ -225,14 +239,17 @@ class Taps:
         self, ask: Ask, rows: slice, order: dict[int | str, int], shared: Pending, copy: Pending
     ) -> list[memoryview]:
         """Return a frame, once its states are on the host."""
-        input_ids, sound = shared.wait()
-        states = copy.wait()
-        for key, state in zip(self._keys(ask), states, strict=True):
-            if not bool(sound[order[key], rows].isfinite().all()):
-                reason = f"the state of {_name(key)} is not finite ({state.dtype}). "
-                reason += parts.finite_advice(state.dtype)
-                return pack_error(self._header(ask), reason)
-        return pack(self._header(ask), input_ids[rows], states)
+        input_ids, *sound = shared.wait()
+        keys, values = self._keys(ask), copy.wait()
+        states, head = values[: len(keys)], dict(zip(ask.head, values[len(keys) :], strict=True))
+        bad = [key for key in keys if not bool(sound[0][order[key], rows].isfinite().all())]
+        named = [f"the state of {_name(key)} is not finite ({states[0].dtype})" for key in bad]
+        if "logsumexp" in head and not bool(head["logsumexp"].isfinite().all()):
+            named.append(f"the log-sum-exp of the logits is not finite ({states[0].dtype})")
+        if named:
+            advice = parts.finite_advice(states[0].dtype)
+            return pack_error(self._header(ask), f"{named[0]}. {advice}")
+        return pack(self._header(ask), input_ids[rows], states, **head)
 
     def _keys(self, ask: Ask) -> list[int | str]:
         finals: dict[str, list[int | str]] = {
@@ -254,6 +271,7 @@ class Taps:
 
     def _header(self, ask: Ask) -> dict[str, Any]:
         return {
+            "protocol": PROTOCOL,
             "name": ask.name,
             "layers": list(ask.layers),
             "final": ask.final,
@@ -270,6 +288,14 @@ class Taps:
 def _name(key: int | str) -> str:
     named: dict[int | str, str] = {-1: "the embedding", "final": "the final norm"}
     return named.get(key, f"layer {key}")
+
+
+def _other_protocol(asked: int) -> str:
+    older, where = ("server", "SGLang runs") if asked > PROTOCOL else ("trainer", "specforge runs")
+    return (
+        f"specforge-sglang speaks protocol {PROTOCOL} in the server and {asked} in the trainer. "
+        f"The {older}'s is older; try: pip install -U specforge-sglang where {where}"
+    )
 
 
 _sender: Sender | None = None

@@ -144,7 +144,7 @@ def prompts() -> Callable[..., list[Prompt]]:
         made = []
         for index, length in enumerate(lengths):
             ids = torch.randint(0, 250, (length,), generator=draw)
-            made.append(Prompt(index, ids, torch.ones_like(ids)))
+            made.append(Prompt(index=index, input_ids=ids, loss_mask=torch.ones_like(ids)))
         return made
 
     return make
@@ -194,6 +194,12 @@ def same() -> Callable[[list[TargetCapture], list[TargetCapture]], None]:
             assert (got.final is None) == (want.final is None)
             if want.final is not None:
                 close(got.final, want.final, terms=TERMS)
+            assert (got.next_tokens is None) == (want.next_tokens is None)
+            if want.next_tokens is not None:
+                assert torch.equal(got.next_tokens, want.next_tokens)
+            assert (got.logsumexp is None) == (want.logsumexp is None)
+            if want.logsumexp is not None:
+                close(got.logsumexp, want.logsumexp, terms=TERMS)
 
     return check
 

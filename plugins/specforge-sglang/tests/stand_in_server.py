@@ -1,7 +1,9 @@
 """Stands in for an SGLang server: answers over HTTP, and hands frames over with the real sender.
 
 python stand_in_server.py PORT '{"delay": 0.01, ...}'.  The state of layer i at a token is
-100 * i + token, the final state 7 + token, so that a test knows what must come back.
+100 * i + token, the final state 7 + token, the next token is the token + 1 and the log-sum-exp
+half of it, so that a test knows what must come back.  An answer is the prompt's last token, again
+and again, up to `max_new_tokens`, or 9 where that is an end.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
-from specforge_sglang_capture.ask import parse
+from specforge_sglang_capture.ask import PROTOCOL, parse
 from specforge_sglang_capture.frame import pack, pack_error
 from specforge_sglang_capture.sender import Parcel, Sender
 
@@ -53,6 +55,8 @@ class Server(BaseHTTPRequestHandler):
         time.sleep(self.options.get("delay", 0.0) if len(ids) != 3 else 0)
         if fault == "dies" and Server.served > self.options.get("after", 0):
             os._exit(9)
+        if "rid" not in body:
+            return self.answer(200, said(body))
         if fault != "silent":
             self.hand_over(body["rid"], ids, fault)
         cached = 3 if fault == "cached" else 0
@@ -62,7 +66,13 @@ class Server(BaseHTTPRequestHandler):
         ask = parse(rid)
         assert ask is not None
         count = SIZES["num_layers"] - (fault == "layers")
-        header = {"name": ask.name, "layers": list(ask.layers), "final": ask.final}
+        protocol = PROTOCOL + (fault == "protocol")
+        header = {
+            "protocol": protocol,
+            "name": ask.name,
+            "layers": list(ask.layers),
+            "final": ask.final,
+        }
         header |= {"num_layers": count}
         if fault == "refuses":
             pieces = pack_error(header, "the model has no layer setter")
@@ -73,7 +83,8 @@ class Server(BaseHTTPRequestHandler):
         states = [(100.0 * i + rows)[:, None].repeat(1, width) for i in ask.layers]
         if ask.final != "none":
             states.append((7.0 + rows)[:, None].repeat(1, width))
-        packed = pack(header, rows, states)
+        head = {"next_tokens": rows + (1000 if fault == "next" else 1), "logsumexp": rows / 2}
+        packed = pack(header, rows, states, **{name: head[name] for name in ask.head})
         if fault == "torn":
             packed = packed[:-1]
         self.sender.put(Parcel(ask, 0, lambda: packed))
@@ -87,6 +98,14 @@ class Server(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+
+def said(body: dict[str, Any]) -> dict[str, Any]:
+    sampling = body["sampling_params"]
+    ends = 9 in sampling["stop_token_ids"]
+    tokens = [9] if ends else [body["input_ids"][-1]] * sampling["max_new_tokens"]
+    reason = {"type": "stop" if ends else "length"}
+    return {"output_ids": tokens, "meta_info": {"finish_reason": reason}}
 
 
 class Listener(ThreadingHTTPServer):

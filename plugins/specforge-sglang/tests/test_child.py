@@ -27,9 +27,9 @@ from specforge_sglang.child import (
 from specforge_sglang.client import Client
 from specforge_sglang.options import read_options
 
-from specforge_core.target.engine import load_target_info
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
+from specforge_core.target.info import load_target_info
 
 LAUNCHER = """
 import json, os, subprocess, sys
@@ -53,7 +53,7 @@ import json, os, sys, time
 from specforge_sglang.child import ChildServer
 from specforge_sglang.client import Client
 from specforge_sglang.options import read_options
-from specforge_core.target.engine import load_target_info
+from specforge_core.target.info import load_target_info
 from specforge_core.config import TargetConfig
 target = TargetConfig(**json.loads(sys.argv[1]))
 child = ChildServer(target, load_target_info(target), read_options(target))

@@ -6,10 +6,10 @@ import socket
 from typing import Any
 
 import pytest
+from specforge_openai.http_json import Refused, ServerDown
 from specforge_sglang.client import Client, check_server
 
 from specforge_core.errors import CaptureError
-from specforge_core.http_json import Refused, ServerDown
 
 
 def test_nobody_listening_is_down() -> None:

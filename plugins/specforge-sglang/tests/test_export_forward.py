@@ -16,13 +16,15 @@ from safetensors.torch import load_file, save_file
 from specforge_sglang.child import free_port
 from torch import Tensor
 
-from specforge_core.target.engine import TransformersEngine, load_target_info
 from specforge_core.config import TargetConfig, validate
 from specforge_core.drafts.export import write_export
+from specforge_core.target.engine import TransformersEngine
+from specforge_core.target.info import load_target_info
 from specforge_core.testing.close import close
 from specforge_core.testing.toy import save_toy_target
 from specforge_core.types import CaptureSpec, Prompt, Sampling, TargetCapture
 
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 IDS, LAST, STEPS = [int(i) for i in torch.arange(23) * 37 % 250], 101, 4
@@ -137,9 +139,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> TargetConfig:
 def prefix(target: TargetConfig) -> TargetCapture:
     """All layers of the prompt, from transformers."""
     ids = torch.tensor(IDS)
-    engine = TransformersEngine.load(target)
+    engine = TransformersEngine.load(target, CPU)
     (found,) = engine.capture(
-        [Prompt(0, ids, torch.ones_like(ids))], CaptureSpec(tuple(range(6)), "none", {})
+        [Prompt(index=0, input_ids=ids, loss_mask=torch.ones_like(ids))],
+        CaptureSpec(layers=tuple(range(6)), final="none", fields={}),
     )
     engine.close()
     return found
@@ -165,7 +168,9 @@ def eagle3_reference(draft: Any, proposer: Any, prefix: TargetCapture) -> Tensor
         logits = model.lm_head(states)
     fed = left[0][1 if model.shape.norm_output else 0]
     proposer.start(prefix)
-    tokens = proposer.propose(LAST, STEPS, Sampling(0.0, torch.Generator())).tokens
+    tokens = proposer.propose(
+        LAST, STEPS, Sampling(temperature=0.0, generator=torch.Generator())
+    ).tokens
     proposer.start(prefix)
     chain = proposer.chain_logits(LAST, tokens[:-1].tolist())
     return {"features": features, "logits": logits, "fed": fed, "tokens": tokens, "chain": chain}

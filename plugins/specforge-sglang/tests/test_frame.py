@@ -64,3 +64,23 @@ def test_damage_is_noticed(damage: object, message: str) -> None:
     assert callable(damage)
     with pytest.raises(FrameError, match=message):
         unpack(bytearray(damage(bytes(joined(pack({}, ids, states))))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 4, 5])
+@pytest.mark.parametrize("given", [("next_tokens",), ("logsumexp",), ("next_tokens", "logsumexp")])
+def test_what_the_head_made_comes_back(
+    dtype: torch.dtype, tokens: int, given: tuple[str, ...]
+) -> None:
+    ids, states = example(dtype, tokens)
+    head = {"next_tokens": torch.arange(tokens) + 7, "logsumexp": torch.arange(tokens) / 3}
+    sent = {name: head[name] for name in given}
+    raw = joined(pack({}, ids, states, **sent))
+    frame = unpack(raw)
+    assert frame.header["head"] == list(given)
+    for name, values in {"next_tokens": frame.next_tokens, "logsumexp": frame.logsumexp}.items():
+        assert (values is not None) == (name in given)
+        assert values is None or torch.equal(values, head[name])
+    assert all(torch.equal(a, b) for a, b in zip(frame.states, states, strict=True))
+    with pytest.raises(FrameError, match="promises more"):
+        unpack(raw[:-1])

@@ -30,8 +30,12 @@ def test_flags_may_be_written_as_on_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pithon": "x"}, r"target\.options\.pithon: unknown key \(known: url, python, urls"),
-        ({"url": "host:30000"}, r"target\.options\.urls: a url begins with http://"),
+        ({"pithon": "x"}, r"target\.options\.pithon: unknown key \(known: url, urls, python"),
+        (
+            {"url": "host:30000"},
+            r"target\.options\.urls: 'host:30000' is no address of a server, such as http://",
+        ),
+        ({"url": "http://a", "api_key": "k"}, "Try: export SPECFORGE_API_KEY=KEY"),
         ({"urls": ["http://a", "http://a"]}, "a url is listed twice"),
         ({"url": "http://a", "python": "p"}, "with urls no server is started"),
         ({"python": "p", "max_bytes": 0}, r"target\.options\.max_bytes: .*greater than 0"),

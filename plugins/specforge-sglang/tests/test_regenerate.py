@@ -19,8 +19,9 @@ from specforge_sglang.child import CPU_FLAGS, as_arguments, free_port
 from transformers import AutoModelForCausalLM
 
 from specforge_core.config import RegenerateConfig, RunConfig, StrategyConfig, TargetConfig
-from specforge_core.data.regenerate import regenerate
+from specforge_core.data.regenerate import RegenerateReport, regenerate as run_regenerate
 from specforge_core.errors import ConfigError
+from specforge_core.strategy import Strategy
 from specforge_core.testing.toy import save_toy_target, toy_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -85,13 +86,20 @@ def url(
         process.wait()
 
 
-def make_run(target: Path, prompts: Path, **options: Any) -> RunConfig:
+def make_run(
+    target: Path, prompts: Path, url: str | None = None, engine: str = "openai", **options: Any
+) -> RunConfig:
     settings = {"max_new_tokens": 40, "batch_size": 8, **options}
+    served = {"engine": engine, "options": {"urls": [url]}} if url else {}
     return RunConfig(
-        target=TargetConfig(path=str(target), device="cpu", dtype="float32"),
-        strategy=StrategyConfig(name="none"),
+        target=TargetConfig(path=str(target), device="cpu", dtype="float32", **served),
+        strategy=StrategyConfig(name="linear"),
         regenerate=RegenerateConfig(prompts=(prompts,), **settings),
     )
+
+
+def regenerate(run: RunConfig, output: Path) -> RegenerateReport:
+    return run_regenerate(run, Strategy.load("linear"), output)
 
 
 @pytest.fixture(scope="module")
@@ -116,22 +124,22 @@ def test_greedy_answers_are_those_of_this_process(
     """Texts, ends, what is dropped, and the tokens counted."""
     here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
     local = regenerate(make_run(talker, prompts, keep_unfinished=keep), here)
-    served = regenerate(make_run(talker, prompts, keep_unfinished=keep, urls=[url]), there)
+    served = regenerate(make_run(talker, prompts, keep_unfinished=keep, url=url), there)
     assert rows(there) == rows(here)
     assert served.dropped == local.dropped
     assert served.num_tokens == local.num_tokens
     assert served.num_written > 4
     assert (served.num_written == 20) if keep else ("unfinished" in served.dropped)
     assert keep is False or "<|im_start|>" in there.read_text()
-    again = regenerate(make_run(talker, prompts, keep_unfinished=keep, urls=[url]), there)
+    again = regenerate(make_run(talker, prompts, keep_unfinished=keep, url=url), there)
     assert (again.num_before, again.num_tokens) == (20, 0)
 
 
 def test_sampled_answers(url: str, talker: Path, prompts: Path, tmp_path: Path) -> None:
-    run = make_run(talker, prompts, urls=[url], temperature=1.0, top_p=0.9, keep_unfinished=True)
+    run = make_run(talker, prompts, url=url, temperature=1.0, top_p=0.9, keep_unfinished=True)
     report = regenerate(run, tmp_path / "sampled.jsonl")
     assert report.num_written == 20
-    greedy = make_run(talker, prompts, urls=[url], keep_unfinished=True)
+    greedy = make_run(talker, prompts, url=url, keep_unfinished=True)
     regenerate(greedy, tmp_path / "greedy.jsonl")
     sampled = rows(tmp_path / "sampled.jsonl")
     assert any(
@@ -144,4 +152,4 @@ def test_a_server_of_another_model_is_refused(
     url: str, talker: Path, prompts: Path, toy_target: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=f"{url} serves '.*talker', the target is"):
-        regenerate(make_run(toy_target, prompts, urls=[url]), tmp_path / "out.jsonl")
+        regenerate(make_run(toy_target, prompts, url=url), tmp_path / "out.jsonl")

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 from specforge_sglang.handoff import FileHandoff
-from specforge_sglang_capture import sender as module
-from specforge_sglang_capture import spool
+from specforge_sglang_capture import sender as module, spool
 from specforge_sglang_capture.ask import Ask
 from specforge_sglang_capture.frame import pack, unpack
 from specforge_sglang_capture.sender import Parcel, Sender

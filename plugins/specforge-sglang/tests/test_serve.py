@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import specforge_sglang
+import specforge_sglang_capture
+import torch
 from specforge_sglang import specforge_serve
 from specforge_sglang.options import read_options
 from specforge_sglang.serve import SGLangServer, counted, drafting_flags, serve
 
 from specforge_core.config import TargetConfig
+from specforge_core.drafts.export import write_export
 from specforge_core.errors import CaptureError, CheckpointError, RunError
-from specforge_core.types import NotServed
+from specforge_core.types import Export, NotServed
 
 # a server of a few lines: every verification accepts 2 tokens, and 7 ends an answer
 LAUNCHER = """
@@ -49,16 +53,21 @@ class Handler(BaseHTTPRequestHandler):
 port = int(sys.argv[sys.argv.index("--port") + 1])
 ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
-DFLASH = {"architectures": ["DFlashDraftModel"]}
-EAGLE3 = {"architectures": ["LlamaForCausalLMEagle3"]}
+BLOCK = {"speculative_algorithm": "BLOCKS"}
+CHAIN = {
+    "speculative_algorithm": "CHAINS",
+    "speculative_num_steps": 5,
+    "speculative_num_draft_tokens": 6,
+}
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    def make(config: dict[str, Any]) -> Path:
+def write(tmp_path: Path) -> Callable[[dict[str, Any] | None], Path]:
+    def make(flags: dict[str, Any] | None) -> Path:
         path = tmp_path / "export"
-        path.mkdir(exist_ok=True)
-        (path / "config.json").write_text(json.dumps(config))
+        told = {} if flags is None else {"sglang": flags}
+        export = Export(config={"a": 1}, weights={"w": torch.ones(2)}, serve=told)
+        write_export(export, path, {}, force=True)
         return path
 
     return make
@@ -97,10 +106,10 @@ def gone(pid: int) -> bool:
 
 
 def test_a_draft_is_served_without_the_plugin_and_counted(
-    stand_in: Callable[..., TargetConfig], write: Callable[[dict[str, Any]], Path]
+    stand_in: Callable[..., TargetConfig], write: Callable[[dict[str, Any] | None], Path]
 ) -> None:
     target = stand_in(server_args={"attention_backend": "flashinfer", "mem_fraction_static": 0.3})
-    export = write(EAGLE3)
+    export = write(CHAIN)
     server = serve(target, Path(os.path.relpath(export)), 3)
     assert isinstance(server, SGLangServer)
     try:
@@ -114,8 +123,8 @@ def test_a_draft_is_served_without_the_plugin_and_counted(
     assert (ended.tokens, ended.verifications, ended.emitted) == ((1, 2, 3, 4, 7), 2, 4)
     assert (cut.tokens, cut.verifications, cut.emitted) == ((1,) * 6, 2, 6)
     argv = " ".join(told["argv"])
-    assert "--speculative-algorithm EAGLE3 --speculative-num-steps 3" in argv
-    assert "--speculative-eagle-topk 1 --speculative-num-draft-tokens 4" in argv
+    assert "--speculative-algorithm CHAINS --speculative-num-steps 3" in argv
+    assert "--speculative-num-draft-tokens 4" in argv
     assert f"--speculative-draft-model-path {export}" in argv
     assert "--disable-radix-cache --chunked-prefill-size -1" in argv
     assert "--attention-backend flashinfer" in argv
@@ -126,34 +135,65 @@ def test_a_draft_is_served_without_the_plugin_and_counted(
 
 
 def test_a_server_that_ends_says_why(
-    stand_in: Callable[..., TargetConfig], write: Callable[[dict[str, Any]], Path]
+    stand_in: Callable[..., TargetConfig], write: Callable[[dict[str, Any] | None], Path]
 ) -> None:
     target = stand_in('raise RuntimeError("no such draft")')
     with pytest.raises(CaptureError, match="RuntimeError: no such draft"):
-        serve(target, write(DFLASH), 3)
+        serve(target, write(BLOCK), 3)
 
 
-def test_a_block_has_the_length_of_its_config(write: Callable[[dict[str, Any]], Path]) -> None:
-    assert drafting_flags(write(DFLASH), 7) == {"speculative_algorithm": "DFLASH"}
+def test_a_chain_is_as_long_as_is_asked_for_and_others_as_exported(
+    write: Callable[[dict[str, Any] | None], Path],
+) -> None:
+    assert drafting_flags(write(BLOCK), 7) == BLOCK
+    longer = {"speculative_num_steps": 7, "speculative_num_draft_tokens": 8}
+    assert drafting_flags(write(CHAIN), 7) == {**CHAIN, **longer}
+    tree = {**CHAIN, "speculative_num_draft_tokens": 33}
+    assert drafting_flags(write(tree), 7) == tree
+    assert drafting_flags(write({"--speculative-algorithm": "X"}), 7) == {
+        "speculative_algorithm": "X"
+    }
+
+
+@pytest.mark.parametrize("flags", [{"host": "0.0.0.0"}, {"speculative_num_steps": [1]}])
+def test_an_export_gives_flags_of_drafting_only(
+    write: Callable[[dict[str, Any] | None], Path], flags: dict[str, Any]
+) -> None:
+    with pytest.raises(CheckpointError, match=r"is no flag of drafting \(speculative_"):
+        drafting_flags(write(flags), 7)
+
+
+def test_no_method_is_named() -> None:
+    for package in (specforge_sglang, specforge_sglang_capture):
+        for path in Path(package.__file__).parent.glob("*.py"):
+            text = (
+                path.read_text()
+                .lower()
+                .replace("set_dflash_layers_to", "")
+                .replace(
+                    "set_eagle3_layers_to",
+                    "",  # SGLang's own functions
+                )
+            )
+            assert not re.search("dflash|eagle|domino|dspark|medusa", text), path
 
 
 @pytest.mark.parametrize(
-    ("config", "changes", "reason"),
+    ("flags", "changes", "reason"),
     [
-        ({"architectures": ["Eagle3Speculator"]}, {}, "no draft of architecture Eagle3Speculator"),
-        ({}, {}, "no draft of architecture none"),
-        (EAGLE3, {"device": "cpu"}, "SGLang drafts on a GPU only"),
-        (EAGLE3, {"options": {"url": "http://localhost:1"}}, "run without this draft"),
+        (None, {}, "does not say how SGLang serves it"),
+        (CHAIN, {"device": "cpu"}, "SGLang drafts on a GPU only"),
+        (CHAIN, {"options": {"url": "http://localhost:1"}}, "run without this draft"),
     ],
 )
 def test_what_is_not_served_says_why(
     stand_in: Callable[..., TargetConfig],
-    write: Callable[[dict[str, Any]], Path],
-    config: dict[str, Any],
+    write: Callable[[dict[str, Any] | None], Path],
+    flags: dict[str, Any] | None,
     changes: dict[str, Any],
     reason: str,
 ) -> None:
-    found = specforge_serve(stand_in().model_copy(update=changes), write(config), 3)
+    found = specforge_serve(stand_in().model_copy(update=changes), write(flags), 3)
     assert isinstance(found, NotServed)
     assert reason in found.reason
     assert "Try: " in found.reason
@@ -163,12 +203,12 @@ def test_another_engine_is_not_ours(tmp_path: Path) -> None:
     assert specforge_serve(TargetConfig(path="x", engine="other"), tmp_path, 3) is None
 
 
-def test_an_export_without_a_config_is_an_error(
+def test_an_export_without_provenance_is_an_error(
     stand_in: Callable[..., TargetConfig], tmp_path: Path
 ) -> None:
     target = stand_in()
     assert read_options(target).python
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"provenance\.json cannot be read"):
         serve(target, tmp_path / "none", 3)
 
 

@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from specforge_sglang.engine import SGLangEngine
 
-from specforge_core.target.engine import TransformersEngine
+from specforge_core.capture.job import run_capture
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.verify import verify_directory
-from specforge_core.capture.worker import run_capture
-from specforge_core.config import TargetConfig, load_config
+from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
+from specforge_core.load import load_config
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.testing.toy import write_conversations
 from specforge_core.train.run import train
-from specforge_core.types import CaptureSpec, TargetCapture
+from specforge_core.types import CaptureSpec, GenerateOptions, TargetCapture
 
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.slow
 
 
@@ -39,7 +42,7 @@ def engine(sglang_python: str, toy_target: Path, directory: Path) -> Iterator[SG
         batch_tokens=1024,
         options={"python": sglang_python, "directory": str(directory)},
     )
-    made = SGLangEngine.load(config)
+    made = SGLangEngine.load(config, CPU)
     yield made
     made.close()
     assert list(directory.iterdir()) == []
@@ -47,7 +50,7 @@ def engine(sglang_python: str, toy_target: Path, directory: Path) -> Iterator[SG
 
 @pytest.fixture(scope="module")
 def reference(toy_target: Path) -> TransformersEngine:
-    return TransformersEngine.load(TargetConfig(path=str(toy_target), device="cpu"))
+    return TransformersEngine.load(TargetConfig(path=str(toy_target), device="cpu"), CPU)
 
 
 @pytest.fixture
@@ -77,15 +80,37 @@ def test_states_are_those_of_transformers(
     layers: Any,
     final: Any,
 ) -> None:
-    spec = CaptureSpec(layers, final, {})
+    spec = CaptureSpec(layers=layers, final=final, fields={})
     asked = prompts(5, 37, 100, 1, 200, 37)
     same(list(engine.capture(asked, spec)), list(reference.capture(asked, spec)))
+
+
+@pytest.mark.parametrize("asked", [{"next_tokens"}, {"logsumexp"}, {"next_tokens", "logsumexp"}])
+def test_the_head_is_the_targets_own(
+    engine: SGLangEngine, reference: TransformersEngine, prompts: Any, same: Any, asked: set[str]
+) -> None:
+    """Also where a batch is longer than the rows that are worked on at a time."""
+    given = dict.fromkeys(asked, True)
+    spec = CaptureSpec(layers=(1,), final="post_norm", fields={}, **given)
+    asked_for = prompts(5, 37, 500, 1, 400)
+    same(list(engine.capture(asked_for, spec)), list(reference.capture(asked_for, spec)))
+
+
+def test_answers_are_those_of_transformers(
+    engine: SGLangEngine, reference: TransformersEngine, prompts: Any
+) -> None:
+    asked = prompts(5, 37, 100, 1)
+    options = GenerateOptions(max_new_tokens=16, eos=frozenset(range(0, 260, 13)))
+    key = lambda answer: answer.index  # noqa: E731
+    found = sorted(engine.generate(asked, options), key=key)
+    assert found == sorted(reference.generate(asked, options), key=key)
+    assert {len(answer.tokens) for answer in found} != {16}
 
 
 def test_a_prompt_captured_again_is_captured_in_full(
     engine: SGLangEngine, reference: TransformersEngine, prompts: Any, same: Any
 ) -> None:
-    spec = CaptureSpec((2,), "none", {})
+    spec = CaptureSpec(layers=(2,), final="none", fields={})
     (prompt,) = prompts(60)
     for _ in range(3):  # a radix cache would give only the last row
         same(list(engine.capture([prompt], spec)), list(reference.capture([prompt], spec)))
@@ -95,9 +120,9 @@ def test_requests_for_different_layers_run_together(
     engine: SGLangEngine, reference: TransformersEngine, prompts: Any, same: Any
 ) -> None:
     specs = [
-        CaptureSpec((0, 3), "none", {}),
-        CaptureSpec((4,), "post_norm", {}),
-        CaptureSpec((-1, 1, 2), "pre_norm", {}),
+        CaptureSpec(layers=(0, 3), final="none", fields={}),
+        CaptureSpec(layers=(4,), final="post_norm", fields={}),
+        CaptureSpec(layers=(-1, 1, 2), final="pre_norm", fields={}),
     ]
     asked = prompts(*[20 + i for i in range(12)])
     found: list[list[TargetCapture]] = [[], [], []]
@@ -118,8 +143,8 @@ def test_states_come_over_http_too(
     by_url: dict[str, Any], reference: TransformersEngine, prompts: Any, same: Any
 ) -> None:
     options = {**by_url["options"], "handoff": "http", "receiver_host": "127.0.0.1"}
-    spec = CaptureSpec((1, 4), "post_norm", {})
-    made = SGLangEngine.load(TargetConfig(**{**by_url, "options": options}))
+    spec = CaptureSpec(layers=(1, 4), final="post_norm", fields={})
+    made = SGLangEngine.load(TargetConfig(**{**by_url, "options": options}), CPU)
     asked = prompts(9, 150, 30)
     same(list(made.capture(asked, spec)), list(reference.capture(asked, spec)))
     made.close()
@@ -128,7 +153,7 @@ def test_states_come_over_http_too(
 def test_a_prompt_beyond_the_context_is_named(engine: SGLangEngine, prompts: Any) -> None:
     message = r"prompt 0 .*600 tokens.* longer than the model's context length.*data\.max_length"
     with pytest.raises(CaptureError, match=message):
-        list(engine.capture(prompts(600), CaptureSpec((1,), "none", {})))
+        list(engine.capture(prompts(600), CaptureSpec(layers=(1,), final="none", fields={})))
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ import torch
 from specforge_sglang.engine import SGLangEngine
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 
-from specforge_core.target.engine import TransformersEngine
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
+from specforge_core.target.engine import TransformersEngine
 from specforge_core.types import CaptureSpec
 
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.slow
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
@@ -27,7 +28,9 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 260,
     "max_position_embeddings": 512,
 }
-SPEC = CaptureSpec((-1, 0, 2, 3), "post_norm", {})
+SPEC = CaptureSpec(
+    layers=(-1, 0, 2, 3), final="post_norm", fields={}, next_tokens=True, logsumexp=True
+)
 
 
 def check(path: Path, python: str, prompts: Any, same: Any, **options: Any) -> None:
@@ -35,13 +38,13 @@ def check(path: Path, python: str, prompts: Any, same: Any, **options: Any) -> N
     asked = prompts(5, 40, 100)
     chosen = {"python": python, **options}
     made = SGLangEngine.load(
-        TargetConfig(path=str(path), engine="sglang", device="cpu", options=chosen)
+        TargetConfig(path=str(path), engine="sglang", device="cpu", options=chosen), CPU
     )
     try:
         found = list(made.capture(asked, SPEC))
     finally:
         made.close()
-    reference = TransformersEngine.load(TargetConfig(path=str(path), device="cpu"))
+    reference = TransformersEngine.load(TargetConfig(path=str(path), device="cpu"), CPU)
     same(found, list(reference.capture(asked, SPEC)))
 
 

@@ -16,6 +16,7 @@ from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
 from specforge_core.types import CaptureSpec
 
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.slow
 
 
@@ -43,7 +44,7 @@ def test_a_model_without_a_layer_setter_is_refused(
     options = {"python": oldest_sglang_python}
     config = TargetConfig(path=str(no_setter), engine="sglang", device="cpu", options=options)
     with pytest.raises(CaptureError, match="Olmo2ForCausalLM cannot hand out layers"):
-        SGLangEngine.load(config)
+        SGLangEngine.load(config, CPU)
 
 
 def test_a_child_that_is_killed_is_an_error_with_its_last_words(
@@ -51,8 +52,10 @@ def test_a_child_that_is_killed_is_an_error_with_its_last_words(
 ) -> None:
     options = {"python": oldest_sglang_python, "directory": str(root)}
     config = TargetConfig(path=str(toy_target), engine="sglang", device="cpu", options=options)
-    engine = SGLangEngine.load(config)
-    source = engine.capture(prompts(*[50] * 400), CaptureSpec((1, 2), "post_norm", {}))
+    engine = SGLangEngine.load(config, CPU)
+    source = engine.capture(
+        prompts(*[50] * 400), CaptureSpec(layers=(1, 2), final="post_norm", fields={})
+    )
     next(source)
     (url,) = (server.client.url for server in engine.pool.servers)
     pid = serving(int(url.rsplit(":", 1)[1]))

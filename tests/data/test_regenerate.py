@@ -11,18 +11,30 @@ from typing import Any
 
 import pytest
 
-from specforge_core.config import DataConfig, RegenerateConfig, RunConfig, StrategyConfig
-from specforge_core.config import TargetConfig as Target
-from specforge_core.data.regenerate import regenerate
+from specforge_core.config import (
+    DataConfig,
+    RegenerateConfig,
+    RunConfig,
+    StrategyConfig,
+    TargetConfig as Target,
+)
+from specforge_core.data.regenerate import RegenerateReport, regenerate as run_regenerate
 from specforge_core.errors import DataError
+from specforge_core.strategy import Strategy
 
 KILLED = """
 import sys
 from pathlib import Path
 from specforge_core.config import RunConfig
 from specforge_core.data.regenerate import regenerate
-regenerate(RunConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
+from specforge_core.strategy import Strategy
+run = RunConfig.model_validate_json(sys.argv[1])
+regenerate(run, Strategy.load("linear"), Path(sys.argv[2]))
 """
+
+
+def regenerate(run: RunConfig, output: Path) -> RegenerateReport:
+    return run_regenerate(run, Strategy.load("linear"), output)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +64,7 @@ def make_run(
     settings = {"max_new_tokens": 24, "batch_size": 4, **options}
     return RunConfig(
         target=Target(path=str(target), device="cpu", dtype="float32"),
-        strategy=StrategyConfig(name="none"),
+        strategy=StrategyConfig(name="linear"),
         data=DataConfig(**(data or {})),
         regenerate=RegenerateConfig(prompts=(prompts,), **settings),
     )

@@ -5,18 +5,18 @@ from __future__ import annotations
 import threading
 
 import pytest
-from specforge_sglang.client import Client
-from specforge_sglang.pool import Pool, Server
+from specforge_openai.completions import Client
+from specforge_openai.http_json import ServerDown
+from specforge_openai.pool import Pool, Server, each
 
-from specforge_core.errors import CaptureError
-from specforge_core.http_json import ServerDown
+from specforge_core.errors import CaptureError, RunError
 
 
 def down(client: Client) -> None:
     raise ServerDown("connection refused")
 
 
-def make(count: int, patience: float = 0.2, check: object = down) -> Pool:
+def make(count: int, patience: float = 0.2, check: object = down) -> Pool[Client]:
     servers = [Server(Client(f"http://s{i}", 1.0)) for i in range(count)]
     assert callable(check)
     return Pool(servers, check, patience)
@@ -41,7 +41,7 @@ def test_a_retired_server_gets_nothing() -> None:
 
 
 def test_a_server_that_answers_again_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specforge_sglang.pool.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("specforge_openai.pool.RETRY_SECONDS", 0.05)
     looks = []
 
     def back_at_the_third_look(client: Client) -> None:
@@ -56,7 +56,7 @@ def test_a_server_that_answers_again_is_used_again(monkeypatch: pytest.MonkeyPat
 
 
 def test_one_thread_at_a_time_looks_at_a_dead_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specforge_sglang.pool.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("specforge_openai.pool.RETRY_SECONDS", 0.0)
     inside, most = [0], [0]
     gate = threading.Barrier(1)
 
@@ -82,14 +82,14 @@ def test_the_error_lists_every_server_and_why() -> None:
     pool.retire(pool.servers[0], "HTTP 500: out of memory")
     pool.retire(pool.servers[1], "timed out")
     message = r"http://s0: HTTP 500: out of memory\n +http://s1: timed out\nTry: start them again"
-    with pytest.raises(CaptureError, match=message):
+    with pytest.raises(RunError, match=message):
         pool.acquire(1)
 
 
 def test_a_wrong_server_in_the_place_of_the_old_one_ends_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("specforge_sglang.pool.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("specforge_openai.pool.RETRY_SECONDS", 0.0)
 
     def look(client: Client) -> None:
         raise CaptureError("it needs: --disable-radix-cache")
@@ -106,3 +106,41 @@ def test_closing_ends_the_wait() -> None:
     threading.Timer(0.1, setattr, (pool, "closed", True)).start()
     with pytest.raises(CaptureError, match="was closed"):
         pool.acquire(1)
+
+
+def test_each_yields_what_is_finished_and_runs_a_bounded_number() -> None:
+    last, running, most = threading.Event(), [0], [0]
+    lock = threading.Lock()
+
+    def work(item: int) -> int:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        if item == 0:
+            assert last.wait(60)
+        with lock:
+            running[0] -= 1
+        return item * 10
+
+    found = []
+    for result in each(range(12), work, 3):
+        found.append(result)
+        if len(found) == 11:
+            last.set()
+    assert sorted(found) == [10 * i for i in range(12)]
+    assert found[-1] == 0
+    assert 2 <= most[0] <= 3
+
+
+def test_each_raises_the_first_failure_after_what_was_finished() -> None:
+    def work(item: int) -> int:
+        if item == 3:
+            raise CaptureError("three")
+        return item
+
+    found = []
+    with pytest.raises(CaptureError, match="three"):
+        found.extend(each(range(100), work, 1))
+    results = each(range(5), work, 1)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    results.close()  # type: ignore[attr-defined]

@@ -1,0 +1,46 @@
+"""Answers through SGLang's own /generate: token ids in, token ids out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from specforge_core.errors import CaptureError
+from specforge_core.target.asked import answer_room
+from specforge_core.types import Generated, GenerateOptions, Prompt, TargetInfo
+
+
+def sampling_params(prompt: Prompt, options: GenerateOptions, info: TargetInfo) -> dict[str, Any]:
+    """Return settings that leave nothing to the server's or the model's own defaults.
+
+    SGLang heeds the seed where it runs with --enable-deterministic-inference.
+    """
+    params: dict[str, Any] = {
+        "max_new_tokens": answer_room(info, len(prompt.input_ids), options),
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop_token_ids": sorted(options.eos),
+        "no_stop_trim": True,
+    }
+    if options.temperature > 0:
+        digest = hashlib.sha256(f"{options.seed}/{prompt.index}".encode()).hexdigest()
+        params["sampling_seed"] = int(digest[:7], 16)
+    return params
+
+
+def as_answer(found: Mapping[str, Any], prompt: Prompt, url: str) -> Generated:
+    """Return what /generate said; CaptureError where it gives no token ids."""
+    reason = ((found.get("meta_info") or {}).get("finish_reason") or {}).get("type")
+    tokens = found.get("output_ids")
+    if tokens is None or reason not in ("stop", "length"):
+        raise CaptureError(
+            f"the server at {url} answered prompt {prompt.index} without token ids, or broke off "
+            f"({reason!r}). Start it with --skip-tokenizer-init, or try target.engine=openai"
+        )
+    return Generated(index=prompt.index, tokens=tuple(map(int, tokens)), finished=reason == "stop")

@@ -1,0 +1,38 @@
+"""What the model's own head makes of every position, on the device where the states are.
+
+SGLang's own function does it, with its scale and softcap and, where the vocabulary is split over
+ranks, its gathering of the parts.  It is handed a few rows at a time: the logits of a whole batch
+would be larger than the batch's states.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .parts import Refusal
+
+ROWS = 512  # whose logits exist at a time
+
+
+def summarize(processor: Any, lm_head: Any, states: Tensor) -> dict[str, Tensor]:
+    """Return the most likely next token [N] int64 and the logits' log-sum-exp [N] float32.
+
+    `states` [N, H] are normed.  Every rank has to call it, with the same number of rows.
+    """
+    logits_of = getattr(processor, "_get_logits", None)
+    if logits_of is None:
+        raise Refusal(
+            "this SGLang shows no logits of all positions, so there are no next_tokens and no "
+            "logsumexp. Use SGLang 0.5.14 to 0.5.23, or target.engine=transformers"
+        )
+    plain = SimpleNamespace(next_token_logits_buffer=None)  # no buffer of a CUDA graph
+    tokens, sums = [], []
+    for rows in states.split(ROWS):
+        logits = logits_of(rows, lm_head, plain).float()
+        tokens.append(logits.argmax(-1))
+        sums.append(logits.logsumexp(-1))
+    return {"next_tokens": torch.cat(tokens), "logsumexp": torch.cat(sums)}

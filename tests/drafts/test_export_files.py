@@ -1,0 +1,54 @@
+"""What an export says beside its config and weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from specforge_core.drafts.export import check_place, read_serve, write_export
+from specforge_core.errors import CheckpointError, PluginError
+from specforge_core.types import Export
+
+EXPORT = Export(
+    config={"a": 1},
+    weights={"w": torch.ones(2)},
+    files={"chat_template.jinja": b"{{ x }}"},
+    serve={"engine": {"flag": 3}},
+    causes={"a": "drafts would be longer"},
+    base="org/model",
+)
+
+
+def test_serve_causes_base_and_files_are_written(tmp_path: Path) -> None:
+    write_export(EXPORT, tmp_path / "out", {"strategy": "mine"})
+    assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == b"{{ x }}"
+    told = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert told["serve"] == {"engine": {"flag": 3}}
+    assert told["causes"] == {"a": "drafts would be longer"}
+    assert (told["base"], told["files"]) == ("org/model", ["chat_template.jinja"])
+    assert read_serve(tmp_path / "out", "engine") == {"flag": 3}
+    assert read_serve(tmp_path / "out", "other") is None
+
+
+def test_an_export_with_files_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_export(EXPORT, out, {})
+    write_export(replace(EXPORT, files={}), out, {}, force=True)
+    assert not (out / "chat_template.jinja").exists()
+    (out / "chat_template.jinja").touch()  # somebody's own now
+    with pytest.raises(CheckpointError, match="not an export"):
+        check_place(out, force=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/b", "/etc/x", ".hidden", "", "config.json", "provenance.json", "model.safetensors"],
+)
+def test_files_stay_in_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(PluginError, match="a plain name"):
+        write_export(replace(EXPORT, files={name: b""}), tmp_path / "out", {})
+    assert list(tmp_path.iterdir()) == []
