@@ -1,9 +1,10 @@
 """Attention of training-time test: step-0 keys, causal, and a row's own keys of later steps.
 
 At step i, row t sees the keys of step 0 of the rows up to t in its document, and its own
-keys of steps 1 to i.  Two paths: `eager` scores everything at once, on any device and dtype;
-flash, on a GPU, runs one causal attention per step and merges the own terms by log-sum-exp, so
-that nothing of size N x N is made and memory grows linearly with the steps.
+keys of steps 1 to i.  Two paths: `eager` scores everything at once, on any device and dtype (on
+a CPU in one document after the other); flash, on a GPU, runs one causal attention per step and
+merges the own terms by log-sum-exp, so that nothing of size N x N is made and memory grows
+linearly with the steps.
 
 The backward of the flash path needs no more than the causal kernel's own: given the merged
 output and the merged log-sum-exp, it makes the gradients of just its part of the softmax.
@@ -30,11 +31,25 @@ def attend(
 ) -> Tensor:
     """Return [N, h, d] for queries [N, h, d], step-0 keys and values, and those of steps 1..i."""
     keys, values = [k for k, _ in own], [v for _, v in own]
-    if path == "eager" or not _has_flash(q):
-        stacked = (torch.stack(keys), torch.stack(values)) if own else None
-        return eager(q, first, stacked, docs.visible)
-    out: Tensor = _Flash.apply(docs, q, *first, *keys, *values)  # type: ignore[no-untyped-call]
-    return out
+    if path == "auto" and _has_flash(q):
+        out: Tensor = _Flash.apply(docs, q, *first, *keys, *values)  # type: ignore[no-untyped-call]
+        return out
+    stacked = (torch.stack(keys), torch.stack(values)) if own else None
+    return eager(q, first, stacked, docs.visible) if q.is_cuda else _each(q, first, stacked, docs)
+
+
+def _each(q: Tensor, first: KeyValue, own: KeyValue | None, docs: Documents) -> Tensor:
+    """Attend in one document after the other: on a CPU their bounds are there to read."""
+    lengths = docs.bounds.diff().tolist()
+    queries, *firsts = (torch.split(x, lengths) for x in (q, *first))
+    owns: list[KeyValue | None] = [None] * len(lengths)
+    if own is not None:
+        owns = list(zip(*(torch.split(x, lengths, dim=1) for x in own), strict=True))
+    parts = []
+    for query, key, value, mine in zip(queries, *firsts, owns, strict=True):
+        visible = torch.ones(len(query), len(query), dtype=torch.bool).tril_()
+        parts.append(eager(query, (key, value), mine, visible))
+    return torch.cat(parts)
 
 
 def _has_flash(q: Tensor) -> bool:
@@ -46,18 +61,24 @@ def eager(q: Tensor, first: KeyValue, own: KeyValue | None, visible: Tensor | No
 
     `visible` [N, M] says which of the M a query sees; None is all of them.
     """
-    q = (q * q.shape[-1] ** -0.5).view(len(q), first[0].shape[1], -1, q.shape[-1])
-    scores = torch.einsum("nvgd,mvd->nvgm", q, first[0])
+    n, _, d = q.shape
+    grouped = (q * d**-0.5).view(n, first[0].shape[1], -1, d)
+    by_head = grouped.permute(1, 2, 0, 3)  # [v, g, N, d]
+    v, g = by_head.shape[:2]
+    keys, values = (x.transpose(0, 1) for x in first)  # [v, M, d]
+    scores = (by_head.reshape(v, g * n, d) @ keys.transpose(1, 2)).view(v, g, n, -1)
     if visible is not None:
-        scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+        scores = scores.masked_fill(~visible, float("-inf"))
     if own is not None:
-        scores = torch.cat([scores, torch.einsum("nvgd,invd->nvgi", q, own[0])], dim=-1)
+        scores = torch.cat([scores, torch.einsum("nvgd,invd->vgni", grouped, own[0])], dim=-1)
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=wide).to(q.dtype)
-    out = torch.einsum("nvgm,mvd->nvgd", weights[..., : len(first[0])], first[1])
+    split = keys.shape[1]
+    mixed = (weights[..., :split].reshape(v, g * n, split) @ values).view(v, g, n, d)
     if own is not None:
-        out = out + torch.einsum("nvgi,invd->nvgd", weights[..., len(first[0]) :], own[1])
-    return out.flatten(1, 2)
+        mixed = mixed + torch.einsum("vgni,invd->vgnd", weights[..., split:], own[1])
+    out: Tensor = mixed.permute(2, 0, 1, 3).flatten(1, 2)
+    return out
 
 
 class _Flash(torch.autograd.Function):
