@@ -127,7 +127,7 @@ def read_tasks(
         if len(tasks) == run.data.limit:
             break
     if not tasks:
-        raise nothing_left(files, first_bad)
+        raise nothing_left(map(str, files), first_bad)
     return list(tasks.values()), skipped
 
 

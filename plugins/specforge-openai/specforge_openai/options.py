@@ -70,7 +70,8 @@ def read_options(target: TargetConfig, model: type[Options]) -> Options:
             if error["type"] == "extra_forbidden":
                 known = ", ".join(("url", *model.model_fields))
                 message = (
-                    f"unknown key (known: {known}). To set no other: target.options={{urls: []}}"
+                    f"unknown key (known: {known}). Options go with an engine; all at once are "
+                    "replaced by 'target.options={urls: [http://HOST:PORT]}'"
                 )
                 if error["loc"][-1] == "api_key":
                     message = f"is read from the environment only. Try: export {API_KEY_ENV}=KEY"

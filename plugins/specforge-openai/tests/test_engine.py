@@ -172,7 +172,7 @@ def test_it_only_generates(start: Any, toy_target: Path) -> None:
     engine = OpenAIEngine.load(served(toy_target, start()))
     spec = CaptureSpec(layers=(0,), fields={})
     assert not engine.supports(spec)
-    with pytest.raises(CaptureError, match="only generates.*target.engine=transformers.*sglang"):
+    with pytest.raises(CaptureError, match=r"only generates.*target.engine=transformers.*sglang"):
         engine.capture(make_prompts("Hi"), spec)
 
 

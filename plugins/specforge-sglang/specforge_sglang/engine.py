@@ -78,7 +78,7 @@ class SGLangEngine:
         self,
         info: TargetInfo,
         options: SGLangOptions,
-        servers: Sequence[Server],
+        servers: Sequence[Server[Client]],
         handoff: Handoff,
         child: ChildServer | None = None,
     ) -> None:
@@ -241,7 +241,7 @@ class SGLangEngine:
             done.put(Outcome(size, None, exc))
 
     def _ask(
-        self, server: Server, prompt: Prompt, spec: CaptureSpec, first: bool = False
+        self, server: Server[Client], prompt: Prompt, spec: CaptureSpec, first: bool = False
     ) -> TargetCapture:
         """Have one prompt captured by one server.
 
@@ -274,7 +274,7 @@ class SGLangEngine:
             raise CaptureError(f"{where} came back damaged: {exc}. Try again") from exc
         return as_capture(frame, ask, prompt, self.info, where)
 
-    def _wait(self, server: Server, name: str) -> Any:
+    def _wait(self, server: Server[Client], name: str) -> Any:
         """Return the bytes of a frame; None when they do not come from a server that lives."""
         give_up = time.monotonic() + ARRIVAL_SECONDS
         while time.monotonic() < give_up and not self.pool.closed:
@@ -284,7 +284,7 @@ class SGLangEngine:
             replace(server.client, timeout=CHECK_SECONDS).get("/server_info")
         return None
 
-    def _nothing_came(self, server: Server) -> str:
+    def _nothing_came(self, server: Server[Client]) -> str:
         remedy = (
             f"over http to {self._handoff.place.split('/')[0]}. Can that machine reach it? "
             "target.options.receiver_host says how this one is called"

@@ -31,7 +31,7 @@ def summarize(processor: Any, lm_head: Any, states: Tensor) -> dict[str, Tensor]
         )
     plain = SimpleNamespace(next_token_logits_buffer=None)  # no buffer of a CUDA graph
     tokens, sums = [], []
-    for rows in states.split(ROWS):
+    for rows in torch.split(states, ROWS):
         logits = logits_of(rows, lm_head, plain).float()
         tokens.append(logits.argmax(-1))
         sums.append(logits.logsumexp(-1))
