@@ -6,7 +6,8 @@ One server, started for capture, does both in turn: "plain" are the same prompts
 requests at once, whose ids ask for no states.  Nothing is decoded (one token each), so what a
 capture forbids, the radix cache and CUDA graphs, would not help these prompts either; SGLang goes
 on computing the captured layers' sums (three additions of [tokens, hidden]) in plain rounds.  A
-capture counts until its states have been copied into a tensor of this process, as for a batch.
+capture counts until the strategy's adapter has made a sample of it, in the order of the prompts,
+and the sample has been copied into tensors of this process, as for a batch.
 
 Without --target the model has Qwen3-1.7B's shapes and random weights, written to TMPDIR (3.4 GB).
 """
@@ -28,9 +29,12 @@ import yaml
 from specforge_sglang.engine import SGLangEngine
 from specforge_sglang_capture import spool
 
+from specforge_core.capture.samples import capture_in_order
 from specforge_core.config import TargetConfig
 from specforge_core.cpu import use_threads
-from specforge_core.types import CaptureSpec, Prompt
+from specforge_core.devices import pick_device
+from specforge_core.strategy import Strategy
+from specforge_core.types import Adapter, Prompt
 
 
 def write_model(path: Path, hidden: int, layers: int, vocabulary: int) -> None:
@@ -79,39 +83,40 @@ def plain(engine: SGLangEngine, prompts: list[Prompt], at_once: int) -> float:
     return time.perf_counter() - start
 
 
-def captured(engine: SGLangEngine, prompts: list[Prompt], spec: CaptureSpec) -> tuple[float, int]:
-    """Return the seconds until all states are read, and their bytes."""
+def captured(
+    engine: SGLangEngine, strategy: Strategy, adapter: Adapter, prompts: list[Prompt]
+) -> tuple[float, int]:
+    """Return the seconds until all samples are made and read, and their bytes."""
     size, start = 0, time.perf_counter()
-    batch = torch.empty(0)
-    for capture in engine.capture(prompts, spec):
-        assert capture.final is not None
-        for state in (capture.final, *capture.hidden_states.values()):
-            if len(batch) < len(state):
-                batch = torch.empty(2 * len(state), state.shape[1], dtype=state.dtype)
-            batch[: len(state)].copy_(state)
-            size += state.nbytes
+    batch: dict[str, torch.Tensor] = {}
+    for _, sample in capture_in_order(strategy, engine, adapter, prompts, len(prompts)):
+        assert sample is not None
+        for name, values in sample.items():
+            if len(batch.get(name, ())) < len(values):
+                shape = (2 * len(values), *values.shape[1:])
+                batch[name] = torch.empty(shape, dtype=values.dtype)
+            batch[name][: len(values)].copy_(values)
+            size += values.nbytes
     return time.perf_counter() - start, size
 
 
 def measure(engine: SGLangEngine, way: str, options: argparse.Namespace) -> None:
-    info = engine.info
-    chosen = sorted({1, info.num_layers // 2 - 1, info.num_layers - 4})
-    spec = CaptureSpec(
-        layers=tuple(i for i in chosen if 0 <= i < info.num_layers), final="post_norm", fields={}
-    )
+    info, strategy = engine.info, Strategy.load(options.strategy)
+    adapter = strategy.adapter(strategy.config()(name=options.strategy), info)
     prompts = draw_prompts(options.tokens, options.length, info.vocab_size)
     total = sum(len(prompt.input_ids) for prompt in prompts)
     plain(engine, prompts, options.at_once)  # compiles kernels
-    captured(engine, prompts, spec)  # pins memory
+    captured(engine, strategy, adapter, prompts)  # pins memory
     pairs = []
     for _ in range(options.rounds):  # in turn, so that other load hits both alike
         alone = plain(engine, prompts, options.at_once)
-        pairs.append((alone, *captured(engine, prompts, spec)))
+        pairs.append((alone, *captured(engine, strategy, adapter, prompts)))
     alone, seconds = median(a for a, _, _ in pairs), median(b for _, b, _ in pairs)
     ratios = sorted(a / b for a, b, _ in pairs)
     speed = pairs[0][2] / seconds / 1e9
     print(
-        f"{way}: {len(prompts)} prompts, {total} tokens, layers {spec.layers} and the final state"
+        f"{way}: {len(prompts)} prompts, {total} tokens, {options.strategy}'s layers "
+        f"{adapter.spec.layers}, final state {adapter.spec.final}"
     )
     print(f"  plain prefill   {total / alone:10,.0f} tokens/s")
     print(f"  capture         {total / seconds:10,.0f} tokens/s, {speed:.3f} GB/s")
@@ -132,6 +137,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--python", help="interpreter that has SGLang")
     parser.add_argument("--target", type=Path)
+    parser.add_argument("--strategy", default="linear", help="whose adapter makes the samples")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--vocabulary", type=int, default=151_936)
@@ -156,7 +162,8 @@ def run(target: Path, options: argparse.Namespace) -> None:
     env = dict(text.split("=", 1) for text in options.env)
     started = {"python": options.python, "server_args": pairs_of(options.server_arg), "env": env}
     start = time.perf_counter()
-    first = SGLangEngine.load(TargetConfig(**section, options=common | started))
+    device = pick_device(options.device, "--device")
+    first = SGLangEngine.load(TargetConfig(**section, options=common | started), device)
     try:
         where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         print(f"{where}, {target}: server up in {time.perf_counter() - start:.0f} s", flush=True)
@@ -165,7 +172,7 @@ def run(target: Path, options: argparse.Namespace) -> None:
         (server,) = first.pool.servers
         for way in options.handoff:
             other = {"url": server.client.url, "handoff": way, "receiver_host": "127.0.0.1"}
-            engine = SGLangEngine.load(TargetConfig(**section, options=common | other))
+            engine = SGLangEngine.load(TargetConfig(**section, options=common | other), device)
             try:
                 measure(engine, way, options)
             finally:

@@ -157,13 +157,15 @@ class RegenerateConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _urls_moved(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and "urls" in raw:
-            urls = ",".join(map(str, raw["urls"] or ())) if isinstance(raw["urls"], list) else ""
+        if not isinstance(raw, dict) or "urls" not in raw:
+            return raw
+        if raw["urls"]:
             raise ValueError(
                 "urls is not a key any more: servers are an engine, which specforge-openai brings. "
                 "Take it out, and for servers try: target.engine=openai "
-                f"target.options.urls=[{urls or 'http://HOST:PORT'}]"
+                f"target.options.urls=[{','.join(map(str, raw['urls']))}]"
             )
+        raw = {key: value for key, value in raw.items() if key != "urls"}  # as 0.1 stored it
         return raw
 
 

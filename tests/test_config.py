@@ -101,7 +101,10 @@ def test_a_stored_config_loads_again(config: Path) -> None:
     assert again == run
 
 
-def test_addresses_of_servers() -> None:
-    with pytest.raises(ValueError, match="'localhost:30000' is no address of a server, such as"):
-        RegenerateConfig(urls=("localhost:30000",))
-    assert RegenerateConfig(urls=("http://a:1/v1/",)).urls == ("http://a:1",)
+def test_servers_of_0_1_are_an_engine_now() -> None:
+    """A config that 0.1 stored without servers is read as before."""
+    assert RegenerateConfig.model_validate({"urls": [], "seed": 3}) == RegenerateConfig(seed=3)
+    with pytest.raises(
+        ValueError, match=r"target\.engine=openai target\.options\.urls=\[http://a:1"
+    ):
+        RegenerateConfig.model_validate({"urls": ["http://a:1"]})

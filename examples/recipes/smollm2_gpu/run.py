@@ -91,7 +91,8 @@ class Recipe:
         with serving(self.target, self.out / "server.log") as url:
             for output, temperature in zip(ANSWERS, (0, 1), strict=True):
                 chosen = ",".join(map(str, files[1 - temperature :]))  # greedy ones would repeat
-                options = [f"regenerate.prompts=[{chosen}]", f"regenerate.urls=[{url}]"]
+                options = [f"regenerate.prompts=[{chosen}]", "target.engine=openai"]
+                options += [f"target.options={{urls: [{url}]}}"]
                 options += [f"regenerate.temperature={temperature}", *limit, *self.overrides]
                 path = str(self.out / output)
                 commands.append(self.command("regenerate", "dflash", "-o", path, *options))
