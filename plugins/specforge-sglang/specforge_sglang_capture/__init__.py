@@ -28,7 +28,7 @@ def register() -> None:
         HookType,
     )
 
-    from .taps import after_load_model, before_forward
+    from .hooks import after_load_model, before_forward
 
     runner = "sglang.srt.model_executor.model_runner.ModelRunner"
     HookRegistry.register(f"{runner}.load_model", after_load_model, HookType.AFTER)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,9 +33,8 @@ from .sender import Parcel, Sender
 
 logger = logging.getLogger("specforge_sglang_capture")
 
-SETTERS = ("set_dflash_layers_to_capture", "set_eagle3_layers_to_capture")
+SETTER = re.compile(r"set_\w+_layers_to_capture")  # each method that SGLang serves has its own
 TOLERANCE = 0.02  # relative difference between two ways to the same state
-ATTRIBUTE = "_specforge_taps"
 
 
 @dataclass(slots=True)
@@ -68,7 +68,8 @@ class Taps:
         self.unproven = set(range(num_layers - 1)) if whole else set()
         self.copier = Copier()
         self.version = version("sglang")  # looked up once: it takes milliseconds
-        self.setter = next((getattr(model, n) for n in SETTERS if hasattr(model, n)), None)
+        names = [name for name in dir(type(model)) if SETTER.fullmatch(name)]
+        self.setter = getattr(model, names[0]) if names else None
         self.layers, norm = find_decoder(model, num_layers)
         processor = find_logits_processor(model)
         self._signature = inspect.signature(type(processor).forward)
@@ -266,7 +267,7 @@ class Taps:
         if key in (-1, self.num_layers - 1):
             return f"this SGLang does not show the state of {_name(key)} of {model}"
         if self.setter is None:
-            return f"{model} cannot hand out layers: it has none of {', '.join(SETTERS)}"
+            return f"{model} cannot hand out layers: it has no set_..._layers_to_capture"
         return f"{model} did not hand out {_name(key)}"
 
     def _header(self, ask: Ask) -> dict[str, Any]:
@@ -296,30 +297,3 @@ def _other_protocol(asked: int) -> str:
         f"specforge-sglang speaks protocol {PROTOCOL} in the server and {asked} in the trainer. "
         f"The {older}'s is older; try: pip install -U specforge-sglang where {where}"
     )
-
-
-_sender: Sender | None = None
-
-
-def after_load_model(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
-    """Install the hooks on the model that a runner has just loaded."""
-    global _sender
-    if getattr(runner, "is_draft_worker", False):
-        return
-    _sender = _sender or Sender()
-    taps = Taps(
-        runner.model,
-        int(runner.model_config.num_hidden_layers),
-        int(getattr(runner, "tp_rank", 0)) == 0,
-        _sender,
-        whole=int(getattr(runner, "tp_size", 1)) == 1,
-    )
-    setattr(runner, ATTRIBUTE, taps)
-
-
-def before_forward(runner: Any, *args: Any, **kwargs: Any) -> None:
-    """Let the hooks see the batch that a runner is about to run."""
-    taps = getattr(runner, ATTRIBUTE, None)
-    batch = args[0] if args else kwargs.get("forward_batch")
-    if taps is not None and batch is not None:
-        taps.begin(batch)

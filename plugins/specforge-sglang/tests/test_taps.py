@@ -9,8 +9,9 @@ import pytest
 import torch
 from specforge_sglang_capture.ask import Ask
 from specforge_sglang_capture.frame import Frame, unpack
+from specforge_sglang_capture.hooks import before_forward
 from specforge_sglang_capture.parts import finite_advice
-from specforge_sglang_capture.taps import Taps, before_forward
+from specforge_sglang_capture.taps import Taps
 from torch import Tensor, nn
 
 HIDDEN, LAYERS = 4, 3
@@ -28,6 +29,11 @@ class LogitsProcessor(nn.Module):
         aux_hidden_states: Any = None,
     ) -> Tensor:
         return hidden_states
+
+    def _get_logits(self, hidden_states: Tensor, lm_head: Any, metadata: Any) -> Tensor:
+        assert metadata.next_token_logits_buffer is None
+        self.rows = [*getattr(self, "rows", []), len(hidden_states)]
+        return hidden_states @ torch.eye(HIDDEN, 7).roll(2, 1)
 
 
 class Layer(nn.Module):
@@ -94,8 +100,8 @@ class Collect:
         self.frames[parcel.ask.name] = unpack(bytearray(b"".join(parcel.pieces())))
 
 
-def ask(name: str, layers: tuple[int, ...], final: Any = "none") -> str:
-    return str(Ask(name, "files", "d", layers, final))
+def ask(name: str, layers: tuple[int, ...], final: Any = "none", head: Any = ()) -> str:
+    return str(Ask(name, "files", "d", layers, final, head))
 
 
 def run(
@@ -217,7 +223,9 @@ def test_layers_that_are_not_there_are_refused(layers: tuple[int, ...], message:
 
 def test_a_model_without_a_setter_is_refused() -> None:
     frames = run(NoSetter(), [2], [ask("a", (0,))])
-    assert "NoSetter cannot hand out layers: it has none of set_dflash" in str(frames["a"].error)
+    assert "NoSetter cannot hand out layers: it has no set_..._layers_to_capture" in str(
+        frames["a"].error
+    )
 
 
 def test_a_model_that_ignores_its_setter_is_refused() -> None:
@@ -290,3 +298,37 @@ def test_a_setter_that_fails_does_not_end_the_server() -> None:
     model.set_eagle3_layers_to_capture = fails  # type: ignore[method-assign]
     error = run(model, [2], [ask("a", (0,))])["a"].error
     assert error == "the layer setter failed: ValueError: DFLASH only"
+
+
+def test_the_head_runs_on_all_rows_a_few_at_a_time_and_each_request_gets_its_own() -> None:
+    model = Model()
+    asks = [
+        ask("a", (1,), "post_norm", ("next_tokens", "logsumexp")),
+        ask("b", (), "none", ("logsumexp",)),
+        ask("c", (1,)),
+    ]
+    frames = run(model, [600, 5, 2], asks)
+    assert model.logits_processor.rows == [512, 95]
+    a, b, c = (frames[name] for name in "abc")
+    logits = a.states[-1] @ torch.eye(HIDDEN, 7).roll(2, 1)
+    assert a.next_tokens is not None
+    assert torch.equal(a.next_tokens, logits.argmax(-1))
+    torch.testing.assert_close(a.logsumexp, logits.logsumexp(-1))
+    assert b.logsumexp is not None
+    assert (len(b.logsumexp), b.states, b.next_tokens) == (5, (), None)
+    assert (c.next_tokens, c.logsumexp, len(c.states)) == (None, None, 1)
+
+
+def test_a_rank_that_hands_nothing_over_runs_its_part_of_the_head() -> None:
+    model = Model()
+    assert run(model, [3], [ask("a", (1,), "none", ("next_tokens",))], writes=False) == {}
+    assert model.logits_processor.rows == [3]
+
+
+def test_a_request_of_another_protocol_is_refused_with_the_next_command() -> None:
+    frames = run(Model(), [3, 4], ["specforge|1|files|d|1|none|old", ask("b", (1,))])
+    assert "speaks protocol 2 in the server and 1 in the trainer" in str(frames["old"].error)
+    assert "pip install -U specforge-sglang where specforge runs" in str(frames["old"].error)
+    assert len(frames["b"].states) == 1
+    newer = run(Model(), [3], ["specforge|3|files|d|what|ever|it|is|new"])["new"]
+    assert "pip install -U specforge-sglang where SGLang runs" in str(newer.error)
