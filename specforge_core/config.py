@@ -165,8 +165,7 @@ class RegenerateConfig(Section):
                 "Take it out, and for servers try: target.engine=openai "
                 f"target.options.urls=[{','.join(map(str, raw['urls']))}]"
             )
-        raw = {key: value for key, value in raw.items() if key != "urls"}  # as 0.1 stored it
-        return raw
+        return {key: value for key, value in raw.items() if key != "urls"}  # as 0.1 stored it
 
 
 class RunConfig(Section):

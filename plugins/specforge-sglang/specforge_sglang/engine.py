@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -33,6 +33,7 @@ from specforge_core.types import (
 )
 
 from .answer import as_capture
+from .budget import Budget, Outcome
 from .child import ChildServer
 from .client import START, Client, check_server
 from .generate import as_answer, sampling_params
@@ -43,32 +44,6 @@ ARRIVAL_SECONDS = 60.0  # from a server's answer to the arrival of what it captu
 CHECK_SECONDS = 10.0  # one look at a server that was retired
 PROBE_TOKENS = 3
 LOCAL = {"localhost", "127.0.0.1", "::1"}
-
-
-@dataclass(slots=True)
-class Budget:
-    """Bytes that may be on their way at once: a slow trainer holds back the servers."""
-
-    limit: int
-    _used: int = 0
-
-    def fits(self, size: int) -> bool:
-        return self._used == 0 or self._used + size <= self.limit
-
-    def take(self, size: int) -> None:
-        self._used += size
-
-    def give(self, size: int) -> None:
-        self._used -= size
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one prompt."""
-
-    size: int
-    capture: TargetCapture | None
-    error: BaseException | None = None
 
 
 class SGLangEngine:
@@ -138,8 +113,8 @@ class SGLangEngine:
     def generate(self, prompts: Sequence[Prompt], options: GenerateOptions) -> Iterator[Generated]:
         """Yield answers as they come, `batch_size` of them in flight over all servers."""
         check_prompts(prompts, self.info.vocab_size)
-        work = partial(self._generate, options=options)
-        return each(prompts, work, min(options.batch_size, self._options.max_requests))
+        at_once = min(options.batch_size, self._options.max_requests)
+        return each(prompts, partial(self._generate, options=options), at_once)
 
     def _generate(self, prompt: Prompt, options: GenerateOptions) -> Generated:
         """Have one prompt answered by some server, whichever fails meanwhile."""
@@ -289,7 +264,7 @@ class SGLangEngine:
             f"over http to {self._handoff.place.split('/')[0]}. Can that machine reach it? "
             "target.options.receiver_host says how this one is called"
             if self._handoff.way == "http"
-            else f"as a file in {self._handoff_root()}. If it runs on another machine or in another"
+            else f"as a file in {getattr(self._handoff, 'root', None)}. If it runs on another machine or in another"
             " container: target.options.handoff=http"
         )
         return (
@@ -297,9 +272,6 @@ class SGLangEngine:
             f"plugin is not active there, or older than 0.2. Where it runs, try: pip install -U "
             f"specforge-sglang, then {START} (or {ENABLE_ENV}=1). States were expected {remedy}"
         )
-
-    def _handoff_root(self) -> Any:
-        return getattr(self._handoff, "root", None)
 
     def _check_again(self, client: Client) -> None:
         if self._child is not None:
