@@ -42,7 +42,6 @@ from .options import SGLangOptions, read_options
 
 ARRIVAL_SECONDS = 60.0  # from a server's answer to the arrival of what it captured
 CHECK_SECONDS = 10.0  # one look at a server that was retired
-PROBE_TOKENS = 3
 LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -90,7 +89,7 @@ class SGLangEngine:
 
     def _handshake(self) -> None:
         """Capture a few tokens on every server; CaptureError says what is wrong with one."""
-        tokens = torch.arange(PROBE_TOKENS)
+        tokens = torch.arange(3)
         prompt = Prompt(index=0, input_ids=tokens, loss_mask=torch.zeros_like(tokens))
         spec = CaptureSpec(layers=(0,), final="post_norm", fields={})
         for server in self.pool.servers:
@@ -121,10 +120,9 @@ class SGLangEngine:
         sampling = sampling_params(prompt, options, self.info)
         while True:
             server = self.pool.acquire(len(prompt.input_ids))
-            served = False
+            found = None
             try:
                 found = server.client.generate(prompt.input_ids.tolist(), sampling)
-                served = True
             except Refused as exc:
                 return Generated(index=prompt.index, tokens=(), finished=False, refused=str(exc))
             except ServerDown as exc:
@@ -133,7 +131,7 @@ class SGLangEngine:
                 self.pool.retire(server, str(exc))
                 continue
             finally:
-                self.pool.release(server, len(prompt.input_ids), served)
+                self.pool.release(server, len(prompt.input_ids), found is not None)
             return as_answer(found, prompt, server.client.url)
 
     def capture(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> Iterator[TargetCapture]:
@@ -264,8 +262,8 @@ class SGLangEngine:
             f"over http to {self._handoff.place.split('/')[0]}. Can that machine reach it? "
             "target.options.receiver_host says how this one is called"
             if self._handoff.way == "http"
-            else f"as a file in {getattr(self._handoff, 'root', None)}. If it runs on another machine or in another"
-            " container: target.options.handoff=http"
+            else f"as a file in {getattr(self._handoff, 'root', '')}. If it runs on another machine "
+            "or in another container: target.options.handoff=http"
         )
         return (
             f"the server at {server.client.url} answers, but hands out no states: specforge's "
