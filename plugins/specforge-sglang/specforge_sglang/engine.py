@@ -262,8 +262,8 @@ class SGLangEngine:
             f"over http to {self._handoff.place.split('/')[0]}. Can that machine reach it? "
             "target.options.receiver_host says how this one is called"
             if self._handoff.way == "http"
-            else f"as a file in {getattr(self._handoff, 'root', '')}. If it runs on another machine "
-            "or in another container: target.options.handoff=http"
+            else f"as a file in {getattr(self._handoff, 'root', '')}. If it runs on another "
+            "machine or in another container: target.options.handoff=http"
         )
         return (
             f"the server at {server.client.url} answers, but hands out no states: specforge's "
