@@ -26,12 +26,13 @@ ARCHITECTURES = {False: "LlamaForCausalLMEagle3", True: "Eagle3Qwen3ForCausalLM"
 SPECULATORS = "Eagle3Speculator"
 SPECULATORS_VERSION = "0.3.0"
 
-# key of config.json, or tensor -> what goes wrong where it differs, for the method's own keys
+# key of config.json, or tensor -> what goes wrong where it differs, for the method's own keys;
+# first what is most likely to
 CAUSES = {
-    **dict.fromkeys(("d2t", "t2d", "draft_id_to_target_id"), "vocabulary map"),
-    **dict.fromkeys(("draft_vocab_size", "vocab_size"), "vocabulary map"),
     **dict.fromkeys(("eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"), "layer ids"),
     **dict.fromkeys(("fc_norm", "norm_output", "norm_before_residual", "norm_before_fc"), "norms"),
+    **dict.fromkeys(("d2t", "t2d", "draft_id_to_target_id"), "vocabulary map"),
+    **dict.fromkeys(("draft_vocab_size", "vocab_size"), "vocabulary map"),
     "speculative_tokens": "block size",
 }
 # our parameter names, and the published ones

@@ -12,18 +12,11 @@ from specforge_core.errors import ConfigError
 
 pytest.importorskip("specforge_doctor", reason="specforge-doctor is not installed")
 
-from specforge_doctor.testing import (
-    Patient,
-    Plant,
-    epsilon,
-    other_weights,
-    rope,
-    values,
-)
+from specforge_doctor.testing import Fault, TrainedRun, epsilon, other_weights, rope, values
 
 
 @pytest.fixture(scope="module")
-def patient(tmp_path_factory: pytest.TempPathFactory) -> Patient:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     strategy = {
         "name": "eagle3",
         "steps": 3,
@@ -31,11 +24,11 @@ def patient(tmp_path_factory: pytest.TempPathFactory) -> Patient:
         "draft_vocab_size": 24,
         "layers": [1, 3, 5],
     }
-    return Patient.raise_in(tmp_path_factory.mktemp("patient"), strategy, max_steps=60)
+    return TrainedRun.make(tmp_path_factory.mktemp("trained"), strategy, max_steps=60)
 
 
-def test_a_clean_export_passes_and_all_numbers_agree(patient: Patient) -> None:
-    report = patient.examine()
+def test_a_clean_export_passes_and_all_numbers_agree(trained: TrainedRun) -> None:
+    report = trained.diagnose()
     assert report.verdict.healthy, report.verdict.message
     found = values(report)
     assert found["reference loop"] is not None
@@ -52,18 +45,18 @@ def test_a_clean_export_passes_and_all_numbers_agree(patient: Patient) -> None:
     "option", ["mask_on=input", "mask_on=feature", "steps=2", "draft_length=2"]
 )
 def test_the_simulation_is_what_is_drafted_whatever_is_trained_on(
-    patient: Patient, tmp_path: Path, option: str
+    trained: TrainedRun, tmp_path: Path, option: str
 ) -> None:
-    found = values(patient.train_again(tmp_path, f"strategy.{option}", "train.max_steps=30"))
+    found = values(trained.train_again(tmp_path, f"strategy.{option}", "train.max_steps=30"))
     # where the feature's token decides, the first token of an answer is no label
     # (0.05); else rounding may decide one token in 200
     near = 0.05 if option == "mask_on=feature" else 0.005
     assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=near)
 
 
-def test_trees_are_no_chains(patient: Patient) -> None:
+def test_trees_are_no_chains(trained: TrainedRun) -> None:
     with pytest.raises(ConfigError, match="compares drafted chains, and this run drafts trees"):
-        patient.examine("strategy.tree_top_k=2")
+        trained.diagnose("strategy.tree_top_k=2")
 
 
 def layer_ids(config: dict[str, Any], weights: dict[str, Any]) -> None:
@@ -90,10 +83,10 @@ def two_causes(config: dict[str, Any], weights: dict[str, Any]) -> None:
     vocabulary(config, weights)
 
 
-PLANTED: tuple[tuple[Plant, str, str], ...] = (
+FAULTS: tuple[tuple[Fault, str, str], ...] = (
     (layer_ids, "layer ids", "eagle_aux_hidden_state_layer_ids is [2, 4, 6], expected [1, 3, 5]"),
     (norms, "norms", "accepted, its checkpoint"),
-    (epsilon, "norms", "which only an engine reads: rms_norm_eps is 0.5, expected 1e-06"),
+    (epsilon, "norms", "what only an engine reads: rms_norm_eps is 0.5, expected 1e-06"),
     (rope, "rope", "rope_parameters.rope_theta is 100.0, expected 10000.0"),
     (vocabulary, "vocabulary map", "Cause: vocabulary map: d2t is"),
     (absolute_ids, "vocabulary map", "Were absolute ids stored?"),
@@ -103,16 +96,16 @@ PLANTED: tuple[tuple[Plant, str, str], ...] = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("plant", "cause", "text"), PLANTED, ids=[p[0].__name__ for p in PLANTED])
-def test_a_planted_cause_is_named(
-    patient: Patient, tmp_path: Path, plant: Plant, cause: str, text: str
+@pytest.mark.parametrize(("fault", "cause", "text"), FAULTS, ids=[p[0].__name__ for p in FAULTS])
+def test_a_fault_is_named(
+    trained: TrainedRun, tmp_path: Path, fault: Fault, cause: str, text: str
 ) -> None:
-    named, message = patient.name_cause(tmp_path, plant)
+    named, message = trained.diagnose_fault(tmp_path, fault)
     assert named == cause
     assert text in message
 
 
-def test_another_template_than_in_training_is_named(patient: Patient) -> None:
-    report = patient.examine("data.chat_template_kwargs={date: today}")
+def test_another_template_than_in_training_is_named(trained: TrainedRun) -> None:
+    report = trained.diagnose("data.chat_template_kwargs={date: today}")
     assert report.verdict.cause == "template"
     assert "or data.chat_template_kwargs, of the checkpoint is" in report.verdict.message
