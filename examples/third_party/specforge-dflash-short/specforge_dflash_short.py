@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import specforge_dflash
 from pydantic import Field
-from specforge_dflash import (
-    DFlashConfig,
+from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_adapter,
     specforge_draft,
     specforge_export,
@@ -18,20 +17,10 @@ from specforge_dflash import (
     specforge_verify_capture,
     train_slots,
 )
+from specforge_dflash.config import DFlashConfig
 
 from specforge_core import hookimpl
 from specforge_core.types import Batch, CaptureSpec, Collate, Draft, Sample
-
-__all__ = [
-    "specforge_adapter",
-    "specforge_draft",
-    "specforge_export",
-    "specforge_import",
-    "specforge_proposer",
-    "specforge_train_step",
-    "specforge_transform",
-    "specforge_verify_capture",
-]
 
 
 class ShortConfig(DFlashConfig):
