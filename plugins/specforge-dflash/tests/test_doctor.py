@@ -1,4 +1,4 @@
-"""The doctor on a trained draft: it passes as exported, and every planted cause is named."""
+"""The doctor on a trained draft: it passes as exported, and every planted fault is named by its cause."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from specforge_core.testing.ward import Patient, Plant, epsilon, other_weights, rope, values
+
+pytest.importorskip("specforge_doctor", reason="specforge-doctor is not installed")
+
+from specforge_doctor.testing import Fault, TrainedRun, epsilon, other_weights, rope, values
 
 
 @pytest.fixture(scope="module")
-def patient(tmp_path_factory: pytest.TempPathFactory) -> Patient:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     strategy = {"name": "dflash", "block_size": 4, "num_layers": 2, "layers": [1, 4]}
-    return Patient.raise_in(tmp_path_factory.mktemp("patient"), strategy, max_steps=80)
+    return TrainedRun.make(tmp_path_factory.mktemp("trained"), strategy, max_steps=80)
 
 
-def test_a_clean_export_passes_and_all_numbers_agree(patient: Patient) -> None:
-    report = patient.examine()
+def test_a_clean_export_passes_and_all_numbers_agree(trained: TrainedRun) -> None:
+    report = trained.diagnose()
     assert report.verdict.healthy, report.verdict.message
     found = values(report)
     assert found["reference loop"] is not None
@@ -29,8 +32,8 @@ def test_a_clean_export_passes_and_all_numbers_agree(patient: Patient) -> None:
 
 
 @pytest.mark.slow
-def test_the_next_token_layout_agrees_too(patient: Patient, tmp_path: Path) -> None:
-    report = patient.train_again(tmp_path, "strategy.label_layout=next_token")
+def test_the_next_token_layout_agrees_too(trained: TrainedRun, tmp_path: Path) -> None:
+    report = trained.train_again(tmp_path, "strategy.label_layout=next_token")
     assert report.verdict.healthy, report.verdict.message
     found = values(report)
     # counts, too: rounding may decide one token in 200
@@ -58,11 +61,11 @@ def block_size(config: dict[str, Any], weights: dict[str, Any]) -> None:
     config["block_size"] = config["dflash_config"]["block_size"] = 8
 
 
-PLANTED: tuple[tuple[Plant, str, str], ...] = (
+FAULTS: tuple[tuple[Fault, str, str], ...] = (
     (layer_ids, "layer ids", r"dflash_config.target_layer_ids is [2, 5], expected [1, 4]"),
     (label_layout, "label layout", 'label_layout is "next_token", expected "same_position"'),
     (norms, "norms", "accepted, its checkpoint"),
-    (epsilon, "norms", "which only an engine reads: rms_norm_eps is 0.5, expected 1e-06"),
+    (epsilon, "norms", "what only an engine reads: rms_norm_eps is 0.5, expected 1e-06"),
     (rope, "rope", "rope_parameters.rope_theta is 100.0, expected 10000.0"),
     (mask_token, "mask token", "mask_token_id is 5, expected 259"),
     (block_size, "block size", "block_size is 8, expected 4"),
@@ -71,16 +74,16 @@ PLANTED: tuple[tuple[Plant, str, str], ...] = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("plant", "cause", "text"), PLANTED, ids=[p[0].__name__ for p in PLANTED])
-def test_a_planted_cause_is_named(
-    patient: Patient, tmp_path: Path, plant: Plant, cause: str, text: str
+@pytest.mark.parametrize(("fault", "cause", "text"), FAULTS, ids=[p[0].__name__ for p in FAULTS])
+def test_a_planted_fault_is_named(
+    trained: TrainedRun, tmp_path: Path, fault: Fault, cause: str, text: str
 ) -> None:
-    named, message = patient.name_cause(tmp_path, plant)
+    named, message = trained.diagnose_fault(tmp_path, fault)
     assert named == cause
     assert text in message
 
 
-def test_another_template_than_in_training_is_named(patient: Patient) -> None:
-    report = patient.examine("data.chat_template_kwargs={date: today}")
+def test_another_template_than_in_training_is_named(trained: TrainedRun) -> None:
+    report = trained.diagnose("data.chat_template_kwargs={date: today}")
     assert report.verdict.cause == "template"
     assert "or data.chat_template_kwargs, of the checkpoint is" in report.verdict.message

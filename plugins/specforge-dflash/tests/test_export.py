@@ -157,6 +157,22 @@ def test_vllm_gets_the_published_layout_and_nothing_that_it_reads_otherwise(
     assert "mask_hidden" not in made.weights  # an error there
 
 
+@pytest.mark.parametrize("format", ["hf", "sglang", "vllm"])
+def test_an_export_says_how_engines_serve_it(kit: Any, format: str) -> None:
+    made = export(kit.tiny(), format)
+    assert made.serve == {
+        "sglang": {"speculative_algorithm": "DFLASH"},  # the block's length is in config.json
+        "vllm": {"method": "dflash", "num_speculative_tokens": 3},
+    }
+    assert export(kit.tiny(label_layout="next_token")).serve == {}
+
+
+def test_every_key_of_the_methods_own_has_a_cause(kit: Any) -> None:
+    made = export(kit.tiny())
+    assert made.causes.keys() == made.config["dflash_config"].keys()
+    assert made.causes["sample_from_anchor"] == made.causes["label_layout"]
+
+
 def test_an_unknown_format_is_left_to_the_core(kit: Any) -> None:
     tiny = kit.tiny()
     assert export_draft(tiny.config, tiny.model, tiny.target, "gguf") is None
