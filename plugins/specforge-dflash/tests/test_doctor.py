@@ -1,4 +1,4 @@
-"""The doctor on a trained draft: it passes as exported, and every planted fault is named by its cause."""
+"""The doctor on a trained draft: it passes as exported, and every planted cause is named."""
 
 from __future__ import annotations
 
