@@ -1,4 +1,4 @@
-"""The doctor on a trained draft: it passes as exported, and every planted fault is named by its cause."""
+"""The doctor on a trained draft: it passes as exported, and every fault is named by its cause."""
 
 from __future__ import annotations
 
