@@ -229,6 +229,16 @@ def package_of(pm: pluggy.PluginManager, name: str) -> str:
     return name
 
 
+def package_behind(pm: pluggy.PluginManager, value: object) -> str:
+    """Return the package whose module defines a value's type; that module, if none does."""
+    module = type(value).__module__
+    for name, plugin in pm.list_name_plugin():
+        root = getattr(plugin, "__name__", "").partition(".")[0]
+        if root == module.partition(".")[0]:
+            return package_of(pm, name)
+    return module
+
+
 def provider(pm: pluggy.PluginManager, hook: str, strategy: str) -> str:
     """Return the package whose implementation of a hook came first."""
     names = [impl.plugin_name for impl in reversed(getattr(pm.hook, hook).get_hookimpls())]

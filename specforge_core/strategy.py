@@ -75,6 +75,8 @@ class Strategy:
         """Return the sections of cross-cutting plugins, by the plugins' names."""
         models: dict[str, type[Section]] = {}
         for impl in self.pm.hook.specforge_plugin_config.get_hookimpls():
+            if impl.wrapper or impl.hookwrapper:
+                continue
             with self.guard("specforge_plugin_config", impl.plugin_name):
                 found: Any = impl.function()
                 models[impl.plugin_name] = found
@@ -173,13 +175,15 @@ class Strategy:
 
     def trackers(self, run: RunConfig) -> list[tuple[str, Tracker]]:
         """Return the run's trackers, each with the name of its package."""
-        found: list[tuple[str, Tracker]] = []
-        for impl in reversed(self.pm.hook.specforge_tracker.get_hookimpls()):
-            with self.guard("specforge_tracker", impl.plugin_name):
-                tracker: Any = impl.function(**dict.fromkeys(impl.argnames, run))
-            if tracker is not None:
-                found.append((plugins.package_of(self.pm, impl.plugin_name), tracker))
-        return found
+        hook = "specforge_tracker"
+        found: list[Tracker] = self._first(hook, run=run)
+        return [
+            (
+                plugins.package_behind(self.pm, tracker),
+                self._with(hook, tracker, "start", "log", "event", "close"),
+            )
+            for tracker in found
+        ]
 
     # ---- evaluation and export ----
 
