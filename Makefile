@@ -7,11 +7,14 @@ setup:
 # one thread each: the tests start many processes of their own
 test test-fast: export OMP_NUM_THREADS ?= 1
 
+# a file's tests stay together, since they share what they have made
+pytest = .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: setup
-	.venv/bin/python -m pytest
+	$(pytest)
 
 test-fast: setup
-	.venv/bin/python -m pytest -m "not slow"
+	$(pytest) -m "not slow"
 
 lint: setup
 	.venv/bin/ruff check .

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from specforge_core.plugins import PLUGINS, discover
 from specforge_core.testing.runs import losses
 from specforge_core.testing.toy import write_conversations
 
@@ -50,7 +51,7 @@ def test_a_variant_trains_on_its_parents_capture_and_goes_on_from_its_run(
     specforge: str, tmp_path: Path, toy_target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # its metadata is seen through libraries.pth, its module is not
-    monkeypatch.setenv("SPECFORGE_DISABLE_PLUGINS", "sglang")
+    monkeypatch.setenv("SPECFORGE_DISABLE_PLUGINS", ",".join(discover(PLUGINS)))
     data = write_conversations(tmp_path / "train.jsonl", 8)
     raw = {
         "target": {"path": str(toy_target), "dtype": "float32", "device": "cpu"},
