@@ -47,7 +47,9 @@ class DFlashConfig(DecoderOptions):
     layer_types: tuple[LayerType, ...] | None = Field(
         None, description="One per draft layer; all sliding if only sliding_window is set."
     )
-    attention: Literal["auto", "flex", "eager"] = Field("auto", description="auto: flex on a GPU.")
+    attention: Literal["auto", "flex", "eager"] = Field(
+        "auto", description="auto: flex on a GPU, for heads of 16 and more."
+    )
     head_chunk: int = Field(1024, gt=0, description="Rows whose logits exist at a time.")
     export_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of weights.")
     seed: int = Field(0, ge=0, description="Of the draft's first weights.")

@@ -18,6 +18,8 @@ from specforge_core.nn.rotary import Rope, Rotary, rotate
 from .attention import EagerMask, Mask, attend, block_mask
 from .config import DraftShape, LayerType
 
+MIN_HEAD_DIM = 16  # of flex attention's kernels
+
 
 class Geometry:
     """Positions and visibility, shared by all layers.
@@ -187,7 +189,8 @@ class DFlashModel(nn.Module):
         length = positions.shape[1] + (0 if caches is None else caches[0].length)
         within = torch.arange(block, device=anchors.device)
         slots = ((anchors - starts)[..., None] + within).flatten(1)
-        use_flex = self.attention == "flex" or (self.attention == "auto" and anchors.is_cuda)
+        fits = anchors.is_cuda and self.shape.head_dim >= MIN_HEAD_DIM
+        use_flex = self.attention == "flex" or (self.attention == "auto" and fits)
         build = block_mask if use_flex and caches is None else EagerMask.build
         windows: dict[LayerType, int | None] = {
             "full_attention": None,

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from specforge_sglang.child import free_port
 from torch import Tensor
 
-from specforge_core.config import TargetConfig, validate
+from specforge_core.config import TargetConfig
 from specforge_core.drafts.export import write_export
+from specforge_core.load import validate
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.info import load_target_info
 from specforge_core.testing.close import close

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from specforge_sglang.child import free_port
 
-from specforge_core.config import load_config
 from specforge_core.drafts.load import export_checkpoint
 from specforge_core.errors import ConfigError
+from specforge_core.load import load_config
 from specforge_core.testing.toy import write_conversations
 from specforge_core.train.run import train
 
