@@ -38,9 +38,10 @@ def learning_rate_change(
         return None
     old = TrainConfig.model_validate(state.config["train"])
     before, after = strategy.schedule(old), strategy.schedule(config)
-    going_on = old.learning_rate * lr_factor(state.step, state.total_steps, old, before)
-    last = old.learning_rate * lr_factor(state.step - 1, state.total_steps, old, before)
-    now = config.learning_rate * lr_factor(state.step, total_steps, config, after)
+    was, goes_on = _place(state, old, state.total_steps), _place(state, config, total_steps)
+    going_on = old.learning_rate * lr_factor(was, state.total_steps, old, before)
+    last = old.learning_rate * lr_factor(was - 1, state.total_steps, old, before)
+    now = config.learning_rate * lr_factor(goes_on, total_steps, config, after)
     if math.isclose(going_on, now, rel_tol=NOTICED):
         return None
     return (
@@ -48,3 +49,10 @@ def learning_rate_change(
         f"{state.step + 1}: its schedule was {old.schedule} over {state.total_steps} steps, "
         f"and is {config.schedule} over {total_steps}"
     )
+
+
+def _place(state: TrainState, config: TrainConfig, total_steps: int) -> float:
+    """Return where in its schedule a run stands, in steps: by those done, or by time spent."""
+    if config.max_minutes is None:
+        return state.step
+    return max(state.step, total_steps * state.seconds / (60 * config.max_minutes))
