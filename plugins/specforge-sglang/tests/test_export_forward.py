@@ -23,7 +23,7 @@ from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.info import load_target_info
 from specforge_core.testing.close import close
 from specforge_core.testing.toy import save_toy_target
-from specforge_core.types import CaptureSpec, Prompt, Sampling, TargetCapture
+from specforge_core.types import CaptureSpec, DataInfo, Prompt, Sampling, TargetCapture
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.slow
@@ -202,9 +202,8 @@ def references(target: TargetConfig, prefix: TargetCapture, exports: Path) -> di
     for name, options in DRAFTS.items():
         raw = {"target": {"path": target.path}, "strategy": {**options, "export_dtype": "float32"}}
         run, strategy = validate(raw, name)
-        draft = strategy.draft(
-            run.strategy, info, None, torch.rand(info.vocab_size, generator=draw)
-        )
+        counts = torch.rand(info.vocab_size, generator=draw)
+        draft = strategy.draft(run.strategy, info, DataInfo(token_counts=counts, num_samples=None))
         for key, weight in draft.model.named_parameters():
             if "norm" in key:  # norms of ones would hide their order
                 weight.data = 1 + 0.3 * torch.randn(weight.shape, generator=draw)
