@@ -21,7 +21,10 @@ def rounding(dtype: torch.dtype, terms: int, factor: float = FACTOR) -> float:
     """Return how far a sum of `terms` products may be off, over the size of what is summed.
 
     Rounding errors have either sign, so they grow with the square root of their number.
+    Whole numbers are not rounded.
     """
+    if not dtype.is_floating_point:
+        return 0.0
     return factor * torch.finfo(dtype).eps * math.sqrt(max(terms, 1))
 
 

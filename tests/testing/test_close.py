@@ -59,3 +59,9 @@ def test_other_shapes_are_not_close() -> None:
 def test_the_tolerance_follows_the_dtype_and_the_length() -> None:
     assert rounding(torch.float32, 400) == 2 * rounding(torch.float32, 100)
     assert rounding(torch.bfloat16, 1) == 2**16 * rounding(torch.float32, 1)
+
+
+def test_whole_numbers_are_equal_or_not() -> None:
+    close(torch.tensor([3, 5]), torch.tensor([3, 5]), terms=10**6)
+    with pytest.raises(AssertionError, match="value 1 is 4"):
+        close(torch.tensor([3, 4]), torch.tensor([3, 5]), terms=10**6)
