@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..capture.layout import is_ragged
 from ..types import DOCUMENT_IDS, POSITION_IDS, Batch, CaptureSpec, Sample
 
 
 def token_fields(spec: CaptureSpec) -> frozenset[str]:
     """Return the fields of a stored sample that have a token axis."""
-    return frozenset(name for name, field in spec.fields.items() if field.shape[:1] == (None,))
+    return frozenset(name for name, field in spec.fields.items() if is_ragged(field))
 
 
 def pack(samples: Sequence[Sample], ragged: Collection[str]) -> Batch:

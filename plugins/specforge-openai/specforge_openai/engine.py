@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from .completions import Client, Completion, check_server
 from .http_json import Refused, ServerDown
 from .options import OpenAIOptions, read_options
 from .pool import Pool, Server, each
+from .sampling import plain_sampling, request_seed
 
 TRIES = 3  # of one request, on servers that are up
 PAUSE_SECONDS = 0.5  # before the second try, and twice that before the third
@@ -130,20 +130,12 @@ class OpenAIEngine:
         body: dict[str, Any] = {
             "prompt": prompt.input_ids.tolist(),
             "max_tokens": answer_room(self.info, len(prompt.input_ids), options),
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "top_k": -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "stop_token_ids": sorted(options.eos),
+            **plain_sampling(options),
             "skip_special_tokens": False,  # in the middle they are part of what was generated
             "return_token_ids": True,  # vLLM's; others pass over it
         }
         if options.temperature > 0:
-            digest = hashlib.sha256(f"{options.seed}/{prompt.index}".encode()).hexdigest()
-            body["seed"] = int(digest[:7], 16)
+            body["seed"] = request_seed(prompt, options)
         return body
 
     def _complete(self, body: dict[str, Any]) -> Completion:

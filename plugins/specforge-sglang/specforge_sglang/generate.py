@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
+
+from specforge_openai.sampling import plain_sampling, request_seed
 
 from specforge_core.errors import CaptureError
 from specforge_core.target.asked import answer_room
@@ -18,19 +19,11 @@ def sampling_params(prompt: Prompt, options: GenerateOptions, info: TargetInfo) 
     """
     params: dict[str, Any] = {
         "max_new_tokens": answer_room(info, len(prompt.input_ids), options),
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "top_k": -1,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "stop_token_ids": sorted(options.eos),
+        **plain_sampling(options),
         "no_stop_trim": True,
     }
     if options.temperature > 0:
-        digest = hashlib.sha256(f"{options.seed}/{prompt.index}".encode()).hexdigest()
-        params["sampling_seed"] = int(digest[:7], 16)
+        params["sampling_seed"] = request_seed(prompt, options)
     return params
 
 
