@@ -56,6 +56,7 @@ class Setup:
     device: str
     max_new_tokens: int
     max_draft_tokens: int
+    at_once: int  # answers decoded side by side, which share the CPU; both speeds are one answer's
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,27 +15,18 @@ from ..data.sources import Conversation, Message, read_conversations
 from ..devices import pick_device
 from ..errors import ConfigError, DataError
 from ..files import write_file
-from ..progress import track
 from ..strategy import Strategy
 from ..target.engine import TransformersEngine
 from ..target.info import load_target_info
 from ..target.tokenizer import load_tokenizer
-from ..types import CaptureSpec, Draft, Proposer, Sampling, TargetInfo
-from .decode import Limits, check_cache, generate, generate_plain, limits
-from .lossless import first_difference, reference
+from ..types import CaptureSpec, Draft, Proposer, TargetInfo
+from .bench import Bench, EvalPrompt, open_desks
+from .decode import Limits, check_cache, limits
 from .plot import plot_acceptance
-from .report import EvalReport, PromptResult, Setup, summarize
+from .report import EvalReport, Setup, summarize
 
 REPORT = "eval/report.json"
 PLOT = "eval/acceptance.png"
-
-
-@dataclass(frozen=True, slots=True)
-class EvalPrompt:
-    """One tokenized prompt, up to the place where the target answers."""
-
-    where: str
-    input_ids: tuple[int, ...]
 
 
 def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
@@ -52,9 +41,15 @@ def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
     make_directory(run.output_dir / Path(REPORT).parent)
     options = run.eval
     with open_target(run, strategy) as (engine, spec, limits_):
-        proposer = ready_proposer(run, strategy, draft, engine)
-        most = min(proposer.max_tokens, options.max_draft_tokens or proposer.max_tokens)
-        results = _Bench(engine.model, proposer, spec, limits_, most, run).run_sets(sets)
+        desks = open_desks(
+            engine.model,
+            draft,
+            lambda draft: ready_proposer(run, strategy, draft, engine),
+            sum(map(len, sets.values())),
+        )
+        longest = desks[0].proposer.max_tokens
+        most = min(longest, options.max_draft_tokens or longest)
+        results = Bench(desks, spec, limits_, most, options).run_sets(sets)
         dtype = str(engine.model.dtype).removeprefix("torch.")
         device = _device_name(engine.model.device)
     setup = Setup(
@@ -65,6 +60,7 @@ def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
         device=device,
         max_new_tokens=options.max_new_tokens,
         max_draft_tokens=most,
+        at_once=len(desks),
     )
     report = summarize(setup, results)
     write_file(run.output_dir / REPORT, report.to_json().encode())
@@ -123,57 +119,6 @@ def first_turn(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """Return the messages up to the first user turn, that one included."""
     roles = [message["role"] for message in messages]
     return messages[: roles.index("user") + 1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Bench:
-    """The target and a proposer, ready to answer prompts."""
-
-    model: Any
-    proposer: Proposer
-    spec: CaptureSpec
-    limits: Limits
-    max_draft_tokens: int
-    run: RunConfig
-
-    def run_sets(self, sets: Mapping[str, list[EvalPrompt]]) -> dict[str, list[PromptResult]]:
-        """Answer every prompt, first one for warm-up that does not count."""
-        total = sum(map(len, sets.values()))
-        first = next(prompts[0] for prompts in sets.values())
-        self._answer(first, Limits(2, self.limits.eos), seed=0)
-        results: dict[str, list[PromptResult]] = {}
-        with track("eval", total) as tracker:
-            for name, prompts in sets.items():
-                results[name] = []
-                for prompt in prompts:
-                    # seeded by place: a set's answers do not depend on the other sets
-                    seed = self.run.eval.seed * 1_000_003 + len(results[name])
-                    results[name].append(self._answer(prompt, self.limits, seed))
-                    tracker.advance(note=name)
-        return results
-
-    def _answer(self, prompt: EvalPrompt, limits: Limits, seed: int) -> PromptResult:
-        temperature = self.run.eval.temperature
-        draw = torch.Generator().manual_seed(seed)
-        sampling = Sampling(temperature=temperature, generator=draw)
-        answer = generate(
-            self.model,
-            self.proposer,
-            self.spec,
-            prompt.input_ids,
-            limits,
-            sampling,
-            self.max_draft_tokens,
-        )
-        if not self.run.eval.compare:
-            return PromptResult(prompt.where, answer, None, None)
-        if temperature:
-            alone = generate_plain(self.model, prompt.input_ids, limits, sampling)
-            return PromptResult(prompt.where, answer, alone, None)
-        # also the baseline of the speed-up: as fast as generate_plain, and run anyway
-        alone = reference(self.model, prompt.input_ids, limits)
-        difference = first_difference(self.model, prompt.input_ids, answer.tokens, alone.tokens)
-        return PromptResult(prompt.where, answer, alone, difference)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def size(png: Path) -> tuple[int, int]:
 
 
 def acceptance(tmp_path: Path, name: str, *stats: DecodeStats) -> bytes:
-    setup = Setup("mine", "models/tiny", 0.0, "float32", "cpu", 16, 3)
+    setup = Setup("mine", "models/tiny", 0.0, "float32", "cpu", 16, 3, 1)
     sets = {
         f"set {i}": [PromptResult("p:1", Answer((1,), found), None, None)]
         for i, found in enumerate(stats)

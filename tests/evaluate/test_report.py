@@ -13,7 +13,7 @@ from specforge_core.testing.close import close
 
 
 def setup(temperature: float = 0.0) -> Setup:
-    return Setup("mine", "models/tiny", temperature, "float32", "cpu", 16, 3)
+    return Setup("mine", "models/tiny", temperature, "float32", "cpu", 16, 3, 1)
 
 
 def result(

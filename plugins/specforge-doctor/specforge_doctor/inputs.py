@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from specforge_core.config import RunConfig
 from specforge_core.errors import ConfigError
-from specforge_core.evaluate.run import EvalPrompt, load_prompt_sets
+from specforge_core.evaluate.bench import EvalPrompt
+from specforge_core.evaluate.run import load_prompt_sets
 from specforge_core.strategy import Strategy
 from specforge_core.target.tokenizer import load_tokenizer
 from specforge_core.types import TargetInfo

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from specforge_core.errors import ConfigError
+from specforge_core.evaluate.bench import EvalPrompt
 from specforge_core.evaluate.decode import CachedTarget, Limits, generate, pick, room
-from specforge_core.evaluate.run import EvalPrompt, open_target, ready_proposer
+from specforge_core.evaluate.run import open_target, ready_proposer
 from specforge_core.progress import track
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.types import CaptureSpec, Draft, Proposer, Sampling
