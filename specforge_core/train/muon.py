@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+WIDE = 1.5  # from here on iterations on the Gram matrix alone are cheaper
 
 
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
@@ -18,9 +21,18 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
     a, b, c = coefficients
     x = matrix.T if matrix.size(0) > matrix.size(1) else matrix  # the smaller Gram matrix
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    wide = x.size(1) >= WIDE * x.size(0)
+    gram, product = x @ x.T, None
+    for step in range(steps):
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        if wide:  # all factors are polynomials in one Gram matrix, so they commute
+            product = polynomial if product is None else polynomial @ product
+            gram = polynomial @ gram @ polynomial if step + 1 < steps else gram
+        else:
+            x = polynomial @ x
+            gram = x @ x.T if step + 1 < steps else gram
+    x = x if product is None else product @ x
     return x.T if matrix.size(0) > matrix.size(1) else x
 
 
@@ -48,7 +60,13 @@ class Float32Muon(torch.optim.Muon):
         momentum = state["momentum_buffer"]
         momentum.lerp_(param.grad, 1 - group["momentum"])
         ahead = param.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        update = orthogonalize(ahead, group["ns_coefficients"], group["ns_steps"])
+        # every rank iterates on the whole matrix and keeps its own rows
+        whole = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
+        update = orthogonalize(whole, group["ns_coefficients"], group["ns_steps"])
+        if isinstance(ahead, DTensor):
+            everywhere = [Replicate()] * ahead.device_mesh.ndim
+            update = DTensor.from_local(update, ahead.device_mesh, everywhere, run_check=False)
+            update = update.redistribute(placements=ahead.placements)
         stretch = math.sqrt(max(1.0, param.size(0) / param.size(1)))
         param.mul_(1 - group["lr"] * group["weight_decay"])
         param.add_(update, alpha=-group["lr"] * stretch)

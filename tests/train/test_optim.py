@@ -127,3 +127,19 @@ def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, int]) -
     assert found.shape == shape
     assert values.min() > 0.5
     assert values.max() < 1.5
+
+
+@pytest.mark.parametrize("shape", [(192, 576), (20, 31), (64, 24)])
+def test_orthogonalize_on_the_gram_matrix_is_the_plain_iteration(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) @ torch.diag(torch.logspace(0, -4, shape[1]))
+    a, b, c = 3.4445, -4.775, 2.0315
+    x = matrix.double() if shape[0] <= shape[1] else matrix.double().T
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    expected = x if shape[0] <= shape[1] else x.T
+    found = orthogonalize(matrix, (a, b, c), 5)
+    # a Gram matrix rounds small singular values; far less than bfloat16, in which torch iterates
+    assert (found - expected).norm() <= 0.1 * torch.finfo(torch.bfloat16).eps * expected.norm()
