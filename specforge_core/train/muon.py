@@ -19,10 +19,11 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
     Every singular value becomes about 1.  Computed in the matrix's own dtype.
     """
     a, b, c = coefficients
-    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix  # the smaller Gram matrix
+    x: Tensor = matrix.T if matrix.size(0) > matrix.size(1) else matrix  # the smaller Gram matrix
     x = x / x.norm().clamp(min=1e-7)
     wide = x.size(1) >= WIDE * x.size(0)
-    gram, product = x @ x.T, None
+    gram: Tensor = x @ x.T
+    product: Tensor | None = None
     for step in range(steps):
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal().add_(a)

@@ -52,7 +52,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def model(toy_target: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(toy_target).eval()
+    return AutoModelForCausalLM.from_pretrained(toy_target).train(False)
 
 
 @pytest.fixture
@@ -115,7 +115,8 @@ def test_what_ends_one_prompt_ends_all_of_them(
     class Slow(Guess):
         def propose(self, last_token: int, max_tokens: int, sampling: Sampling) -> Proposal:
             if threading.current_thread() is not threading.main_thread():  # not the warm-up
-                rounds.append(time.sleep(0.2))
+                time.sleep(0.2)
+                rounds.append(last_token)
             return super().propose(last_token, max_tokens, sampling)
 
     class Broken(Guess):
@@ -125,7 +126,7 @@ def test_what_ends_one_prompt_ends_all_of_them(
             return super().propose(last_token, max_tokens, sampling)
 
     made: list[Proposer] = []
-    rounds: list[None] = []
+    rounds: list[int] = []
 
     def make(draft: Draft) -> Proposer:
         made.append(Slow(draft) if not made else Broken(draft))
