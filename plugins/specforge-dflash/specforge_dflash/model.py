@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specforge_core.nn.cache import GrowingCache
 from specforge_core.nn.rotary import Rope, Rotary, rotate
 
 from .attention import EagerMask, Mask, attend, block_mask
@@ -35,27 +36,6 @@ class Geometry:
         self.masks = masks
 
 
-class LayerCache:
-    """One layer's keys and values of the context so far, for drafting."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._stored: Tensor | None = None  # [2, b, v, capacity, d]
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [b, v, new, d] and return all of it."""
-        start, end = self.length, self.length + k.shape[2]
-        if self._stored is None or self._stored.shape[3] < end:
-            grown = k.new_empty(2, *k.shape[:2], max(256, 2 * end), k.shape[3])
-            if self._stored is not None:
-                grown[:, :, :, :start] = self._stored[:, :, :, :start]
-            self._stored = grown
-        self._stored[0, :, :, start:end] = k
-        self._stored[1, :, :, start:end] = v
-        self.length = end
-        return self._stored[0, :, :, :end], self._stored[1, :, :, :end]
-
-
 class BlockAttention(nn.Module):
     """Queries from the slots; keys and values from context and slots by one projection."""
 
@@ -76,7 +56,7 @@ class BlockAttention(nn.Module):
         context: Tensor,
         geometry: Geometry,
         mask: Mask,
-        cache: LayerCache | None,
+        cache: GrowingCache | None,
     ) -> Tensor:
         """Return [b, N, H] for normed slots [b, N, H] and context [b, S, H]."""
         q = rotate(self.q_norm(self._heads(self.q_proj(hidden))), geometry.block_rope)
@@ -123,7 +103,7 @@ class BlockLayer(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(
-        self, hidden: Tensor, context: Tensor, geometry: Geometry, cache: LayerCache | None
+        self, hidden: Tensor, context: Tensor, geometry: Geometry, cache: GrowingCache | None
     ) -> Tensor:
         """Return [b, N, H] for slots [b, N, H]."""
         mask = geometry.masks[self.layer_type]
@@ -155,7 +135,7 @@ class DFlashModel(nn.Module):
         anchors: Tensor,
         starts: Tensor,
         positions: Tensor,
-        caches: Sequence[LayerCache] | None = None,
+        caches: Sequence[GrowingCache] | None = None,
     ) -> Tensor:
         """Return the slots' final states [b, N, H], normed.
 
@@ -183,7 +163,7 @@ class DFlashModel(nn.Module):
         anchors: Tensor,
         starts: Tensor,
         positions: Tensor,
-        caches: Sequence[LayerCache] | None,
+        caches: Sequence[GrowingCache] | None,
     ) -> Geometry:
         block = self.shape.block_size
         length = positions.shape[1] + (0 if caches is None else caches[0].length)

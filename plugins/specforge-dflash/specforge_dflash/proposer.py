@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specforge_core.nn.cache import GrowingCache
 from specforge_core.types import Proposal, Sampling, TargetCapture
 
 from .config import DFlashConfig
-from .model import DFlashModel, Frozen, LayerCache
+from .model import DFlashModel, Frozen
 
 
 class DFlashProposer:
@@ -18,7 +19,7 @@ class DFlashProposer:
         self._config = config
         self._model = model
         self._frozen = frozen
-        self._caches = [LayerCache() for _ in model.layers]
+        self._caches = [GrowingCache(2) for _ in model.layers]
         self._pending: list[Tensor] = []  # features [n, K*H] not in the cache yet
 
     @property
@@ -26,7 +27,7 @@ class DFlashProposer:
         return self._config.num_draft_tokens
 
     def start(self, prefix: TargetCapture, /) -> None:
-        self._caches = [LayerCache() for _ in self._model.layers]
+        self._caches = [GrowingCache(2) for _ in self._model.layers]
         self._pending = []
         self.accept(prefix)
 

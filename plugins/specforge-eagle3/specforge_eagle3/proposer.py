@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specforge_core.nn.cache import GrowingCache
 from specforge_core.types import Proposal, Sampling, TargetCapture
 
 from .attention import eager
@@ -37,27 +38,6 @@ class _Leaves:
         )
 
 
-class _Grown:
-    """Cached keys and values of verified rows, doubled in capacity as they grow."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._stored: Tensor | None = None  # [2, capacity, v, d]
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [n, v, d] and return all of it."""
-        start, end = self.length, self.length + len(k)
-        if self._stored is None or self._stored.shape[1] < end:
-            grown = k.new_empty(2, max(256, 2 * end), *k.shape[1:])
-            if self._stored is not None:
-                grown[:, :start] = self._stored[:, :start]
-            self._stored = grown
-        self._stored[0, start:end] = k
-        self._stored[1, start:end] = v
-        self.length = end
-        return self._stored[0, :end], self._stored[1, :end]
-
-
 class Eagle3Proposer:
     """Drafts for one sequence at a time."""
 
@@ -68,7 +48,7 @@ class Eagle3Proposer:
         with torch.no_grad():
             self._weights = model.before.weights()
             self._tokens = target_tokens(model.d2t)  # [Vd]
-        self._cache = _Grown()
+        self._cache = GrowingCache(0)
         self._first: tuple[Tensor, Tensor]  # all cached keys and values
         self._ids: list[int] = []  # tokens whose features are not in the cache yet
         self._features: list[Tensor] = []  # theirs, [n, 3H] each
@@ -79,7 +59,7 @@ class Eagle3Proposer:
         return self._config.draft_length if chain else self._config.tree_tokens
 
     def start(self, prefix: TargetCapture, /) -> None:
-        self._cache = _Grown()
+        self._cache = GrowingCache(0)
         self._ids, self._features = [], []
         self.accept(prefix)
 
