@@ -18,7 +18,7 @@ console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 @dataclass(slots=True)
-class Tracker:
+class Meter:
     """Counts finished units; `note` is shown beside the count."""
 
     label: str
@@ -61,13 +61,13 @@ class Tracker:
         return "  ".join(part for part in parts if part)
 
 
-def _print_lines(tracker: Tracker, ended: threading.Event) -> None:
+def _print_lines(tracker: Meter, ended: threading.Event) -> None:
     while not ended.wait(PLAIN_SECONDS):
         console.print(tracker.line(), markup=False)
 
 
 @contextmanager
-def _plain(tracker: Tracker) -> Iterator[Tracker]:
+def _plain(tracker: Meter) -> Iterator[Meter]:
     """Print a line now and then, from a thread: one unit of work may take long."""
     ended = threading.Event()
     thread = threading.Thread(target=_print_lines, args=(tracker, ended), daemon=True)
@@ -80,13 +80,13 @@ def _plain(tracker: Tracker) -> Iterator[Tracker]:
 
 
 @contextmanager
-def track(label: str, total: int | None, *, quiet: bool = False) -> Iterator[Tracker]:
+def track(label: str, total: int | None, *, quiet: bool = False) -> Iterator[Meter]:
     """Show the progress of one piece of work; `quiet` (other ranks) shows nothing."""
     if quiet:
-        yield Tracker(label, total, None)
+        yield Meter(label, total, None)
         return
     if not sys.stderr.isatty():
-        with _plain(Tracker(label, total, None)) as tracker:
+        with _plain(Meter(label, total, None)) as tracker:
             yield tracker
         return
     columns = (
@@ -98,4 +98,4 @@ def track(label: str, total: int | None, *, quiet: bool = False) -> Iterator[Tra
     )
     with Progress(*columns, console=console, transient=True) as bar:
         bar.add_task(label, total=total, note="")
-        yield Tracker(label, total, bar)
+        yield Meter(label, total, bar)

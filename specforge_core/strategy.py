@@ -105,7 +105,8 @@ class Strategy:
                 f"target.engine {target.engine!r} is not provided by any installed plugin. "
                 f"Try: pip install specforge-{target.engine}, or target.engine=transformers"
             )
-        return self._with("specforge_target_engine", found, "info", "capture", "generate", "close")
+        asked = ("info", "supports", "capture", "generate", "close")
+        return self._with("specforge_target_engine", found, *asked)
 
     def verify_capture(
         self,

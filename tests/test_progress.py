@@ -5,11 +5,11 @@ import time
 import pytest
 
 from specforge_core import progress
-from specforge_core.progress import Tracker, track
+from specforge_core.progress import Meter, track
 
 
 def test_the_time_left_follows_the_speed_of_this_run_and_the_deadline() -> None:
-    tracker = Tracker("work", 100, None, started=time.monotonic() - 10)
+    tracker = Meter("work", 100, None, started=time.monotonic() - 10)
     assert tracker.seconds_left() is None
     tracker.skip(50)
     assert tracker.seconds_left() is None
