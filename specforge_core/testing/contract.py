@@ -24,7 +24,9 @@ from ..capture.samples import to_host
 from ..drafts.export import read_export, write_export
 from ..drafts.load import restore
 from ..errors import SpecForgeError
-from ..evaluate.decode import pick
+from ..evaluate.decode import Limits, generate, generate_plain, pick
+from ..evaluate.run import open_target, ready_proposer
+from ..train.fsdp import cast_inputs
 from ..train.metrics import RESERVED_PREFIXES
 from ..train.run import train
 from ..types import (
@@ -146,6 +148,30 @@ class StrategyContract:
         pieces = _propose(proposer, int(capture.input_ids[-1]), proposer.max_tokens)
         assert pieces.tokens.tolist() == whole.tokens.tolist()
 
+    def test_greedy_answers_are_the_targets_own_behind_one_token_too(self, case: Case) -> None:
+        run, strategy, ends = case.job.run, case.job.strategy, Limits(24, frozenset())
+        with open_target(run, strategy) as (engine, spec, _):
+            proposer = ready_proposer(run, strategy, case.draft, engine)
+            for tokens in (1, 7):
+                prompt = case.captures[0].input_ids[:tokens].tolist()
+                found = generate(engine.model, proposer, spec, prompt, ends, _greedy())
+                alone = generate_plain(engine.model, prompt, ends, _greedy())
+                assert found.tokens == alone.tokens
+
+    def test_a_step_in_bfloat16_is_near_the_one_in_float32(self, case: Case) -> None:
+        exact = case.step(case.samples)
+        for module in (case.draft.model, case.draft.frozen):
+            if module is not None:
+                module.to(torch.bfloat16)
+        cast_inputs(case.draft.model, torch.bfloat16)
+        rounded = case.step(case.samples)
+        torch.autograd.backward(rounded.loss_sum)
+        torch.testing.assert_close(
+            rounded.loss_sum.float(), exact.loss_sum.float(), rtol=0.05, atol=0.05
+        )
+        for parameter in case.draft.model.parameters():
+            assert parameter.grad is None or parameter.grad.isfinite().all()
+
     def test_what_was_drawn_comes_with_its_distribution(self, case: Case) -> None:
         proposal = _draft(case.proposer(), case.captures[0], 8, temperature=1.0)
         if proposal.probs is not None:
@@ -196,6 +222,10 @@ def _draft(
     """Draft behind all but the last token, which the target has not run on."""
     proposer.start(pick(capture, list(range(len(capture.input_ids) - 1)), supervised=False))
     return _propose(proposer, int(capture.input_ids[-1]), limit, temperature)
+
+
+def _greedy() -> Sampling:
+    return Sampling(temperature=0.0, generator=torch.Generator())
 
 
 def _propose(proposer: Proposer, last: int, limit: int, temperature: float = 0.0) -> Proposal:

@@ -119,6 +119,28 @@ FAULTS = {
         return Sums(draft)
         """,
     ),
+    "a start that wants two tokens": (
+        "test_greedy_answers_are_the_targets_own_behind_one_token_too",
+        "proposer",
+        """
+        class Pairs(ChainProposer):
+            def start(self, prefix):
+                assert len(prefix.input_ids) > 1
+                super().start(prefix)
+        return Pairs(draft)
+        """,
+    ),
+    "a step for float32 alone": (
+        "test_a_step_in_bfloat16_is_near_the_one_in_float32",
+        "train_step",
+        """
+        def run(draft, batch, ctx):
+            out = step(draft, batch, ctx)
+            wide = draft.model.blocks[0].weight.dtype == torch.float32
+            return out if wide else dataclasses.replace(out, loss_sum=out.loss_sum * 1.2)
+        return run
+        """,
+    ),
     "probabilities that are none": (
         "test_what_was_drawn_comes_with_its_distribution",
         "proposer",
