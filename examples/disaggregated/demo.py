@@ -140,7 +140,7 @@ def write_config(target: Path, url: str) -> Path:
         "target": {
             "path": str(target),
             "engine": "sglang",
-            "options": {"url": url, "max_requests": 8},
+            "options": {"url": url, "max_requests": 8, "patience": 900},
         },
         "strategy": {"name": "dflash", "block_size": 4, "num_layers": 1, "num_anchors": 64},
         "data": {"train": [str(data)]},
