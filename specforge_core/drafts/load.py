@@ -84,7 +84,7 @@ def export_checkpoint(path: Path, format: str, output: Path, *, force: bool) -> 
         "step": state.step,
         "tokens": state.num_tokens,
         "config": state.config,
-        "capture": state.identity,
+        "capture": state.identity.model_dump(mode="json"),
     }
     write_export(export, output, provenance=provenance, force=force)
     return output

@@ -6,9 +6,7 @@ whole, so `step-000100` either is complete or is not there.
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -27,11 +22,19 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
-from ..drafts.checkpoint import STATE, TrainState, check_shapes, checkpoints, read_state, under
+from ..drafts.checkpoint import (
+    STATE,
+    TrainState,
+    checkpoints,
+    find as find,
+    first_failure,
+    load_tensors,
+    read_state,
+    under,
+)
 from ..errors import RunError
 from ..files import write_file
 from ..types import Draft
@@ -59,7 +62,7 @@ def save(
         storage = HuggingFaceStorageWriter(str(beside), save_distributed=True)
         dcp_save(tensors, storage_writer=storage)
         if main:
-            write_file(beside / STATE, json.dumps(asdict(state), indent=1).encode() + b"\n")
+            write_file(beside / STATE, state.model_dump_json(indent=1).encode() + b"\n")
             shutil.rmtree(final, ignore_errors=True)
             beside.rename(final)
             for old in checkpoints(output_dir)[:-keep]:
@@ -67,7 +70,7 @@ def save(
     except (OSError, CheckpointException) as exc:
         if main:
             shutil.rmtree(beside, ignore_errors=True)
-        cause = _cause(exc)
+        cause = first_failure(exc)
         if not isinstance(cause, OSError | SafetensorError):
             raise
         raise RunError(
@@ -83,8 +86,7 @@ def load(path: Path, draft: Draft, optimizers: list[Optimizer]) -> TrainState:
     state = read_state(path)
     tensors = _collect(draft, optimizers)
     wanted = {k: v for k, v in tensors.items() if isinstance(v, Tensor)}
-    check_shapes(path, wanted)
-    dcp_load(wanted, storage_reader=HuggingFaceStorageReader(str(path)))
+    load_tensors(path, wanted, prefixes=("model.", "optim"))
     tensors |= wanted
     model = draft.model
     everything: dict[str, Any] = get_model_state_dict(model)
@@ -103,11 +105,3 @@ def _collect(draft: Draft, optimizers: list[Optimizer]) -> dict[str, Any]:
         state = get_optimizer_state_dict(model, optimizer, options=_FLAT)
         found |= {f"optim{number}.{k}": v for k, v in state.items()}
     return found
-
-
-def _cause(exc: BaseException) -> BaseException:
-    """Return the first real error inside DCP's exception, which wraps one of each rank."""
-    if not isinstance(exc, CheckpointException):
-        return exc
-    first, _ = next(iter(exc.failures.values()))
-    return first

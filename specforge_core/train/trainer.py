@@ -279,7 +279,7 @@ class Trainer:
             config=self.run.model_dump(mode="json"),
             versions=_versions(self.strategy),
             machine=asdict(self.machine),
-            identity=self.feed.identity.model_dump(mode="json"),
+            identity=self.feed.identity,
         )
         saved = checkpoint.save(
             self.run.output_dir, self.draft, self.optimizers, state, self.run.train.keep

@@ -1,0 +1,117 @@
+"""state.json: all that a checkpoint knows and is no tensor; read strictly, anyone may edit it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import from_json
+
+from ..capture.manifest import CaptureIdentity
+from ..config import TrainConfig
+from ..errors import CheckpointError
+
+STATE = "state.json"
+STEP = re.compile(r"step-([0-9]{8,12})")
+MOST = 10**15  # of anything counted, so that no arithmetic of a resumed run overflows
+
+Count = Annotated[int, Field(strict=True, ge=0, le=MOST)]
+Positive = Annotated[int, Field(strict=True, ge=1, le=MOST)]
+
+
+class TrainState(BaseModel):
+    """Everything a resumed run needs that is no tensor."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: Count  # optimizer steps done
+    total_steps: Positive  # that the schedule of learning rates was over
+    num_tokens: Count  # trained on, by all ranks
+    seconds: Annotated[float, Field(strict=True, ge=0, le=MOST)]  # spent training
+    strategy: StrictStr
+    position: Count  # samples of the endless sequence of epochs done with
+    config: dict[str, Any]
+    versions: dict[str, StrictStr]
+    identity: CaptureIdentity  # target, layers, tokenizer, template
+    resolved: dict[str, Any] = {}  # `Draft.resolved`
+    machine: dict[str, Any] = {}  # dtypes and threads it computed with
+
+    @field_validator("config")
+    @classmethod
+    def _sections(cls, config: dict[str, Any]) -> dict[str, Any]:
+        for name in ("target", "strategy", "data", "train"):
+            if not isinstance(config.get(name), dict):
+                raise ValueError(f"has no section {name}")
+        try:
+            TrainConfig.model_validate(config["train"])
+        except ValidationError as exc:
+            raise ValueError(f"train.{_first(exc)}") from None
+        return config
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step in a checkpoint's name; None for what is not named as one."""
+    found = STEP.fullmatch(path.name)
+    return None if found is None else int(found[1])
+
+
+def read_state(path: Path) -> TrainState:
+    """Read a checkpoint's state.json.  Raises CheckpointError when it is missing or damaged."""
+    try:
+        raw = from_json((path / STATE).read_bytes(), allow_inf_nan=False)
+        state = TrainState.model_validate(_current(raw))
+    except FileNotFoundError as exc:
+        raise CheckpointError(
+            f"{path} is not a checkpoint: it has no {STATE}. Try: --checkpoint OUTPUT_DIR"
+        ) from exc
+    except (ValueError, OSError) as exc:
+        why = _first(exc) if isinstance(exc, ValidationError) else str(exc)
+        raise CheckpointError(f"{path / STATE} is damaged: {why}. Use an earlier one") from exc
+    if step_of(path) not in (None, state.step):
+        raise CheckpointError(
+            f"{path / STATE} is damaged: it is of step {state.step}. Use an earlier one"
+        )
+    return state
+
+
+class _Old(BaseModel):
+    """What 0.1 wrote instead of `position`: every rank counted its own samples."""
+
+    world_size: Positive
+    positions: Annotated[list[Count], Field(min_length=1)]
+
+
+def _current(raw: Any) -> Any:
+    """Return a state as this version writes it."""
+    if not isinstance(raw, dict) or "positions" not in raw:
+        return raw
+    old = _Old.model_validate(raw)
+    if len(old.positions) != old.world_size:
+        raise ValueError(f"it has {len(old.positions)} positions of {old.world_size} ranks")
+    kept = {k: v for k, v in raw.items() if k not in ("positions", "generators", "world_size")}
+    config = raw.get("config")
+    train = config.get("train") if isinstance(config, dict) else None
+    total = train.get("max_steps") if isinstance(train, dict) else None
+    position = min(old.positions) * old.world_size
+    return {"total_steps": total or raw.get("step"), **kept, "position": position}
+
+
+def _first(exc: ValidationError) -> str:
+    """Return what is wrong first, in one line."""
+    error = exc.errors(include_url=False)[0]
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{where} is unknown"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("missing", "value_error"):
+        return f"{where}: {message}"
+    return f"{where}: {message}, got {error['input']!r:.60}"

@@ -1,0 +1,108 @@
+"""What a draft's stored tensors must be before they are taken: names, shapes, dtypes, values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..errors import CheckpointError
+from ..tensorfile import CODES
+
+# what a file whose header or layout is damaged makes its readers raise
+DAMAGE = (
+    *(SafetensorError, OSError, ValueError, TypeError),
+    *(AttributeError, LookupError, RuntimeError),  # RecursionError is of the last kind
+)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_finite(where: str, tensors: Mapping[str, Any]) -> None:
+    """Raise CheckpointError naming the first tensor that holds a NaN or an infinity."""
+    for name, value in tensors.items():
+        own = value.to_local() if isinstance(value, DTensor) else value
+        if own.is_floating_point() and not bool(own.isfinite().all()):
+            raise CheckpointError(
+                f"tensor {name!r} of {where} holds values that are not finite: nothing it drafts "
+                "would be accepted. Use an earlier checkpoint"
+            )
+
+
+def check_given(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless an export's tensors are those of a draft.
+
+    Names both ways, and shapes.  Floating point stays so, in any of the dtypes engines load;
+    any other tensor has exactly the draft's dtype.
+    """
+    for name in sorted(own.keys() | given.keys()):
+        ours, theirs = own.get(name), given.get(name)
+        shapes = [None if t is None else list(t.shape) for t in (theirs, ours)]
+        if ours is None or theirs is None or shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"export tensor {name!r} has shape {shapes[0] or 'none'}, this draft needs "
+                f"{shapes[1] or 'no such tensor'}. Check strategy.* against its config.json"
+            )
+        if theirs.dtype not in (FLOATS if ours.is_floating_point() else (ours.dtype,)):
+            raise CheckpointError(
+                f"export tensor {name!r} has dtype {_plain(theirs.dtype)}, this draft needs "
+                f"{_plain(ours.dtype)}. Export again, or use an unquantised draft"
+            )
+
+
+def check_stored(path: Path, wanted: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> None:
+    """Compare a checkpoint's tensors, names below `prefixes`, with those of draft and optimizer.
+
+    Raises CheckpointError naming the first one that is missing, left over, or of another shape
+    or dtype.
+    """
+    stored: dict[str, tuple[str, list[int]]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        for name, (code, ends) in _extents(file, path).items():
+            before = stored.get(name, (code, ends))[1]
+            stored[name] = code, [max(a, b) for a, b in zip(before, ends, strict=True)]
+    left_over = [name for name in stored if name.startswith(prefixes) and name not in wanted]
+    for name in [*wanted, *left_over]:
+        tensor = wanted.get(name)
+        if tensor is None:
+            problem = "is in it, and not in this run's draft"
+        elif name not in stored:
+            problem = "is not in it"
+        elif stored[name][1] != list(tensor.shape):
+            problem = f"has shape {stored[name][1]} in it, and {list(tensor.shape)} in this run"
+        elif stored[name][0] != CODES.get(tensor.dtype):
+            problem = f"has dtype {stored[name][0]} in it, and {_plain(tensor.dtype)} in this run"
+        else:
+            continue
+        raise CheckpointError(
+            f"checkpoint {path} does not fit this run's draft: {name} {problem}. "
+            "Use the strategy section it was trained with, or another output_dir"
+        )
+
+
+def _extents(file: Path, path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return each tensor's dtype code, and how far one rank's part of it reaches, per axis."""
+    found = {}
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            layout = json.loads((tensors.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                part = tensors.get_slice(name)
+                shape = list(part.get_shape())
+                offsets = layout.get(name, {}).get("saved_offsets") or [0] * len(shape)
+                ends = [o + s for o, s in zip(offsets, shape, strict=True)]
+                found[name] = str(part.get_dtype()), ends
+    except DAMAGE as exc:
+        raise CheckpointError(
+            f"{file} is damaged: {exc}. Delete {path} to use the checkpoint before it"
+        ) from exc
+    return found
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
