@@ -204,15 +204,31 @@ def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...
 
 
 @cli.command()
+@click.option("-c", "--config", type=PATH, help=f"{CONFIG_HELP} Else as the checkpoint says.")
 @click.option("--checkpoint", type=PATH, required=True, help="Checkpoint or run directory.")
 @click.option("--format", "format_", default="hf", show_default=True, help="hf, sglang, vllm ...")
 @click.option("-o", "--output", type=PATH, required=True, help="Directory to write.")
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
-def export(checkpoint: Path, format_: str, output: Path, force: bool) -> None:
-    """Write a trained draft in an engine's layout."""
+@overrides_argument
+def export(
+    config: Path | None,
+    checkpoint: Path,
+    format_: str,
+    output: Path,
+    force: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Write a trained draft in an engine's layout.
+
+    KEY=VALUE arguments say what is otherwise than in training: target.path, where it lies now.
+    """
+    asked = None if config is None else load_run(config, overrides)
     from .drafts.load import export_checkpoint
 
-    click.echo(f"wrote {export_checkpoint(checkpoint, format_, output, force=force)}")
+    written = export_checkpoint(
+        checkpoint, format_, output, force=force, asked=asked, overrides=overrides
+    )
+    click.echo(f"wrote {written}")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,8 +28,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class MayChange(Enum):
+    """Marks an option of a strategy that may differ from what a draft was trained with.
+
+    All others count: a draft is resumed, evaluated, exported and started from only with the
+    values it was trained with.  Written as `Annotated[int, MayChange.ALWAYS] = Field(...)`.
+    """
+
+    AT_START = "at_start"  # of the objective only: `train.init_from` says it and goes on
+    ALWAYS = "always"  # changes neither draft nor objective, or is compared as `Draft.resolved`
+
+
 class StrategyConfig(Section):
-    """Base of every strategy's own section.  `name` selects the plugin."""
+    """Base of every strategy's own section.  `name` selects the plugin.
+
+    Every option counts as part of what a draft is, unless it is marked with `MayChange`.
+    """
 
     name: str
 

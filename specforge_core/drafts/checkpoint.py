@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,13 +48,25 @@ def find(path: Path) -> Path:
     return found[-1]
 
 
-def check_strategy(path: Path, state: TrainState, name: str) -> None:
-    """Raise CheckpointError when a checkpoint was trained with another strategy."""
-    if state.strategy != name:
+def check_strategy(path: Path, trained: str, name: str) -> None:
+    """Raise CheckpointError when a draft was trained with another strategy."""
+    if trained != name:
         raise CheckpointError(
-            f"{path} was trained with strategy {state.strategy!r}, this run is {name!r}. "
-            f"Try: strategy.name={state.strategy}, or another output_dir"
+            f"{path} was trained with strategy {trained!r}, this run is {name!r}. "
+            f"Try: strategy.name={trained}, or another output_dir"
         )
+
+
+def remove_incomplete(output_dir: Path) -> None:
+    """Remove what killed runs left of checkpoints: temporaries, and folders without state.json.
+
+    Only for the run that has claimed `output_dir`.
+    """
+    for path in output_dir.glob("checkpoints/*"):
+        temporary = path.name.startswith(".step-") and path.name.endswith(".tmp")
+        incomplete = step_of(path) is not None and not (path / STATE).exists()
+        if (temporary or incomplete) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def load_model(path: Path, draft: Draft) -> TrainState:

@@ -128,6 +128,14 @@ def read_export(directory: Path) -> Export:
     return Export(config=config, weights=_read_weights(directory / WEIGHTS))
 
 
+def read_provenance(directory: Path) -> dict[str, Any]:
+    """Return what an export says of where it comes from; nothing for one of another tool.
+
+    Raises CheckpointError when its provenance.json is damaged.
+    """
+    return _read_json(directory, PROVENANCE) if (directory / PROVENANCE).is_file() else {}
+
+
 def read_serve(directory: Path, engine: str) -> dict[str, Any] | None:
     """Return the options that an engine needs to serve an export; None where it names none.
 

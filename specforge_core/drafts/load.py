@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..capture.manifest import CaptureIdentity
 from ..config import RunConfig
 from ..errors import ConfigError
-from ..load import validate
+from ..load import apply_override, validate
+from ..records import masked
 from ..strategy import Strategy
 from ..target.info import load_target_info
 from ..types import DataInfo, Draft, TargetInfo
-from .checkpoint import check_strategy, checkpoints, find, load_model, read_state
-from .export import read_export, write_export
+from .checkpoint import TrainState, check_strategy, checkpoints, find, load_model, read_state
+from .export import read_export, read_provenance, write_export
+from .identity import Made, check_same, check_start, resolved, target_identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,41 +29,60 @@ class Restored:
     target: TargetInfo
 
 
-def restore(run: RunConfig, strategy: Strategy, path: Path) -> Restored:
+def restore(run: RunConfig, strategy: Strategy, path: Path, *, templates: bool = True) -> Restored:
     """Load the draft at `path`: a run's output, one checkpoint, or an exported directory.
 
-    Raises CheckpointError when it belongs to another strategy or has other shapes.
+    Raises CheckpointError when it was made otherwise than the run says, naming what differs
+    (tokenizer and chat template only with `templates`), or its tensors are others.
     """
     target = load_target_info(run.target)
+    place, made = recorded(path)
+    if made is not None:
+        check_strategy(place, made.strategy, strategy.name)
+    draft = strategy.draft(run.strategy, target, None)
+    if made is not None:
+        now = Made.of_run(run, strategy, draft, target_identity(run, strategy, target))
+        check_same(place, made, now, strategy.config(), templates=templates)
+    _fill(run, strategy, target, draft, place)
+    return Restored(draft, target)
+
+
+def recorded(path: Path) -> tuple[Path, Made | None]:
+    """Return where the draft at `path` is, and what it says it was made of, if it does.
+
+    An export of another tool does not; a strategy compares its config.json in any case.
+    """
     if not (path / "config.json").exists():
         checkpoint = find(path)
-        check_strategy(checkpoint, read_state(checkpoint), strategy.name)
-    return Restored(load_draft(run, strategy, target, path), target)
+        return checkpoint, Made.of_state(read_state(checkpoint))
+    return path, Made.of_provenance(read_provenance(path), path)
 
 
-def load_draft(run: RunConfig, strategy: Strategy, target: TargetInfo, path: Path) -> Draft:
-    """Build the draft with the weights at `path`, whichever strategy trained them.
-
-    Raises CheckpointError when they have other names or shapes.
-    """
-    draft = strategy.draft(run.strategy, target, None)
-    if (path / "config.json").exists():
-        strategy.load_export(run.strategy, draft, target, read_export(path))
+def _fill(
+    run: RunConfig, strategy: Strategy, target: TargetInfo, draft: Draft, place: Path
+) -> None:
+    """Load the weights of a checkpoint or an export into a draft."""
+    if (place / "config.json").exists():
+        strategy.load_export(run.strategy, draft, target, read_export(place))
     else:
-        load_model(find(path), draft)
-    return draft
+        load_model(place, draft)
 
 
-def first_draft(run: RunConfig, strategy: Strategy, target: TargetInfo, data: DataInfo) -> Draft:
+def first_draft(
+    run: RunConfig,
+    strategy: Strategy,
+    target: TargetInfo,
+    data: DataInfo,
+    identity: CaptureIdentity,
+    say: Callable[[str], None],
+) -> Draft:
     """Build the draft that training begins with; a resumed run fills it from its checkpoint.
 
-    Raises ConfigError when `train.init_from` names other weights than this run began with.
+    What `train.init_from` was made with otherwise is said, a line each.  Raises CheckpointError
+    where its weights would mean something else in this run, ConfigError when it names other
+    weights than this run began with.
     """
     path, started = run.train.init_from, checkpoints(run.output_dir)
-    if path is None or started:
-        draft = strategy.draft(run.strategy, target, data)
-    else:
-        draft = load_draft(run, strategy, target, path)
     if path is not None and started:
         before = read_state(started[-1]).config["train"].get("init_from")
         if before != str(path):
@@ -67,14 +91,35 @@ def first_draft(run: RunConfig, strategy: Strategy, target: TargetInfo, data: Da
                 f"from {repr(before) if before else 'new weights'} and would be resumed. "
                 "Try: output_dir=ANOTHER"
             )
+    if path is None or started:
+        return strategy.draft(run.strategy, target, data)
+    place, made = recorded(path)
+    draft = strategy.draft(run.strategy, target, None)
+    if made is not None:
+        now = Made.of_run(run, strategy, draft, identity)
+        for line in check_start(place, made, now, strategy.config()):
+            say(line)
+    _fill(run, strategy, target, draft, place)
     return draft
 
 
-def export_checkpoint(path: Path, format: str, output: Path, *, force: bool) -> Path:
-    """Write the draft of a checkpoint in `format`, with its provenance beside it."""
+def export_checkpoint(
+    path: Path,
+    format: str,
+    output: Path,
+    *,
+    force: bool,
+    asked: tuple[RunConfig, Strategy] | None = None,
+    overrides: tuple[str, ...] = (),
+) -> Path:
+    """Write the draft of a checkpoint in `format`, with its provenance beside it.
+
+    The config is `asked`, or what the checkpoint says with `overrides` such as
+    "target.path=DIRECTORY".
+    """
     checkpoint = find(path)
     state = read_state(checkpoint)
-    run, strategy = validate(state.config, f"the config stored in {checkpoint}")
+    run, strategy = asked or stored_run(checkpoint, state, overrides)
     restored = restore(run, strategy, checkpoint)
     export = strategy.export(run.strategy, restored.draft, restored.target, format)
     provenance: dict[str, Any] = {
@@ -83,8 +128,31 @@ def export_checkpoint(path: Path, format: str, output: Path, *, force: bool) -> 
         "versions": state.versions,
         "step": state.step,
         "tokens": state.num_tokens,
-        "config": state.config,
+        "config": masked({**state.config, "strategy": run.strategy.model_dump(mode="json")}),
+        "resolved": resolved(restored.draft),
         "capture": state.identity.model_dump(mode="json"),
     }
     write_export(export, output, provenance=provenance, force=force)
     return output
+
+
+def stored_run(
+    checkpoint: Path, state: TrainState, overrides: tuple[str, ...] = ()
+) -> tuple[RunConfig, Strategy]:
+    """Return the config to read a checkpoint with: what it says of draft and target, no more.
+
+    A checkpoint may be anybody's, so it decides about no code (`target.trust_remote_code`,
+    engines, plugins), no secrets and no path but the target's; `overrides` may.
+    """
+    target, data = state.config["target"], state.config["data"]
+    raw: dict[str, Any] = {
+        "target": {
+            "path": target.get("path"),
+            "revision": target.get("revision") or state.identity.target_revision,
+        },
+        "strategy": copy.deepcopy(state.config["strategy"]),
+        "data": {"chat_template_kwargs": copy.deepcopy(data.get("chat_template_kwargs") or {})},
+    }
+    for override in overrides:
+        apply_override(raw, override)
+    return validate(raw, f"the config stored in {checkpoint}")

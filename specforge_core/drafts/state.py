@@ -54,7 +54,7 @@ class TrainState(BaseModel):
         try:
             TrainConfig.model_validate(config["train"])
         except ValidationError as exc:
-            raise ValueError(f"train.{_first(exc)}") from None
+            raise ValueError(f"train.{why_invalid(exc)}") from None
         return config
 
 
@@ -74,7 +74,7 @@ def read_state(path: Path) -> TrainState:
             f"{path} is not a checkpoint: it has no {STATE}. Try: --checkpoint OUTPUT_DIR"
         ) from exc
     except (ValueError, OSError) as exc:
-        why = _first(exc) if isinstance(exc, ValidationError) else str(exc)
+        why = why_invalid(exc) if isinstance(exc, ValidationError) else str(exc)
         raise CheckpointError(f"{path / STATE} is damaged: {why}. Use an earlier one") from exc
     if step_of(path) not in (None, state.step):
         raise CheckpointError(
@@ -105,7 +105,7 @@ def _current(raw: Any) -> Any:
     return {"total_steps": total or raw.get("step"), **kept, "position": position}
 
 
-def _first(exc: ValidationError) -> str:
+def why_invalid(exc: ValidationError) -> str:
     """Return what is wrong first, in one line."""
     error = exc.errors(include_url=False)[0]
     where = ".".join(map(str, error["loc"]))

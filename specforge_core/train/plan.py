@@ -8,6 +8,7 @@ from ..capture.manifest import CaptureManifest
 from ..config import RunConfig
 from ..drafts.checkpoint import checkpoints
 from ..errors import SpecForgeError
+from ..records import recorded
 from ..strategy import Strategy
 from ..target.info import load_target_info
 from .machine import choose
@@ -36,7 +37,7 @@ def plan_run(run: RunConfig, strategy: Strategy, nproc: int) -> str:
         plan["captures"] = {"layers": list(spec.layers), "final": spec.final}
     except SpecForgeError as exc:
         plan["target"] = f"not available here: {exc}"
-    text = {"plan": plan, "config": run.model_dump(mode="json")}
+    text = {"plan": plan, "config": recorded(run)}
     return yaml.safe_dump(text, sort_keys=False, allow_unicode=True, width=100).rstrip()
 
 

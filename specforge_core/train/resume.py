@@ -5,13 +5,43 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from ..config import TrainConfig
-from ..drafts.checkpoint import TrainState
+from ..capture.manifest import CaptureIdentity
+from ..config import RunConfig, TrainConfig
+from ..drafts.checkpoint import TrainState, check_strategy
+from ..drafts.identity import Made, check_same
 from ..errors import CheckpointError
 from ..strategy import Strategy
+from ..types import Draft
 from .optim import lr_factor
 
 NOTICED = 0.01  # a learning rate that moves less is not worth a line
+
+
+def check_resumed(
+    path: Path,
+    state: TrainState,
+    run: RunConfig,
+    strategy: Strategy,
+    draft: Draft,
+    identity: CaptureIdentity,
+) -> None:
+    """Raise CheckpointError when a run would go on with something else than it began with.
+
+    That is all that made the draft, and what its training cannot go on without: the optimizer's
+    state, and the order of the samples.
+    """
+    check_strategy(path, state.strategy, strategy.name)
+    now = Made.of_run(run, strategy, draft, identity)
+    anew = f"start from its weights: train.init_from={path} output_dir=ANOTHER"
+    check_same(path, Made.of_state(state), now, strategy.config(), otherwise=anew)
+    check_optimizer(path, state, run.train)
+    before = TrainConfig.model_validate(state.config["train"]).seed
+    if before != run.train.seed:
+        raise CheckpointError(
+            f"{path} was trained with train.seed={before}, this run has train.seed="
+            f"{run.train.seed}: the order of the samples would be another, some would come twice "
+            f"and some not at all. Try: train.seed={before}, or {anew}"
+        )
 
 
 def check_optimizer(path: Path, state: TrainState, config: TrainConfig) -> None:

@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import FrameType
 
 import torch
@@ -53,7 +54,14 @@ def _build(
 ) -> Trainer:
     config = run.train
     torch.manual_seed(config.seed)
-    draft = first_draft(run, strategy, feed.target, feed.data)
+    draft = first_draft(
+        run,
+        strategy,
+        feed.target,
+        feed.data,
+        feed.identity,
+        partial(console.print if world_.main else _nothing, markup=False),
+    )
     dtype = DTYPES[machine.compute_dtype]
     draft.model.to(world_.device, torch.float32).train()
     if draft.frozen is not None:
@@ -79,6 +87,10 @@ def _build(
         trackers=Trackers(strategy.trackers(run) if world_.main else []),
         total_steps=count_steps(config, feed.data.num_samples, world_.size),
     )
+
+
+def _nothing(line: str, *, markup: bool) -> None:
+    """Say nothing, as ranks but the first do."""
 
 
 def count_steps(config: TrainConfig, epoch_length: int | None, world_size: int) -> int:

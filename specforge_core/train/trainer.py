@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 from ..batches.loader import Batches, Micro, Share
 from ..batches.prefetch import Prefetcher
 from ..config import RunConfig
-from ..drafts.checkpoint import TrainState, check_strategy, checkpoints, find, read_state
+from ..drafts.checkpoint import TrainState, checkpoints, find, read_state, remove_incomplete
+from ..drafts.identity import resolved
 from ..errors import RunError
 from ..progress import console, track
+from ..records import recorded
 from ..strategy import Strategy
 from ..types import Draft, Ratio, StepContext, StepOutput, TrainStep
 from . import checkpoint, metrics
@@ -27,7 +29,7 @@ from .dist import World
 from .feed import Feed
 from .machine import Machine
 from .optim import local_gradients, lr_factor, set_learning_rate, square_norm
-from .resume import check_optimizer, learning_rate_change
+from .resume import check_resumed, learning_rate_change
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +92,13 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the newest complete checkpoint of this output directory, if any."""
+        if self.world.main:
+            remove_incomplete(self.run.output_dir)
         found = checkpoints(self.run.output_dir)
         if not found:
             return
         state = read_state(found[-1])
-        check_strategy(found[-1], state, self.strategy.name)
-        check_optimizer(found[-1], state, self.run.train)
+        check_resumed(found[-1], state, self.run, self.strategy, self.draft, self.feed.identity)
         checkpoint.load(found[-1], self.draft, self.optimizers)
         self.step, self.num_tokens, self.seconds = state.step, state.num_tokens, state.seconds
         self._watch_time(self.step, self.seconds)
@@ -264,7 +267,7 @@ class Trainer:
             "strategy": self.strategy.name,
             "target": self.run.target.path,
             "output_dir": str(self.run.output_dir),
-            "config": self.run.model_dump(mode="json"),
+            "config": recorded(self.run),
             "versions": _versions(self.strategy),
         }
 
@@ -276,10 +279,11 @@ class Trainer:
             seconds=self.seconds,
             strategy=self.strategy.name,
             position=self.position,
-            config=self.run.model_dump(mode="json"),
+            config=recorded(self.run),
             versions=_versions(self.strategy),
             machine=asdict(self.machine),
             identity=self.feed.identity,
+            resolved=resolved(self.draft),
         )
         saved = checkpoint.save(
             self.run.output_dir, self.draft, self.optimizers, state, self.run.train.keep

@@ -55,6 +55,10 @@ def _every(name: str) -> bool:
     return True
 
 
+def _nothing() -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
     """A draft model, and how the trainer treats its parts."""
@@ -68,6 +72,9 @@ class Draft:
     # whose matrices are hidden layers, which Muon's orthogonalised update is meant for
     hidden: tuple[nn.Module, ...] | None = None  # None: as `compile`
     saved: Callable[[str], bool] = _every  # by state_dict name: what checkpoints hold
+    # what options came to for this target (layers, mask token, rotary parameters), as JSON:
+    # recorded with every checkpoint and export, and compared when one is read back
+    resolved: Mapping[str, Any] = field(default_factory=_nothing)
 
     @property
     def compiled(self) -> tuple[nn.Module, ...]:

@@ -108,7 +108,7 @@ def build_draft(
     torch.nn.init.constant_(model.norm.weight, 1 / float(lm_head.float().norm(dim=1).mean()))
     model.to(device)
     frozen = Frozen(embed_tokens, lm_head, scale, shape.softcap)
-    return Draft(model=model, frozen=frozen, shard=tuple(model.layers))
+    return Draft(model=model, frozen=frozen, shard=tuple(model.layers), resolved=shape.resolved())
 
 
 @hookimpl

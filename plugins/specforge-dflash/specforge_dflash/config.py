@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from specforge_core.config import MayChange
 from specforge_core.errors import ConfigError
 from specforge_core.nn.decoder import DecoderOptions, DecoderShape, decoder_fields
 from specforge_core.types import TargetInfo
@@ -20,39 +21,49 @@ class DFlashConfig(DecoderOptions):
 
     block_size: int = Field(16, ge=2, description="Slots of one block, the known token included.")
     num_layers: int = Field(5, gt=0, description="Layers of the draft.")
-    layers: tuple[int, ...] | None = Field(
+    layers: Annotated[tuple[int, ...] | None, MayChange.ALWAYS] = Field(
         None, description="Target layers whose outputs are read; the published formula if not set."
     )
-    num_capture_layers: int | None = Field(
+    num_capture_layers: Annotated[int | None, MayChange.ALWAYS] = Field(
         None, gt=0, description="How many layers the formula picks; num_layers if not set."
     )
-    num_anchors: int = Field(512, gt=0, description="Blocks trained per sample, at most.")
-    batches: Literal["packed", "padded"] = Field(
+    num_anchors: Annotated[int, MayChange.AT_START] = Field(
+        512, gt=0, description="Blocks trained per sample, at most."
+    )
+    batches: Annotated[Literal["packed", "padded"], MayChange.ALWAYS] = Field(
         "packed", description="Samples of a batch behind each other in one row, or one a row."
     )
     label_layout: LabelLayout = Field(
         "same_position", description="Slot k predicts token a+k (k >= 1), or a+k+1 (k >= 0)."
     )
-    weighting: Literal["decay", "dpace", "dpace_confidence", "dpace_continuation"] = Field(
-        "decay", description="How slots are weighted within their block."
-    )
-    decay_gamma: float | None = Field(
+    weighting: Annotated[
+        Literal["decay", "dpace", "dpace_confidence", "dpace_continuation"], MayChange.AT_START
+    ] = Field("decay", description="How slots are weighted within their block.")
+    decay_gamma: Annotated[float | None, MayChange.AT_START] = Field(
         None, gt=0, description="Decay of the slots' weights; 7, 5, 4 for blocks of 16, 10, 8."
     )
-    dpace_alpha: float = Field(0.5, ge=0, le=1, description="Smoothing of D-PACE's confidence.")
-    mask_token_id: int | None = Field(
+    dpace_alpha: Annotated[float, MayChange.AT_START] = Field(
+        0.5, ge=0, le=1, description="Smoothing of D-PACE's confidence."
+    )
+    mask_token_id: Annotated[int | None, MayChange.ALWAYS] = Field(
         None, ge=0, description="Stands for the tokens to draft; an unused one if not set."
     )
     sliding_window: int | None = Field(None, gt=0, description="Positions a sliding layer sees.")
     layer_types: tuple[LayerType, ...] | None = Field(
         None, description="One per draft layer; all sliding if only sliding_window is set."
     )
-    attention: Literal["auto", "flex", "eager"] = Field(
+    attention: Annotated[Literal["auto", "flex", "eager"], MayChange.ALWAYS] = Field(
         "auto", description="auto: flex on a GPU, for heads of 16 and more."
     )
-    head_chunk: int = Field(1024, gt=0, description="Rows whose logits exist at a time.")
-    export_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of weights.")
-    seed: int = Field(0, ge=0, description="Of the draft's first weights.")
+    head_chunk: Annotated[int, MayChange.ALWAYS] = Field(
+        1024, gt=0, description="Rows whose logits exist at a time."
+    )
+    export_dtype: Annotated[Literal["bfloat16", "float32"], MayChange.ALWAYS] = Field(
+        "bfloat16", description="Of weights."
+    )
+    seed: Annotated[int, MayChange.AT_START] = Field(
+        0, ge=0, description="Of the draft's first weights."
+    )
 
     @model_validator(mode="after")
     def _options_agree(self) -> DFlashConfig:
@@ -98,6 +109,16 @@ class DraftShape(DecoderShape):
     layer_types: tuple[LayerType, ...]
     sliding_window: int | None
     mask_token_id: int
+
+    def resolved(self) -> dict[str, Any]:
+        """Return what options came to for the target, and no tensor's shape shows."""
+        return {
+            "layers": self.capture_layers,
+            "mask_token_id": self.mask_token_id,
+            "rope_theta": dict(self.rope),
+            "rms_norm_eps": self.rms_norm_eps,
+            "softcap": self.softcap,
+        }
 
 
 def draft_shape(config: DFlashConfig, target: TargetInfo, mask_token_id: int) -> DraftShape:

@@ -98,7 +98,7 @@ def _read_case(inputs: Inputs, draft: Path, export: Path, format: str | None) ->
         )
     checkpoint = find(draft)
     state = read_state(checkpoint)
-    check_strategy(checkpoint, state, inputs.strategy.name)
+    check_strategy(checkpoint, state.strategy, inputs.strategy.name)
     found = read_export(export)
     given = format or _provenance(export).get("format")
     if not isinstance(given, str):
@@ -106,11 +106,25 @@ def _read_case(inputs: Inputs, draft: Path, export: Path, format: str | None) ->
             f"{export} does not say in which format it was exported. Try: --format hf (or sglang, "
             "vllm ...)"
         )
-    trained, strategy = validate(state.config, f"the config stored in {checkpoint}")
-    restored = restore(trained, strategy, checkpoint)
-    fresh = strategy.export(trained.strategy, restored.draft, restored.target, given)
+    trained = _as_exported(inputs, state, export)
+    restored = restore(trained, inputs.strategy, checkpoint, templates=False)
+    fresh = inputs.strategy.export(trained.strategy, restored.draft, restored.target, given)
     config: dict[str, Any] = json.loads(json.dumps(fresh.config))  # as it would be read back
     return Case(checkpoint, state, export, given, found, replace(fresh, config=config))
+
+
+def _as_exported(inputs: Inputs, state: TrainState, export: Path) -> RunConfig:
+    """Return the run with the strategy section of the export, or else of the checkpoint.
+
+    Nothing else of either is used: they may be anybody's.
+    """
+    config = _provenance(export).get("config")
+    stored = config.get("strategy") if isinstance(config, dict) else None
+    ours = isinstance(stored, dict) and stored.get("name") == inputs.strategy.name
+    section = stored if ours else state.config["strategy"]
+    raw = {"target": {"path": inputs.run.target.path}, "strategy": section}
+    strategy = validate(raw, f"the strategy section stored with {export}")[0].strategy
+    return inputs.run.model_copy(update={"strategy": strategy})
 
 
 def _provenance(export: Path) -> dict[str, Any]:
@@ -143,7 +157,7 @@ def _templates(inputs: Inputs, case: Case) -> list[Difference]:
         "tokenizer_fingerprint": "the tokenizer",
     }
     origins = {
-        "the checkpoint": case.state.identity,
+        "the checkpoint": case.state.identity.model_dump(mode="json"),
         "the export": _provenance(case.path).get("capture") or {},
     }
     result = []
@@ -171,7 +185,7 @@ def _notes(inputs: Inputs, case: Case) -> list[str]:
 
 
 def _draft(inputs: Inputs, case: Case) -> Draft:
-    return restore(inputs.run, inputs.strategy, case.checkpoint).draft
+    return restore(inputs.run, inputs.strategy, case.checkpoint, templates=False).draft
 
 
 def _in_reference(inputs: Inputs, case: Case, evidence: Evidence) -> Task:

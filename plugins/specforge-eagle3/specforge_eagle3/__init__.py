@@ -123,7 +123,12 @@ def build_draft(
     model.lm_head.requires_grad_(config.train_head)
     model.to(device)
     frozen = Frozen(embed_tokens, load_head)
-    return Draft(model=model, frozen=frozen, compile=(model.before, model.after))
+    return Draft(
+        model=model,
+        frozen=frozen,
+        compile=(model.before, model.after),
+        resolved=shape.resolved(),
+    )
 
 
 @hookimpl

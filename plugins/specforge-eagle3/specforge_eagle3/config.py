@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from specforge_core.config import MayChange
 from specforge_core.errors import ConfigError
 from specforge_core.nn.decoder import DecoderOptions, DecoderShape, decoder_fields
 from specforge_core.nn.soft_loss import SoftLoss
@@ -17,9 +18,13 @@ from specforge_core.types import TargetInfo
 class Eagle3Config(DecoderOptions):
     """The `strategy:` section of an EAGLE-3 run."""
 
-    steps: int = Field(7, gt=0, description="Steps of training-time test.")
-    step_decay: float = Field(0.8, gt=0, le=1, description="Step i weighs step_decay^i.")
-    layers: tuple[int, int, int] | None = Field(
+    steps: Annotated[int, MayChange.AT_START] = Field(
+        7, gt=0, description="Steps of training-time test."
+    )
+    step_decay: Annotated[float, MayChange.AT_START] = Field(
+        0.8, gt=0, le=1, description="Step i weighs step_decay^i."
+    )
+    layers: Annotated[tuple[int, int, int] | None, MayChange.ALWAYS] = Field(
         None, description="Target layers whose outputs are read; the published formula if not set."
     )
     draft_vocab_size: int | Literal["full"] = Field(
@@ -28,15 +33,19 @@ class Eagle3Config(DecoderOptions):
     vocab_map: Path | None = Field(
         None, description="safetensors file, or exported draft, whose d2t and t2d to take instead."
     )
-    loss: Literal["kl", "lk_alpha", "lk_lambda"] = Field(
+    loss: Annotated[Literal["kl", "lk_alpha", "lk_lambda"], MayChange.AT_START] = Field(
         "kl", description="Cross-entropy, -log of the acceptance rate, or a mix of both."
     )
-    lk_decay: float = Field(3.0, ge=0, description="lk_lambda: w = lk_scale * exp(-lk_decay * a).")
-    lk_scale: float = Field(1.0, gt=0, le=1, description="lk_lambda: weight of KL where a is 0.")
-    mask_on: Literal["label", "input", "feature"] = Field(
+    lk_decay: Annotated[float, MayChange.AT_START] = Field(
+        3.0, ge=0, description="lk_lambda: w = lk_scale * exp(-lk_decay * a)."
+    )
+    lk_scale: Annotated[float, MayChange.AT_START] = Field(
+        1.0, gt=0, le=1, description="lk_lambda: weight of KL where a is 0."
+    )
+    mask_on: Annotated[Literal["label", "input", "feature"], MayChange.AT_START] = Field(
         "label", description="Whose token must be supervised: t+2, t+1 or t of row t."
     )
-    mean_over: Literal["positions", "supervised"] = Field(
+    mean_over: Annotated[Literal["positions", "supervised"], MayChange.AT_START] = Field(
         "positions", description="What the loss is divided by: all positions, or trained ones."
     )
     layer_type: Literal["llama", "qwen3"] = Field(
@@ -44,18 +53,38 @@ class Eagle3Config(DecoderOptions):
     )
     fc_norm: bool = Field(False, description="Norm each captured state before fc (EAGLE-3.1).")
     norm_output: bool = Field(False, description="Feed the normed state back (EAGLE-3.1).")
-    train_head: bool = Field(True, description="Train the draft's head, or keep the target's rows.")
-    attention: Literal["auto", "eager"] = Field(
+    train_head: Annotated[bool, MayChange.AT_START] = Field(
+        True, description="Train the draft's head, or keep the target's rows."
+    )
+    attention: Annotated[Literal["auto", "eager"], MayChange.ALWAYS] = Field(
         "auto", description="auto: flash kernels on a GPU in half precision, else eager."
     )
-    head_chunk: int = Field(3584, gt=0, description="Rows whose logits exist at a time, about.")
-    draft_length: int = Field(7, gt=0, description="Tokens of a drafted chain; levels of a tree.")
-    tree_top_k: int = Field(1, gt=0, description="Branches of a drafted tree; 1 drafts a chain.")
-    tree_tokens: int = Field(31, gt=0, description="Tokens of a drafted tree, at most.")
-    export_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+    head_chunk: Annotated[int, MayChange.ALWAYS] = Field(
+        3584, gt=0, description="Rows whose logits exist at a time, about."
+    )
+    draft_length: Annotated[int, MayChange.ALWAYS] = Field(
+        7, gt=0, description="Tokens of a drafted chain; levels of a tree."
+    )
+    tree_top_k: Annotated[int, MayChange.ALWAYS] = Field(
+        1, gt=0, description="Branches of a drafted tree; 1 drafts a chain."
+    )
+    tree_tokens: Annotated[int, MayChange.ALWAYS] = Field(
+        31, gt=0, description="Tokens of a drafted tree, at most."
+    )
+    export_dtype: Annotated[Literal["bfloat16", "float16", "float32"], MayChange.ALWAYS] = Field(
         "bfloat16", description="Of the exported weights."
     )
-    seed: int = Field(0, ge=0, description="Of the draft's first weights.")
+    seed: Annotated[int, MayChange.AT_START] = Field(
+        0, ge=0, description="Of the draft's first weights."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_0_1_stored_it(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not raw.keys() >= cls.model_fields.keys():
+            return raw  # a person's, not a stored one, which names all options
+        kept = {key: value for key, value in raw.items() if key != "batches"}
+        return kept | ({"attention": "auto"} if kept.get("attention") == "flash" else {})
 
     @model_validator(mode="after")
     def _options_agree(self) -> Eagle3Config:
@@ -91,6 +120,14 @@ class DraftShape(DecoderShape):
     qk_norm: bool
     fc_norm: bool
     norm_output: bool
+
+    def resolved(self) -> dict[str, Any]:
+        """Return what options came to for the target, and no tensor's shape shows."""
+        return {
+            "layers": self.capture_layers,
+            "rope_theta": dict(self.rope),
+            "rms_norm_eps": self.rms_norm_eps,
+        }
 
     @property
     def full_vocab(self) -> bool:

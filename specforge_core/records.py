@@ -1,0 +1,76 @@
+"""A run's config as it may be written down and shown: without secrets.
+
+Keys of servers, trackers and hubs come from the environment, or are pydantic's SecretStr in a
+plugin's section.  The options of an engine are of any shape, so what looks like a secret there
+is masked before a config is stored, printed or told to a tracker.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .config import RunConfig
+
+MASK = "**********"
+# parts of a name, between dashes, underscores and capitals, that only secrets have
+SECRET_WORDS = {
+    *("token", "key", "apikey", "secret", "secrets", "password", "passwd", "passphrase", "pwd"),
+    *("auth", "authorization", "bearer", "credential", "credentials", "cookie", "cookies"),
+    *("header", "headers"),
+}
+WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])")
+# user and password of an address; and values that are secrets under whatever name
+USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+QUERY = re.compile(r"(?i)([?&][^=&#\s]*(?:token|key|secret|password|sig|auth)[^=&#\s]*=)[^&#\s]+")
+KEYS = re.compile(
+    r"(?i:\b(?:bearer|basic)\s+)\S+|\b(?:sk|pk|hf|ghp|gho|glpat|xox[a-z])[-_][A-Za-z0-9_-]{16,}"
+)
+
+
+def recorded(run: RunConfig) -> dict[str, Any]:
+    """Return a run's config as JSON, with its secrets masked."""
+    return masked(run.model_dump(mode="json"))
+
+
+def masked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config, as JSON has it, with its secrets masked.
+
+    By name only in what has no fixed names: the engine's options, and plugins' sections, whose
+    authors may have forgotten.  Users and passwords of addresses anywhere.
+    """
+    found: dict[str, Any] = _values(config)
+    target = found.get("target")
+    if isinstance(target, dict) and "options" in target:
+        found["target"] = {**target, "options": without_secrets(target["options"])}
+    if "plugins" in found:
+        found["plugins"] = without_secrets(found["plugins"])
+    return found
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a value of any shape without what is a secret by its name, or looks like one."""
+    if isinstance(value, Mapping):
+        return {
+            key: MASK if inner and is_secret(str(key)) else without_secrets(inner)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [without_secrets(inner) for inner in value]
+    return KEYS.sub(MASK, _values(value)) if isinstance(value, str) else value
+
+
+def is_secret(name: str) -> bool:
+    """Say whether a value of this name is a secret: `api_key` is, `max_new_tokens` is not."""
+    return not SECRET_WORDS.isdisjoint(word.lower() for word in WORDS.findall(name))
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _values(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_values(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return QUERY.sub(rf"\g<1>{MASK}", USER.sub(MASK, value))

@@ -1,0 +1,305 @@
+"""What a draft was made of is compared wherever it is read back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from specforge_core.capture.job import run_capture
+from specforge_core.cli import cli
+from specforge_core.drafts.checkpoint import STATE, find
+from specforge_core.drafts.load import export_checkpoint, restore
+from specforge_core.errors import CheckpointError
+from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.runs import load
+from specforge_core.testing.toy import save_toy_target
+from specforge_core.train.run import train
+
+from ..runs import linear_run
+
+pytest.importorskip("specforge_linear", reason="the linear example is not installed")
+
+# a method with an option of each kind, and an export that can be read back
+METHOD = """
+    from typing import Annotated
+    from pydantic import Field
+    from specforge_core import hookimpl
+    from specforge_core.config import MayChange
+    from specforge_core.types import Draft, Export
+    from specforge_linear import (
+        Head, LinearConfig, specforge_adapter, specforge_proposer, specforge_train_step)
+
+    class Config(LinearConfig):
+        layout: str = "same"
+        mask: Annotated[int | None, MayChange.ALWAYS] = None
+        decay: Annotated[float, MayChange.AT_START] = 0.5
+        chunk: Annotated[int, MayChange.ALWAYS] = 8
+
+    @hookimpl
+    def specforge_config():
+        return Config
+
+    @hookimpl
+    def specforge_draft(config, target):
+        mask = target.vocab_size - 1 if config.mask is None else config.mask
+        model = Head(target.hidden_size, target.vocab_size)
+        return Draft(model=model, resolved={"mask": mask, "eps": target.config["rms_norm_eps"]})
+
+    @hookimpl
+    def specforge_export(draft, config, format):
+        weights = dict(draft.model.state_dict())
+        return Export(config={"layout": config.layout, "chunk": config.chunk}, weights=weights)
+
+    @hookimpl
+    def specforge_import(draft, export):
+        draft.model.load_state_dict(dict(export.weights))
+        return True
+    """
+
+
+@pytest.fixture
+def config(tmp_path: Path, env: FakeSite) -> Path:
+    """A finished run of two steps, its export, and targets that differ a little."""
+    env.strategy("method", METHOD)
+    save_toy_target(tmp_path / "target")
+    save_toy_target(tmp_path / "seed", seed=9)
+    save_toy_target(tmp_path / "eps", rms_norm_eps=0.25)
+    for name in ("template", "tokenizer"):
+        shutil.copytree(tmp_path / "target", tmp_path / name)
+    template = tmp_path / "template" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "Assistant"))
+    special = tmp_path / "tokenizer" / "tokenizer_config.json"
+    special.write_text(special.read_text().replace("<|endoftext|>", "<|mask|>"))
+    path = linear_run(tmp_path, tmp_path / "target")
+    raw = yaml.safe_load(path.read_text())
+    raw["strategy"] = {"name": "method"}
+    raw["train"] |= {"max_steps": 2, "save_every": 2}
+    path.write_text(yaml.safe_dump(raw))
+    train(*load(path))
+    export_checkpoint(tmp_path / "run", "hf", tmp_path / "export", force=False)
+    return path
+
+
+def uses(config: Path) -> dict[str, Callable[..., object]]:
+    """Return each way to read a draft back, as a function of overrides."""
+    path = config.parent
+
+    def resume(*options: str) -> None:
+        train(*load(config, "train.max_steps=3", *options))
+
+    def offline(*options: str) -> None:
+        capture = f"data.capture_dir={path / 'capture'}"
+        shutil.rmtree(path / "capture", ignore_errors=True)
+        run_capture(*load(config, capture, *options))
+        train(*load(config, "train.max_steps=3", capture, *options))
+
+    def start(*options: str) -> None:
+        begun = (f"train.init_from={path / 'run'}", f"output_dir={path / 'begun'}")
+        train(*load(config, *begun, *options))
+
+    def evaluate(*options: str) -> None:
+        restore(*load(config, *options), path / "run")
+
+    def evaluate_export(*options: str) -> None:
+        restore(*load(config, *options), path / "export")
+
+    def export(*options: str) -> None:
+        export_checkpoint(path / "run", "hf", path / "out", force=True, overrides=options)
+
+    def export_asked(*options: str) -> None:
+        asked = load(config, *options)
+        export_checkpoint(path / "run", "hf", path / "out", force=True, asked=asked)
+
+    found = (resume, offline, start, evaluate, evaluate_export, export, export_asked)
+    return {use.__name__: use for use in found}
+
+
+REFUSED = [
+    (
+        "strategy.layout=next",
+        "strategy.layout: same in it, next in this run",
+        "strategy.layout=same",
+    ),
+    ("strategy.layer=2", "strategy.layer: -2 in it, 2 in this run", "strategy.layer=-2"),
+    ("strategy.mask=7", "strategy.mask: 259 in it, 7 in this run", "strategy.mask=259"),
+]
+SAID_AT_START = [
+    ("strategy.decay=0.25", "strategy.decay: 0.5 in it, 0.25 in this run", "strategy.decay=0.5"),
+    (
+        "target.path={}/seed",
+        r"the target's weights or config: .*/target \(\w+\) in it",
+        "target.path",
+    ),
+    (
+        "target.path={}/template",
+        "the chat template or data.chat_template_kwargs: ",
+        "the chat templ",
+    ),
+    ("target.path={}/tokenizer", r"the tokenizer: \w+ in it, \w+ in this run", "the tokenizer it"),
+    ("data.chat_template_kwargs={x: 1}", "the chat template or data.chat_template_kwargs", "with"),
+]
+
+
+@pytest.mark.parametrize(("option", "message", "remedy"), [*REFUSED, *SAID_AT_START])
+def test_what_made_a_draft_is_compared_wherever_it_is_read(
+    config: Path,
+    option: str,
+    message: str,
+    remedy: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    option = option.format(config.parent)
+    said = message in [m for _, m, _ in SAID_AT_START]
+    for name, use in uses(config).items():
+        if said and name == "start":
+            use(option)
+            assert "were made otherwise: " in capsys.readouterr().err
+            continue
+        with pytest.raises(CheckpointError, match=rf"{message}(.|\n)*\nTry: .*{remedy}") as found:
+            use(option)
+        assert "made with other settings than this run" in str(found.value)
+        resumed = name in ("resume", "offline")
+        assert resumed == ("or start from its weights: train.init_from=" in str(found.value))
+    assert not (config.parent / "out").exists()
+
+
+def test_what_options_came_to_is_compared_with_another_target_too(config: Path) -> None:
+    begin = uses(config)["start"]
+    with pytest.raises(CheckpointError, match=r"eps: 1e-06 in it, 0\.25 in this run"):
+        begin(f"target.path={config.parent / 'eps'}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("strategy.chunk=2",),
+        ("strategy.mask=259",),  # what it came to by itself
+        ("target.dtype=bfloat16", "target.batch_tokens=64"),
+        ("train.learning_rate=1e-5", "train.batch_size=3", "train.accumulate=1"),
+        ("train.weight_decay=0.3", "train.schedule=constant", "train.warmup_ratio=0.5"),
+        ("train.keep=1", "train.save_every=1", "train.log_every=2", "data.max_length=64"),
+    ],
+)
+def test_what_may_change_may(config: Path, options: tuple[str, ...]) -> None:
+    for use in uses(config).values():
+        use(*options)
+
+
+def test_a_target_that_moved_is_the_same(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = config.parent
+    moved = f"target.path={path / 'moved'}"
+    (path / "target").rename(path / "moved")
+    for name, use in uses(config).items():
+        if name != "offline":
+            use(moved)
+    monkeypatch.chdir(path / "moved")
+    uses(config)["export"]("target.path=.")
+
+
+def test_another_seed_would_be_another_order_of_the_samples(config: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"train\.seed=0, this run has train\.seed=1"):
+        uses(config)["resume"]("train.seed=1")
+    for name in ("start", "evaluate", "export"):
+        uses(config)[name]("train.seed=1")
+
+
+def test_options_of_another_version_are_told_of(config: Path) -> None:
+    path = find(config.parent / "run") / STATE
+    state = json.loads(path.read_text())
+    new = state["config"]["strategy"].pop("chunk")  # an option that came later is at its default
+    path.write_text(json.dumps(state))
+    uses(config)["evaluate"]()
+    state["config"]["strategy"] |= {"chunk": new, "shift": 3}
+    path.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="does not have: shift is unknown. Install the ver"):
+        uses(config)["evaluate"]()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"capture": {}}, {"config": 3}, {"config": {"strategy": []}}, {"resolved": 7}, {"capture": 1}],
+)
+def test_a_provenance_that_was_edited_is_damaged(config: Path, change: dict[str, object]) -> None:
+    path = config.parent / "export" / "provenance.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=r"export is damaged: .*Export again"):
+        uses(config)["evaluate_export"]()
+
+
+def test_an_export_of_another_tool_is_left_to_the_strategy(config: Path) -> None:
+    (config.parent / "export" / "provenance.json").unlink()
+    uses(config)["evaluate_export"]("strategy.layout=next")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_export_that_is_not_finite_is_refused(config: Path, bad: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = config.parent / "export" / "model.safetensors"
+    weights = load_file(file)
+    weights["bias"][3] = bad
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match=r"tensor 'bias' of .*export holds values that are n"):
+        uses(config)["evaluate_export"]()
+
+
+REMOTE = """
+import pathlib
+pathlib.Path({marker!r}).write_text("ran")
+from transformers import LlamaConfig
+class Remote(LlamaConfig):
+    model_type = "remote_llama"
+"""
+
+
+def test_a_checkpoint_decides_about_no_code_plugin_secret_or_path(
+    config: Path, tmp_path: Path
+) -> None:
+    target, marker = tmp_path / "remote", tmp_path / "ran"
+    shutil.copytree(tmp_path / "target", target)
+    (target / "remote.py").write_text(REMOTE.format(marker=str(marker)))
+    raw = json.loads((target / "config.json").read_text())
+    raw |= {"model_type": "remote_llama", "auto_map": {"AutoConfig": "remote.Remote"}}
+    (target / "config.json").write_text(json.dumps(raw))
+    path = find(tmp_path / "run") / STATE
+    state = json.loads(path.read_text())
+    state["config"]["target"] |= {
+        "path": str(target),
+        "trust_remote_code": True,
+        "engine": "evil",
+        "options": {"urls": ["http://127.0.0.1:1"]},
+    }
+    state["config"] |= {"plugins": {"evil": {}}, "output_dir": "/nowhere"}
+    path.write_text(json.dumps(state))
+    done = CliRunner().invoke(
+        cli, ["export", "--checkpoint", str(tmp_path / "run"), "-o", str(tmp_path / "out")]
+    )
+    assert "trust_remote_code" in str(done.exception)
+    assert not marker.exists()
+    with pytest.raises(CheckpointError, match="the target's weights or config"):
+        uses(config)["export"]("target.trust_remote_code=true")
+    assert marker.exists()
+
+
+def test_export_takes_a_config_and_overrides(config: Path, tmp_path: Path) -> None:
+    where = ["export", "--checkpoint", str(tmp_path / "run"), "--force", "-o", str(tmp_path / "o")]
+    for options in ([], ["-c", str(config)]):
+        done = CliRunner().invoke(cli, [*where, *options, "strategy.chunk=3"])
+        assert done.exit_code == 0, done.exception
+        assert json.loads((tmp_path / "o/config.json").read_text())["chunk"] == 3
+    stored = json.loads((tmp_path / "o/provenance.json").read_text())
+    assert stored["config"]["strategy"]["chunk"] == 3
+    assert stored["resolved"] == {"eps": 1e-06, "mask": 259}
+
+
+def test_the_weights_are_what_was_trained(config: Path) -> None:
+    one = restore(*load(config), config.parent / "run").draft.model.state_dict()
+    other = restore(*load(config), config.parent / "export").draft.model.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
