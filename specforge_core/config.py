@@ -25,7 +25,8 @@ def _expand(path: str) -> str:
 class Section(BaseModel):
     """Base of every section: no unknown keys, no changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # what pydantic says of a wrong value must not show a secret that stands beside it
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class MayChange(Enum):

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from .config import RunConfig, Section
 from .errors import ConfigError
 from .plugins import PLUGINS, discover
+from .records import MASK, in_error, override_in_error
 from .strategy import Strategy
 
 S = TypeVar("S", bound=Section)
@@ -82,6 +83,7 @@ def validate(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Strategy]:
 def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set what `KEY=VALUE` says, with dots between the parts of KEY, in a config mapping."""
     key, equals, text = override.partition("=")
+    override = override_in_error(override)
     *parents, last = key.split(".")
     if not equals or not last:
         raise ConfigError(f"override {override!r} is not KEY=VALUE. Try: train.max_steps=100")
@@ -90,7 +92,8 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         if isinstance(value, str) and text[:1] in "0123456789.+-":
             value = _number(value)  # YAML 1.1 reads 1e-4 as text; a person means the number
     except yaml.YAMLError as exc:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {exc}") from exc
+        why = "" if MASK in override else f": {exc}"  # which shows the text
+        raise ConfigError(f"override {override!r}: the value is not valid YAML{why}") from exc
     node = raw
     for parent in parents:
         node = node.setdefault(parent, {})
@@ -119,7 +122,9 @@ def _explain(
             lines.append(f"{where}: required, and missing")
         else:
             message = error["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {message}, got {error['input']!r}" if where else message)
+            lines.append(
+                f"{where}: {message}, got {in_error(error['input'], where)!r}" if where else message
+            )
     listing = "\n  ".join(lines)
     return f"{origin} is not a valid config:\n  {listing}\nTry: specforge config"
 

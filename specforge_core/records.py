@@ -61,6 +61,26 @@ def without_secrets(value: Any) -> Any:
     return KEYS.sub(MASK, _values(value)) if isinstance(value, str) else value
 
 
+def secret_values(value: Any) -> list[str]:
+    """Return what `without_secrets` masks by name, to be taken out of others' messages."""
+    if not isinstance(value, Mapping):
+        return []
+    found = [str(v) for k, v in value.items() if v and is_secret(str(k))]
+    return found + [s for inner in value.values() for s in secret_values(inner)]
+
+
+def in_error(value: object, where: str) -> object:
+    """Return what an error may show of the value at `where`, a dotted name of the config."""
+    return MASK if any(map(is_secret, where.split("."))) else without_secrets(value)
+
+
+def override_in_error(override: str) -> str:
+    """Return what an error may show of a KEY=VALUE that cannot be used."""
+    key, _, _ = override.partition("=")
+    hidden = f"{key.split()[0]}={MASK}" if key.split() and is_secret(key) else override
+    return str(without_secrets(hidden))
+
+
 def is_secret(name: str) -> bool:
     """Say whether a value of this name is a secret: `api_key` is, `max_new_tokens` is not."""
     return not SECRET_WORDS.isdisjoint(word.lower() for word in WORDS.findall(name))

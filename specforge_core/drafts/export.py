@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import CheckpointError, PluginError
 from ..files import write_file
 from ..types import Export
+from .tensors import check_finite
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -103,9 +104,16 @@ def check_place(directory: Path, *, force: bool) -> None:
 def read_export(directory: Path) -> Export:
     """Read a directory's config and weights; only safetensors files are opened.
 
-    Raises CheckpointError when something is missing, damaged or does not agree.
+    Raises CheckpointError when something is missing, damaged, not finite or does not agree.
     """
     config = _read_json(directory, CONFIG)
+    weights = _read_all_weights(directory)
+    check_finite(str(directory), weights)
+    return Export(config=config, weights=weights)
+
+
+def _read_all_weights(directory: Path) -> dict[str, Tensor]:
+    """Return the weights of one file, or of all that an index names."""
     if (directory / INDEX).is_file():
         weight_map = _read_json(directory, INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -118,14 +126,14 @@ def read_export(directory: Path) -> Export:
             raise CheckpointError(
                 f"{directory} lacks tensor {missing[0]!r}, which {INDEX} lists. Export again"
             )
-        return Export(config=config, weights=weights)
+        return weights
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     if pickled and not (directory / WEIGHTS).is_file():
         raise CheckpointError(
             f"{directory} holds its weights as {pickled[0]}, a pickle, which can run code and is "
             f"never read. Convert it to {WEIGHTS} first"
         )
-    return Export(config=config, weights=_read_weights(directory / WEIGHTS))
+    return _read_weights(directory / WEIGHTS)
 
 
 def read_provenance(directory: Path) -> dict[str, Any]:
@@ -261,7 +269,7 @@ def _read_json(directory: Path, name: str) -> dict[str, Any]:
             f"{directory} is not an exported draft: {name} cannot be read ({exc.strerror}). "
             "Try: specforge export --checkpoint OUTPUT_DIR -o DIR"
         ) from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise CheckpointError(f"{path} is damaged: {exc}. Export again") from exc
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold an object. Export again")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..tensorfile import CODES
 
 # what a file whose header or layout is damaged makes its readers raise
@@ -21,6 +22,18 @@ DAMAGE = (
     *(AttributeError, LookupError, RuntimeError),  # RecursionError is of the last kind
 )
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def readable_config() -> Iterator[None]:
+    """Turn what values of the wrong type in an export's config.json raise into an error."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, ConfigError) as exc:
+        raise CheckpointError(
+            f"config.json of the export cannot be used: {type(exc).__name__}: {exc!s:.200}. "
+            "Export again"
+        ) from exc
 
 
 def check_finite(where: str, tensors: Mapping[str, Any]) -> None:
@@ -42,11 +55,11 @@ def check_given(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """
     for name in sorted(own.keys() | given.keys()):
         ours, theirs = own.get(name), given.get(name)
-        shapes = [None if t is None else list(t.shape) for t in (theirs, ours)]
+        shapes = [None if t is None else tuple(t.shape) for t in (theirs, ours)]
         if ours is None or theirs is None or shapes[0] != shapes[1]:
             raise CheckpointError(
-                f"export tensor {name!r} has shape {shapes[0] or 'none'}, this draft needs "
-                f"{shapes[1] or 'no such tensor'}. Check strategy.* against its config.json"
+                f"export tensor {name!r} has shape {_or(shapes[0], 'none')}, this draft needs "
+                f"{_or(shapes[1], 'no such tensor')}. Check strategy.* against its config.json"
             )
         if theirs.dtype not in (FLOATS if ours.is_floating_point() else (ours.dtype,)):
             raise CheckpointError(
@@ -102,6 +115,10 @@ def _extents(file: Path, path: Path) -> dict[str, tuple[str, list[int]]]:
             f"{file} is damaged: {exc}. Delete {path} to use the checkpoint before it"
         ) from exc
     return found
+
+
+def _or(shape: tuple[int, ...] | None, word: str) -> str:
+    return word if shape is None else str(shape)
 
 
 def _plain(dtype: torch.dtype) -> str:

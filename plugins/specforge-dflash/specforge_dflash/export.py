@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from specforge_core.drafts.tensors import check_given, readable_config
 from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.nn.decoder import decoder_config
+from specforge_core.nn.rotary import draft_rope
 from specforge_core.types import Export, TargetInfo
 
 from .config import DFlashConfig, DraftShape
@@ -106,17 +108,11 @@ def export_config(config: DFlashConfig, shape: DraftShape, target: TargetInfo) -
 def load_export(config: DFlashConfig, model: nn.Module, export: Export) -> bool:
     """Load an export into `model`.  Raises CheckpointError when it was made for another draft."""
     assert isinstance(model, DFlashModel)
-    if ARCHITECTURE not in export.config.get("architectures", ()):
+    if ARCHITECTURE not in (export.config.get("architectures") or ()):
         return False
-    _check(config, model.shape, export.config)
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in export.weights.items()}
-    for name in sorted(own.keys() | given.keys()):
-        if own.get(name) != given.get(name):
-            raise CheckpointError(
-                f"export tensor {name!r} has shape {given.get(name, 'none')}, this draft needs "
-                f"{own.get(name, 'no such tensor')}. Check strategy.* against its config.json"
-            )
+    with readable_config():
+        _check(config, model.shape, export.config)
+    check_given(export.weights, model.state_dict())
     model.load_state_dict(dict(export.weights))
     return True
 
@@ -124,8 +120,7 @@ def load_export(config: DFlashConfig, model: nn.Module, export: Export) -> bool:
 def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) -> None:
     """Compare everything that would load without an error and then be accepted nowhere."""
     nested: Mapping[str, Any] = given.get("dflash_config") or {}
-    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", given.get("rope_theta"))
+    rope = draft_rope(given)
     layers = nested.get("target_layer_ids", given.get("target_layer_ids"))
     depth = int(given.get("num_hidden_layers", shape.num_layers))
     types = given.get("layer_types") or ["full_attention"] * depth
@@ -143,15 +138,23 @@ def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) ->
         ),
         "num_heads": (given.get("num_attention_heads"), shape.num_heads),
         "head_dim": (given.get("head_dim"), shape.head_dim),
-        "rope_theta": (theta, shape.rope["rope_theta"]),
+        "rope_theta": (rope["rope_theta"], shape.rope["rope_theta"]),
     }
     for name, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise CheckpointError(
                 f"the export has {name} {theirs}, this run {ours}. Try: strategy.{name}={theirs}"
             )
-    if rope.get("rope_type", "default") != shape.rope["rope_type"]:
-        raise CheckpointError(
-            f"the export has rope_type {rope.get('rope_type')!r}, this run "
-            f"{shape.rope['rope_type']!r}. Try the target it was trained for: target.path"
-        )
+    of_target = {
+        "hidden_size": (given.get("hidden_size", shape.hidden_size), shape.hidden_size),
+        "rms_norm_eps": (given.get("rms_norm_eps", shape.rms_norm_eps), shape.rms_norm_eps),
+        "vocab_size": (given.get("vocab_size", shape.vocab_size), shape.vocab_size),
+        "softcap": (given.get("final_logit_softcapping", shape.softcap), shape.softcap),
+        "rope parameters": (rope, dict(shape.rope)),
+    }
+    for name, (theirs, ours) in of_target.items():
+        if theirs != ours:
+            raise CheckpointError(
+                f"the export has {name} {theirs}, this run {ours}. Try the target it was trained "
+                "for: target.path"
+            )

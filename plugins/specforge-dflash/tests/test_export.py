@@ -209,6 +209,41 @@ def test_another_window_is_refused(kit: Any) -> None:
         load_export(other.config, other.model, made)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rms_norm_eps": 1e-5}, r"has rms_norm_eps 1e-05, this run 1e-06\. Try the target it was"),
+        ({"rms_norm_eps": float("nan")}, "has rms_norm_eps nan, this run 1e-06"),
+        ({"hidden_size": 48}, "has hidden_size 48, this run 24"),
+        ({"vocab_size": 40}, "has vocab_size 40, this run 41"),
+        ({"final_logit_softcapping": 30.0}, "has softcap 30.0, this run None"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "has rope_theta 1000.0|rope"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "cannot be used: ConfigError"),
+        ({"rope_parameters": "x"}, "cannot be used: AttributeError"),
+        ({"num_hidden_layers": "many"}, "cannot be used: ValueError"),
+        ({"layer_types": 3}, "cannot be used: TypeError"),
+        ({"dflash_config": [[]]}, "cannot be used: AttributeError"),
+    ],
+)
+def test_a_config_that_was_edited_is_refused(
+    kit: Any, change: dict[str, Any], message: str
+) -> None:
+    tiny = kit.tiny()
+    made = export(tiny)
+    with pytest.raises(CheckpointError, match=message):
+        load_export(tiny.config, tiny.model, replace(made, config={**made.config, **change}))
+
+
+def test_quantised_tensors_are_refused(kit: Any) -> None:
+    tiny = kit.tiny()
+    made = export(tiny)
+    weights = {**made.weights, "norm.weight": made.weights["norm.weight"].to(torch.int8)}
+    with pytest.raises(CheckpointError, match=r"'norm\.weight' has dtype int8, this draft needs"):
+        load_export(tiny.config, tiny.model, replace(made, weights=weights))
+    nameless = replace(made, config={**made.config, "architectures": None})
+    assert not load_export(tiny.config, tiny.model, nameless)
+
+
 def test_another_mask_token_is_refused(kit: Any) -> None:
     tiny = kit.tiny()
     made = export(tiny)

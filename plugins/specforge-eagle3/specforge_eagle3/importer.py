@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specforge_core.drafts.dialects import from_layer_inputs
+from specforge_core.drafts.tensors import check_given, readable_config
 from specforge_core.errors import CheckpointError
 from specforge_core.nn.rotary import draft_rope
 from specforge_core.types import Draft, Export
@@ -33,13 +34,14 @@ def load_export(draft: Draft, export: Export) -> bool:
 
     Raises CheckpointError when it was made for another draft than the config describes.
     """
-    if not KNOWN & set(export.config.get("architectures", ())):
+    if not KNOWN & set(export.config.get("architectures") or ()):
         return False
     model, frozen = draft.model, draft.frozen
     assert isinstance(model, Eagle3Model)
     assert isinstance(frozen, Frozen)
     shape = model.shape
-    _check(shape, export.config)
+    with readable_config():
+        _check(shape, export.config)
     weights = published_names(export.weights)
     if (embedding := weights.pop("embed_tokens.weight", None)) is not None:
         _check_embedding(embedding, frozen.embed_tokens)
@@ -53,14 +55,7 @@ def load_export(draft: Draft, export: Export) -> bool:
             "Try: strategy.draft_vocab_size=full"
         )
     weights |= {"d2t": d2t, "t2d": members(d2t, shape.vocab_size)}
-    own = {NAMES[name]: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in sorted(own.keys() | given.keys()):
-        if own.get(name) != given.get(name):
-            raise CheckpointError(
-                f"export tensor {name!r} has shape {given.get(name, 'none')}, this draft needs "
-                f"{own.get(name, 'no such tensor')}. Check strategy.* against its config.json"
-            )
+    check_given(weights, {NAMES[name]: value for name, value in model.state_dict().items()})
     model.load_state_dict({name: weights[NAMES[name]] for name in model.state_dict()})
     return True
 
@@ -122,16 +117,22 @@ def _check(shape: DraftShape, given: Mapping[str, Any]) -> None:
         "intermediate_size": (layer.get("intermediate_size"), shape.intermediate_size),
         "rope_theta": (rope["rope_theta"], shape.rope["rope_theta"]),
     }
+    of_target = {
+        "hidden_size": (layer.get("hidden_size"), shape.hidden_size),
+        "rms_norm_eps": (layer.get("rms_norm_eps"), shape.rms_norm_eps),
+        "rope parameters": (rope, dict(shape.rope)),
+    }
     for name, (theirs, ours) in pairs.items():
         if theirs is not None and theirs != ours:
             raise CheckpointError(
                 f"the export has {name} {theirs}, this run {ours}. Try: strategy.{name}={theirs}"
             )
-    if rope["rope_type"] != shape.rope["rope_type"]:
-        raise CheckpointError(
-            f"the export has rope_type {rope['rope_type']!r}, this run "
-            f"{shape.rope['rope_type']!r}. Try the target it was trained for: target.path"
-        )
+    for name, (theirs, ours) in of_target.items():
+        if theirs is not None and theirs != ours:
+            raise CheckpointError(
+                f"the export has {name} {theirs}, this run {ours}. Try the target it was trained "
+                "for: target.path"
+            )
 
 
 def _layers(given: Mapping[str, Any]) -> list[int] | None:

@@ -237,8 +237,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_theta 5.0"),
     (
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0}},
-        "rope_type 'linear', this run 'default'",
+        "rope parameters {'rope_type': 'linear'.*, this run {'rope_type': 'default'",
     ),
+    ({"rms_norm_eps": 1e-3}, "has rms_norm_eps 0.001, this run 1e-06. Try the target it was"),
+    ({"rms_norm_eps": float("nan")}, "has rms_norm_eps nan, this run 1e-06"),
+    ({"hidden_size": 48}, "has hidden_size 48, this run 24"),
+    ({"rope_parameters": "x"}, "cannot be used: AttributeError"),
+    ({"rope_parameters": {"rope_theta": "x"}}, "cannot be used: ValueError"),
+    ({"num_hidden_layers": None}, "cannot be used: TypeError"),
     ({"num_attention_heads": 8}, "num_heads 8, this run 4"),
 ]
 

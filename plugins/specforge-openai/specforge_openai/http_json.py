@@ -48,14 +48,15 @@ def request_json(
         raise ServerDown(f"{type(exc).__name__}: {exc}") from exc
     finally:
         connection.close()
+    told = raw.replace(api_key.encode(), b"(key)") if api_key else raw  # servers may echo it
     if 400 <= status < 500 and status != TOO_MANY_REQUESTS:
-        raise Refused(f"HTTP {status}: {_reason(raw)}")
+        raise Refused(f"HTTP {status}: {_reason(told)}")
     if status != 200:
-        raise ServerDown(f"HTTP {status}: {_reason(raw)}")
+        raise ServerDown(f"HTTP {status}: {_reason(told)}")
     try:
         return json.loads(raw)
     except ValueError as exc:
-        raise Refused(f"{path} is not JSON: {raw[:80]!r}") from exc
+        raise Refused(f"{path} is not JSON: {told[:80]!r}") from exc
 
 
 def _reason(raw: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -19,6 +20,12 @@ def _addresses(urls: tuple[str, ...]) -> tuple[str, ...]:
     for url in urls:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"{url!r} is no address of a server, such as http://127.0.0.1:30000")
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query:
+            raise ValueError(
+                f"the address of {parts.hostname} holds a user, a password or a query, and configs "
+                f"are stored and shown. Try: export {API_KEY_ENV}=KEY"
+            )
     if len(set(urls)) != len(urls):
         raise ValueError("a url is listed twice")
     return tuple(url.rstrip("/").removesuffix("/v1") for url in urls)

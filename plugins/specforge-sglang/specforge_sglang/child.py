@@ -22,6 +22,7 @@ from specforge_sglang_capture import DIRECTORY_ENV, ENABLE_ENV, LIFELINE_ENV
 
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError, ConfigError
+from specforge_core.records import MASK, secret_values
 from specforge_core.types import TargetInfo
 
 from .client import Client
@@ -68,6 +69,7 @@ class ChildServer:
         launch: tuple[str, str] = CAPTURE,
     ) -> None:
         assert options.python is not None
+        self._secrets = secret_values({"args": options.server_args, "env": options.env})
         self._check_python(options.python)
         self._directory = Path(tempfile.mkdtemp(prefix="specforge-sglang-"))
         self._log = self._directory / "server.log"
@@ -148,6 +150,8 @@ class ChildServer:
     def last_words(self) -> str:
         """Return the end of the server's log."""
         text = self._log.read_text(encoding="utf-8", errors="replace")
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
         lines = [line for line in text.splitlines() if line.strip()]
         return "\n".join(f"  {line[:300]}" for line in lines[-LOG_LINES:]) or "  (nothing)"
 

@@ -1,0 +1,171 @@
+"""No secret of a config is stored, printed, or told to anyone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from specforge_core.errors import ConfigError
+from specforge_core.load import apply_override
+from specforge_core.records import MASK, masked, secret_values
+from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.runs import SECONDS, cli
+
+from .runs import linear_run
+
+SECRETS = [f"{word}-1a2B3c4D5e6F7g8H" for word in ("first", "second", "third", "fourth", "fifth")]
+OPTIONS: dict[str, Any] = {
+    "api_key": SECRETS[0],
+    "headers": {"X-Mine": SECRETS[1]},
+    "urls": [f"http://me:{SECRETS[2]}@127.0.0.1:1", f"http://h/?access_token={SECRETS[3]}&a=1"],
+    "env": {"HF_TOKEN": SECRETS[4]},
+}
+# an engine with any options, and a tracker whose section has a key that its author forgot
+PLUGIN = """
+from pydantic import SecretStr
+from specforge_core import hookimpl
+from specforge_core.config import Section
+from specforge_core.defaults import specforge_target_engine as default
+
+class Config(Section):
+    api_key: str
+    second: SecretStr
+    project: str = "mine"
+
+@hookimpl
+def specforge_plugin_config():
+    return Config
+
+class Tracker:
+    def __init__(self, run):
+        self.path = run.output_dir / "told.txt"
+        self.section = run.plugins["service"]
+    def start(self, info):
+        assert self.section.api_key.startswith("first")
+        assert self.section.second.get_secret_value().startswith("second")
+        self.path.write_text(repr(info))
+    def log(self, step, metrics):
+        pass
+    def event(self, name, values):
+        raise RuntimeError("no such service")
+    def close(self):
+        pass
+
+@hookimpl
+def specforge_tracker(run):
+    return Tracker(run)
+
+@hookimpl
+def specforge_target_engine(target, device):
+    if target.engine == "service":
+        assert target.options["api_key"].startswith("first")
+        plain = target.model_copy(update={"engine": "transformers", "options": {}})
+        return default(target=plain, device=device)
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, toy_target: Path, env: FakeSite) -> Path:
+    group = {"specforge.plugins": {"service": "specforge_service"}}
+    env.dist("specforge-service", "1.0", group, module="specforge_service", source=PLUGIN)
+    path = linear_run(tmp_path, toy_target)
+    raw = yaml.safe_load(path.read_text())
+    raw["target"] |= {"engine": "service", "options": OPTIONS}
+    raw["plugins"] = {"service": {"api_key": SECRETS[0], "second": SECRETS[1]}}
+    raw["train"] |= {"max_steps": 2}
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_a_runs_files_and_lines_hold_no_secret(config: Path, tmp_path: Path, env: FakeSite) -> None:
+    site = {**os.environ, "PYTHONPATH": str(env.path)}
+    said = []
+    for arguments in (
+        ["train", "-c", str(config), "--plan"],
+        ["train", "-c", str(config)],
+        ["train", "-c", str(config), "train.max_steps=3"],
+        ["train", "-c", str(config), "train.max_steps=4", "strategy.layer=2"],
+        ["train", "-c", str(config), "target.options.api_key=[", "train.max_steps=4"],
+        ["train", "-c", str(config), f"plugins.service.api_key=[{SECRETS[0]}]"],
+        ["train", "-c", str(config), f"plugins.service={{api_key: {SECRETS[0]}}}"],
+        ["export", "--checkpoint", str(tmp_path / "run"), "-o", str(tmp_path / "run/export")],
+    ):
+        said.append("".join(cli(*arguments, env=site).communicate(timeout=SECONDS)))
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert {"state.json", "provenance.json", "metrics.jsonl", "told.txt"} <= names, said
+    assert "no such service" in said[1]
+    assert "strategy.layer: -2 in it" in said[3]
+    assert "Input should be a valid string" in said[5]
+    assert "plugins.service.second: required" in said[6]
+    for secret in SECRETS:
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
+        assert [text for text in said if secret in text] == []
+    state = json.loads(next(p for p in files if p.name == "state.json").read_text())
+    assert state["config"]["target"]["options"] == {
+        "api_key": MASK,
+        "headers": MASK,
+        "urls": [f"http://{MASK}@127.0.0.1:1", f"http://h/?access_token={MASK}&a=1"],
+        "env": {"HF_TOKEN": MASK},
+    }
+    assert state["config"]["plugins"]["service"]["project"] == "mine"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("api_key", "apiKey", "API_KEY", "token", "hf_token", "accessToken", "password"),
+        *("client_secret", "Authorization", "auth", "http-headers", "cookie", "key", "db.pwd"),
+    ],
+)
+def test_names_of_secrets_are_known(name: str) -> None:
+    assert masked({"target": {"options": {name: "x"}}}) == {"target": {"options": {name: MASK}}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 5, "tokenizer": "a", "keyboard": "b", "monkey": "c", "authority": "d"},
+        {"device_map": "auto", "attn_implementation": "sdpa", "urls": ["http://h:1"]},
+        {"api_key": None, "directory": "/dev/shm/hf-cache", "max_bytes": 1 << 30},
+    ],
+)
+def test_other_options_are_shown(options: dict[str, Any]) -> None:
+    assert masked({"target": {"options": options}}) == {"target": {"options": options}}
+
+
+@pytest.mark.parametrize(
+    "text", ["Bearer abc123", "sk-abcdefghijklmnop1234", "hf_aBcDeFgHiJkLmNoPqRs"]
+)
+def test_values_that_look_like_secrets_are_masked_whatever_their_name(text: str) -> None:
+    found = masked({"plugins": {"x": {"extra": [f"say {text} now"]}}})
+    assert found["plugins"]["x"]["extra"] == [f"say {MASK} now"]
+
+
+def test_the_target_and_the_strategy_are_shown_as_they_are() -> None:
+    config = {
+        "target": {"path": "hf-internal-testing/tiny-random-LlamaForCausalLM"},
+        "strategy": {"name": "a", "mask_token": "<mask>", "key": 5},
+    }
+    assert masked(config) == config
+
+
+def test_secret_values_are_found_to_be_taken_out_of_messages() -> None:
+    found = secret_values({"env": {"HF_TOKEN": "a", "HOME": "b"}, "args": {"api_key": "c", "n": 1}})
+    assert sorted(found) == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["target.options.api_key sk", "target.options.api_key=[sk", "target.path.token=sk"],
+)
+def test_an_override_that_is_wrong_is_shown_without_its_secret(override: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        apply_override({"target": {"path": "x"}}, override)
+    assert "sk" not in str(found.value)
+    assert MASK in str(found.value)
