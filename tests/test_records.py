@@ -82,6 +82,7 @@ def config(tmp_path: Path, toy_target: Path, env: FakeSite) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_runs_files_and_lines_hold_no_secret(config: Path, tmp_path: Path, env: FakeSite) -> None:
     site = {**os.environ, "PYTHONPATH": str(env.path)}
     said = []

@@ -69,6 +69,11 @@ def load_pretrained(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as exc:
         reason = str(exc).strip().splitlines()[0]
         revision = f" at revision {target.revision!r}" if target.revision else ""
+        if "trust_remote_code" in str(exc) and not target.trust_remote_code:
+            raise ConfigError(
+                f"target.path {target.path!r}{revision} brings Python code of its own, which is "
+                "not run unasked. Try: target.trust_remote_code=true, if you trust its authors"
+            ) from exc
         raise ConfigError(
             f"target.path {target.path!r}{revision} cannot be loaded: {reason}. "
             "Try: target.path=DIRECTORY or a Hugging Face id, and `hf auth login` if it is gated"

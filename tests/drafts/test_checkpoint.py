@@ -218,3 +218,16 @@ def test_an_optimizer_that_is_not_finite_is_refused_where_it_is_needed(copy: Pat
     restore(*load(copy), newest(copy))
     with pytest.raises(CheckpointError, match=r"'optim0\.state\.bias\.exp_avg' of .* not finite"):
         train(*load(copy, "train.max_steps=4"))
+
+
+def test_what_killed_runs_left_is_removed_at_the_next_start(copy: Path) -> None:
+    folder = newest(copy).parent
+    left = [folder / "step-00000009", folder / ".step-00000008.tmp"]
+    kept = [folder / "step-00000002.bak", folder / "notes", folder / "step-7"]
+    for path in (*left, *kept):
+        path.mkdir()
+        (path / "shard.safetensors").touch()
+    (folder / "step-00000002.bak" / STATE).touch()
+    train(*load(copy, "train.max_steps=3"))
+    assert [path.name for path in left if path.exists()] == []
+    assert all((path / "shard.safetensors").exists() for path in kept)
