@@ -78,9 +78,9 @@ def test_a_whole_run_calls_every_hook_in_order(
     ]
     out = run("eval", "-c", str(config), "--draft", str(tmp_path / "run"), "--json")
     assert json.loads(out)["lossless"] is True
-    assert called() == ["config", "draft", "conversations", "adapter", "proposer"]
+    assert called() == ["config", "draft", "adapter", "conversations", "adapter", "proposer"]
     run("export", "--checkpoint", str(tmp_path / "run"), "-o", str(tmp_path / "export"))
-    assert called() == ["config", "draft", "export"]
+    assert called() == ["config", "draft", "adapter", "export"]
     out = run(
         *("doctor", "-c", str(config), "--draft", str(tmp_path / "run")),
         *("--export", str(tmp_path / "export")),

@@ -42,7 +42,7 @@ def restore(run: RunConfig, strategy: Strategy, path: Path, *, templates: bool =
     draft = strategy.draft(run.strategy, target, None)
     if made is not None:
         now = Made.of_run(run, strategy, draft, target_identity(run, strategy, target))
-        check_same(place, made, now, strategy.config(), templates=templates)
+        check_same(place, made, now, type(run.strategy), templates=templates)
     _fill(run, strategy, target, draft, place)
     return Restored(draft, target)
 
@@ -97,7 +97,7 @@ def first_draft(
     draft = strategy.draft(run.strategy, target, None)
     if made is not None:
         now = Made.of_run(run, strategy, draft, identity)
-        for line in check_start(place, made, now, strategy.config()):
+        for line in check_start(place, made, now, type(run.strategy)):
             say(line)
     _fill(run, strategy, target, draft, place)
     return draft

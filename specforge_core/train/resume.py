@@ -33,7 +33,7 @@ def check_resumed(
     check_strategy(path, state.strategy, strategy.name)
     now = Made.of_run(run, strategy, draft, identity)
     anew = f"start from its weights: train.init_from={path} output_dir=ANOTHER"
-    check_same(path, Made.of_state(state), now, strategy.config(), otherwise=anew)
+    check_same(path, Made.of_state(state), now, type(run.strategy), otherwise=anew)
     check_optimizer(path, state, run.train)
     before = TrainConfig.model_validate(state.config["train"]).seed
     if before != run.train.seed:
