@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from specforge_eagle3.config import capture_layers, draft_shape
+from specforge_eagle3.config import Eagle3Config, capture_layers, draft_shape
 
+from specforge_core.config import MayChange
 from specforge_core.errors import ConfigError
 
 
@@ -67,3 +68,26 @@ def test_heads_that_cannot_be_shared(kit: Any) -> None:
 def test_factors_on_logits_are_refused(kit: Any) -> None:
     with pytest.raises(ConfigError, match=r"has logit_scale=0\.5"):
         draft_shape(kit.config(), kit.target(logit_scale=0.5))
+
+
+def test_a_section_that_0_1_stored_is_read_and_a_persons_is_not_mistaken_for_one() -> None:
+    stored = Eagle3Config(name="eagle3").model_dump(mode="json")
+    stored |= {"batches": "packed", "attention": "flash"}
+    assert Eagle3Config.model_validate(stored) == Eagle3Config(name="eagle3")
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        Eagle3Config.model_validate({"name": "eagle3", "batches": "padded"})
+
+
+def test_what_may_change_is_what_does_not_make_the_draft() -> None:
+    marked = {
+        mark: {name for name, field in Eagle3Config.model_fields.items() if mark in field.metadata}
+        for mark in MayChange
+    }
+    assert marked[MayChange.ALWAYS] == {
+        *("layers", "attention", "head_chunk", "draft_length", "tree_top_k", "tree_tokens"),
+        "export_dtype",
+    }
+    assert not {"draft_vocab_size", "vocab_map", "layer_type", "fc_norm", "rope_theta"} & {
+        *marked[MayChange.ALWAYS],
+        *marked[MayChange.AT_START],
+    }

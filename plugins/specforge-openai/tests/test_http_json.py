@@ -77,3 +77,8 @@ def test_a_server_that_is_not_there_or_silent_is_down() -> None:
         silent.listen()
         with pytest.raises(ServerDown, match="TimeoutError"):
             request_json(url, "/", timeout=0.2)
+
+
+def test_a_key_that_a_server_repeats_is_not_shown(url: str) -> None:
+    with pytest.raises(Refused, match=r"^HTTP 400: too \(key\)$"):
+        request_json(url, "/wrong", timeout=5, api_key="long")

@@ -158,6 +158,15 @@ def test_a_child_that_ends_says_why(
     child.close()
 
 
+def test_what_a_child_says_last_is_shown_without_its_key(configure: Configure) -> None:
+    behave = "print(sys.argv, flush=True); sys.exit(3)"
+    child = start(configure(behave, server_args={"api_key": "a-secret-key"}))
+    with pytest.raises(CaptureError, match=r"ended with status 3(.|\n)*--api-key") as found:
+        child.wait(Client(child.url, 5.0), 60)
+    assert "a-secret-key" not in str(found.value)
+    child.close()
+
+
 def test_a_child_that_never_answers_is_an_error(configure: Configure) -> None:
     child = start(configure("import time; print('loading', flush=True); time.sleep(600)"))
     message = r"did not start in 2 s(.|\n)*loading\n(.|\n)*start_timeout"
