@@ -11,7 +11,6 @@ from pathlib import Path
 import xxhash
 
 from .errors import CheckpointError
-from .files import inside
 
 PIECE = 1 << 20  # bytes read at once: the buffer stays in the processor's cache
 
@@ -41,11 +40,15 @@ def check_folder(folder: Path, checksums: Mapping[str, str], advice: str) -> Non
         return
     if more := sorted(set(_tensor_files(folder)) - checksums.keys()):
         raise CheckpointError(f"{folder / more[0]} was not written with the others. {advice}")
+    if missing := sorted(checksums.keys() - set(_tensor_files(folder))):
+        raise CheckpointError(f"{folder / missing[0]} is missing. {advice}")
     for name, expected in sorted(checksums.items()):
         try:
-            found = file_checksum(inside(folder, name))
-        except (OSError, ValueError) as exc:
-            raise CheckpointError(f"{folder / name} cannot be read: {exc}. {advice}") from exc
+            found = file_checksum(folder / name)
+        except OSError as exc:
+            raise CheckpointError(
+                f"{folder / name} cannot be read: {exc.strerror}. {advice}"
+            ) from exc
         if found != expected:
             raise CheckpointError(
                 f"{folder / name} is damaged: its checksum is {found}, {expected} was written. "

@@ -7,6 +7,7 @@ is told from what another one is writing, and removed by the next start.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -26,6 +27,7 @@ NAME_BYTES = 200  # of the name it is for: file systems allow 255 in all
 UNLOCKED_SECONDS = 24 * 3600  # where nothing can be locked, what is older is nobody's any more
 # what no folder can do anything about; every other error of fsync on one counts
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 CANNOT_WRITE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -88,32 +90,48 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     try:
         hold(held)
         yield beside
+    except OSError as exc:
+        if str(exc.filename).startswith(str(beside)):
+            raise OSError(exc.errno, exc.strerror, str(path)) from exc
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         os.close(held)
 
 
 def publish(beside: Path, path: Path) -> None:
-    """Rename a finished folder to `path`, which is not there; then it is on the disk.
+    """Rename a finished folder to `path`; then it is on the disk.
 
-    All that lies in it was synced by its writer.
+    All that lies in it was synced by its writer.  A folder that was at `path` changes places
+    with it, so that at any moment there is one; where the kernel cannot do that, it leaves first.
     """
     sync_folder(beside)
-    beside.rename(path)
+    if not (path.exists() and _exchange(beside, path)):
+        if path.exists():
+            remove_folder(path)
+        beside.rename(path)
     sync_folder(path.parent)
 
 
-def append(file: BinaryIO, data: bytes, size: int) -> None:
+def remove_folder(path: Path) -> None:
+    """Remove a folder, which is whole or has another name while that goes on.  Raises OSError."""
+    gone = temporary(path)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)  # what stays is swept later
+
+
+def append(file: BinaryIO, data: bytes, size: int, *, sync: bool = True) -> None:
     """Write `data` behind the first `size` bytes of an unbuffered file, all of it or nothing.
 
-    Returns when the disk has it.  Raises OSError, with the file as it was.
+    With `sync`, returns when the disk has it.  Raises OSError, with the file as it was.
     """
     try:
         file.truncate(size)
         left = memoryview(data)
         while left:
             left = left[file.write(left) :]
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     except OSError as exc:
         with suppress(OSError):
             file.truncate(size)
@@ -123,9 +141,27 @@ def append(file: BinaryIO, data: bytes, size: int) -> None:
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, on the disk too.  Raises OSError."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as exc:
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), exc.filename) from exc
     for folder in missing:
         sync_folder(folder.parent)
+
+
+def prepare_folder(path: Path) -> None:
+    """Make a folder, and see that files can be made in it, before the work whose end they are.
+
+    What killed processes left there is removed.  Raises OSError.
+    """
+    make_folder(path)
+    sweep(path)
+    probe = temporary(path / "probe")
+    try:
+        _create(probe).close()
+        probe.unlink()
+    except OSError as exc:
+        raise OSError(exc.errno, exc.strerror, str(path)) from exc
 
 
 def sync_folder(path: Path) -> None:
@@ -171,12 +207,33 @@ def refusing(error: type[SpecForgeError], advice: str, path: Path | None = None)
         raise error(f"{cannot_write(exc, path)}. {advice}") from exc
 
 
+def system_error(exc: Exception, path: Path) -> OSError:
+    """Return the OSError behind another package's error, which may have it as text only."""
+    if isinstance(exc, OSError):
+        return OSError(exc.errno, exc.strerror or str(exc), str(path))
+    if found := re.search(r"\(os error (\d+)\)", str(exc)):  # Rust's way to say it
+        number = int(found[1])
+        return OSError(number, os.strerror(number), str(path))
+    return OSError(None, str(exc), str(path))
+
+
 def cannot_write(exc: OSError, path: Path | None = None) -> str:
     """Say which file (`path` where the error does not know) cannot be written, and why."""
     name = exc.filename if exc.filename is not None else path
     place = Path(os.fsdecode(name)) if isinstance(name, str | bytes | Path) else None
     shown = "a file" if place is None else str(place)
     return f"{shown} cannot be written: {exc.strerror or exc}{_room(place)}"
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names at one moment; False where that cannot be done."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    result: int = renameat2(
+        AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE
+    )
+    return result == 0
 
 
 def _create(path: Path) -> IO[bytes]:
@@ -216,7 +273,7 @@ def _room(place: Path | None) -> str:
             free: float = shutil.disk_usage(folder).free
             for unit in ("bytes", "KB", "MB", "GB"):
                 if free < 1000:
-                    return f" ({free:.3g} {unit} free there)"
+                    return f" ({free:.1f} {unit} free there)"
                 free /= 1000
-            return f" ({free:.3g} TB free there)"
+            return f" ({free:.1f} TB free there)"
     return ""

@@ -56,7 +56,7 @@ def edit(directory: Path, shard: int, field: str, row: int | slice, value: float
     path = directory / f"shard-{shard:05d}.safetensors"
     columns = load_file(path)
     columns[field][row] = value
-    del columns["_checksums"]
+    columns.pop("_checksums", None)
     save_file(columns, path)
     manifest = CaptureManifest.read(directory)
     new = {"num_bytes": path.stat().st_size, "checksum": None, "table_checksum": None}
