@@ -90,7 +90,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(config: Path, tmp_path: 
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
     err = fails("train", "-c", str(config), "train.max_steps=2", status=1, preexec_fn=small_files)
-    assert "step-00000002 could not be written" in err
+    assert "step-00000002 cannot be written" in err
     assert "start the same command again" in err
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert kept == ["step-00000001"]

@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from ..checksums import check_folder, folder_checksums
 from ..errors import CheckpointError
+from ..files import write_file
 from ..types import Draft
 
 STATE = "state.json"
+CHECKSUMS = "checksums.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def load_model(path: Path, draft: Draft) -> TrainState:
     """Restore an unsharded draft's weights, without a process group."""
     state = read_state(path)
+    check_files(path)
     values = draft.model.state_dict()
     wanted: dict[str, Any] = {f"model.{k}": v for k, v in values.items() if draft.saved(k)}
     check_shapes(path, wanted)
@@ -74,6 +78,30 @@ def _current(state: dict[str, Any]) -> dict[str, Any]:
     position = min(state["positions"]) * state["world_size"]
     total = state["config"]["train"]["max_steps"] or state["step"]
     return {"total_steps": total, **kept, "position": position}
+
+
+def write_checksums(path: Path) -> None:
+    """Write down the checksums of a checkpoint's tensor files.  Raises OSError."""
+    text = json.dumps(folder_checksums(path), indent=1)
+    write_file(path / CHECKSUMS, text.encode() + b"\n")
+
+
+def check_files(path: Path) -> bool:
+    """Read a checkpoint's tensor files whole and compare their checksums.
+
+    Returns False where it has none: a version wrote it that had none.  Raises CheckpointError.
+    """
+    advice = f"Restore it from a copy, or delete {path} to use the checkpoint before it"
+    try:
+        checksums = json.loads((path / CHECKSUMS).read_bytes())
+        if not isinstance(checksums, dict) or not checksums:
+            raise ValueError("it names no file")
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path / CHECKSUMS} is damaged: {exc}. {advice}") from exc
+    check_folder(path, checksums, advice)
+    return True
 
 
 def check_strategy(path: Path, state: TrainState, name: str) -> None:
