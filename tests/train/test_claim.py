@@ -67,7 +67,8 @@ def test_an_output_directory_that_cannot_be_written_is_named(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     with (
         pytest.raises(
-            ConfigError, match=r"cannot be written: Not a directory. Try: output_dir=DIR"
+            ConfigError,
+            match=r"cannot be written: Not a directory .*free there\). Try: output_dir=DIR",
         ),
         claim(tmp_path / "file" / "run"),
     ):
