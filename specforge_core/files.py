@@ -7,7 +7,6 @@ is told from what another one is writing, and removed by the next start.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -106,8 +105,9 @@ def publish(beside: Path, path: Path) -> None:
     with it, so that at any moment there is one; where the kernel cannot do that, it leaves first.
     """
     sync_folder(beside)
-    if not (path.exists() and _exchange(beside, path)):
-        if path.exists():
+    there = path.is_dir() and not path.is_symlink()
+    if not (there and _exchange(beside, path)):
+        if there:
             remove_folder(path)
         beside.rename(path)
     sync_folder(path.parent)
@@ -227,6 +227,8 @@ def cannot_write(exc: OSError, path: Path | None = None) -> str:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Let two folders change names at one moment; False where that cannot be done."""
+    import ctypes  # of no use to a command that only starts
+
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
