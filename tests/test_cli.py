@@ -51,6 +51,22 @@ def test_a_wrong_config_ends_with_one_message_and_status_2(config: Path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_disk_that_is_full_where_nobody_expected_it_is_one_message(tmp_path: Path) -> None:
+    code = (
+        "import sys; from specforge_core import cli, listing\n"
+        "import errno, os\n"
+        "def no_room(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'some.file')\n"
+        "listing.list_options = no_room\n"
+        "sys.argv = ['specforge', 'config']; cli.main()"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: some.file cannot be written: No space left on device (")
+    assert done.stderr.endswith("then run the same command again\n")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_debug_shows_where_an_error_came_from(config: Path) -> None:
     done = specforge("train", "-c", str(config), "nonsense=1", "--debug")
     assert done.returncode == 1
