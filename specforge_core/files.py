@@ -138,6 +138,12 @@ def append(file: BinaryIO, data: bytes, size: int, *, sync: bool = True) -> None
         raise OSError(exc.errno, exc.strerror, file.name) from exc
 
 
+def open_own(path: Path) -> BinaryIO:
+    """Open a file of ours to read and add to, new or not; a link there is an error, an OSError."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "a+b", buffering=0)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, on the disk too.  Raises OSError."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]

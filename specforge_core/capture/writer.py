@@ -15,7 +15,7 @@ from types import TracebackType
 from torch import Tensor
 
 from ..errors import CaptureError
-from ..files import make_folder, refusing, sweep
+from ..files import make_folder, open_own, refusing, sweep
 from ..locks import hold
 from ..tensorfile import write_tensors
 from ..types import Sample
@@ -63,7 +63,7 @@ class ShardWriter:
         self._tokens = 0
         with refusing(CaptureError, "Try: data.capture_dir=ANOTHER_DIRECTORY", directory):
             make_folder(directory)
-            self._lock = (directory / LOCK).open("a")
+            self._lock = open_own(directory / LOCK)
         try:
             self._take_over(identity)
         except BaseException:

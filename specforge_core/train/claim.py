@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..files import append, make_folder, refusing, sweep
+from ..files import append, make_folder, open_own, refusing, sweep
 from ..locks import hold
 
 LOCK = ".lock"
@@ -30,7 +30,7 @@ def claim(output_dir: Path) -> Iterator[None]:
     there = output_dir.exists()
     with refusing(ConfigError, "Try: output_dir=DIR", output_dir):
         make_folder(output_dir)
-        lock = path.open("a+b", buffering=0)
+        lock = open_own(path)
     with lock:
         if not hold(lock):
             lock.seek(0)
