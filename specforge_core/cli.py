@@ -12,6 +12,7 @@ import click
 
 from .commands import CONFIG_HELP, PATH, Commands, config_option, load_run, overrides_argument
 from .errors import SpecForgeError
+from .files import CANNOT_WRITE, cannot_write
 
 
 @click.group(
@@ -144,7 +145,15 @@ def capture(config: Path, overrides: tuple[str, ...]) -> None:
 def verify(
     directory: Path, config: Path | None, recapture: int, overrides: tuple[str, ...]
 ) -> None:
-    """Check a capture; with -c capture some again and compare."""
+    """Check a capture; with -c capture some again and compare.
+
+    Of a run, checkpoint or export the checksums are compared.
+    """
+    from .drafts.verify import verify_draft
+
+    if (told := verify_draft(directory)) is not None:
+        click.echo(told)
+        return
     run, strategy = load_run(config, overrides) if config is not None else (None, None)
     from .capture.verify import verify_directory
 
@@ -266,6 +275,10 @@ def _run() -> int:
         if isinstance(exc, SpecForgeError):
             click.echo(f"{prefix}{exc}", err=True)
             return exc.exit_code
+        if isinstance(exc, OSError) and exc.errno in CANNOT_WRITE:
+            then = "Make room there or choose another place, then run the same command again"
+            click.echo(f"{prefix}{cannot_write(exc)}. {then}", err=True)
+            return 1
         kind = type(exc).__name__
         click.echo(f"{prefix}{kind}: {exc}\nAdd --debug to see where it came from", err=True)
         return 1

@@ -6,7 +6,7 @@ import fcntl
 from typing import IO, Any
 
 
-def hold(file: IO[Any]) -> bool:
+def hold(file: IO[Any] | int) -> bool:
     """Take an open file's lock until it is closed or this process ends; False if another has it.
 
     On a file system without locks everyone gets it.

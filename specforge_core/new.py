@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
 from .errors import ConfigError
+from .files import make_folder, refusing, write_file
 from .plugins import CORE
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -43,16 +45,29 @@ def write_package(name: str, kind: str, directory: Path) -> list[Path]:
         "Example": "".join(part.capitalize() for part in name.split("-")),
         "example": module,
     }
-    written = []
+    written: list[Path] = []
+    there = directory.exists()
+    try:
+        with refusing(ConfigError, "Make room there, or try: -o ANOTHER_DIRECTORY", directory):
+            _write(kind, words, directory, written)
+    except BaseException:
+        for path in directory.glob("*"):  # which was empty
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not there and directory.is_dir():
+            directory.rmdir()
+        raise
+    return written
+
+
+def _write(kind: str, words: dict[str, str], directory: Path, written: list[Path]) -> None:
     for source in sorted((TEMPLATES / kind).rglob("*")):
         if source.is_dir() or LEFT_OUT in source.parts:
             continue
         path = str(source.relative_to(TEMPLATES / kind)).removesuffix(".in")
         place = directory / _filled(path, words)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(_filled(source.read_text(encoding="utf-8"), words), encoding="utf-8")
+        make_folder(place.parent)
+        write_file(place, _filled(source.read_text(encoding="utf-8"), words).encode())
         written.append(place)
-    return written
 
 
 def _filled(text: str, words: dict[str, str]) -> str:

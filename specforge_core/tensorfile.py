@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,6 +13,7 @@ from weakref import finalize
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from .errors import CaptureError
@@ -33,6 +34,7 @@ CODES = {
     torch.float64: "F64",
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
+MAX_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
 class OpenFile:
@@ -40,7 +42,12 @@ class OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self.number = os.open(path, os.O_RDONLY)
+        try:
+            self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as exc:
+            raise CaptureError(
+                f"{path} cannot be read: {exc.strerror}. Restore it from a copy"
+            ) from exc
         finalize(self, os.close, self.number)
 
 
@@ -66,23 +73,57 @@ class Entry:
 
 
 def read_header(file: OpenFile) -> dict[str, Entry]:
-    """Return the tensors of an open safetensors file; CaptureError when it is not one."""
+    """Return the tensors of an open safetensors file.
+
+    Raises CaptureError when it is not one, or says of a tensor what cannot be: other
+    bytes than its shape needs, or not all of the file's, each once.
+    """
     try:
         size = int.from_bytes(os.pread(file.number, 8, 0), "little")
-        header: dict[str, Any] = json.loads(os.pread(file.number, size, 8))
-        return {
-            name: Entry(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                *(8 + size + offset for offset in entry["data_offsets"]),
-            )
+        length = os.fstat(file.number).st_size
+        if not 2 <= size <= min(length - 8, MAX_HEADER):
+            raise ValueError(f"a header of {size} bytes in a file of {length}")
+        header = json.loads(os.pread(file.number, size, 8), object_pairs_hook=_once)
+        entries = {
+            name: _entry(name, entry, 8 + size)
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as exc:
+        end = 8 + size
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+            if entry.start != end:
+                raise ValueError(f"{name!r} begins at byte {entry.start}, and not at {end}")
+            end = entry.end
+        if end != length:
+            raise ValueError(f"its tensors end at byte {end}, the file at {length}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as exc:
         raise CaptureError(
-            f"{file.name} is not a safetensors file, or is damaged. Restore it from a copy"
+            f"{file.name} is not a safetensors file, or is damaged ({exc}). Restore it from a copy"
         ) from exc
+    return entries
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, none of whose names occurs twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _entry(name: str, told: dict[str, Any], data: int) -> Entry:
+    """Return a tensor of a header, whose bytes count from `data` on; ValueError if it cannot be."""
+    code, shape, offsets = told["dtype"], told["shape"], told["data_offsets"]
+    numbers = [*shape, *offsets]
+    if not isinstance(code, str) or len(offsets) != 2:
+        raise ValueError(f"{name!r} has dtype {code!r:.50} and offsets {offsets!r:.50}")
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+        raise ValueError(f"{name!r} has shape {shape!r:.50} and offsets {offsets!r:.50}")
+    entry = Entry(code, tuple(shape), *(data + offset for offset in offsets))
+    # other packages' files may have dtypes that are not known here
+    if code in DTYPES and entry.end - entry.start != prod(shape) * DTYPES[code].itemsize:
+        raise ValueError(f"{name!r}, {code} {shape}, has {entry.end - entry.start} bytes")
+    return entry
 
 
 def read_into(file: OpenFile, offset: int, left: memoryview) -> None:
@@ -92,7 +133,12 @@ def read_into(file: OpenFile, offset: int, left: memoryview) -> None:
     instead of a SIGBUS.
     """
     while left:
-        count = os.preadv(file.number, [left], offset)
+        try:
+            count = os.preadv(file.number, [left], offset)
+        except OSError as exc:
+            raise CaptureError(
+                f"{file.name} cannot be read: {exc.strerror}. Restore it from a copy"
+            ) from exc
         if count == 0:
             raise CaptureError(
                 f"{file.name} ends at byte {offset}, in the middle of its data: it is truncated. "
@@ -101,8 +147,10 @@ def read_into(file: OpenFile, offset: int, left: memoryview) -> None:
         left, offset = left[count:], offset + count
 
 
-def write_tensors(path: Path, columns: Mapping[str, Sequence[Tensor]]) -> int:
-    """Write each column's tensors one after the other, joined along axis 0; return the size.
+def write_tensors(path: Path, columns: Mapping[str, Sequence[Tensor]]) -> tuple[int, str]:
+    """Write each column's tensors one after the other, joined along axis 0.
+
+    Returns the file's size and its checksum, as `checksums.file_checksum` gives it.
 
     The file appears whole under its name or not at all.  Raises OSError.
     """
@@ -120,9 +168,20 @@ def write_tensors(path: Path, columns: Mapping[str, Sequence[Tensor]]) -> int:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    digest = xxhash.xxh3_128()
     with replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            for part in columns[name]:
-                file.write(part.contiguous().flatten().view(torch.uint8).numpy().data)
-    return 8 + len(text) + end
+        for piece in _pieces(text, (part for name in order for part in columns[name])):
+            digest.update(piece)
+            file.write(piece)
+    return 8 + len(text) + end, digest.hexdigest()
+
+
+def _pieces(header: bytes, parts: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little") + header
+    yield from map(tensor_bytes, parts)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return a CPU tensor's bytes in order, without a copy where they lie in order."""
+    raw: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    return raw

@@ -51,6 +51,22 @@ def test_a_wrong_config_ends_with_one_message_and_status_2(config: Path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_disk_that_is_full_where_nobody_expected_it_is_one_message(tmp_path: Path) -> None:
+    code = (
+        "import sys; from specforge_core import cli, listing\n"
+        "import errno, os\n"
+        "def no_room(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'some.file')\n"
+        "listing.list_options = no_room\n"
+        "sys.argv = ['specforge', 'config']; cli.main()"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: some.file cannot be written: No space left on device (")
+    assert done.stderr.endswith("then run the same command again\n")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_debug_shows_where_an_error_came_from(config: Path) -> None:
     done = specforge("train", "-c", str(config), "nonsense=1", "--debug")
     assert done.returncode == 1
@@ -90,7 +106,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(config: Path, tmp_path: 
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
     err = fails("train", "-c", str(config), "train.max_steps=2", status=1, preexec_fn=small_files)
-    assert "step-00000002 could not be written" in err
+    assert "step-00000002 cannot be written" in err
     assert "start the same command again" in err
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert kept == ["step-00000001"]

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import pydantic
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors import CaptureError
-from ..files import write_file
+from ..files import inside, write_file
 from ..types import CaptureSpec, Field, FinalState
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
-READABLE = (1, 2)  # 1: before specs could ask for next_tokens and logsumexp
+FORMAT_VERSION = 3
+# 1: before specs could ask for next_tokens and logsumexp; 2: before there were checksums
+READABLE = (1, 2, 3)
+
+Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+Positive = Annotated[int, pydantic.Field(gt=0, lt=2**63)]
+FileName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+Checksum = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Frozen(BaseModel):
-    """Base of what is written to disk: no unknown keys, no changes."""
+    """Base of what is written to disk: no unknown keys, no other types, no changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Shard(Frozen):
     """One finished shard file."""
 
-    file: str
-    num_samples: int
-    num_tokens: int
-    num_bytes: int  # of the file, to notice truncation without reading it
+    file: FileName
+    num_samples: Positive
+    num_tokens: Count
+    num_bytes: Positive  # of the file, to notice truncation without reading it
+    checksum: Checksum | None = None  # XXH3-128 of the file; None: of a version that wrote none
+    table_checksum: Checksum | None = None  # of its row table, which has one of every sample
 
 
 class CaptureIdentity(Frozen):
@@ -41,16 +52,16 @@ class CaptureIdentity(Frozen):
     final: FinalState
     next_tokens: bool = False
     logsumexp: bool = False
-    fields: dict[str, tuple[tuple[int | None, ...], str]]  # name -> shape, dtype
+    fields: dict[str, tuple[tuple[Count | None, ...], str]]  # name -> shape, dtype
     target: str  # its path or Hugging Face id, for information
     target_revision: str | None
     target_fingerprint: str  # of the target's config and of a few of its weights
     tokenizer_fingerprint: str
     chat_template_fingerprint: str  # of the template and its arguments
-    hidden_size: int
-    num_layers: int
-    vocab_size: int
-    max_length: int
+    hidden_size: Positive
+    num_layers: Positive
+    vocab_size: Positive
+    max_length: Positive
 
     def spec(self) -> CaptureSpec:
         """Return the CaptureSpec this capture was made with."""
@@ -73,10 +84,26 @@ class CaptureManifest(Frozen):
     identity: CaptureIdentity
     complete: bool = False
     shards: tuple[Shard, ...] = ()
-    num_skipped: int = 0  # prompts the strategy's adapter turned down
-    token_counts: str | None = None  # file with the supervised-token counts, [V] int64
+    num_skipped: Count = 0  # prompts the strategy's adapter turned down
+    token_counts: FileName | None = None  # file with the supervised-token counts, [V] int64
+    token_counts_checksum: Checksum | None = None
     prompts: str | None = None  # fingerprint of the prompts in capture order, to resume safely
-    num_prompts: int | None = None
+    num_prompts: Count | None = None
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> CaptureManifest:
+        names = [shard.file for shard in self.shards]
+        if len(set(names)) != len(names):
+            raise ValueError("it lists a shard twice")
+        done = self.num_samples + self.num_skipped
+        if self.num_prompts is not None and (
+            done > self.num_prompts or (self.complete and done < self.num_prompts)
+        ):
+            raise ValueError(
+                f"{self.num_samples} samples and {self.num_skipped} skipped prompts do not make "
+                f"{self.num_prompts} prompts"
+            )
+        return self
 
     @property
     def num_samples(self) -> int:
@@ -94,23 +121,45 @@ class CaptureManifest(Frozen):
         """
         path = directory / MANIFEST
         try:
-            manifest = cls.model_validate_json(path.read_bytes())
+            data = path.read_bytes()
+            _check_version(path, data)
+            manifest = cls.model_validate_json(data)
+            for name in (*(shard.file for shard in manifest.shards), manifest.token_counts):
+                if name is not None:
+                    inside(directory, name)
         except FileNotFoundError as exc:
             raise CaptureError(
                 f"{directory} has no {MANIFEST}: it is not a capture. "
                 f"Try: specforge capture -c RUN.yaml data.capture_dir={directory}"
             ) from exc
-        except (ValidationError, OSError) as exc:
+        except (ValueError, RecursionError, OSError) as exc:
             raise CaptureError(
-                f"{path} cannot be read: {exc}. Capture again into an empty directory"
+                f"{path} cannot be read: {_brief(exc)}. Restore it from a copy, or capture again "
+                "into an empty directory"
             ) from exc
-        if manifest.format_version not in READABLE:
-            raise CaptureError(
-                f"{path} is of format {manifest.format_version}, and this version reads formats "
-                f"up to {FORMAT_VERSION}. Try: pip install -U specforge-core"
-            )
         return manifest
 
     def write(self, directory: Path) -> None:
         """Replace the directory's manifest: the old or the new one is there, never half of one."""
         write_file(directory / MANIFEST, self.model_dump_json(indent=1).encode() + b"\n")
+
+
+def _check_version(path: Path, data: bytes) -> None:
+    """Raise CaptureError for a later format, whose keys need not be known here."""
+    told = json.loads(data)
+    version = told.get("format_version", 1) if isinstance(told, dict) else 1
+    if type(version) is int and version not in READABLE:
+        raise CaptureError(
+            f"{path} is of format {version}, and this version reads formats up to "
+            f"{FORMAT_VERSION}. Try: pip install -U specforge-core"
+        )
+
+
+def _brief(exc: Exception) -> str:
+    """Return the first thing that pydantic found wrong, on one line; or the error's own text."""
+    if not isinstance(exc, ValidationError):
+        return str(exc)
+    first = exc.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    shown = f" ({first['input']!s:.60})" if place else ""
+    return f"{place}: {first['msg']}{shown}".removeprefix(": ").removeprefix("Value error, ")

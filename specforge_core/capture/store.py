@@ -1,42 +1,40 @@
-"""Read samples from disk: safetensors shards, and a manifest that lists the finished ones.
-
-In a shard every field is one tensor: fields with a token axis joined along it,
-the others stacked.  `_offsets` [n + 1] says where each sample's tokens begin,
-`_index` [n] which prompt it is of, `_skipped` which prompts the strategy turned
-down on the way.
-"""
+"""Read samples from disk: shards, and a manifest that lists the finished ones."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ..checksums import file_checksum
 from ..errors import CaptureError
-from ..tensorfile import Entry, OpenFile, read_header
+from ..files import inside
+from ..tensorfile import CODES, OpenFile, read_header
 from ..types import Sample
-from .layout import is_ragged
 from .manifest import CaptureManifest
+from .shardfile import AGAIN, OpenShard, check_file
 
-OFFSETS, INDEX, SKIPPED = "_offsets", "_index", "_skipped"
 MAX_OPEN = 256  # shards: a process may hold 1,024 files
 
 
 class ShardReader:
     """Random access to a capture's samples, in the order they were stored.
 
-    Every read is a copy of its own, straight from the page cache.  Threads may share it.
+    Every read is a copy of its own, straight from the page cache, and compared with its
+    checksum the first time.  Threads may share it.
     """
 
     def __init__(self, directory: Path, manifest: CaptureManifest) -> None:
         """Look at the size of every shard; CaptureError when one is missing or truncated."""
         self._directory = directory
         self._fields = dict(manifest.identity.spec().fields)
-        self._open: dict[int, _Shard] = {}
+        self._open: dict[int, OpenShard] = {}
+        self._seen: dict[int, bytearray] = {}  # of every shard that was ever open
         self._ends = [0]  # stored samples up to and with each shard
         self._use(manifest)
 
@@ -45,26 +43,35 @@ class ShardReader:
 
     def __getitem__(self, index: int) -> Sample:
         number, row = self._locate(index)
-        shard = self._shard(number)
-        first, last = shard.offsets[row : row + 2]
-        return {
-            name: shard.entries[name].rows(shard.file, first, last)
-            if is_ragged(field)
-            else shard.entries[name].rows(shard.file, row, row + 1)[0]
-            for name, field in self._fields.items()
-        }
+        return self._shard(number).sample(row)
+
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, CaptureManifest]]:
+        """Open the files anew wherever it is unpickled."""
+        return type(self), (self._directory, self.manifest)
 
     def prompt_index(self, index: int) -> int:
         """Return which prompt a sample is of."""
         number, row = self._locate(index)
         return self._shard(number).index[row]
 
-    def handled(self) -> Iterator[int]:
-        """Yield the indices of all prompts that were stored or skipped."""
-        for number in range(len(self.manifest.shards)):
-            shard = self._shard(number)
-            yield from shard.index
-            yield from shard.skipped
+    def handled(self, number: int) -> Iterator[int]:
+        """Yield the indices of the prompts that shard `number` stored or skipped."""
+        shard = self._shard(number)
+        yield from shard.index
+        yield from shard.skipped
+
+    def check(self, number: int) -> None:
+        """Read shard `number` whole and compare it with the manifest; CaptureError if it differs.
+
+        Without a checksum only its header and row table are compared.
+        """
+        shard = self.manifest.shards[number]
+        check_file(self._directory / shard.file, shard)
+        self._shard(number)
+
+    def rows(self, number: int) -> range:
+        """Return the places of the samples of shard `number`."""
+        return range(*self._ends[number : number + 2])
 
     def refresh(self) -> bool:
         """See the shards added since; True once the capture is complete.
@@ -83,12 +90,11 @@ class ShardReader:
     def _use(self, manifest: CaptureManifest) -> None:
         for shard in manifest.shards[len(self._ends) - 1 :]:
             path = self._directory / shard.file
-            size = path.stat().st_size if path.is_file() else None
+            size = _size(path)
             if size != shard.num_bytes:
                 state = "is missing" if size is None else f"has {size} bytes: it is truncated"
                 raise CaptureError(
-                    f"{path} {state} (the manifest says {shard.num_bytes} bytes). Restore it from "
-                    "a copy, or capture again into an empty directory"
+                    f"{path} {state} (the manifest says {shard.num_bytes} bytes). {AGAIN}"
                 )
         self.manifest = manifest
         self._ends = [0, *accumulate(shard.num_samples for shard in manifest.shards)]
@@ -99,33 +105,29 @@ class ShardReader:
         number = bisect_right(self._ends, index) - 1
         return number, index - self._ends[number]
 
-    def _shard(self, number: int) -> _Shard:
+    def _shard(self, number: int) -> OpenShard:
         if (shard := self._open.get(number)) is not None:
             return shard
-        file = OpenFile(self._directory / self.manifest.shards[number].file)
-        entries = read_header(file)
-        if missing := {*self._fields, OFFSETS, INDEX, SKIPPED} - entries.keys():
+        told = self.manifest.shards[number]
+        shard = OpenShard.open(self._directory / told.file, told, self._fields)
+        shard = replace(shard, seen=self._seen.setdefault(number, shard.seen))
+        most = self.manifest.num_prompts
+        if most is not None and (largest := max(*shard.index, *shard.skipped, -1)) >= most:
             raise CaptureError(
-                f"{file.name} lacks {', '.join(sorted(missing))}, which the manifest promises. "
-                "Restore it from a copy, or capture again into an empty directory"
+                f"{shard.file.name} names prompt {largest}, the manifest has {most} prompts. "
+                f"{AGAIN}"
             )
-        offsets, index, skipped = (
-            entries[name].rows(file, 0, entries[name].shape[0]).tolist()
-            for name in (OFFSETS, INDEX, SKIPPED)
-        )
         if len(self._open) >= MAX_OPEN:
             self._open.pop(next(iter(self._open)), None)
-        shard = self._open[number] = _Shard(file, entries, offsets, index, skipped)
+        self._open[number] = shard
         return shard
 
 
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    file: OpenFile
-    entries: dict[str, Entry]
-    offsets: list[int]
-    index: list[int]
-    skipped: list[int]
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def read_token_counts(directory: Path, manifest: CaptureManifest) -> Tensor | None:
@@ -134,11 +136,19 @@ def read_token_counts(directory: Path, manifest: CaptureManifest) -> Tensor | No
         return None
     path = directory / manifest.token_counts
     try:
+        inside(directory, manifest.token_counts)
+        told = manifest.token_counts_checksum
+        if told is not None and (found := file_checksum(path)) != told:
+            raise ValueError(f"its checksum is {found}, the manifest's {told}")
         file = OpenFile(path)
         entry = read_header(file)["token_counts"]
-        return entry.rows(file, 0, entry.shape[0])
-    except (OSError, KeyError) as exc:
+        if (entry.code, entry.shape) != (CODES[torch.int64], (manifest.identity.vocab_size,)):
+            raise ValueError(f"it holds {entry.code} {list(entry.shape)}")
+        counts = entry.rows(file, 0, entry.shape[0])
+        if counts.min() < 0:
+            raise ValueError(f"it holds {int(counts.min())}")
+    except (OSError, KeyError, ValueError) as exc:
         raise CaptureError(
-            f"{path} is missing or damaged, and the manifest names it. Restore it from a copy, or "
-            "capture again into an empty directory"
+            f"{path} is missing or damaged ({exc}), and the manifest names it. {AGAIN}"
         ) from exc
+    return counts

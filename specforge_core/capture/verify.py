@@ -21,7 +21,7 @@ from .job import Job
 from .layout import check_sample
 from .manifest import CaptureManifest
 from .recapture import Fresh, compare
-from .store import ShardReader
+from .store import ShardReader, read_token_counts
 
 MAX_PROBLEMS = 20  # what is shown; more of them say nothing new
 
@@ -34,10 +34,16 @@ class VerifyReport:
     num_samples: int
     num_recaptured: int
     complete: bool
+    num_unchecked: int = 0  # shards of a version that wrote no checksums
 
     def __str__(self) -> str:
         again = f", {self.num_recaptured} of them captured again and equal"
         rest = "" if self.complete else "; the capture is not complete yet"
+        if self.num_unchecked:
+            rest += (
+                f"; {self.num_unchecked} shards have no checksums, of a version that wrote none: "
+                "changed bytes would not be seen"
+            )
         return (
             f"{self.directory}: {self.num_samples} samples are as they should be"
             f"{again if self.num_recaptured else ''}{rest}"
@@ -56,10 +62,9 @@ def verify_directory(
     manifest = CaptureManifest.read(directory)
     reader = ShardReader(directory, manifest)
     fresh: dict[int, Fresh] = {}
-    problems: Iterator[str] = _bookkeeping(manifest, reader)
     if run is None or strategy is None:
         check = partial(check_sample, manifest.identity.spec(), manifest.identity.vocab_size)
-        problems = chain(problems, _each(reader, lambda _, sample: check(sample)))
+        problems = _each(reader, lambda _, sample: check(sample))
     else:
         job = Job.open(run, strategy)
         check_identity(manifest.identity, job.identity, directory)
@@ -71,7 +76,8 @@ def verify_directory(
             found = strategy.verify_capture(run.strategy, target, adapter.spec, sample, again)
             return found or (compare(fresh[number], adapter, sample) if again else [])
 
-        problems = chain(problems, _each(reader, ask))
+        problems = _each(reader, ask)
+    problems = chain(_counts(directory, manifest), problems)
     if shown := list(islice(problems, MAX_PROBLEMS)):
         listing = "\n  ".join(shown)
         more = f"\n  (and perhaps more than these {MAX_PROBLEMS})"
@@ -80,26 +86,47 @@ def verify_directory(
             f"{more if len(shown) == MAX_PROBLEMS else ''}\n"
             "Capture again: specforge capture -c RUN.yaml data.capture_dir=EMPTY_DIRECTORY"
         )
-    return VerifyReport(directory, len(reader), len(fresh), manifest.complete)
+    unchecked = sum(shard.checksum is None for shard in manifest.shards)
+    return VerifyReport(directory, len(reader), len(fresh), manifest.complete, unchecked)
 
 
-def _bookkeeping(manifest: CaptureManifest, reader: ShardReader) -> Iterator[str]:
-    """Count the prompts: each stored or skipped once, and none left out at the end."""
-    seen = Counter(reader.handled())
-    for index in sorted(index for index, count in seen.items() if count > 1):
-        yield f"prompt {index} was stored or skipped {seen[index]} times"
-    done = len(reader) + manifest.num_skipped
-    if manifest.complete and manifest.num_prompts not in (None, done):
-        yield f"{done} prompts were stored or skipped, of {manifest.num_prompts}"
+def _counts(directory: Path, manifest: CaptureManifest) -> Iterator[str]:
+    """Check the counts of supervised tokens that lie beside the shards."""
+    try:
+        read_token_counts(directory, manifest)
+    except CaptureError as exc:
+        yield str(exc)
 
 
 def _each(reader: ShardReader, check: Callable[[int, Sample], list[Problem]]) -> Iterator[str]:
-    """Check every sample, and say which sample a problem is in."""
+    """Check every shard and sample, and say which one a problem is in."""
+    seen = Counter[int]()
+    whole = True
     with track("verifying", len(reader)) as progress:
-        for number in range(len(reader)):
-            for problem in check(number, reader[number]):
-                yield f"sample {number} (prompt {reader.prompt_index(number)}), {problem}"
-            progress.advance()
+        for shard in range(len(reader.manifest.shards)):
+            try:
+                reader.check(shard)
+            except CaptureError as exc:
+                whole = False
+                yield str(exc)
+                continue
+            seen.update(reader.handled(shard))
+            for number in reader.rows(shard):
+                for problem in check(number, reader[number]):
+                    yield f"sample {number} (prompt {reader.prompt_index(number)}), {problem}"
+                progress.advance()
+    if whole:
+        yield from _bookkeeping(reader, seen)
+
+
+def _bookkeeping(reader: ShardReader, seen: Counter[int]) -> Iterator[str]:
+    """Check that each prompt was stored or skipped once."""
+    for index in sorted(index for index, count in seen.items() if count > 1):
+        yield f"prompt {index} was stored or skipped {seen[index]} times"
+    # those skipped after the last sample are in no shard
+    skipped, told = seen.total() - len(reader), reader.manifest.num_skipped
+    if skipped > told or (skipped < told and not reader.manifest.complete):
+        yield f"{skipped} prompts were skipped, the manifest says {told}"
 
 
 def _recapture(job: Job, reader: ShardReader, count: int) -> dict[int, Fresh]:

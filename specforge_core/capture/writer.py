@@ -7,24 +7,27 @@ listed there is captured again by the next one.
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate
+from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from ..errors import CaptureError
+from ..files import make_folder, open_own, refusing, sweep
 from ..locks import hold
 from ..tensorfile import write_tensors
 from ..types import Sample
 from .identity import check_identity
-from .layout import is_ragged, layout_problems, num_tokens
-from .manifest import MANIFEST, CaptureIdentity, CaptureManifest, Shard
-from .store import INDEX, OFFSETS, SKIPPED, ShardReader
+from .layout import layout_problems, num_tokens
+from .manifest import FORMAT_VERSION, MANIFEST, CaptureIdentity, CaptureManifest
+from .shardfile import write_shard
+from .store import ShardReader
 
 TOKEN_COUNTS = "token_counts.safetensors"
 LOCK = ".lock"
+SHARDS = "shard-[0-9][0-9][0-9][0-9][0-9].safetensors"
 
 
 class ShardWriter:
@@ -58,14 +61,9 @@ class ShardWriter:
         self._rows: list[tuple[int, Sample]] = []
         self._skipped: list[int] = []
         self._tokens = 0
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lock = (directory / LOCK).open("a")
-        except OSError as exc:
-            raise CaptureError(
-                f"data.capture_dir {str(directory)!r} cannot be written: {exc.strerror}. "
-                "Try: data.capture_dir=ANOTHER_DIRECTORY"
-            ) from exc
+        with refusing(CaptureError, "Try: data.capture_dir=ANOTHER_DIRECTORY", directory):
+            make_folder(directory)
+            self._lock = open_own(directory / LOCK)
         try:
             self._take_over(identity)
         except BaseException:
@@ -86,6 +84,7 @@ class ShardWriter:
                     f"{self.directory} has {found.name} but no {MANIFEST}: it is not clear what it "
                     "is of. Give an empty data.capture_dir"
                 )
+            self._clean()
             return
         manifest = CaptureManifest.read(self.directory)
         check_identity(manifest.identity, identity, self.directory, resume=True)
@@ -95,8 +94,24 @@ class ShardWriter:
                 f"of them ({manifest.num_prompts} prompts then, {self.manifest.num_prompts} now). "
                 "Give the same data and train.seed to go on with it, or another data.capture_dir"
             )
-        self.done.update(ShardReader(self.directory, manifest).handled())
-        self.manifest = manifest
+        reader = ShardReader(self.directory, manifest)
+        for index in chain.from_iterable(map(reader.handled, range(len(manifest.shards)))):
+            if index in self.done:
+                raise CaptureError(
+                    f"the capture in {self.directory} has prompt {index} twice. "
+                    f"Try: specforge verify {self.directory}"
+                )
+            self.done.add(index)
+        self.manifest = manifest.model_copy(update={"format_version": FORMAT_VERSION})
+        self._clean()
+
+    def _clean(self) -> None:
+        """Remove what a killed writer had not listed yet: this one writes it again."""
+        sweep(self.directory)
+        listed = {shard.file for shard in self.manifest.shards}
+        for path in self.directory.glob(SHARDS):
+            if path.name not in listed:
+                path.unlink(missing_ok=True)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -115,8 +130,11 @@ class ShardWriter:
         if token_counts is None:
             self._save_manifest()
             return
-        self._guard(TOKEN_COUNTS, {"token_counts": [token_counts]})
-        self._save_manifest(token_counts=TOKEN_COUNTS)
+        with self._guard():
+            _, checksum = write_tensors(
+                self.directory / TOKEN_COUNTS, {"token_counts": [token_counts]}
+            )
+        self._save_manifest(token_counts=TOKEN_COUNTS, token_counts_checksum=checksum)
 
     def add(self, index: int, sample: Sample) -> None:
         """Store the sample of prompt `index`; its tensors are on the CPU and not changed later.
@@ -166,39 +184,23 @@ class ShardWriter:
             self._writing = None
 
     def _write(self, rows: list[tuple[int, Sample]], skipped: list[int]) -> None:
-        lengths = [num_tokens(self._fields, sample) for _, sample in rows]
-        columns = {
-            name: [s[name] if is_ragged(field) else s[name][None] for _, s in rows]
-            for name, field in self._fields.items()
-        }
-        columns[OFFSETS] = [torch.tensor([0, *accumulate(lengths)])]
-        columns[INDEX] = [torch.tensor([index for index, _ in rows])]
-        columns[SKIPPED] = [torch.tensor(skipped, dtype=torch.int64)]
         file = f"shard-{len(self.manifest.shards):05d}.safetensors"
-        size = self._guard(file, columns)
-        shard = Shard(file=file, num_samples=len(rows), num_tokens=sum(lengths), num_bytes=size)
+        with self._guard():
+            shard = write_shard(self.directory / file, self._fields, rows, skipped)
         self._save_manifest(
             shards=(*self.manifest.shards, shard),
             num_skipped=self.manifest.num_skipped + len(skipped),
         )
 
-    def _guard(self, file: str, columns: dict[str, list[Tensor]]) -> int:
-        try:
-            return write_tensors(self.directory / file, columns)
-        except OSError as exc:
-            raise self._failed(file, exc) from exc
-
     def _save_manifest(self, **update: object) -> None:
         manifest = self.manifest.model_copy(update=update)
-        try:
+        with self._guard():
             manifest.write(self.directory)
-        except OSError as exc:
-            raise self._failed(MANIFEST, exc) from exc
         self.manifest = manifest
 
-    def _failed(self, file: str, exc: OSError) -> CaptureError:
-        return CaptureError(
-            f"{self.directory / file} cannot be written: {exc.strerror}. "
+    def _guard(self) -> AbstractContextManager[None]:
+        return refusing(
+            CaptureError,
             f"{self.manifest.num_samples} samples in {len(self.manifest.shards)} shards are safe. "
-            "Make room there, then run the same command again to go on"
+            "Make room there, then run the same command again to go on",
         )

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import DataError
+from ..files import append, cannot_write, make_folder, sync_folder
 from ..locks import hold
 
 START = b'{"id": '  # of every line: rows have their id first
@@ -25,8 +26,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._file = path.open("a+b", buffering=0)
+            sync_folder(path.parent)
         except OSError as exc:
             raise self._error(exc) from exc
         if not hold(self._file):
@@ -69,13 +71,8 @@ class Journal:
         """Write rows and wait until the disk has them; DataError, and no row, when it cannot."""
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         try:
-            self._file.truncate(self._size)
-            left = memoryview(data)
-            while left:
-                left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
+            append(self._file, data, self._size)
         except OSError as exc:
-            self._file.truncate(self._size)
             raise self._error(exc) from exc
         self._size += len(data)
 
@@ -98,6 +95,6 @@ class Journal:
 
     def _error(self, exc: OSError) -> DataError:
         return DataError(
-            f"output {str(self.path)!r} cannot be written: {exc.strerror}. What was written stays; "
-            "make room or choose another -o PATH, then run the same command to go on"
+            f"output {cannot_write(exc, self.path)}. What was written stays; make room there or "
+            "choose another -o PATH, then run the same command to go on"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from ..checksums import check_folder, folder_checksums
 from ..errors import CheckpointError
+from ..files import write_file
 from ..types import Draft
 from .state import (
     STATE as STATE,
@@ -23,6 +26,8 @@ from .state import (
     step_of,
 )
 from .tensors import DAMAGE, check_finite, check_stored
+
+CHECKSUMS = "checksums.json"
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -33,6 +38,30 @@ def checkpoints(output_dir: Path) -> list[Path]:
     found = [(step_of(path), path) for path in output_dir.glob("checkpoints/step-*")]
     whole = [(step, path) for step, path in found if step is not None and (path / STATE).is_file()]
     return [path for _, path in sorted(whole)]
+
+
+def write_checksums(path: Path) -> None:
+    """Write down the checksums of a checkpoint's tensor files.  Raises OSError."""
+    text = json.dumps(folder_checksums(path), indent=1)
+    write_file(path / CHECKSUMS, text.encode() + b"\n")
+
+
+def check_files(path: Path) -> bool:
+    """Read a checkpoint's tensor files whole and compare their checksums.
+
+    Returns False where it has none: a version wrote it that had none.  Raises CheckpointError.
+    """
+    advice = f"Restore it from a copy, or delete {path} to use the checkpoint before it"
+    try:
+        checksums = json.loads((path / CHECKSUMS).read_bytes())
+        if not isinstance(checksums, dict) or not checksums:
+            raise ValueError("it names no file")
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path / CHECKSUMS} is damaged: {exc}. {advice}") from exc
+    check_folder(path, checksums, advice)
+    return True
 
 
 def find(path: Path) -> Path:
@@ -75,6 +104,7 @@ def load_model(path: Path, draft: Draft) -> TrainState:
     Raises CheckpointError for a checkpoint that is damaged or holds other tensors.
     """
     state = read_state(path)
+    check_files(path)
     model = draft.model.float()  # as it was trained and saved
     values = model.state_dict()
     wanted: dict[str, Any] = {f"model.{k}": v for k, v in values.items() if draft.saved(k)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..checksums import check_folder, folder_checksums
 from ..errors import CheckpointError, PluginError
-from ..files import write_file
+from ..files import publish, refusing, sweep, system_error, temporary_folder, write_file
 from ..types import Export
 from .tensors import check_finite
 
@@ -46,7 +46,7 @@ def write_export(
     `provenance` says where the draft comes from: strategy, target, revision,
     layers, fingerprints; the versions of the packages are added, and what serving
     engines and the doctor have to know: `serve`, `causes`, `base`, and the names of
-    the other `files`.  An existing
+    the other `files`, and the `checksums` of the weights.  An existing
     directory is replaced only with `force`, and only when all of its files are an
     export's.  Raises CheckpointError when the directory is taken or cannot be
     written, PluginError when what the strategy returned cannot be saved.
@@ -55,32 +55,24 @@ def write_export(
     check_place(directory, force=force)
     _check_names(export.files)
     weights = _plain(export.weights)
-    told = {
+    told: dict[str, Any] = {
         "serve": {engine: dict(flags) for engine, flags in export.serve.items()},
         "causes": dict(export.causes),
         "base": export.base,
         "files": sorted(export.files),
     }
-    files = {
-        **export.files,
-        CONFIG: _json(export.config, CONFIG).encode(),
-        PROVENANCE: _json({**provenance, **told, "packages": _versions()}, PROVENANCE).encode(),
-    }
-    beside = directory.with_name(f".{directory.name}.tmp")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)  # left by a killed export
-        beside.mkdir(parents=True)
-        for name, data in files.items():
-            write_file(beside / name, data)
-        _write_weights(weights, beside, shard_bytes)
-        _put(beside, directory)
-    except (OSError, SafetensorError) as exc:
-        raise CheckpointError(
-            f"the export could not be written to {directory}: {exc}. "
-            "Free some space, or choose another place with -o"
-        ) from exc
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    told = {**provenance, **told, "packages": _versions(), "checksums": {}}
+    files = {**export.files, CONFIG: _json(export.config, CONFIG).encode()}
+    _json(told, PROVENANCE)  # before anything is written
+    with refusing(CheckpointError, "Make room there, or choose another place with -o", directory):
+        sweep(directory.parent)
+        with temporary_folder(directory) as beside:
+            _write_weights(weights, beside, shard_bytes)
+            told["checksums"] = folder_checksums(beside)
+            files[PROVENANCE] = _json(told, PROVENANCE).encode()
+            for name, data in files.items():
+                write_file(beside / name, data)
+            publish(beside, directory)
 
 
 def check_place(directory: Path, *, force: bool) -> None:
@@ -107,6 +99,7 @@ def read_export(directory: Path) -> Export:
     Raises CheckpointError when something is missing, damaged, not finite or does not agree.
     """
     config = _read_json(directory, CONFIG)
+    check_export(directory)
     weights = _read_all_weights(directory)
     check_finite(str(directory), weights)
     return Export(config=config, weights=weights)
@@ -142,6 +135,19 @@ def read_provenance(directory: Path) -> dict[str, Any]:
     Raises CheckpointError when its provenance.json is damaged.
     """
     return _read_json(directory, PROVENANCE) if (directory / PROVENANCE).is_file() else {}
+
+
+def check_export(directory: Path) -> bool:
+    """Read an export's weights whole and compare their checksums.
+
+    Returns False where it has none: another program wrote it, or a version that had none.
+    Raises CheckpointError.
+    """
+    checksums = read_provenance(directory).get("checksums", {})
+    if not isinstance(checksums, dict):
+        raise CheckpointError(f"{directory / PROVENANCE}: checksums is no object. Export again")
+    check_folder(directory, checksums, "Export again")
+    return bool(checksums)
 
 
 def read_serve(directory: Path, engine: str) -> dict[str, Any] | None:
@@ -207,25 +213,12 @@ def _shards(weights: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[st
 
 
 def _write_shard(weights: dict[str, Tensor], path: Path) -> None:
-    save_file(weights, path, metadata={"format": "pt"})
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as exc:
+        raise system_error(exc, path) from exc
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _put(beside: Path, directory: Path) -> None:
-    """Rename the finished directory into place; an old one leaves only then."""
-    if not directory.exists():
-        beside.rename(directory)
-        return
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    directory.rename(old)
-    try:
-        beside.rename(directory)
-    except OSError:
-        old.rename(directory)
-        raise
-    shutil.rmtree(old)
 
 
 def _check_names(files: Mapping[str, bytes]) -> None:

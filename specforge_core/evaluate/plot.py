@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..errors import CheckpointError
-from ..files import write_file
+from ..errors import CheckpointError, RunError
+from ..files import refusing, write_file
 from .report import EvalReport, SetReport
 
 MARKERS = "osD^vPX"
@@ -79,4 +79,5 @@ def _figure() -> tuple[Figure, Axes]:
 def _save(figure: Figure, png: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, format="png")
-    write_file(png, data.getvalue())
+    with refusing(RunError, "Make room there, then run the same command again"):
+        write_file(png, data.getvalue())

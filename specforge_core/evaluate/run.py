@@ -13,8 +13,8 @@ from ..config import RunConfig
 from ..data.chat import encode_prompt
 from ..data.sources import Conversation, Message, read_conversations
 from ..devices import pick_device
-from ..errors import ConfigError, DataError
-from ..files import write_file
+from ..errors import ConfigError, DataError, RunError
+from ..files import prepare_folder, refusing, write_file
 from ..strategy import Strategy
 from ..target.engine import TransformersEngine
 from ..target.info import load_target_info
@@ -63,7 +63,8 @@ def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
         at_once=len(desks),
     )
     report = summarize(setup, results)
-    write_file(run.output_dir / REPORT, report.to_json().encode())
+    with refusing(RunError, "Make room there, then run the same command again"):
+        write_file(run.output_dir / REPORT, report.to_json().encode())
     plot_acceptance(report, run.output_dir / PLOT)
     return report
 
@@ -153,13 +154,5 @@ def _device_name(device: torch.device) -> str:
 
 def make_directory(path: Path) -> None:
     """Create the report's directory before the long part, so that it cannot fail after it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as exc:
-        raise ConfigError(
-            f"output_dir {str(path.parent)!r} cannot be written: {exc.strerror}. "
-            "Try: output_dir=DIRECTORY"
-        ) from exc
+    with refusing(ConfigError, "Try: output_dir=DIRECTORY", path):
+        prepare_folder(path)

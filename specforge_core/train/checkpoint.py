@@ -6,7 +6,8 @@ whole, so `step-000100` either is complete or is not there.
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,17 @@ from torch.optim import Optimizer
 from ..drafts.checkpoint import (
     STATE,
     TrainState,
+    check_files,
     checkpoints,
     find as find,
     first_failure,
     load_tensors,
     read_state,
     under,
+    write_checksums,
 )
 from ..errors import RunError
-from ..files import write_file
+from ..files import cannot_write, publish, remove_folder, system_error, temporary_folder, write_file
 from ..types import Draft
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -51,39 +54,58 @@ def save(
     checkpoints that were there before stay.
     """
     final = output_dir / "checkpoints" / f"step-{state.step:08d}"
-    beside = final.with_name(f".{final.name}.tmp")
-    main = dist.get_rank() == 0
-    if main:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    dist.barrier()
-    tensors = {k: v for k, v in _collect(draft, optimizers).items() if isinstance(v, Tensor)}
-    try:
-        storage = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+    with ExitStack() as stack, _refusing(final):
+        beside = _on_main_rank(lambda: str(stack.enter_context(temporary_folder(final))))
+        tensors = {k: v for k, v in _collect(draft, optimizers).items() if isinstance(v, Tensor)}
+        storage = HuggingFaceStorageWriter(beside, save_distributed=True)
         dcp_save(tensors, storage_writer=storage)
-        if main:
-            write_file(beside / STATE, state.model_dump_json(indent=1).encode() + b"\n")
-            shutil.rmtree(final, ignore_errors=True)
-            beside.rename(final)
+
+        def finish() -> str:
+            path = Path(beside)
+            write_checksums(path)
+            write_file(path / STATE, state.model_dump_json(indent=1).encode() + b"\n")
+            publish(path, final)
             for old in checkpoints(output_dir)[:-keep]:
-                shutil.rmtree(old)
+                remove_folder(old)
+            return beside
+
+        _on_main_rank(finish)
+    return final
+
+
+def _on_main_rank(work: Callable[[], str]) -> str:
+    """Let rank 0 work; every rank returns what it returned, or raises its OSError."""
+    told: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            told = [work()]
+        except OSError as exc:
+            told = [OSError(exc.errno, exc.strerror, exc.filename)]
+    dist.broadcast_object_list(told)
+    if isinstance(told[0], OSError):
+        raise told[0]
+    return str(told[0])
+
+
+@contextmanager
+def _refusing(final: Path) -> Iterator[None]:
+    """Say what could not be written, of whichever rank."""
+    try:
+        yield
     except (OSError, CheckpointException) as exc:
-        if main:
-            shutil.rmtree(beside, ignore_errors=True)
         cause = first_failure(exc)
         if not isinstance(cause, OSError | SafetensorError):
             raise
         raise RunError(
-            f"checkpoint {final} could not be written: {cause}. The checkpoints before it "
-            "are whole; free space and start the same command again"
+            f"checkpoint {cannot_write(system_error(cause, final))}. The checkpoints before it "
+            "are whole. Make room there, then start the same command again"
         ) from exc
-    dist.barrier()
-    return final
 
 
 def load(path: Path, draft: Draft, optimizers: list[Optimizer]) -> TrainState:
     """Restore a sharded model and its optimizers in place; the world size may differ."""
     state = read_state(path)
+    check_files(path)
     tensors = _collect(draft, optimizers)
     wanted = {k: v for k, v in tensors.items() if isinstance(v, Tensor)}
     load_tensors(path, wanted, prefixes=("model.", "optim"))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..files import append, make_folder, open_own, refusing, sweep
 from ..locks import hold
 
 LOCK = ".lock"
@@ -27,25 +28,22 @@ def claim(output_dir: Path) -> Iterator[None]:
     """
     path = output_dir / LOCK
     there = output_dir.exists()
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = path.open("a+")
-    except OSError as exc:
-        raise ConfigError(
-            f"output_dir {str(output_dir)!r} cannot be written: {exc.strerror}. Try: output_dir=DIR"
-        ) from exc
+    with refusing(ConfigError, "Try: output_dir=DIR", output_dir):
+        make_folder(output_dir)
+        lock = open_own(path)
     with lock:
         if not hold(lock):
             lock.seek(0)
-            holder = lock.read().strip() or "unknown"
+            holder = lock.read().decode(errors="replace").strip() or "unknown"
             raise ConfigError(
                 f"another run (process {holder}) is training in {str(output_dir)!r}. Wait for "
                 f"it, end it with `kill {holder}`, or try: output_dir=DIR"
             )
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
         try:
+            with refusing(ConfigError, "Make room there, or try: output_dir=DIR", output_dir):
+                append(lock, str(os.getpid()).encode(), 0, sync=False)
+            for folder in (output_dir, output_dir / "checkpoints"):
+                sweep(folder)
             yield
         finally:
             if list(output_dir.iterdir()) == [path]:

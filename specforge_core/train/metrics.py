@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import PluginError
-from ..files import write_file
+from ..errors import PluginError, RunError
+from ..files import append, refusing, write_file
 from ..progress import console
 from ..types import RESERVED_METRICS, StepOutput, Tracker
 
 METRICS = "metrics.jsonl"
+RESTART = "The checkpoints before it are whole. Make room there, then start the same command again"
 RESERVED_PREFIXES = ("seconds_", "validation/", "eval/")
 
 
@@ -124,12 +126,14 @@ class MetricsFile:
 
     def start(self, info: Mapping[str, Any]) -> None:
         """Drop the lines after the step that the run begins at: it will write them again."""
-        rewind(self.path, int(info["step"]))
+        with refusing(RunError, RESTART, self.path):
+            rewind(self.path, int(info["step"]))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Add one line, all of it or nothing."""
+        line = json.dumps({"step": step, **metrics}).encode() + b"\n"
+        with refusing(RunError, RESTART, self.path), self.path.open("ab", buffering=0) as file:
+            append(file, line, os.fstat(file.fileno()).st_size, sync=False)
 
     def event(self, name: str, values: Mapping[str, Any]) -> None:
         """Write nothing: the file has numbers only."""
@@ -156,7 +160,10 @@ def rewind(path: Path, step: int) -> None:
 
 @dataclass(slots=True)
 class Trackers:
-    """A run's trackers; one that fails is told of once, and then left alone."""
+    """A run's trackers; one that fails is told of once, and then left alone.
+
+    Only what the core's own raises, a RunError, ends the run.
+    """
 
     alive: list[tuple[str, Tracker]]
 
@@ -177,6 +184,8 @@ class Trackers:
             package, tracker = entry
             try:
                 getattr(tracker, method)(*arguments)
+            except RunError:  # the run's own metrics: where they do not fit, no checkpoint will
+                raise
             except Exception as exc:
                 self.alive.remove(entry)
                 console.print(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -41,14 +42,14 @@ def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path):
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"format_version": 1, "odd": 2}'])
 def test_a_damaged_manifest_is_an_error(content: str, tmp_path: Path):
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(CaptureError, match=r"(?s)manifest\.json cannot be read: .*Capture again"):
+    with pytest.raises(CaptureError, match=r"(?s)manifest\.json cannot be read: .*capture again"):
         CaptureManifest.read(tmp_path)
 
 
 def test_a_manifest_of_a_later_format_is_an_error(tmp_path: Path):
-    later = CaptureManifest(identity=IDENTITY).model_copy(update={"format_version": 3})
+    later = CaptureManifest(identity=IDENTITY).model_copy(update={"format_version": 4})
     later.write(tmp_path)
-    with pytest.raises(CaptureError, match=r"format 3, and this version reads formats up to 2\."):
+    with pytest.raises(CaptureError, match=r"format 4, and this version reads formats up to 3\."):
         CaptureManifest.read(tmp_path)
 
 
@@ -93,6 +94,55 @@ def test_a_manifest_of_0_1_0_is_read_and_fits_a_spec_that_asks_no_more(tmp_path:
     more = expected.model_copy(update={"logsumexp": True})
     with pytest.raises(CaptureError, match="log-sum-exp: False in the capture, True in this run"):
         check_identity(manifest.identity, more, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"complete": "yes"}, "complete: Input should be a valid boolean"),
+        ({"num_skipped": -1}, "num_skipped: Input should be greater than or equal to 0"),
+        ({"num_skipped": 1.0}, "num_skipped: Input should be a valid integer"),
+        ({"num_skipped": 10**30}, "num_skipped"),
+        ({"num_prompts": 4}, "2 samples and 1 skipped prompts do not make 4 prompts"),
+        ({"num_prompts": 2}, "2 samples and 1 skipped prompts do not make 2 prompts"),
+        ({"token_counts": "../counts.safetensors"}, "token_counts: String should match"),
+        ({"token_counts": "link.safetensors"}, "is a link to a file outside of"),
+        ({"odd": 1}, "odd: Extra inputs are not permitted"),
+        ({"shards": {}}, "shards: Input should be a valid"),
+        ({"format_version": "3"}, "format_version: Input should be a valid integer"),
+        ({"shards.num_samples": 0}, r"shards\.0\.num_samples: Input should be greater than 0"),
+        ({"shards.num_samples": "2"}, r"shards\.0\.num_samples: Input should be a valid integer"),
+        ({"shards.file": "../outside.safetensors"}, r"shards\.0\.file: String should match"),
+        ({"shards.file": "/etc/hosts"}, r"shards\.0\.file: String should match"),
+        ({"shards.file": "a\0b"}, r"shards\.0\.file: String should match"),
+        ({"shards.file": ".."}, r"shards\.0\.file: String should match"),
+        ({"shards.file": "link.safetensors"}, "is a link to a file outside of"),
+        ({"shards.checksum": "abc"}, r"shards\.0\.checksum: String should match"),
+        ({"identity.hidden_size": 0}, r"identity\.hidden_size: Input should be greater than 0"),
+        ({"identity.fields": {"x": [[-1], "int64"]}}, "identity.fields.x"),
+        ({"identity.layers": "1"}, r"identity\.layers: Input should be a valid"),
+        ({"shards": "twice"}, "it lists a shard twice"),
+    ],
+)
+def test_a_manifest_is_read_strictly(change: dict[str, object], message: str, tmp_path: Path):
+    (tmp_path / "capture").mkdir()
+    (tmp_path / "outside").write_bytes(b"")
+    (tmp_path / "capture" / "link.safetensors").symlink_to(tmp_path / "outside")
+    raw = json.loads(OLD)
+    for name, value in change.items():
+        section, _, key = name.rpartition(".")
+        place = raw["shards"][0] if section == "shards" else raw[section] if section else raw
+        place[key] = raw["shards"] * 2 if value == "twice" else value
+    (tmp_path / "capture" / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(CaptureError, match=rf"(?s)manifest\.json cannot be read: .*{message}"):
+        CaptureManifest.read(tmp_path / "capture")
+
+
+def test_a_link_inside_of_a_capture_is_followed(tmp_path: Path):
+    (tmp_path / "manifest.json").write_text(OLD)
+    (tmp_path / "real").write_bytes(b"1234567")
+    (tmp_path / "shard-00000.safetensors").symlink_to("real")
+    assert CaptureManifest.read(tmp_path).num_samples == 2
 
 
 def test_a_write_that_fails_keeps_the_old_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

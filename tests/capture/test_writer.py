@@ -16,6 +16,7 @@ from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.store import ShardReader
 from specforge_core.capture.writer import ShardWriter
 from specforge_core.errors import CaptureError
+from specforge_core.files import TEMPORARY, temporary
 from specforge_core.types import Sample
 
 from ..captured import identity
@@ -124,8 +125,12 @@ def test_a_capture_without_samples_is_an_error(tmp_path: Path):
 
 def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CaptureError, match=r"data\.capture_dir '.*file/capture' cannot be written"):
+    with pytest.raises(CaptureError, match="file/capture cannot be written: Not a dir"):
         ShardWriter(tmp_path / "file" / "capture", IDENTITY, 10)
+
+
+def temporaries(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if TEMPORARY.fullmatch(path.name)]
 
 
 def fill_up(directory: Path) -> None:
@@ -154,7 +159,7 @@ def test_a_full_disk_is_one_error_and_loses_no_finished_shard(small_disk: Path):
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * 30000)
     fill_up(small_disk)
-    assert not list(small_disk.glob(".*.tmp"))
+    assert temporaries(small_disk) == []
     before = stored(small_disk)
     filler.unlink()
     with ShardWriter(small_disk, IDENTITY, 100) as writer:
@@ -189,8 +194,50 @@ def test_a_file_size_limit_is_one_error_and_loses_no_finished_shard(tmp_path: Pa
         text=True,
         check=True,
     )
-    assert (
-        "shard-00002.safetensors cannot be written: File too large. 4 samples in 2" in done.stdout
-    )
+    assert "shard-00002.safetensors cannot be written: File too large (" in done.stdout
+    assert " free there). 4 samples in 2 shards are safe" in done.stdout
     assert CaptureManifest.read(tmp_path).num_samples == 4
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert temporaries(tmp_path) == []
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 5)
+    (tmp_path / "shard-00007.safetensors").write_bytes(b"not listed yet")
+    temporary(tmp_path / "manifest.json").write_bytes(b"half")
+    (tmp_path / ".manifest.json.mine").write_bytes(b"somebody's")
+    with ShardWriter(tmp_path, IDENTITY, 10):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock",
+        ".manifest.json.mine",
+        "manifest.json",
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    ]
+
+
+def test_a_link_planted_where_a_file_will_be_is_not_followed(tmp_path: Path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    capture = tmp_path / "capture"
+    capture.mkdir()
+    for name in ("manifest.json.tmp", ".manifest.json.tmp", "token_counts.safetensors"):
+        (capture / name).symlink_to(victim)
+    with ShardWriter(capture, IDENTITY, 10) as writer:
+        writer.add(0, sample(0))
+        writer.close(torch.ones(100, dtype=torch.int64))
+    assert victim.read_bytes() == b"precious"
+    assert not (capture / "token_counts.safetensors").is_symlink()
+
+
+def test_a_capture_that_has_a_prompt_twice_is_not_gone_on_with(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 4)
+    manifest = CaptureManifest.read(tmp_path)
+    first = manifest.shards[0]
+    (tmp_path / "again.safetensors").write_bytes((tmp_path / first.file).read_bytes())
+    again = first.model_copy(update={"file": "again.safetensors"})
+    manifest.model_copy(update={"shards": (*manifest.shards, again)}).write(tmp_path)
+    with pytest.raises(CaptureError, match=r"has prompt 0 twice\. Try: specforge verify"):
+        ShardWriter(tmp_path, IDENTITY, 10)

@@ -57,13 +57,13 @@ def test_full_disk_writes_the_whole_append_or_none_of_it(tmp_path: Path) -> None
         assert [row["id"] for row in journal.rows()] == [1]
         journal.append([{"id": 2}])
         assert [row["id"] for row in journal.rows()] == [1, 2]
-    assert f"output {str(path)!r} cannot be written: File too large" in str(error.value)
+    assert f"output {path} cannot be written: File too large" in str(error.value)
     assert "run the same command to go on" in str(error.value)
 
 
 def test_output_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"output '.*j\.jsonl' cannot be written: "):
+    with pytest.raises(DataError, match="file cannot be written: Not a directory"):
         Journal(tmp_path / "file" / "j.jsonl")
     with pytest.raises(DataError, match="cannot be written: Is a directory"):
         Journal(tmp_path)

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specforge_core.drafts.export import SHARD_BYTES, read_export, write_export
+from specforge_core.drafts.verify import verify_draft
 from specforge_core.errors import CheckpointError, PluginError
+from specforge_core.files import temporary
 from specforge_core.types import Export
 
 
@@ -144,7 +146,7 @@ def test_other_peoples_files_are_never_replaced(tmp_path: Path) -> None:
 def test_an_empty_directory_and_a_killed_exports_rest_are_no_hindrance(tmp_path: Path) -> None:
     out = tmp_path / "draft"
     out.mkdir()
-    rest = tmp_path / ".draft.tmp"
+    rest = temporary(out)
     rest.mkdir()
     (rest / "model.safetensors").write_bytes(b"half")
     write_export(export(), out, {})
@@ -169,12 +171,12 @@ def small_files() -> Iterator[None]:
 def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
     out = tmp_path / "draft"
     large = Export(config={}, weights={"w": torch.zeros(4096)})
-    message = r"could not be written to .*draft: .*Free some space"
+    message = r"draft cannot be written: .* free there\)\. Make room there, or choose another place"
     with small_files(), pytest.raises(CheckpointError, match=message):
         write_export(large, out, {})
     assert listing(tmp_path) == []
     write_export(export(), out, {})
-    with small_files(), pytest.raises(CheckpointError, match=r"could not be written"):
+    with small_files(), pytest.raises(CheckpointError, match="draft cannot be written"):
         write_export(large, out, {}, force=True)
     same(read_export(out), export())
     assert listing(tmp_path) == ["draft"]
@@ -222,7 +224,7 @@ def test_a_missing_shard_is_an_error(written: Path) -> None:
 def test_a_truncated_shard_is_an_error(written: Path, keep: int) -> None:
     victim = next(written.glob("model-00001*"))
     victim.write_bytes(victim.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=rf"{victim.name} is damaged: "):
+    with pytest.raises(CheckpointError, match=rf"{victim.name} is damaged: its checksum is"):
         read_export(written)
 
 
@@ -257,3 +259,30 @@ def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
     shutil.move(tmp_path / "pytorch_model.bin", tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"model.safetensors is missing"):
         read_export(tmp_path)
+
+
+def test_a_flipped_bit_and_a_file_too_many_are_found(written: Path) -> None:
+    victim = next(written.glob("model-00001*"))
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"is damaged: its checksum is .* Export again"):
+        read_export(written)
+    with pytest.raises(CheckpointError, match="is damaged: its checksum is"):
+        verify_draft(written)
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    assert str(verify_draft(written)).endswith("weights of 1 export are as they were written")
+    shutil.copy(victim, written / "model-00009.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-00009.safetensors was not written with"):
+        read_export(written)
+
+
+def test_an_export_without_checksums_is_read_and_verify_says_so(written: Path) -> None:
+    path = written / "provenance.json"
+    told = json.loads(path.read_text())
+    assert set(told["checksums"]) == {file.name for file in written.glob("*.safetensors")}
+    del told["checksums"]
+    path.write_text(json.dumps(told))
+    same(read_export(written), export())
+    assert "1 of 1 export have no checksums" in str(verify_draft(written))

@@ -197,4 +197,4 @@ def test_an_output_that_cannot_be_written_is_noticed_first(
 ) -> None:
     (tmp_path / "file").write_text("")
     raw["output_dir"] = str(tmp_path / "file")
-    refused(raw, r"output_dir '.*file' cannot be written: .*Try: output_dir=DIRECTORY")
+    refused(raw, r"file/eval cannot be written: .*Try: output_dir=DIRECTORY")

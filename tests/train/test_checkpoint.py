@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from specforge_core.drafts.checkpoint import checkpoints, find
+from specforge_core.drafts.checkpoint import check_files, checkpoints, find
 from specforge_core.drafts.load import restore
-from specforge_core.errors import RunError
+from specforge_core.drafts.verify import verify_draft
+from specforge_core.errors import CheckpointError, RunError
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import load, losses
 from specforge_core.train import checkpoint
@@ -90,8 +91,33 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_ones_before_it(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_file", full)
-    with pytest.raises(RunError, match=r"could not be written: .*No space left"):
+    with pytest.raises(RunError, match="cannot be written: No space left"):
         train(*load(config, "train.max_steps=6"))
     (kept,) = checkpoints(tmp_path / "run")
     assert names(kept) == before
+    assert check_files(kept)
     assert [p.name for p in kept.parent.iterdir()] == [kept.name]
+
+
+def test_a_checkpoint_whose_files_were_changed_is_not_used(config: Path, tmp_path: Path) -> None:
+    run, strategy = load(config, "train.max_steps=3")
+    train(run, strategy)
+    path = find(tmp_path / "run")
+    assert str(verify_draft(tmp_path / "run")).endswith("1 checkpoint are as they were written")
+    (file,) = path.glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+    message = r"is damaged: its checksum is .* use the checkpoint before it"
+    with pytest.raises(CheckpointError, match=message):
+        train(*load(config))
+    with pytest.raises(CheckpointError, match=message):
+        restore(run, strategy, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=message):
+        verify_draft(tmp_path / "run")
+    (path / "checksums.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"checksums\.json is damaged: it names no file"):
+        verify_draft(path)
+    (path / "checksums.json").unlink()  # as a version without them would have written it
+    assert "1 of 1 checkpoint have no checksums" in str(verify_draft(path))
+    restore(run, strategy, tmp_path / "run")

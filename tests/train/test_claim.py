@@ -63,11 +63,20 @@ def test_a_run_that_writes_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "metrics.jsonl"]
 
 
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / ".lock").symlink_to("victim")
+    with pytest.raises(ConfigError, match=r"\.lock cannot be written: "), claim(tmp_path):
+        pass
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+
+
 def test_an_output_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(
-            ConfigError, match=r"cannot be written: Not a directory. Try: output_dir=DIR"
+            ConfigError,
+            match=r"cannot be written: Not a directory .*free there\). Try: output_dir=DIR",
         ),
         claim(tmp_path / "file" / "run"),
     ):

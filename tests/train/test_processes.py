@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from specforge_core.capture.job import run_capture
 from specforge_core.drafts import checkpoint
+from specforge_core.errors import CaptureError
 from specforge_core.testing.close import close
 from specforge_core.testing.runs import SECONDS, cli, finish, lines, load, losses
 from specforge_core.train.run import train
@@ -240,3 +242,32 @@ def test_a_thread_that_still_runs_does_not_make_the_end_an_abort(
     out = finish(cli("train", "-c", str(config), *options, env=environment))
     assert "finished at step 2/2" in out
     assert (tmp_path / "run" / "ended").exists()  # what was registered is still called
+
+
+@pytest.mark.slow
+def test_all_ranks_hear_that_a_checkpoint_cannot_be_written(config: Path, tmp_path: Path) -> None:
+    two = ("train", "-c", str(config), "--nproc", "2", "train.keep=9")
+    finish(cli(*two, "train.max_steps=3"))
+    (tmp_path / "run" / "checkpoints" / "step-00000006").write_text("in the way")
+    out, err = (process := cli(*two)).communicate(timeout=SECONDS)
+    assert process.returncode != 0, out
+    assert "step-00000006 cannot be written: Not a directory" in err
+    assert "The checkpoints before it are whole" in err
+    found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == ["step-00000003", "step-00000006"]
+    (tmp_path / "run" / "checkpoints" / "step-00000006").unlink()
+    finish(cli(*two))
+    assert checkpoint.find(tmp_path / "run").name == "step-00000006"
+
+
+def test_a_sample_that_was_changed_on_the_disk_is_not_trained_on(
+    config: Path, tmp_path: Path
+) -> None:
+    options = (f"data.capture_dir={tmp_path / 'capture'}", "capture.shard_tokens=200")
+    run_capture(*load(config, *options))
+    path = max((tmp_path / "capture").glob("shard-*"))
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CaptureError, match=r"the sample of prompt .* is not as written"):
+        train(*load(config, *options, "train.max_steps=20"))

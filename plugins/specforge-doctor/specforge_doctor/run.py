@@ -12,9 +12,9 @@ from specforge_core.config import RunConfig
 from specforge_core.drafts.checkpoint import STATE, TrainState, check_strategy, find, read_state
 from specforge_core.drafts.export import CONFIG, PROVENANCE, read_export
 from specforge_core.drafts.load import restore
-from specforge_core.errors import CheckpointError, ConfigError, PluginError
+from specforge_core.errors import CheckpointError, ConfigError, PluginError, RunError
 from specforge_core.evaluate.run import make_directory
-from specforge_core.files import write_file
+from specforge_core.files import refusing, write_file
 from specforge_core.load import validate
 from specforge_core.strategy import Strategy
 from specforge_core.target.info import load_target_info
@@ -85,7 +85,8 @@ def diagnose(
         draft_tokens=task.draft_tokens,
     )
     report = judge(setup, evidence)
-    write_file(run.output_dir / REPORT, report.to_json().encode())
+    with refusing(RunError, "Make room there, then run the same command again"):
+        write_file(run.output_dir / REPORT, report.to_json().encode())
     return report
 
 

@@ -1,0 +1,60 @@
+"""Checksums of files: XXH3 of 128 bits, as `xxhsum -H2` prints it.
+
+They find what a disk, a network or a copy damaged, not what somebody forged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import xxhash
+
+from .errors import CheckpointError
+
+PIECE = 1 << 20  # bytes read at once: the buffer stays in the processor's cache
+
+
+def file_checksum(path: Path) -> str:
+    """Return the checksum of a whole file, 32 hexadecimal digits.  Raises OSError."""
+    digest = xxhash.xxh3_128()
+    piece = memoryview(bytearray(PIECE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+    return digest.hexdigest()
+
+
+def folder_checksums(folder: Path) -> dict[str, str]:
+    """Return the checksum of every safetensors file of a folder by its name.  Raises OSError."""
+    return {name: file_checksum(folder / name) for name in _tensor_files(folder)}
+
+
+def check_folder(folder: Path, checksums: Mapping[str, str], advice: str) -> None:
+    """Compare the safetensors files of a checkpoint or export with the checksums of their writer.
+
+    Nothing is compared where there are none: older versions wrote none.  Raises
+    CheckpointError for a file that is missing, left over or other than it was written.
+    """
+    if not checksums:
+        return
+    if more := sorted(set(_tensor_files(folder)) - checksums.keys()):
+        raise CheckpointError(f"{folder / more[0]} was not written with the others. {advice}")
+    if missing := sorted(checksums.keys() - set(_tensor_files(folder))):
+        raise CheckpointError(f"{folder / missing[0]} is missing. {advice}")
+    for name, expected in sorted(checksums.items()):
+        try:
+            found = file_checksum(folder / name)
+        except OSError as exc:
+            raise CheckpointError(
+                f"{folder / name} cannot be read: {exc.strerror}. {advice}"
+            ) from exc
+        if found != expected:
+            raise CheckpointError(
+                f"{folder / name} is damaged: its checksum is {found}, {expected} was written. "
+                f"{advice}"
+            )
+
+
+def _tensor_files(folder: Path) -> Iterable[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors"))
