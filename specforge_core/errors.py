@@ -33,3 +33,10 @@ class RunError(SpecForgeError):
     """A run that was set up correctly failed while it ran."""
 
     exit_code = 1
+
+
+def describe(exc: BaseException) -> tuple[str, int]:
+    """Return what a user is told of an exception, and the exit status that goes with it."""
+    if isinstance(exc, SpecForgeError):
+        return str(exc), exc.exit_code
+    return f"{type(exc).__name__}: {exc}\nAdd --debug to see where it came from", 1
