@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import click
 
+from . import stop
 from .commands import CONFIG_HELP, PATH, Commands, config_option, load_run, overrides_argument
-from .errors import SpecForgeError
-from .files import CANNOT_WRITE, cannot_write
+from .process import run
 
 
 @click.group(
@@ -177,18 +177,23 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
         click.echo(plan_run(run, strategy, nproc))
         return
     if nproc > 1 and "RANK" not in os.environ:
-        from .train.dist import relaunch
+        from .train.launch import launch
 
-        relaunch(nproc, ["train", "-c", str(config), *overrides])
+        debug = ["--debug"] if "--debug" in sys.argv else []
+        arguments = [*debug, "train", "-c", str(config), *overrides]
+        click.get_current_context().exit(launch(nproc, arguments))
     from .train.run import train as run_train
 
     report = run_train(run, strategy)
     if os.environ.get("RANK", "0") == "0":
         done = "finished" if report.finished else "stopped"
+        then = "" if report.finished else f". {stop.AGAIN}"
         click.echo(
             f"{done} at step {report.step}/{report.total_steps}: {report.num_tokens} tokens in "
-            f"{report.seconds:.0f} s, checkpoint {report.checkpoint}"
+            f"{report.seconds:.0f} s, checkpoint {report.checkpoint}{then}"
         )
+    if not report.finished:  # by a signal; another rank's if none came here
+        click.get_current_context().exit(128 + (stop.asked() or signal.SIGTERM))
 
 
 @cli.command("eval")
@@ -242,59 +247,7 @@ def export(
 
 def main() -> None:
     """Run the command and end the process with its status."""
-    status = 1
-    atexit.register(lambda: _skip_teardown(status))  # the first one registered is called last
-    status = _run()
-    sys.exit(status)
-
-
-def _run() -> int:
-    """Run the command; turn errors into one message and an exit status."""
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
-    if not sys.stderr.isatty():  # in a log the libraries' bars are noise
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # before torch loads OpenMP: a pool that waits must not spin on the other one's cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    rank = os.environ.get("RANK")
-    prefix = "error: " if rank is None else f"error (rank {rank}): "
-    try:
-        asked: object = cli.main(args=arguments, prog_name="specforge", standalone_mode=False)
-    except click.ClickException as exc:
-        exc.show()
-        return exc.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return 130
-    except SystemExit as exc:
-        if exc.code is not None and not isinstance(exc.code, int):
-            click.echo(f"{prefix}{exc.code}", err=True)
-        return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
-    except Exception as exc:
-        if debug:
-            raise
-        if isinstance(exc, SpecForgeError):
-            click.echo(f"{prefix}{exc}", err=True)
-            return exc.exit_code
-        if isinstance(exc, OSError) and exc.errno in CANNOT_WRITE:
-            then = "Make room there or choose another place, then run the same command again"
-            click.echo(f"{prefix}{cannot_write(exc)}. {then}", err=True)
-            return 1
-        kind = type(exc).__name__
-        click.echo(f"{prefix}{kind}: {exc}\nAdd --debug to see where it came from", err=True)
-        return 1
-    return asked if isinstance(asked, int) else 0  # of ctx.exit(STATUS), which main() returns
-
-
-def _skip_teardown(status: int) -> None:
-    """End a process that used torch, before Python is torn down around threads that still run.
-
-    One that comes back from an operation of torch at that time makes the process abort (pytorch
-    issue 38228).  torch's caches keep process groups, and so their threads, whatever is destroyed.
-    """
-    if "torch" in sys.modules:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    run(cli)
 
 
 if __name__ == "__main__":

@@ -111,11 +111,11 @@ def _core(topology: Path, number: int) -> tuple[str, str]:
 def use_threads(asked: int | None = None, *, beside: bool = False) -> int:
     """Set how many CPU threads one operation of torch uses, and return it.
 
-    `asked` (train.threads) wins, then OMP_NUM_THREADS.  Else an operation uses every physical
-    core, or half of them if the target runs `beside` the training: each of the two has a pool of
-    its own, and MKL knows only one number for both.  With a GPU it uses at most 4: what is left
-    for the CPU are copies of a few megabytes, which a thread on every core makes slower (on 16
-    cores, 8 GB/s with 16 threads and 44 GB/s with 4).
+    `asked` (train.threads) wins, then OMP_NUM_THREADS.  Else an operation uses every physical core,
+    which the ranks of a machine share, or half of them if the target runs `beside` the training:
+    each of the two has a pool of its own, and MKL knows only one number for both.  With a GPU it
+    uses at most 4: what is left for the CPU are copies of a few megabytes, which a thread on every
+    core makes slower (on 16 cores, 8 GB/s with 16 threads and 44 GB/s with 4).
     """
     if asked is not None:
         torch.set_num_threads(asked)
@@ -125,6 +125,7 @@ def use_threads(asked: int | None = None, *, beside: bool = False) -> int:
 
 
 def _threads(beside: bool) -> int:
+    cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if torch.cuda.is_available():
-        return min(FEW, available_cores())
-    return max(1, available_cores() // 2) if beside else available_cores()
+        return min(FEW, cores)
+    return max(1, cores // 2) if beside else cores

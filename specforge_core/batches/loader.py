@@ -9,6 +9,7 @@ number of ranks.  A sample that is dropped leaves its micro-batch smaller.
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -68,10 +69,16 @@ class Micro:
     num_tokens: int
 
 
+class Closed(Exception):
+    """Raised where a sample is waited for that nobody wants any more."""
+
+
 class Source(Protocol):
     """Yields one rank's samples from a position of the endless sequence on, without end."""
 
     def samples(self, position: int, /) -> Iterator[Placed]: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -82,6 +89,11 @@ class StoredSource:
     share: Share
     wait_note: str = ""
     _order: dict[int, list[int]] = field(default_factory=dict)
+    _closed: threading.Event = field(default_factory=threading.Event)
+
+    def close(self) -> None:
+        """End the wait for a sample in another thread: there it raises Closed."""
+        self._closed.set()
 
     def samples(self, position: int) -> Iterator[Placed]:
         place = position + self.share.rank
@@ -109,7 +121,8 @@ class StoredSource:
             if time.monotonic() - noted > NOTE_SECONDS:
                 noted = time.monotonic()
                 console.print(f"waiting for sample {place}: {self.wait_note}", markup=False)
-            time.sleep(POLL_SECONDS)
+            if self._closed.wait(POLL_SECONDS):
+                raise Closed
         if len(self.reader) == 0:
             raise DataError("the capture finished without a sample. Try: specforge verify DIR")
 
@@ -124,6 +137,9 @@ class OnlineSource:
     prompts: Sequence[Prompt]
     share: Share
     window: int  # prompts grouped by length together
+
+    def close(self) -> None:
+        """Nothing waits here without end: the target answers or fails."""
 
     def samples(self, position: int) -> Iterator[Placed]:
         first = epoch_order(len(self.prompts), self.share.seed, 0)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Generic, TypeVar
+
+from .. import stop
+
+POLL_SECONDS = 0.1  # between two looks whether the command was asked to end
 
 T = TypeVar("T")
 
@@ -37,7 +43,8 @@ class Prefetcher(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        item = self._queue.get()
+        """Return the next item.  Raises Interrupted where a stop is asked for and none is ready."""
+        item = self._get()
         if item is _END:
             self._queue.put(_END)  # every later call ends too
             raise StopIteration
@@ -46,10 +53,22 @@ class Prefetcher(Generic[T]):
             raise item.error
         return item  # type: ignore[return-value]  # a T, by construction of _fill
 
-    def close(self) -> None:
-        """Stop the thread and wait for it: what it holds (files, the target) may be freed after."""
+    def _get(self) -> object:
+        while True:
+            try:
+                return self._queue.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if (signum := stop.asked()) is not None:
+                    raise stop.Interrupted(signum) from None
+
+    def close(self, seconds: float = math.inf) -> None:
+        """Stop the thread and wait for it: what it holds (files, the target) may be freed after.
+
+        After `seconds` it is left alone with that: the process has to end.
+        """
         self._stop.set()
-        while self._thread.is_alive():
+        until = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < until:
             try:
                 self._queue.get(timeout=0.05)
             except queue.Empty:

@@ -16,6 +16,7 @@ from ..data.prompts import PromptSet, load_prompts
 from ..devices import pick_device
 from ..errors import ConfigError
 from ..progress import track
+from ..stop import Interrupted
 from ..strategy import Strategy
 from ..target.info import load_target_info
 from ..target.tokenizer import load_tokenizer
@@ -74,17 +75,22 @@ def run_capture(run: RunConfig, strategy: Strategy) -> CaptureManifest:
     prompts = job.prompts()
     order = epoch_order(len(prompts), run.train.seed, 0)
     digest = prompts_fingerprint(prompts, order)
-    with ShardWriter(
+    writer = ShardWriter(
         directory, job.identity, run.capture.shard_tokens, prompts=digest, num_prompts=len(prompts)
-    ) as writer:
-        if writer.manifest.complete:
-            return writer.manifest
-        engine = job.engine()
-        try:
-            _fill(job, engine, writer, prompts, order)
-        finally:
-            engine.close()
-        return writer.close()
+    )
+    try:
+        with writer:
+            if writer.manifest.complete:
+                return writer.manifest
+            engine = job.engine()
+            try:
+                _fill(job, engine, writer, prompts, order)
+            finally:
+                engine.close()
+            return writer.close()
+    except Interrupted as exc:
+        exc.kept = f"{writer.manifest.num_samples} of {len(prompts)} samples are in {directory}"
+        raise
 
 
 def _directory(run: RunConfig) -> Path:

@@ -1,11 +1,8 @@
-"""One run at a time in an output directory, and no rank without its launcher."""
+"""One run at a time in an output directory."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +12,6 @@ from ..files import append, make_folder, open_own, refusing, sweep
 from ..locks import hold
 
 LOCK = ".lock"
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-ORPHANED = signal.SIGUSR1  # may come twice: one for each thread of a parent that dies
 
 
 @contextmanager
@@ -50,12 +45,3 @@ def claim(output_dir: Path) -> Iterator[None]:
                 path.unlink()
                 if not there:
                     output_dir.rmdir()
-
-
-def end_with_launcher() -> None:
-    """Have the kernel end this rank, after its step, when torch's launcher is killed.
-
-    The launcher hands on the signals it can catch; kill -9 it cannot.
-    """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ORPHANED)

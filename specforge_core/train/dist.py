@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import FileStore, HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..process import PRIVATE
+from .launch import INTERFACES, LOOPBACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +33,31 @@ class World:
 
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:
-    """Join the process group that the launcher describes, or make one of this process alone."""
+    """Join the process group that the launcher describes, or make one of this process alone.
+
+    Ranks of one machine talk over its loopback interface only.
+    """
     on_gpu = device.type == "cuda"
     backend, bound = ("nccl", device) if on_gpu else ("gloo", None)
     if on_gpu:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=bound)
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == size:
+        for name in INTERFACES:
+            os.environ.setdefault(name, LOOPBACK)
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, device_id=bound)
+    elif (directory := os.environ.get(PRIVATE)) is not None:
+        store = FileStore(str(Path(directory) / "store"), size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=bound)
     else:
-        store = HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=bound)
+        dist.init_process_group(backend, device_id=bound)
     try:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
         yield World(dist.get_rank(), dist.get_world_size(), device, mesh)
-    finally:
-        dist.destroy_process_group()
-
-
-def relaunch(nproc: int, arguments: Sequence[str]) -> None:
-    """Replace this process by torch's elastic launcher with `nproc` ranks of the same command."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-    command = [sys.executable, *launcher, "-m", "specforge_core.cli", *arguments]
-    os.execv(sys.executable, command)
+    except BaseException:
+        # to take down a group whose other ranks go on would wait for them: this process ends
+        if dist.get_world_size() == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

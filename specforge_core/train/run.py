@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
-from types import FrameType
 
 import torch
 
+from .. import stop
 from ..batches.loader import Share
 from ..config import RunConfig, TrainConfig
 from ..cpu import DTYPES
 from ..devices import pick_device
 from ..drafts.load import first_draft
 from ..errors import ConfigError
+from ..process import describe, report
 from ..progress import console
 from ..strategy import Strategy
-from .claim import ORPHANED, claim, end_with_launcher
+from .claim import claim
 from .dist import World, world
 from .feed import Feed, open_feed
 from .fsdp import shard
 from .machine import Machine, choose
 from .metrics import Reducer, Trackers
 from .optim import remember_peaks
-from .trainer import Trainer, TrainReport
+from .report import TrainReport
+from .trainer import Trainer
 
 
 def train(run: RunConfig, strategy: Strategy) -> TrainReport:
@@ -34,19 +34,23 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
     config = run.train
     device = pick_device(config.device, "train.device")
     machine = choose(run)
-    end_with_launcher()
     with ExitStack() as stack:
         world_ = stack.enter_context(world(device))
-        if world_.main:
-            stack.enter_context(claim(run.output_dir))
-            console.print(f"training on {machine}", markup=False)
-        feed = open_feed(run, strategy, Share(world_.rank, world_.size, config.seed))
-        stack.callback(feed.close)
-        trainer = _build(run, strategy, world_, feed, machine)
-        stack.callback(trainer.trackers.close)
-        trainer.resume()
-        with _stop_on_signal(trainer):
-            return trainer.loop()
+        try:
+            if world_.main:
+                stack.enter_context(claim(run.output_dir))
+                console.print(f"training on {machine}", markup=False)
+            feed = open_feed(run, strategy, Share(world_.rank, world_.size, config.seed))
+            stack.callback(feed.close)
+            trainer = _build(run, strategy, world_, feed, machine)
+            stack.callback(trainer.trackers.close)
+            trainer.resume()
+            with stop.listening():
+                return trainer.loop()
+        except Exception as exc:
+            # before anything is closed: that may wait for the other ranks, in vain
+            report(*describe(exc))
+            raise
 
 
 def _build(
@@ -104,21 +108,3 @@ def count_steps(config: TrainConfig, epoch_length: int | None, world_size: int) 
         )
     per_step = config.batch_size * config.accumulate * world_size
     return max(1, math.floor(config.epochs * epoch_length / per_step))
-
-
-@contextmanager
-def _stop_on_signal(trainer: Trainer) -> Iterator[None]:
-    """On SIGTERM or Ctrl-C finish the step, save and leave the loop; the second time at once."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        if trainer.stop_asked and signum != ORPHANED:
-            raise KeyboardInterrupt
-        trainer.stop_asked = True
-
-    signals = (signal.SIGTERM, signal.SIGINT, ORPHANED)
-    old = {number: signal.signal(number, stop) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

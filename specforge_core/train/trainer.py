@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from .. import stop
 from ..batches.loader import Batches, Micro, Share
 from ..batches.prefetch import Prefetcher
 from ..config import RunConfig
@@ -29,39 +31,12 @@ from .dist import World
 from .feed import Feed
 from .machine import Machine
 from .optim import local_gradients, lr_factor, set_learning_rate, square_norm
+from .phases import Phases
+from .report import TrainReport
 from .resume import check_resumed, learning_rate_change
+from .supply import Supply
 
-
-@dataclass(frozen=True, slots=True)
-class TrainReport:
-    """What a finished (or stopped) run reached."""
-
-    step: int
-    total_steps: int
-    num_tokens: int
-    seconds: float
-    checkpoint: Path
-    finished: bool  # the schedule came to its end, by steps or by time
-
-
-@dataclass(slots=True)
-class Phases:
-    """Seconds spent in each part of the step since the last log.
-
-    A GPU works behind the host's back: the times are exact only with
-    `train.profile`, which waits for it after each part.
-    """
-
-    exact: bool
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.exact and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+CLOSE_SECONDS = 1.0  # that a stopped run waits for the batches that are being made
 
 
 @dataclass(slots=True)
@@ -85,7 +60,6 @@ class Trainer:
     num_tokens: int = 0
     seconds: float = 0.0
     position: int = 0  # samples of the endless sequence of epochs, of all ranks
-    stop_asked: bool = False  # of this rank, by a signal at any moment
     stopping: bool = False  # as all ranks agreed
     time_up: bool = False  # another step would end after train.max_minutes
     began: float = 0.0  # when training would have begun, had it never been interrupted
@@ -110,43 +84,65 @@ class Trainer:
                 console.print(change, markup=False)
 
     def loop(self) -> TrainReport:
-        """Train until the last step or a signal to stop; save; say where."""
+        """Train until the last step or a signal to stop; save; say where.
+
+        Raises Interrupted where the signal comes before there is anything to save.
+        """
         config = self.run.train
         self.trackers.start(self._info())
         batches = self._batches()
+        supply = Supply(batches, alone=self.world.size == 1)
         phases = Phases(config.profile)
         window = metrics.Sums()
+        norm = rate = math.nan
         since, tokens_then = time.monotonic(), self.num_tokens
         self.began = since - self.seconds
-        saved = None
+        begun = saved = self.step
         label = f"training {self.strategy.name}"
         try:
-            with track(label, self.total_steps, quiet=not self.world.main) as progress:
+            with (
+                ExitStack() as held,
+                track(label, self.total_steps, quiet=not self.world.main) as progress,
+            ):
                 progress.skip(self.step)
                 if config.max_minutes is not None:
                     progress.deadline = self.began + 60 * config.max_minutes
-                while not self._ended():
-                    sums, norm = self._optimizer_step(batches, phases)
+                while not self._ended() and (done := self._optimizer_step(supply, phases)):
+                    sums, norm = done
+                    if self.step == begun:  # until now there was nothing to keep
+                        held.enter_context(stop.keeping())
                     window.merge(sums)
                     self.step += 1
                     self.seconds = time.monotonic() - self.began
-                    last = self._ended()
                     now = time.monotonic()
                     rate = (self.num_tokens - tokens_then) / (now - since)
                     loss = window.ratios().get("loss", math.nan)
                     progress.advance(1, f"loss {loss:.3f}  {rate:,.0f} tokens/s")
-                    if self.world.main and (self.step % config.log_every == 0 or last):
+                    if self.world.main and self.step % config.log_every == 0:
                         self._log(window, norm, rate, phases)
                         window, since, tokens_then = metrics.Sums(), now, self.num_tokens
-                    if self.step % config.save_every == 0 or last:
-                        saved = self._save()
+                    if self.step % config.save_every == 0:
+                        self._save()
+                        saved = self.step
+                if self.world.main and window.values:
+                    self._log(window, norm, rate, phases)
+                if saved != self.step:
+                    self._save()
         finally:
-            batches.close()
-        if saved is None:  # resumed after the last step
-            saved = find(self.run.output_dir)
-        finished = self.step == self.total_steps or self.time_up
+            self.feed.source.close()
+            batches.close(CLOSE_SECONDS if stop.asked() is not None else math.inf)
+        return self._report()
+
+    def _report(self) -> TrainReport:
+        if self.step == 0:
+            raise stop.Interrupted(stop.asked() or signal.SIGTERM, "no step was done")
         return TrainReport(
-            self.step, self.total_steps, self.num_tokens, self.seconds, saved, finished
+            step=self.step,
+            total_steps=self.total_steps,
+            num_tokens=self.num_tokens,
+            seconds=self.seconds,
+            checkpoint=find(self.run.output_dir),
+            finished=self.step >= self.total_steps or self.time_up,
         )
 
     def _ended(self) -> bool:
@@ -178,15 +174,17 @@ class Trainer:
         stream = batches.micro_batches(self.feed.source, self.position)
         return Prefetcher(stream, run.capture.prefetch)
 
-    def _optimizer_step(
-        self, batches: Prefetcher[Micro], phases: Phases
-    ) -> tuple[metrics.Sums, float]:
+    def _optimizer_step(self, supply: Supply, phases: Phases) -> tuple[metrics.Sums, float] | None:
+        """Do a step; None if a signal came where a rank's data did not, and it was not done."""
         config, ranks = self.run.train, self.world.size
         outputs: list[StepOutput] = []
-        tokens = 0
+        tokens, before = 0, self.position
         for number in range(config.accumulate):
             with phases.time("data"):
-                micro = next(batches)
+                micro = supply.next()
+            if micro is None:
+                self.position = before
+                return None
             self.position, tokens = micro.position, tokens + micro.num_tokens
             self.model.set_requires_gradient_sync(number == config.accumulate - 1)
             with phases.time("forward"):
@@ -197,11 +195,15 @@ class Trainer:
         with phases.time("optimizer"):
             spent = time.monotonic() - self.began if self.world.main else 0.0  # rank 0's clock
             gradients = local_gradients(self.draft.model)
-            extra = (float(tokens), float(self.stop_asked), spent, square_norm(gradients))
-            sums, (told, stopping, spent, square) = self.reducer.reduce(outputs, extra)
+            flags = (float(stop.asked() is not None), float(supply.short))
+            extra = (float(tokens), *flags, spent, square_norm(gradients))
+            sums, (told, stopping, short, spent, square) = self.reducer.reduce(outputs, extra)
+            self.stopping = stopping > 0  # all ranks stop at the same step
+            if short:
+                self.position = before
+                return None
             place = self._watch_time(self.step + 1, spent) - 1
             self.num_tokens += int(told)
-            self.stopping = stopping > 0  # all ranks stop at the same step
             loss, weight = sums.values["loss"]
             if weight == 0:  # nothing supervised anywhere in this step
                 return sums, 0.0

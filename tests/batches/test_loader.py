@@ -11,6 +11,7 @@ import torch
 from specforge_core.batches.collate import pad
 from specforge_core.batches.loader import (
     Batches,
+    Closed,
     Micro,
     OnlineSource,
     Placed,
@@ -326,6 +327,17 @@ def test_a_growing_capture_is_waited_for_and_gives_the_same_order(
 def test_a_growing_capture_that_ends_empty_is_an_error() -> None:
     with pytest.raises(DataError, match="finished without a sample"):
         next(batches(StoredSource(Growing(0), ALONE), ALONE))
+
+
+def test_nobody_waits_for_a_capture_after_its_source_is_closed() -> None:
+    class Dead(Stored):
+        def refresh(self) -> bool:
+            return False
+
+    source = StoredSource(Dead(0), ALONE)
+    source.close()
+    with pytest.raises(Closed):
+        next(source.samples(0))
 
 
 def numbers(found: Iterator[Placed], count: int) -> list[int]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from specforge_core import stop
 from specforge_core.batches.prefetch import Prefetcher
 from specforge_core.data.order import epoch_order
 
@@ -43,6 +45,29 @@ def test_no_more_than_depth_items_are_made_ahead_and_close_ends_the_thread() -> 
     assert len(made) <= 1 + 4 + 1  # taken, waiting, in the thread's hand
     items.close()
     assert not any(t.name == "specforge-prefetch" for t in threading.enumerate())
+
+
+def test_a_stop_ends_the_wait_for_an_item_but_takes_one_that_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    more = threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 1
+        more.wait()
+        yield 2
+
+    items = Prefetcher(source(), 1)
+    monkeypatch.setattr(stop, "asked", lambda: signal.SIGTERM)
+    time.sleep(0.3)
+    assert next(items) == 1
+    with pytest.raises(stop.Interrupted, match="stopped by SIGTERM"):
+        next(items)
+    start = time.monotonic()
+    items.close(0.2)  # the thread still waits
+    assert time.monotonic() - start < 5
+    more.set()
+    items.close()
 
 
 def test_an_epoch_is_a_permutation_and_epochs_differ() -> None:

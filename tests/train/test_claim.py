@@ -1,22 +1,15 @@
-"""One run at a time in an output directory, also when its launcher is killed."""
+"""One run at a time in an output directory."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import yaml
 
-from specforge_core.drafts import checkpoint
 from specforge_core.errors import ConfigError
-from specforge_core.testing.toy import write_conversations
 from specforge_core.train.claim import claim
 
 HOLD = """
@@ -81,50 +74,3 @@ def test_an_output_directory_that_cannot_be_written_is_named(tmp_path: Path) -> 
         claim(tmp_path / "file" / "run"),
     ):
         pass
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's")
-def test_ranks_save_and_end_when_their_launcher_is_killed(tmp_path: Path, toy_target: Path) -> None:
-    pytest.importorskip("specforge_linear", reason="the linear example is not installed")
-    output = tmp_path / "run"
-    raw = {
-        "target": {"path": str(toy_target), "dtype": "float32", "batch_tokens": 256},
-        "strategy": {"name": "linear"},
-        "data": {"train": [str(write_conversations(tmp_path / "train.jsonl", 20))]},
-        "output_dir": str(output),
-        "train": {"max_steps": 100000, "save_every": 100000, "log_every": 1, "device": "cpu"},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    command = [sys.executable, "-m", "specforge_core.cli", "train", "-c", str(path)]
-    launcher = subprocess.Popen([*command, "--nproc", "2"], start_new_session=True)
-    try:
-        metrics = output / "metrics.jsonl"
-        wait(lambda: metrics.exists() or launcher.poll() is not None)
-        assert launcher.poll() is None
-        launcher.send_signal(signal.SIGKILL)
-        launcher.wait()
-        wait(lambda: not alive(int((output / ".lock").read_text())))
-        state = checkpoint.read_state(checkpoint.find(output))
-        train = state.config["train"]
-        assert state.position == 2 * state.step * train["batch_size"] * train["accumulate"]
-    finally:
-        with suppress(ProcessLookupError):  # nobody is left, as it should be
-            os.killpg(launcher.pid, signal.SIGKILL)
-
-
-def wait(reached: Callable[[], bool]) -> None:
-    for _ in range(1200):
-        if reached():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not happen within a minute")
-
-
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -283,11 +283,11 @@ def test_a_signal_while_ranks_agree_is_not_lost(
 
     def interrupted(self: Reducer, *arguments: Any) -> Any:
         found = reduce(self, *arguments)
-        if not sent:
-            sent.append(True)
+        calls.append(True)
+        if len(calls) == 2:  # in the first step there is nothing to keep
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
-    sent: list[bool] = []
+    calls: list[bool] = []
     monkeypatch.setattr(Reducer, "reduce", interrupted)
-    assert train(*load(config)).step == 2
+    assert train(*load(config)).step in (2, 3)  # 2 where the third batch is not ready

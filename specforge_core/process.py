@@ -1,0 +1,163 @@
+"""How the process of a command begins and ends: its signals, its one message, its status.
+
+Ranks that our own launcher started say nothing of their end: they write it into the launcher's
+private directory, and it prints one message for all.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from . import stop
+from .errors import SpecForgeError
+from .files import CANNOT_WRITE, cannot_write, write_file
+
+PRIVATE = "SPECFORGE_PRIVATE"  # our own launcher's directory, in the environment of its ranks
+LAUNCHER = "SPECFORGE_LAUNCHER"  # its process id
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a rank ended, other than well."""
+
+    rank: int | None  # None where the message names it
+    message: str
+    status: int
+    time: float  # time.monotonic(), which the processes of a machine share
+
+
+def run(command: click.Command) -> None:
+    """Run a command with this process's arguments and end the process with its status."""
+    status = 1
+    atexit.register(lambda: _skip_teardown(status))  # the first one registered is called last
+    try:
+        stop.listen(_say_stopped, _launcher())
+        status = _run(command)
+    except stop.Interrupted as exc:  # it came before the command, or in what was said of it
+        status = exc.status
+        stop.tell(exc)
+    _tidy()
+    sys.exit(status)
+
+
+def _run(command: click.Command) -> int:
+    """Run the command; turn errors into one message and an exit status."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if not sys.stderr.isatty():  # in a log the libraries' bars are noise
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # before torch loads OpenMP: a pool that waits must not spin on the other one's cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        asked: object = command.main(args=arguments, prog_name="specforge", standalone_mode=False)
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except BaseException as exc:
+        stop.leaving()
+        return _failed(exc, debug)
+    stop.leaving()
+    return asked if isinstance(asked, int) else 0  # of ctx.exit(STATUS), which main() returns
+
+
+def _failed(exc: BaseException, debug: bool) -> int:
+    """Say what ended the command, and return its exit status."""
+    if (stopped := stop.cause(exc)) is not None:
+        stop.tell(stopped)
+        return stopped.status
+    if isinstance(exc, click.Abort | KeyboardInterrupt):
+        return 130
+    if isinstance(exc, SystemExit):
+        if exc.code is not None and not isinstance(exc.code, int):
+            _say(str(exc.code), 1)
+        return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    if debug or not isinstance(exc, Exception):
+        raise exc
+    message, status = describe(exc)
+    _say(message, status)
+    return status
+
+
+def describe(exc: BaseException) -> tuple[str, int]:
+    """Return what a user is told of an exception, and the exit status that goes with it."""
+    if isinstance(exc, SpecForgeError):
+        return str(exc), exc.exit_code
+    if isinstance(exc, OSError) and exc.errno in CANNOT_WRITE:
+        then = "Make room there or choose another place, then run the same command again"
+        return f"{cannot_write(exc)}. {then}", 1
+    return f"{type(exc).__name__}: {exc}\nAdd --debug to see where it came from", 1
+
+
+def _say(message: str, status: int) -> None:
+    if report(message, status):
+        return
+    rank = os.environ.get("RANK")
+    prefix = "error: " if rank is None else f"error (rank {rank}): "
+    click.echo(f"{prefix}{message}", err=True)
+
+
+def _say_stopped(stopped: stop.Interrupted) -> None:
+    if not report(str(stopped), stopped.status):
+        click.echo(str(stopped), err=True)
+    _tidy()
+
+
+def report(message: str, status: int) -> bool:
+    """Leave the first message of this rank to our own launcher; False where there is none."""
+    if (directory := os.environ.get(PRIVATE)) is None:
+        return False
+    rank = int(os.environ["RANK"])
+    path = _path(Path(directory), rank)
+    if not path.exists():
+        mine = Report(rank, message, status, time.monotonic())
+        with contextlib.suppress(OSError):  # the launcher is gone
+            write_file(path, json.dumps(asdict(mine)).encode())
+    return True
+
+
+def read_report(directory: Path, rank: int) -> Report | None:
+    """Return what a rank has left for its launcher, if anything yet."""
+    try:
+        return Report(**json.loads(_path(directory, rank).read_bytes()))
+    except FileNotFoundError:
+        return None
+
+
+def _path(directory: Path, rank: int) -> Path:
+    return directory / f"rank-{rank}.json"
+
+
+def _tidy() -> None:
+    """Remove the directory of a launcher that could not."""
+    directory = os.environ.get(PRIVATE)
+    if directory is not None and os.getppid() != _launcher():
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _launcher() -> int | None:
+    """Return the process without which this rank ends, if it is one: ours, or torch's."""
+    if (ours := os.environ.get(LAUNCHER)) is not None:
+        return int(ours)
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def _skip_teardown(status: int) -> None:
+    """End a process that used torch, before Python is torn down around threads that still run.
+
+    One that comes back from an operation of torch at that time makes the process abort (pytorch
+    issue 38228).  torch's caches keep process groups, and so their threads, whatever is destroyed.
+    """
+    if "torch" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

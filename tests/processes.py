@@ -1,0 +1,74 @@
+"""Processes of `specforge` that tests send signals to, and how they end."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# what is promised is 5; a machine that also runs other tests may take longer to start a thread
+SECONDS = 10.0
+
+
+def wait(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    """Wait until a running process has come so far."""
+    for _ in range(4000):
+        if reached():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.03)
+    raise AssertionError("it did not happen within two minutes")
+
+
+def end(process: subprocess.Popen[str], *signals: int, apart: float = 0.6) -> tuple[int, str, str]:
+    """Send signals; return the status, stdout and stderr of a process that has to end by them."""
+    start = time.monotonic()
+    for number, signum in enumerate(signals):
+        if number:
+            time.sleep(apart)
+        if process.poll() is None:
+            process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - start < SECONDS
+    assert "Traceback" not in err
+    return process.returncode, out, err
+
+
+def alive(process: int) -> bool:
+    """Say whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] != "Z"
+
+
+def children(process: int) -> dict[int, int]:
+    """Return the process ids of a launcher's ranks, by rank."""
+    found = {}
+    for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+        pairs = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
+        environment = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        if "RANK" in environment:
+            found[int(environment["RANK"])] = int(child)
+    return found
+
+
+def listening(process: int) -> set[str]:
+    """Return the addresses, in the kernel's hexadecimal, on which a process accepts TCP."""
+    inodes = set()
+    for link in Path(f"/proc/{process}/fd").iterdir():
+        try:
+            name = str(link.readlink())
+        except OSError:  # closed meanwhile
+            continue
+        if name.startswith("socket:["):
+            inodes.add(name.removeprefix("socket:[").removesuffix("]"))
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == "0A" and columns[9] in inodes:
+                addresses.add(columns[1].rpartition(":")[0])
+    return addresses

@@ -1,0 +1,150 @@
+"""Signals, and the thread that ends a command which takes too long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from specforge_core import stop
+
+from .processes import end
+
+LISTEN = """
+import hashlib, os, signal, sys, threading, time
+from specforge_core import stop
+def say(stopped): print(stopped, flush=True)
+stop.listen(say)
+def run():
+{body}
+def ready(): print("ready", flush=True)
+try:
+    run()
+except stop.Interrupted as exc:
+    stop.leaving()
+    stop.tell(exc)
+    sys.exit(exc.status)
+"""
+FOREVER = "ready()\nwhile True: time.sleep(0.1)"
+# no handler runs before it returns
+DEEP = "ready(); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+
+
+def script(body: str) -> str:
+    return LISTEN.format(body="\n".join(f"    {line}" for line in body.splitlines()))
+
+
+def begin(body: str, preexec: Callable[[], object] | None = None) -> subprocess.Popen[str]:
+    code = script(body)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, preexec_fn=preexec
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("signum", stop.SIGNALS)
+@pytest.mark.parametrize("body", [FOREVER, DEEP])
+def test_a_signal_ends_what_has_nothing_to_keep(signum: int, body: str) -> None:
+    status, out, err = end(begin(body), signum)
+    assert status == 128 + signum
+    name = signal.Signals(signum).name
+    assert out == (
+        f"stopped by {name}: what is finished is kept. Start the same command again to go on\n"
+    )
+    assert err == ""
+
+
+def test_what_is_kept_is_kept_after_two_signals_too() -> None:
+    body = """with stop.keeping():
+    ready()
+    while not stop.asked(): time.sleep(0.05)
+    time.sleep(1.5)
+print("saved", flush=True)
+sys.exit(7)"""
+    assert end(begin(body), signal.SIGTERM, signal.SIGTERM) == (7, "saved\n", "")
+
+
+def test_a_second_signal_ends_what_does_not_get_done() -> None:
+    body = f"with stop.keeping():\n    {DEEP}"
+    status, out, err = end(begin(body), signal.SIGINT, signal.SIGINT)
+    assert (status, err) == (130, "")
+    assert out.startswith("stopped by SIGINT: what was saved before is whole. Start")
+
+
+def test_the_first_one_waits_and_says_so() -> None:
+    body = f"with stop.keeping():\n    {DEEP}"
+    process = begin(body)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(stop.NOTE_SECONDS + stop.POLL_SECONDS + 1.0)
+    assert process.poll() is None
+    status, _, err = end(process, signal.SIGTERM)
+    assert status == 143
+    assert err == "finishing the step, then saving; a second signal ends this without saving\n"
+
+
+def test_a_library_that_swallows_it_does_not_keep_the_command_running() -> None:
+    body = """ready()
+while True:
+    try: time.sleep(0.1)
+    except: pass"""
+    status, out, _ = end(begin(body), signal.SIGTERM)
+    assert status == 143
+    assert out.startswith("stopped by SIGTERM")
+
+
+def test_nohup_goes_on() -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = begin(FOREVER, ignore)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    assert end(process, signal.SIGTERM)[0] == 143
+
+
+def test_a_fork_does_not_hand_its_signals_to_its_parent() -> None:
+    body = """ready()
+child = os.fork()
+if not child:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
+_, status = os.waitpid(child, 0)
+time.sleep(0.5)
+print(os.waitstatus_to_exitcode(status), stop.asked(), flush=True)
+os._exit(0)"""
+    assert end(begin(body)) == (0, f"{-signal.SIGTERM} None\n", "")
+
+
+def test_a_process_ends_when_its_launcher_is_gone() -> None:
+    code = script(FOREVER).replace("listen(say)", "listen(say, os.getppid())")
+    launcher = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {code!r}])"
+    command = [sys.executable, "-c", launcher]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        assert process.stdout.read().startswith("stopped by SIGTERM")  # to its end: nobody writes
+
+
+def test_listening_in_a_block_leaves_nothing_behind() -> None:
+    def block() -> None:
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    before = [signal.getsignal(number) for number in stop.SIGNALS]
+    with pytest.raises(stop.Interrupted, match="stopped by SIGTERM"):
+        block()
+    assert stop.asked() is None
+    with stop.listening():
+        assert stop.asked() is None
+    assert [signal.getsignal(number) for number in stop.SIGNALS] == before
