@@ -34,6 +34,9 @@ class TrainState:
     versions: dict[str, str]
     identity: dict[str, Any]  # of the capture: target, layers, tokenizer, template
     machine: dict[str, Any] = field(default_factory=dict)  # dtypes and threads it computed with
+    length: int | None = None  # samples that the schedule is over; None: total_steps
+    logged: int | None = None  # last step whose line of metrics ended a window; None: step
+    window: dict[str, tuple[float, float]] = field(default_factory=dict)  # sums since then
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
@@ -29,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..drafts.checkpoint import STATE, TrainState, check_shapes, checkpoints, read_state, under
@@ -44,9 +47,11 @@ def save(
 ) -> Path:
     """Write one checkpoint from all ranks; rank 0 renames it into place and drops old ones.
 
-    Raises RunError on every rank when any rank could not write (a full disk); the
-    checkpoints that were there before stay.
+    Raises RunError on every rank when what would be saved is not finite, or any rank could not
+    write (a full disk); the checkpoints that were there before stay.
     """
+    tensors = {k: v for k, v in _collect(draft, optimizers).items() if isinstance(v, Tensor)}
+    check_finite(tensors, state.step)
     final = output_dir / "checkpoints" / f"step-{state.step:08d}"
     beside = final.with_name(f".{final.name}.tmp")
     main = dist.get_rank() == 0
@@ -54,7 +59,6 @@ def save(
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
-    tensors = {k: v for k, v in _collect(draft, optimizers).items() if isinstance(v, Tensor)}
     try:
         storage = HuggingFaceStorageWriter(str(beside), save_distributed=True)
         dcp_save(tensors, storage_writer=storage)
@@ -76,6 +80,21 @@ def save(
         ) from exc
     dist.barrier()
     return final
+
+
+def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    """Raise RunError, on every rank, when a number that any rank holds is not finite."""
+    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+    device = max((part.device for part in parts), key=str)  # a GPU, if one holds any
+    bad = torch.stack([~part.isfinite().all().to(device) for part in parts]).int()
+    dist.all_reduce(bad, dist.ReduceOp.MAX)
+    found = [name for name, is_bad in zip(tensors, bad.tolist(), strict=True) if is_bad]
+    if found:
+        raise RunError(
+            f"{found[0]} is not finite after step {step} ({len(found)} of {len(parts)} tensors "
+            "are not), so nothing was saved. Start again from the last checkpoint with a lower "
+            "train.learning_rate"
+        )
 
 
 def load(path: Path, draft: Draft, optimizers: list[Optimizer]) -> TrainState:
