@@ -88,6 +88,8 @@ COUNTING = """
     import specforge_linear
     from specforge_linear import specforge_adapter, specforge_config, specforge_draft
 
+    asked = []
+
     @hookimpl
     def specforge_train_step():
         def step(draft, batch, ctx):
@@ -97,7 +99,8 @@ COUNTING = """
                 for number in documents.unique().tolist():
                     if number:
                         file.write(f"{ids[documents == number].tolist()}\\n")
-            if ctx.step + 1 == int(os.environ["STOP"]) and dist.get_rank() == 0:
+            if ctx.step + 1 == int(os.environ["STOP"]) and dist.get_rank() == 0 and not asked:
+                asked.append(True)  # once: a second signal would not wait for the step's end
                 os.kill(os.getpid(), signal.SIGTERM)
             return out
         return step

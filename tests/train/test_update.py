@@ -255,7 +255,8 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert [path.name[-1] for path in checkpoints(tmp_path / "run")] == ["1", "2", "3", "4", "5"]
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU does not work behind the host's back")
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
 def test_the_host_waits_for_nothing_before_the_next_step(
     tmp_path: Path, toy_target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
