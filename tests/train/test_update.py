@@ -34,7 +34,7 @@ from specforge_core.types import Draft, StepOutput
 
 from ..runs import linear_run
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 # ---- the update itself ----------------------------------------------------------
 
@@ -171,7 +171,7 @@ def tensors(checkpoint: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-COMMON = ("strategy.name=odd", "train.save_every=1", "train.keep=9")
+COMMON = ("target.device=cpu", "strategy.name=odd", "train.save_every=1", "train.keep=9")
 
 
 @pytest.mark.parametrize("change", CHANGES)
