@@ -123,6 +123,12 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    max_bad_steps: int = Field(
+        3,
+        ge=0,
+        description="Steps in a row that may be left out because their loss or gradient is not "
+        "finite; one more ends the run.",
+    )
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
         description="auto is bfloat16 on a GPU and on a CPU that is fast in it, else float32.",

@@ -9,6 +9,7 @@ number of ranks.  A sample that is dropped leaves its micro-batch smaller.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 from collections import deque
@@ -56,6 +57,7 @@ class Placed:
 
     epoch: int
     number: int  # which sample of an epoch it is, the same in every epoch
+    index: int  # what a user finds it by: its row in the data set, or in the capture
     sample: Sample | None  # None: the strategy's adapter turned it down
 
 
@@ -67,6 +69,7 @@ class Micro:
     position: int  # samples of the endless sequence that all ranks are done with after it
     num_samples: int  # 0: all were dropped, and the batch only stands in so that ranks keep step
     num_tokens: int
+    indices: tuple[int, ...] = ()  # of the samples in it, as `Placed.index`
 
 
 class Closed(Exception):
@@ -99,7 +102,7 @@ class StoredSource:
         place = position + self.share.rank
         while True:
             epoch, index = self._locate(place)
-            yield Placed(epoch, index, self.reader[index])
+            yield Placed(epoch, index, index, self.reader[index])
             place += self.share.world_size
 
     def _locate(self, place: int) -> tuple[int, int]:
@@ -161,11 +164,11 @@ class OnlineSource:
             captured = capture_in_order(
                 self.strategy, self.engine, self.adapter, chosen, self.window
             )
-            for (epoch, number), (_, sample) in zip(numbers, captured, strict=True):
+            for (epoch, number), (index, sample) in zip(numbers, captured, strict=True):
                 if done:
                     done -= 1
                     continue
-                yield Placed(epoch, number, sample)
+                yield Placed(epoch, number, index, sample)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,9 +182,12 @@ class Batches:
     share: Share
     batch_size: int
     device: torch.device
+    end: int | None = None  # samples of the endless sequence that are trained on
 
     def micro_batches(self, source: Source, position: int) -> Iterator[Micro]:
         """Yield batches of `batch_size` samples on the device, without end.
+
+        From `end` on they have no samples, so that the last step of a run may be a smaller one.
 
         Raises DataError when a whole epoch gave no sample to train on.
         """
@@ -190,8 +196,11 @@ class Batches:
         stand_in: list[Sample] = []
         while True:
             taken = [ahead.popleft() if ahead else next(samples) for _ in range(self.batch_size)]
+            left = self._left(position)
             position += self.batch_size * self.share.world_size
-            kept = [sample for placed in taken if (sample := self._ready(placed)) is not None]
+            ready = [(placed.index, self._ready(placed)) for placed in taken[:left]]
+            kept = [sample for _, sample in ready if sample is not None]
+            indices = tuple(index for index, sample in ready if sample is not None)
             if not kept and not stand_in:
                 stand_in = [self._look_ahead(samples, ahead)]
             tokens = sum(num_tokens(sample, self.spec) for sample in kept)
@@ -200,8 +209,15 @@ class Batches:
             self.strategy.check_returned(
                 "specforge_collate", batch, dict, "Batch, a dict of tensors"
             )
-            yield Micro(to_device(batch, self.device), position, len(kept), tokens)
+            reached = position if self.end is None else min(position, self.end)
+            yield Micro(to_device(batch, self.device), reached, len(kept), tokens, indices)
             stand_in = kept[:1] or stand_in
+
+    def _left(self, position: int) -> int:
+        """Return how many of this rank's next samples are before the end."""
+        if self.end is None:
+            return self.batch_size
+        return max(0, math.ceil((self.end - position - self.share.rank) / self.share.world_size))
 
     def _ready(self, placed: Placed) -> Sample | None:
         if placed.sample is None:

@@ -83,7 +83,7 @@ class Made:
                 strategy=str(found["strategy"]),
                 options={str(key): value for key, value in options.items()},
                 resolved=dict(found.get("resolved") or {}),
-                identity=CaptureIdentity.model_validate(found["capture"]),
+                identity=CaptureIdentity.model_validate_json(json.dumps(found["capture"])),
             )
         except (ValidationError, KeyError, TypeError, AttributeError, ValueError) as exc:
             why = why_invalid(exc) if isinstance(exc, ValidationError) else repr(exc)

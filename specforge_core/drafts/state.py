@@ -14,7 +14,7 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from ..capture.manifest import CaptureIdentity
 from ..config import TrainConfig
@@ -26,6 +26,7 @@ MOST = 10**15  # of anything counted, so that no arithmetic of a resumed run ove
 
 Count = Annotated[int, Field(strict=True, ge=0, le=MOST)]
 Positive = Annotated[int, Field(strict=True, ge=1, le=MOST)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class TrainState(BaseModel):
@@ -44,6 +45,9 @@ class TrainState(BaseModel):
     identity: CaptureIdentity  # target, layers, tokenizer, template
     resolved: dict[str, Any] = {}  # `Draft.resolved`
     machine: dict[str, Any] = {}  # dtypes and threads it computed with
+    length: Positive | None = None  # samples that the schedule is over; None: total_steps
+    logged: Count | None = None  # last step whose line of metrics ended a window; None: step
+    window: dict[str, tuple[Finite, Finite]] = {}  # sums since then
 
     @field_validator("config")
     @classmethod
@@ -68,7 +72,7 @@ def read_state(path: Path) -> TrainState:
     """Read a checkpoint's state.json.  Raises CheckpointError when it is missing or damaged."""
     try:
         raw = from_json((path / STATE).read_bytes(), allow_inf_nan=False)
-        state = TrainState.model_validate(_current(raw))
+        state = TrainState.model_validate_json(to_json(_current(raw)))  # lists for tuples
     except FileNotFoundError as exc:
         raise CheckpointError(
             f"{path} is not a checkpoint: it has no {STATE}. Try: --checkpoint OUTPUT_DIR"

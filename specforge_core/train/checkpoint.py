@@ -6,11 +6,12 @@ whole, so `step-000100` either is complete or is not there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..drafts.checkpoint import (
@@ -50,13 +52,14 @@ def save(
 ) -> Path:
     """Write one checkpoint from all ranks; rank 0 renames it into place and drops old ones.
 
-    Raises RunError on every rank when any rank could not write (a full disk); the
-    checkpoints that were there before stay.
+    Raises RunError on every rank when what would be saved is not finite, or any rank could not
+    write (a full disk); the checkpoints that were there before stay.
     """
+    tensors = {k: v for k, v in _collect(draft, optimizers).items() if isinstance(v, Tensor)}
+    check_finite(tensors, state.step)
     final = output_dir / "checkpoints" / f"step-{state.step:08d}"
     with ExitStack() as stack, _refusing(final):
         beside = _on_main_rank(lambda: str(stack.enter_context(temporary_folder(final))))
-        tensors = {k: v for k, v in _collect(draft, optimizers).items() if isinstance(v, Tensor)}
         storage = HuggingFaceStorageWriter(beside, save_distributed=True)
         dcp_save(tensors, storage_writer=storage)
 
@@ -100,6 +103,21 @@ def _refusing(final: Path) -> Iterator[None]:
             f"checkpoint {cannot_write(system_error(cause, final))}. The checkpoints before it "
             "are whole. Make room there, then start the same command again"
         ) from exc
+
+
+def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    """Raise RunError, on every rank, when a number that any rank holds is not finite."""
+    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+    device = max((part.device for part in parts), key=str)  # a GPU, if one holds any
+    bad = torch.stack([~part.isfinite().all().to(device) for part in parts]).int()
+    dist.all_reduce(bad, dist.ReduceOp.MAX)
+    found = [name for name, is_bad in zip(tensors, bad.tolist(), strict=True) if is_bad]
+    if found:
+        raise RunError(
+            f"{found[0]} is not finite after step {step} ({len(found)} of {len(parts)} tensors "
+            "are not), so nothing was saved. Start again from the last checkpoint with a lower "
+            "train.learning_rate"
+        )
 
 
 def load(path: Path, draft: Draft, optimizers: list[Optimizer]) -> TrainState:

@@ -44,6 +44,46 @@ class Sums:
         return {name: num / den for name, (num, den) in self.values.items() if den}
 
 
+class Reduced:
+    """Sums over the ranks, on the device at once and on the host when it has come there."""
+
+    def __init__(self, names: tuple[str, ...], kinds: tuple[bool, ...], total: Tensor) -> None:
+        self._names, self._kinds = names, kinds
+        self._sums, self._extra = total[: 2 * len(names)], total[2 * len(names) :]
+        self._host = total.to("cpu", non_blocking=True)
+        self._copied: torch.cuda.Event | None = None
+        if total.is_cuda:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    @property
+    def loss(self) -> Tensor:
+        """The summed loss, a scalar on the device."""
+        return self._sums[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The loss's weight, a scalar on the device."""
+        return self._sums[1]
+
+    @property
+    def last(self) -> Tensor:
+        """The last of `extra`, a scalar on the device."""
+        return self._extra[-1]
+
+    def read(self) -> tuple[Sums, list[float]]:
+        """Return the sums, and each of `extra`.  Waits until the device has come so far."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        values = self._host.tolist()
+        sums = Sums()
+        for i, name in enumerate(self._names):
+            sums.add(name, values[2 * i], values[2 * i + 1])
+        rest = values[2 * len(self._names) :]
+        found = iter(rest), iter(rest[self._kinds.count(False) :])  # numbers come before tensors
+        return sums, [next(found[kind]) for kind in self._kinds]
+
+
 @dataclass(slots=True)
 class Reducer:
     """Sums what the ranks' micro-batches came to, in one all_reduce a step.
@@ -55,12 +95,10 @@ class Reducer:
     device: torch.device
     names: list[str] | None = None  # of the first step, the same on every rank
 
-    def reduce(
-        self, outputs: Sequence[StepOutput], extra: Sequence[Tensor | float]
-    ) -> tuple[Sums, list[float]]:
-        """Return the sums, and each of `extra` summed over the ranks.
+    def reduce(self, outputs: Sequence[StepOutput], extra: Sequence[Tensor | float]) -> Reduced:
+        """Sum the outputs and each of `extra` over the ranks, without waiting for the device.
 
-        In float64, so that counts stay exact.  Waits for the device, the only time in a step.
+        In float64, so that counts stay exact.
         """
         names = self._names(outputs)
         rows = []
@@ -78,14 +116,8 @@ class Reducer:
             pinned = pinned.pin_memory().to(self.device, non_blocking=True)
         total = torch.cat([torch.stack(rows).sum(0), pinned, *(t.reshape(1) for t in tensors)])
         dist.all_reduce(total)
-        values = total.tolist()
-        sums = Sums()
-        for i, name in enumerate(["loss", *names]):
-            sums.add(name, values[2 * i], values[2 * i + 1])
-        rest = iter(values[2 + 2 * len(names) :])
-        scalars = [next(rest) for _ in numbers]
-        found = iter(scalars), rest
-        return sums, [next(found[isinstance(e, Tensor)]) for e in extra]
+        kinds = tuple(isinstance(e, Tensor) for e in extra)
+        return Reduced(("loss", *names), kinds, total)
 
     def _names(self, outputs: Sequence[StepOutput]) -> list[str]:
         hook = f"{self.package}, specforge_train_step: "
@@ -125,9 +157,9 @@ class MetricsFile:
         self.path = output_dir / METRICS
 
     def start(self, info: Mapping[str, Any]) -> None:
-        """Drop the lines after the step that the run begins at: it will write them again."""
+        """Drop the lines that the run will write again: it goes on from `info["logged"]`."""
         with refusing(RunError, RESTART, self.path):
-            rewind(self.path, int(info["step"]))
+            rewind(self.path, int(info["logged"]))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add one line, all of it or nothing."""
@@ -147,12 +179,11 @@ def rewind(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] > step:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
         kept.append(line + "\n")
     write_file(path, "".join(kept).encode())

@@ -38,13 +38,14 @@ SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}
 
 
 def lr_factor(
-    step: float, total_steps: int, config: TrainConfig, schedule: Callable[[float], float]
+    step: float, total_steps: float, config: TrainConfig, schedule: Callable[[float], float]
 ) -> float:
     """Return the learning rate of `step`, from 0, over its peak: a warm-up, then the schedule.
 
-    A run that is limited in time may stand between two steps, further than it has counted.
+    Both may lie between two steps: a run that is limited in time stands further than it has
+    counted, and one of some epochs counts its samples in steps of their present size.
     """
-    warmup = round(config.warmup_ratio * total_steps)
+    warmup = config.warmup_ratio * total_steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(total_steps - 1 - warmup, 1)
@@ -71,12 +72,11 @@ def build_optimizers(draft: Draft, config: TrainConfig) -> list[Optimizer]:
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = params[0].device.type == "cuda"
     adamw = torch.optim.AdamW(
         [g for g in groups if g["params"]],
         lr=config.learning_rate,
         betas=config.betas,
-        fused=fused,
+        fused=True,  # takes `found_inf`: a bad step is left out on the device
     )
     optimizers: list[Optimizer] = [adamw]
     if muon:

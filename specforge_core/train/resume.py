@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from ..capture.manifest import CaptureIdentity
@@ -12,6 +13,7 @@ from ..drafts.identity import Made, check_same
 from ..errors import CheckpointError
 from ..strategy import Strategy
 from ..types import Draft
+from .course import Course
 from .optim import lr_factor
 
 NOTICED = 0.01  # a learning rate that moves less is not worth a line
@@ -57,32 +59,28 @@ def check_optimizer(path: Path, state: TrainState, config: TrainConfig) -> None:
 
 
 def learning_rate_change(
-    state: TrainState, config: TrainConfig, total_steps: int, strategy: Strategy
+    state: TrainState, config: TrainConfig, course: Course, strategy: Strategy
 ) -> str | None:
     """Return a line where the schedule does not go on as it was, or None.
 
     Another train.max_steps stretches the schedule over all steps, so a run that had
     ended at its minimum is warmed up again: that may be meant, and is not what a plot expects.
     """
-    if not 0 < state.step < total_steps:
+    if not 0 < state.step < course.total_steps:
         return None
     old = TrainConfig.model_validate(state.config["train"])
+    then = replace(course, length=state.length, minutes=old.max_minutes)
+    if state.length is None:
+        then.total_steps = state.total_steps
     before, after = strategy.schedule(old), strategy.schedule(config)
-    was, goes_on = _place(state, old, state.total_steps), _place(state, config, total_steps)
-    going_on = old.learning_rate * lr_factor(was, state.total_steps, old, before)
-    last = old.learning_rate * lr_factor(was - 1, state.total_steps, old, before)
-    now = config.learning_rate * lr_factor(goes_on, total_steps, config, after)
+    was, goes_on = (c.place(state.step, state.position) for c in (then, course))
+    going_on = old.learning_rate * lr_factor(was, then.span, old, before)
+    last = old.learning_rate * lr_factor(max(0, was - 1), then.span, old, before)
+    now = config.learning_rate * lr_factor(goes_on, course.span, config, after)
     if math.isclose(going_on, now, rel_tol=NOTICED):
         return None
     return (
         f"the learning rate changes from {last:.3g} at step {state.step} to {now:.3g} at step "
         f"{state.step + 1}: its schedule was {old.schedule} over {state.total_steps} steps, "
-        f"and is {config.schedule} over {total_steps}"
+        f"and is {config.schedule} over {course.total_steps}"
     )
-
-
-def _place(state: TrainState, config: TrainConfig, total_steps: int) -> float:
-    """Return where in its schedule a run stands, in steps: by those done, or by time spent."""
-    if config.max_minutes is None:
-        return state.step
-    return max(state.step, total_steps * state.seconds / (60 * config.max_minutes))

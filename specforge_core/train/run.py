@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from functools import partial
 
@@ -10,23 +9,26 @@ import torch
 
 from .. import stop
 from ..batches.loader import Share
-from ..config import RunConfig, TrainConfig
+from ..config import RunConfig
 from ..cpu import DTYPES
 from ..devices import pick_device
 from ..drafts.load import first_draft
-from ..errors import ConfigError
 from ..process import describe, report
 from ..progress import console
 from ..strategy import Strategy
+from .bad_steps import BadSteps
 from .claim import claim
+from .course import Course
 from .dist import World, world
 from .feed import Feed, open_feed
 from .fsdp import shard
+from .log import Log, Phases
 from .machine import Machine, choose
 from .metrics import Reducer, Trackers
 from .optim import remember_peaks
 from .report import TrainReport
 from .trainer import Trainer
+from .update import Update
 
 
 def train(run: RunConfig, strategy: Strategy) -> TrainReport:
@@ -76,6 +78,7 @@ def _build(
     model = shard(draft, world_.mesh, dtype)
     optimizers = strategy.optimizers(config, draft)
     remember_peaks(optimizers)
+    trackers = Trackers(strategy.trackers(run) if world_.main else [])
     return Trainer(
         run=run,
         strategy=strategy,
@@ -88,8 +91,11 @@ def _build(
         schedule=strategy.schedule(config),
         step_function=strategy.train_step(run.strategy),
         reducer=Reducer(strategy.package, world_.device),
-        trackers=Trackers(strategy.trackers(run) if world_.main else []),
-        total_steps=count_steps(config, feed.data.num_samples, world_.size),
+        update=Update(optimizers, config.max_grad_norm, world_.size),
+        trackers=trackers,
+        log=Log(config.log_every, trackers if world_.main else None, Phases(config.profile)),
+        bad_steps=BadSteps(world_, trackers, config.max_bad_steps),
+        course=Course.of(config, feed.data.num_samples, world_.size, steps_ahead(world_.device)),
     )
 
 
@@ -97,14 +103,9 @@ def _nothing(line: str, *, markup: bool) -> None:
     """Say nothing, as ranks but the first do."""
 
 
-def count_steps(config: TrainConfig, epoch_length: int | None, world_size: int) -> int:
-    """Return the optimizer steps of a run over `epoch_length` samples."""
-    if config.max_steps is not None:
-        return config.max_steps
-    if epoch_length is None:
-        raise ConfigError(
-            "the capture is still growing, so its epochs cannot be counted. "
-            "Give the number of steps: train.max_steps=1000"
-        )
-    per_step = config.batch_size * config.accumulate * world_size
-    return max(1, math.floor(config.epochs * epoch_length / per_step))
+def steps_ahead(device: torch.device) -> int:
+    """Return how many steps are launched before the numbers of one are read.
+
+    A GPU works behind the host's back: with one step more to do it never runs dry.
+    """
+    return 1 if device.type == "cuda" else 0

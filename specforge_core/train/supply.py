@@ -22,8 +22,11 @@ class Supply:
         """Return the next micro-batch; None where a stop is asked for and none is ready.
 
         The other ranks may be in this step already and wait for this one.  Then it takes part with
-        the micro-batch before, and tells them by `short` that the step does not count.
+        the micro-batch before, and tells them by `short` that this step and those after it, which
+        they may launch before they hear of it, do not count.
         """
+        if self.short:
+            return self._stand_in()
         try:
             self._latest = next(self._batches)
         except stop.Interrupted:
@@ -32,5 +35,9 @@ class Supply:
             if self._latest is None:  # nobody has done a step
                 raise
             self.short = True
-            return replace(self._latest, num_samples=0, num_tokens=0)
+            return self._stand_in()
         return self._latest
+
+    def _stand_in(self) -> Micro:
+        assert self._latest is not None
+        return replace(self._latest, num_samples=0, num_tokens=0, indices=())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,20 +22,22 @@ from ..batches.prefetch import Prefetcher
 from ..config import RunConfig
 from ..drafts.checkpoint import TrainState, checkpoints, find, read_state, remove_incomplete
 from ..drafts.identity import resolved
-from ..errors import RunError
 from ..progress import console, track
 from ..records import recorded
 from ..strategy import Strategy
 from ..types import Draft, Ratio, StepContext, StepOutput, TrainStep
 from . import checkpoint, metrics
+from .bad_steps import BadSteps
+from .course import Course
 from .dist import World
 from .feed import Feed
+from .log import Log
 from .machine import Machine
 from .optim import local_gradients, lr_factor, set_learning_rate, square_norm
-from .phases import Phases
-from .report import TrainReport
+from .report import Launched, TrainReport
 from .resume import check_resumed, learning_rate_change
 from .supply import Supply
+from .update import Update, grad_norm
 
 CLOSE_SECONDS = 1.0  # that a stopped run waits for the batches that are being made
 
@@ -54,14 +57,16 @@ class Trainer:
     schedule: Callable[[float], float]
     step_function: TrainStep
     reducer: metrics.Reducer
+    update: Update
     trackers: metrics.Trackers
-    total_steps: int
+    log: Log
+    course: Course
+    bad_steps: BadSteps
     step: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
     position: int = 0  # samples of the endless sequence of epochs, of all ranks
     stopping: bool = False  # as all ranks agreed
-    time_up: bool = False  # another step would end after train.max_minutes
     began: float = 0.0  # when training would have begun, had it never been interrupted
 
     def resume(self) -> None:
@@ -75,11 +80,15 @@ class Trainer:
         check_resumed(found[-1], state, self.run, self.strategy, self.draft, self.feed.identity)
         checkpoint.load(found[-1], self.draft, self.optimizers)
         self.step, self.num_tokens, self.seconds = state.step, state.num_tokens, state.seconds
-        self._watch_time(self.step, self.seconds)
         self.position = state.position
+        self.course.resume(self.step, self.position, self.seconds)
+        self.log.tokens = self.num_tokens
+        self.log.logged, self.log.window = self.step, metrics.Sums(dict(state.window))
+        if state.logged is not None and not self._ended():
+            self.log.logged = state.logged
         if self.world.main:
             console.print(f"resuming at step {self.step} from {found[-1]}", markup=False)
-            change = learning_rate_change(state, self.run.train, self.total_steps, self.strategy)
+            change = learning_rate_change(state, self.run.train, self.course, self.strategy)
             if change is not None:
                 console.print(change, markup=False)
 
@@ -92,40 +101,39 @@ class Trainer:
         self.trackers.start(self._info())
         batches = self._batches()
         supply = Supply(batches, alone=self.world.size == 1)
-        phases = Phases(config.profile)
-        window = metrics.Sums()
-        norm = rate = math.nan
-        since, tokens_then = time.monotonic(), self.num_tokens
-        self.began = since - self.seconds
+        launched: deque[Launched] = deque()
+        self.log.since = time.monotonic()
+        self.began = self.log.since - self.seconds
         begun = saved = self.step
         label = f"training {self.strategy.name}"
         try:
             with (
                 ExitStack() as held,
-                track(label, self.total_steps, quiet=not self.world.main) as progress,
+                track(label, self.course.total_steps, quiet=not self.world.main) as progress,
             ):
                 progress.skip(self.step)
                 if config.max_minutes is not None:
                     progress.deadline = self.began + 60 * config.max_minutes
-                while not self._ended() and (done := self._optimizer_step(supply, phases)):
-                    sums, norm = done
+                while not self._ended() and (one := self._optimizer_step(supply)) is not None:
+                    launched.append(one)
                     if self.step == begun:  # until now there was nothing to keep
                         held.enter_context(stop.keeping())
-                    window.merge(sums)
                     self.step += 1
                     self.seconds = time.monotonic() - self.began
-                    now = time.monotonic()
-                    rate = (self.num_tokens - tokens_then) / (now - since)
-                    loss = window.ratios().get("loss", math.nan)
-                    progress.advance(1, f"loss {loss:.3f}  {rate:,.0f} tokens/s")
-                    if self.world.main and self.step % config.log_every == 0:
-                        self._log(window, norm, rate, phases)
-                        window, since, tokens_then = metrics.Sums(), now, self.num_tokens
-                    if self.step % config.save_every == 0:
+                    due = self.step % config.save_every == 0
+                    while launched and (len(launched) > self.course.lag or due or self._ended()):
+                        self._settle(launched)
+                    rate = self.log.rate(self.num_tokens)
+                    progress.advance(1, f"loss {self.log.loss:.3f}  {rate:,.0f} tokens/s")
+                    if due and self.step % config.save_every == 0 and not self.bad_steps.in_a_row:
                         self._save()
                         saved = self.step
-                if self.world.main and window.values:
-                    self._log(window, norm, rate, phases)
+                while launched:
+                    self._settle(launched)
+                if self.step > begun:
+                    self.log.rest(self.step)
+                if not self.stopping:
+                    self.bad_steps.check_last(self.step)
                 if saved != self.step:
                     self._save()
         finally:
@@ -138,27 +146,15 @@ class Trainer:
             raise stop.Interrupted(stop.asked() or signal.SIGTERM, "no step was done")
         return TrainReport(
             step=self.step,
-            total_steps=self.total_steps,
+            total_steps=self.course.total_steps,
             num_tokens=self.num_tokens,
             seconds=self.seconds,
             checkpoint=find(self.run.output_dir),
-            finished=self.step >= self.total_steps or self.time_up,
+            finished=self.step >= self.course.total_steps or self.course.time_up,
         )
 
     def _ended(self) -> bool:
-        return self.step >= self.total_steps or self.stopping or self.time_up
-
-    def _watch_time(self, steps: int, seconds: float) -> float:
-        """Return the place in the schedule, in steps, after `steps` of them and `seconds`.
-
-        Says also whether another step of the usual length would end too late.
-        """
-        minutes = self.run.train.max_minutes
-        if minutes is None:
-            return steps
-        mean = seconds / max(steps, 1)
-        self.time_up = seconds + mean > 60 * minutes
-        return max(steps, self.total_steps * seconds / (60 * minutes))
+        return self.step >= self.course.total_steps or self.stopping or self.course.time_up
 
     def _batches(self) -> Prefetcher[Micro]:
         run, strategy, spec = self.run, self.strategy, self.feed.spec
@@ -170,15 +166,21 @@ class Trainer:
             share=Share(self.world.rank, self.world.size, run.train.seed),
             batch_size=run.train.batch_size,
             device=self.world.device,
+            end=self.course.length,
         )
         stream = batches.micro_batches(self.feed.source, self.position)
         return Prefetcher(stream, run.capture.prefetch)
 
-    def _optimizer_step(self, supply: Supply, phases: Phases) -> tuple[metrics.Sums, float] | None:
-        """Do a step; None if a signal came where a rank's data did not, and it was not done."""
-        config, ranks = self.run.train, self.world.size
+    def _optimizer_step(self, supply: Supply) -> Launched | None:
+        """Launch one step; None where a signal came before this process's own data.
+
+        On a GPU the host waits for nothing, if all optimizers allow it.
+        """
+        config, phases = self.run.train, self.log.phases
         outputs: list[StepOutput] = []
         tokens, before = 0, self.position
+        place = self.course.place(self.step, self.position)
+        indices: tuple[int, ...] = ()
         for number in range(config.accumulate):
             with phases.time("data"):
                 micro = supply.next()
@@ -186,6 +188,7 @@ class Trainer:
                 self.position = before
                 return None
             self.position, tokens = micro.position, tokens + micro.num_tokens
+            indices += micro.indices
             self.model.set_requires_gradient_sync(number == config.accumulate - 1)
             with phases.time("forward"):
                 output = self._forward(micro)
@@ -195,29 +198,41 @@ class Trainer:
         with phases.time("optimizer"):
             spent = time.monotonic() - self.began if self.world.main else 0.0  # rank 0's clock
             gradients = local_gradients(self.draft.model)
+            # a rank without data has the step left out, on the device
+            square = square_norm(gradients) * (math.nan if supply.short else 1.0)
             flags = (float(stop.asked() is not None), float(supply.short))
-            extra = (float(tokens), *flags, spent, square_norm(gradients))
-            sums, (told, stopping, short, spent, square) = self.reducer.reduce(outputs, extra)
-            self.stopping = stopping > 0  # all ranks stop at the same step
-            if short:
-                self.position = before
-                return None
-            place = self._watch_time(self.step + 1, spent) - 1
-            self.num_tokens += int(told)
-            loss, weight = sums.values["loss"]
-            if weight == 0:  # nothing supervised anywhere in this step
-                return sums, 0.0
-            # FSDP averaged over ranks; the loss is a sum over all of them, divided once
-            norm = math.sqrt(square) * ranks / weight
-            self._check_finite(loss, norm)
-            clipping = min(1.0, config.max_grad_norm / (norm + 1e-6))
-            torch._foreach_mul_(gradients, clipping * ranks / weight)
-            factor = lr_factor(place, self.total_steps, config, self.schedule)
-            set_learning_rate(self.optimizers, factor)
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        return sums, norm
+            extra = (float(tokens), *flags, spent, square)
+            reduced = self.reducer.reduce(outputs, extra)
+            set_learning_rate(
+                self.optimizers, lr_factor(place, self.course.span, config, self.schedule)
+            )
+            self.update.apply(gradients, reduced)
+        rate = self.optimizers[0].param_groups[0]["lr"]
+        return Launched(self.step + 1, reduced, rate, indices, before)
+
+    def _settle(self, queue: deque[Launched]) -> None:
+        """Read what came of the first step of a queue, and log it."""
+        launched = queue.popleft()
+        sums, (tokens, stopping, short, spent, square) = launched.reduced.read()
+        self.stopping = self.stopping or stopping > 0  # all ranks stop at the same step
+        if short:  # no step from here on was done
+            self.step, self.position = launched.step - 1, launched.before
+            queue.clear()
+            return
+        self.num_tokens += int(tokens)
+        self.course.watch(launched.step, spent)
+        loss, weight = sums.values["loss"]
+        norm = grad_norm(square, weight, self.world.size)
+        values = {"learning_rate": launched.learning_rate, "grad_norm": norm}
+        values |= {"tokens": float(self.num_tokens), "seconds": self.seconds}
+        values["tokens_per_second"] = self.log.rate(self.num_tokens)
+        if math.isfinite(loss) and math.isfinite(weight) and math.isfinite(norm):
+            self.bad_steps.in_a_row = 0
+            self.log.window.merge(sums)
+        else:
+            del values["grad_norm"]
+            self.bad_steps.leave_out(launched, loss, norm)
+        self.log.line(launched.step, values)
 
     def _forward(self, micro: Micro) -> StepOutput:
         generator = torch.Generator()
@@ -226,7 +241,7 @@ class Trainer:
         )
         context = StepContext(
             step=self.step,
-            total_steps=self.total_steps,
+            total_steps=self.course.total_steps,
             generator=generator,
             training=True,
             mesh=self.world.mesh,
@@ -240,32 +255,12 @@ class Trainer:
         nothing = {n: Ratio(num=r.num * 0, den=r.den * 0) for n, r in output.metrics.items()}
         return StepOutput(loss_sum=output.loss_sum * 0, weight=output.weight * 0, metrics=nothing)
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        for name, value in (("loss", loss), ("gradient norm", norm)):
-            if not math.isfinite(value):
-                raise RunError(
-                    f"the {name} of step {self.step + 1} is {value}. Start again from the last "
-                    "checkpoint with a lower train.learning_rate, or check the capture: "
-                    "specforge verify CAPTURE_DIR"
-                )
-
-    def _log(self, window: metrics.Sums, norm: float, rate: float, phases: Phases) -> None:
-        values = window.ratios() | {
-            "learning_rate": self.optimizers[0].param_groups[0]["lr"],
-            "grad_norm": norm,
-            "tokens": float(self.num_tokens),
-            "seconds": self.seconds,
-            "tokens_per_second": rate,
-        }
-        values |= {f"seconds_{name}": spent for name, spent in phases.seconds.items()}
-        phases.seconds.clear()
-        self.trackers.log(self.step, values)
-
     def _info(self) -> dict[str, object]:
         """Return what trackers are told of the run."""
         return {
             "step": self.step,
-            "total_steps": self.total_steps,
+            "logged": self.log.logged,
+            "total_steps": self.course.total_steps,
             "strategy": self.strategy.name,
             "target": self.run.target.path,
             "output_dir": str(self.run.output_dir),
@@ -276,7 +271,7 @@ class Trainer:
     def _save(self) -> Path:
         state = TrainState(
             step=self.step,
-            total_steps=self.total_steps,
+            total_steps=self.course.total_steps,
             num_tokens=self.num_tokens,
             seconds=self.seconds,
             strategy=self.strategy.name,
@@ -286,6 +281,9 @@ class Trainer:
             machine=asdict(self.machine),
             identity=self.feed.identity,
             resolved=resolved(self.draft),
+            length=self.course.length,
+            logged=self.log.logged,
+            window=dict(self.log.window.values),
         )
         saved = checkpoint.save(
             self.run.output_dir, self.draft, self.optimizers, state, self.run.train.keep

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -82,6 +83,7 @@ def batches(
     size: int = 2,
     transform: Transform = keep,
     collate: Collate = PAD,
+    end: int | None = None,
 ) -> Iterator[Micro]:
     return Batches(
         strategy=STRATEGY,
@@ -91,6 +93,7 @@ def batches(
         share=share,
         batch_size=size,
         device=CPU,
+        end=end,
     ).micro_batches(source, position)
 
 
@@ -212,6 +215,26 @@ def test_every_sample_comes_once_an_epoch_however_many_ranks_there_are(
     # not more than once in the epoch under way, so exactly once in each one before
     assert {counts[i] for i in range(count)} <= {epochs, epochs + 1}
     assert sum(counts[i] == epochs + 1 for i in range(count)) == rest
+
+
+@pytest.mark.parametrize("make", [stored, online], ids=["offline", "online"])
+@pytest.mark.parametrize(("ranks", "size", "begin"), [(1, 5, 0), (2, 3, 4), (3, 2, 13), (4, 1, 9)])
+def test_the_last_step_has_the_samples_that_are_left(
+    make: Callable[..., Source], ranks: int, size: int, begin: int
+) -> None:
+    found, named = [], []
+    for rank in range(ranks):
+        share = Share(rank, ranks, 3)
+        micros = list(islice(batches(make(share), share, begin, size, end=14), 14))
+        for micro in micros[: math.ceil((14 - begin) / (ranks * size))]:
+            found += values(micro)[: micro.num_samples]
+            named += micro.indices
+        assert micros[-1].position == 14
+        assert sum(micro.num_samples == 0 for micro in micros) >= 11
+    second = epoch_order(7, 3, 1)
+    first = list(range(7)) if make is stored else epoch_order(7, 3, 0)
+    shuffled = second if make is stored else [first[number] for number in second]
+    assert sorted(found) == sorted(named) == sorted([*first, *shuffled][begin:])
 
 
 def drawing(draws: dict[int, list[float]]) -> Transform:

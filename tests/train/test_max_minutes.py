@@ -40,7 +40,7 @@ def test_the_schedule_ends_with_the_time(
     config = linear_run(tmp_path, toy_target)
     report = train(*load(config, *LIMIT, "train.max_minutes=2"))
     assert report.finished
-    assert 20 < report.step < 60  # three looks at the clock a step
+    assert 20 < report.step <= 60  # two or more looks at the clock a step
     assert report.seconds <= 122
     rates = [row["learning_rate"] for row in lines(tmp_path / "run")]
     assert rates[len(rates) // 2] == pytest.approx(0.05)

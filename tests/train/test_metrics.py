@@ -2,16 +2,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from specforge_core.batches.loader import Micro
+from specforge_core.batches.prefetch import Prefetcher
 from specforge_core.errors import PluginError
+from specforge_core.testing.runs import lines, load
 from specforge_core.train import metrics
 from specforge_core.train.dist import world
+from specforge_core.train.run import train
+from specforge_core.train.trainer import Launched, Trainer
 from specforge_core.types import RESERVED_METRICS, Ratio, StepOutput
+
+from ..runs import linear_run
 
 CPU = torch.device("cpu")
 
@@ -29,7 +37,7 @@ def test_micro_batches_are_summed_then_divided_once() -> None:
     outputs = [output(6.0, 3.0, accuracy=(1.0, 2.0)), output(1.0, 1.0, accuracy=(0.0, 6.0))]
     extra = [70, torch.tensor(0.25), 1]  # numbers and tensors in any order
     with world(CPU):
-        sums, counts = metrics.Reducer("pkg 1", CPU).reduce(outputs, extra)
+        sums, counts = metrics.Reducer("pkg 1", CPU).reduce(outputs, extra).read()
     assert sums.ratios() == {"loss": 7 / 4, "accuracy": 1 / 8}
     assert counts == [70, 0.25, 1]
     other = metrics.Sums({"loss": (1.0, 4.0), "never": (0.0, 0.0)})
@@ -40,7 +48,7 @@ def test_micro_batches_are_summed_then_divided_once() -> None:
 def test_large_counts_stay_exact() -> None:
     tokens = 2**40 + 1
     with world(CPU):
-        _, counts = metrics.Reducer("pkg 1", CPU).reduce([output(1.0, 1.0)], [tokens])
+        _, counts = metrics.Reducer("pkg 1", CPU).reduce([output(1.0, 1.0)], [tokens]).read()
     assert counts == [tokens]
 
 
@@ -69,14 +77,14 @@ def test_a_micro_batch_with_other_metrics_is_refused() -> None:
 
 def test_a_resumed_run_drops_later_and_torn_lines(tmp_path: Path) -> None:
     file = metrics.MetricsFile(tmp_path)
-    file.start({"step": 0})
+    file.start({"step": 0, "logged": 0})
     for step in (10, 20, 30):
         file.log(step, {"loss": float(step)})
     file.close()
     with file.path.open("a") as torn:
         torn.write('{"step": 4')
     again = metrics.MetricsFile(tmp_path)
-    again.start({"step": 20})
+    again.start({"step": 20, "logged": 20})
     again.log(25, {"loss": 0.5})
     rows = [json.loads(line) for line in file.path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 20, 25]
@@ -127,3 +135,63 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
     shown = " ".join("".join(capsys.readouterr()).split())
     assert shown.count("warning: ") == 1
     assert "the tracker of specforge-broken 1.0 failed (ConnectionError: no route" in shown
+
+
+# ---- a run that was killed or stopped writes what one that went on does ------------
+
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+def steady(output_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run without what a clock says."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith(TIMES)}
+        for row in lines(output_dir)
+    ]
+
+
+class Killed(BaseException):
+    """The process is gone before the step."""
+
+
+@pytest.mark.parametrize(
+    ("log_every", "save_every", "interrupted"),
+    [(1, 3, (2, 5, 10)), (4, 3, (4, 7, 9)), (3, 5, (5, 6, 9)), (5, 2, (1, 3, 10)), (20, 4, (6, 9))],
+)
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "stopped"])
+def test_metrics_are_those_of_an_undisturbed_run(
+    tmp_path: Path,
+    toy_target: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log_every: int,
+    save_every: int,
+    interrupted: tuple[int, ...],
+    kill: bool,
+) -> None:
+    config = linear_run(tmp_path, toy_target)
+    options = (f"train.log_every={log_every}", f"train.save_every={save_every}")
+    options += ("train.max_steps=11", "train.batch_size=1")
+    train(*load(config, *options))
+    launch, left = Trainer._optimizer_step, list(interrupted)
+
+    def disturbed(self: Trainer, batches: Prefetcher[Micro]) -> Launched:
+        if left and self.step >= left[0]:
+            left.pop(0)
+            if kill:
+                with (self.run.output_dir / "metrics.jsonl").open("a") as torn:
+                    torn.write('{"step": 99, "lo')
+                raise Killed
+            self.stop_asked = True
+        return launch(self, batches)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", disturbed)
+    other = (*options, f"output_dir={tmp_path / 'disturbed'}")
+    while True:
+        with suppress(Killed):
+            if train(*load(config, *other)).finished:
+                break
+    assert not left
+    assert steady(tmp_path / "disturbed") == steady(tmp_path / "run")
+    train(*load(config, *other))  # and starting a finished run again takes nothing away
+    assert steady(tmp_path / "disturbed") == steady(tmp_path / "run")

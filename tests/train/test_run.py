@@ -22,7 +22,6 @@ from specforge_core.errors import (
     ConfigError,
     DataError,
     PluginError,
-    RunError,
 )
 from specforge_core.testing.runs import lines, load, losses
 from specforge_core.train.metrics import Reducer
@@ -153,15 +152,6 @@ STEP = """
     from specforge_core.types import Ratio, StepOutput
     import specforge_linear
     from specforge_linear import specforge_adapter, specforge_config, specforge_draft
-
-    class Bad(torch.autograd.Function):  # right forward, and no gradient to use
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * float("inf")
-
     @hookimpl
     def specforge_train_step():
         def step(draft, batch, ctx):
@@ -176,8 +166,6 @@ STEP = """
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ('loss = loss * float("nan")', RunError, "the loss of step 1 is nan"),
-        ("loss = Bad.apply(loss)", RunError, "the gradient norm of step 1 is (inf|nan)"),
         (
             'metrics["loss"] = metrics["accuracy"]',
             PluginError,
