@@ -19,6 +19,7 @@ import pluggy
 
 from . import hookspecs
 from .errors import PluginError
+from .text import cut, shorten
 
 CORE = "specforge-core"
 STRATEGIES = "specforge.strategies"
@@ -120,11 +121,11 @@ def find_strategy(name: str) -> Installed:
     if name in installed:
         return installed[name]
     have = ", ".join(sorted(installed)) or "none"
-    close = difflib.get_close_matches(name, installed, n=1)
+    close = difflib.get_close_matches(cut(name), installed, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise PluginError(
-        f"strategy {name!r} is not installed (installed: {have}): {hint}"
-        f"Try: pip install specforge-{name}"
+        f"strategy {shorten(name)} is not installed (installed: {have}): {hint}"
+        f"Try: pip install specforge-{cut(name)}"
     )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import yaml
-
 from ..capture.manifest import CaptureManifest
 from ..config import RunConfig
 from ..drafts.checkpoint import checkpoints
 from ..errors import SpecForgeError
 from ..strategy import Strategy
 from ..target.info import load_target_info
+from ..yaml_text import dump
 from .machine import choose
 
 
@@ -37,7 +36,7 @@ def plan_run(run: RunConfig, strategy: Strategy, nproc: int) -> str:
     except SpecForgeError as exc:
         plan["target"] = f"not available here: {exc}"
     text = {"plan": plan, "config": run.model_dump(mode="json")}
-    return yaml.safe_dump(text, sort_keys=False, allow_unicode=True, width=100).rstrip()
+    return dump(text)
 
 
 def _data(run: RunConfig) -> str:

@@ -216,9 +216,8 @@ class Trainer:
 
     def _forward(self, micro: Micro) -> StepOutput:
         generator = torch.Generator()
-        generator.manual_seed(
-            (self.run.train.seed * 1_000_003 + self.step) * 65_537 + self.world.rank
-        )
+        seed = (self.run.train.seed * 1_000_003 + self.step) * 65_537 + self.world.rank
+        generator.manual_seed(seed % 2**63)
         context = StepContext(
             step=self.step,
             total_steps=self.total_steps,
