@@ -68,11 +68,13 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _paths_fit(cls, value: Any) -> Any:
+    def _can_be_used(cls, value: Any) -> Any:
         inside = value.values() if isinstance(value, dict) else value
-        for path in inside if isinstance(inside, tuple | ValuesView) else (value,):
-            if isinstance(path, Path):
-                _fits(str(path))
+        for one in inside if isinstance(inside, tuple | ValuesView) else (value,):
+            if isinstance(one, Path):
+                _fits(str(one))
+            if isinstance(one, int) and abs(one) >= 2**63:
+                raise ValueError("this number is larger than a machine's integers")
         return value
 
 

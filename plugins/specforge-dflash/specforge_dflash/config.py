@@ -18,15 +18,17 @@ LabelLayout: TypeAlias = Literal["same_position", "next_token"]
 class DFlashConfig(DecoderOptions):
     """The `strategy:` section of a DFlash run."""
 
-    block_size: int = Field(16, ge=2, description="Slots of one block, the known token included.")
-    num_layers: int = Field(5, gt=0, description="Layers of the draft.")
+    block_size: int = Field(
+        16, ge=2, le=1024, description="Slots of one block, the known token included."
+    )
+    num_layers: int = Field(5, gt=0, le=1024, description="Layers of the draft.")
     layers: tuple[int, ...] | None = Field(
         None, description="Target layers whose outputs are read; the published formula if not set."
     )
     num_capture_layers: int | None = Field(
-        None, gt=0, description="How many layers the formula picks; num_layers if not set."
+        None, gt=0, le=1024, description="How many layers the formula picks; num_layers if not set."
     )
-    num_anchors: int = Field(512, gt=0, description="Blocks trained per sample, at most.")
+    num_anchors: int = Field(512, gt=0, le=10**6, description="Blocks trained per sample, at most.")
     batches: Literal["packed", "padded"] = Field(
         "packed", description="Samples of a batch behind each other in one row, or one a row."
     )
@@ -43,16 +45,18 @@ class DFlashConfig(DecoderOptions):
     mask_token_id: int | None = Field(
         None, ge=0, description="Stands for the tokens to draft; an unused one if not set."
     )
-    sliding_window: int | None = Field(None, gt=0, description="Positions a sliding layer sees.")
+    sliding_window: int | None = Field(
+        None, gt=0, le=10**9, description="Positions a sliding layer sees."
+    )
     layer_types: tuple[LayerType, ...] | None = Field(
         None, description="One per draft layer; all sliding if only sliding_window is set."
     )
     attention: Literal["auto", "flex", "eager"] = Field(
         "auto", description="auto: flex on a GPU, for heads of 16 and more."
     )
-    head_chunk: int = Field(1024, gt=0, description="Rows whose logits exist at a time.")
+    head_chunk: int = Field(1024, gt=0, le=10**6, description="Rows whose logits exist at a time.")
     export_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of weights.")
-    seed: int = Field(0, ge=0, description="Of the draft's first weights.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Of the draft's first weights.")
 
     @model_validator(mode="after")
     def _options_agree(self) -> DFlashConfig:

@@ -17,7 +17,7 @@ from specforge_core.types import TargetInfo
 class Eagle3Config(DecoderOptions):
     """The `strategy:` section of an EAGLE-3 run."""
 
-    steps: int = Field(7, gt=0, description="Steps of training-time test.")
+    steps: int = Field(7, gt=0, le=1024, description="Steps of training-time test.")
     step_decay: float = Field(0.8, gt=0, le=1, description="Step i weighs step_decay^i.")
     layers: tuple[int, int, int] | None = Field(
         None, description="Target layers whose outputs are read; the published formula if not set."
@@ -31,7 +31,9 @@ class Eagle3Config(DecoderOptions):
     loss: Literal["kl", "lk_alpha", "lk_lambda"] = Field(
         "kl", description="Cross-entropy, -log of the acceptance rate, or a mix of both."
     )
-    lk_decay: float = Field(3.0, ge=0, description="lk_lambda: w = lk_scale * exp(-lk_decay * a).")
+    lk_decay: float = Field(
+        3.0, ge=0, le=1e6, description="lk_lambda: w = lk_scale * exp(-lk_decay * a)."
+    )
     lk_scale: float = Field(1.0, gt=0, le=1, description="lk_lambda: weight of KL where a is 0.")
     mask_on: Literal["label", "input", "feature"] = Field(
         "label", description="Whose token must be supervised: t+2, t+1 or t of row t."
@@ -48,14 +50,20 @@ class Eagle3Config(DecoderOptions):
     attention: Literal["auto", "eager"] = Field(
         "auto", description="auto: flash kernels on a GPU in half precision, else eager."
     )
-    head_chunk: int = Field(3584, gt=0, description="Rows whose logits exist at a time, about.")
-    draft_length: int = Field(7, gt=0, description="Tokens of a drafted chain; levels of a tree.")
-    tree_top_k: int = Field(1, gt=0, description="Branches of a drafted tree; 1 drafts a chain.")
-    tree_tokens: int = Field(31, gt=0, description="Tokens of a drafted tree, at most.")
+    head_chunk: int = Field(
+        3584, gt=0, le=10**6, description="Rows whose logits exist at a time, about."
+    )
+    draft_length: int = Field(
+        7, gt=0, le=1024, description="Tokens of a drafted chain; levels of a tree."
+    )
+    tree_top_k: int = Field(
+        1, gt=0, le=1024, description="Branches of a drafted tree; 1 drafts a chain."
+    )
+    tree_tokens: int = Field(31, gt=0, le=10**5, description="Tokens of a drafted tree, at most.")
     export_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="Of the exported weights."
     )
-    seed: int = Field(0, ge=0, description="Of the draft's first weights.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Of the draft's first weights.")
 
     @model_validator(mode="after")
     def _options_agree(self) -> Eagle3Config:
