@@ -6,7 +6,7 @@ from __future__ import annotations
 class SpecForgeError(Exception):
     """Base of every error a user is meant to read.  Exit status 2 unless a subclass says 1."""
 
-    exit_code = 2
+    exit_code: int = 2
 
 
 class PluginError(SpecForgeError):
@@ -32,4 +32,4 @@ class CheckpointError(SpecForgeError):
 class RunError(SpecForgeError):
     """A run that was set up correctly failed while it ran."""
 
-    exit_code = 1
+    exit_code: int = 1

@@ -68,9 +68,14 @@ def _row(installed: Installed) -> dict[str, str]:
 def _state(installed: Installed) -> tuple[str, str]:
     """Return what metadata tells, and why."""
     if problem := installed.problem():
-        return "duplicate" if installed.rivals else "incompatible", problem
+        broken = "broken" if installed.unreadable else "incompatible"
+        return "duplicate" if installed.rivals else broken, problem
     module = installed.entry_point.module
-    if find_spec(module.partition(".")[0]) is None:
+    try:
+        spec = find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
         return "broken", f"there is no module {module!r}. Try: pip install {installed.dist}"
     return "ok", ""
 

@@ -175,7 +175,7 @@ class _Loader(yaml.SafeLoader):
 
 for _kind in ("bool", "int", "float"):
     _Loader.add_constructor(TAG + _kind, _Loader.construct_plain)
-_Loader.add_constructor(None, _Loader.refuse_tag)  # type: ignore[type-var]
+_Loader.add_constructor(None, _Loader.refuse_tag)
 
 
 class _Dumper(yaml.SafeDumper):

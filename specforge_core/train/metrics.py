@@ -42,6 +42,20 @@ class Sums:
         return {name: num / den for name, (num, den) in self.values.items() if den}
 
 
+def check_scalars(who: str, output: StepOutput) -> None:
+    """Raise PluginError for a StepOutput whose parts are no scalars, or that trains nothing."""
+    parts: dict[str, object] = {"loss_sum": output.loss_sum, "weight": output.weight}
+    for name, ratio in output.metrics.items():
+        parts[f"{name}.num"] = getattr(ratio, "num", ratio)
+        parts[f"{name}.den"] = getattr(ratio, "den", ratio)
+    for name, value in parts.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            is_ = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
+            raise PluginError(f"{who}: returned a {name} {is_}, expected a tensor without axes")
+    if not output.loss_sum.requires_grad:
+        raise PluginError(f"{who}: returned a loss_sum without a gradient. Is it detached?")
+
+
 @dataclass(slots=True)
 class Reducer:
     """Sums what the ranks' micro-batches came to, in one all_reduce a step.
@@ -80,6 +94,12 @@ class Reducer:
         sums = Sums()
         for i, name in enumerate(["loss", *names]):
             sums.add(name, values[2 * i], values[2 * i + 1])
+        if sums.values["loss"][1] < 0:
+            raise PluginError(
+                f"{self.package}, specforge_train_step: the weights of a step come to "
+                f"{sums.values['loss'][1]:g}, which would turn its gradient round. A weight is 0 "
+                "or more: how many places the loss is summed over"
+            )
         rest = iter(values[2 + 2 * len(names) :])
         scalars = [next(rest) for _ in numbers]
         found = iter(scalars), rest

@@ -229,6 +229,7 @@ class Trainer:
         with self.strategy.guard(hook):
             output = self.step_function(self.draft, micro.batch, context)
         self.strategy.check_returned(hook, output, StepOutput, "StepOutput")
+        metrics.check_scalars(f"{self.strategy.package}, {hook}", output)
         if micro.num_samples:
             return output
         nothing = {n: Ratio(num=r.num * 0, den=r.den * 0) for n, r in output.metrics.items()}
