@@ -12,6 +12,9 @@ import click
 
 from .commands import CONFIG_HELP, PATH, Commands, config_option, load_run, overrides_argument
 from .errors import SpecForgeError
+from .text import cut
+
+LONGEST = 8000  # characters of a message
 
 
 @click.group(
@@ -139,7 +142,13 @@ def capture(config: Path, overrides: tuple[str, ...]) -> None:
 @cli.command()
 @click.argument("directory", type=PATH)
 @click.option("-c", "--config", type=PATH, help=CONFIG_HELP)
-@click.option("--recapture", default=4, show_default=True, help="Samples captured again with -c.")
+@click.option(
+    "--recapture",
+    type=click.IntRange(0),
+    default=4,
+    show_default=True,
+    help="Samples captured again with -c.",
+)
 @overrides_argument
 def verify(
     directory: Path, config: Path | None, recapture: int, overrides: tuple[str, ...]
@@ -154,7 +163,13 @@ def verify(
 @cli.command()
 @config_option
 @click.option("--plan", is_flag=True, help="Print what would be done, and do nothing.")
-@click.option("--nproc", default=1, show_default=True, help="Processes to train with.")
+@click.option(
+    "--nproc",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Processes to train with.",
+)
 @overrides_argument
 def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> None:
     """Train a draft, offline or online; resumes.
@@ -248,10 +263,11 @@ def _run() -> int:
         if debug:
             raise
         if isinstance(exc, SpecForgeError):
-            click.echo(f"{prefix}{exc}", err=True)
+            click.echo(prefix + cut(str(exc), LONGEST), err=True)
             return exc.exit_code
         kind = type(exc).__name__
-        click.echo(f"{prefix}{kind}: {exc}\nAdd --debug to see where it came from", err=True)
+        reason = cut(str(exc), LONGEST)
+        click.echo(f"{prefix}{kind}: {reason}\nAdd --debug to see where it came from", err=True)
         return 1
     return asked if isinstance(asked, int) else 0  # of ctx.exit(STATUS), which main() returns
 

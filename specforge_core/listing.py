@@ -20,6 +20,7 @@ from .plugins import (
     disabled,
     discover,
 )
+from .text import cut, shorten
 
 if TYPE_CHECKING:
     import pluggy
@@ -113,11 +114,11 @@ def check(name: str) -> Iterator[str]:
     found = {group: discover(group) for group in GROUPS}
     if not any(name in names for names in found.values()):
         known = sorted({known for names in found.values() for known in names})
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(cut(name), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise PluginError(
-            f"strategy {name!r} is not installed, and no plugin or command has that name: {hint}"
-            f"`specforge plugins` lists what is. Try: pip install specforge-{name}"
+            f"strategy {shorten(name)} is not installed, and no plugin or command has that name: "
+            f"{hint}`specforge plugins` lists what is. Try: pip install specforge-{cut(name)}"
         )
     if name in found[STRATEGIES]:
         yield from check_strategy(name)

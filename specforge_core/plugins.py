@@ -139,11 +139,11 @@ def _needs(requires: Iterable[str] | None) -> str | None:
 def _applies(requirement: str) -> bool:
     if ";" not in requirement:
         return True
-    from packaging.markers import InvalidMarker, Marker
+    from packaging.markers import Marker
 
     try:
         return Marker(requirement.partition(";")[2]).evaluate({"extra": ""})
-    except InvalidMarker:
+    except ValueError:  # of every kind
         return True
 
 
