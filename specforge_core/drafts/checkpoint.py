@@ -62,7 +62,7 @@ def read_state(path: Path) -> TrainState:
         raise CheckpointError(
             f"{path} is not a checkpoint: it has no {STATE}. Try: --checkpoint OUTPUT_DIR"
         ) from exc
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
         raise CheckpointError(f"{path / STATE} is damaged: {exc}. Use an earlier one") from exc
 
 

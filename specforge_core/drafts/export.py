@@ -253,7 +253,7 @@ def _read_json(directory: Path, name: str) -> dict[str, Any]:
             f"{directory} is not an exported draft: {name} cannot be read ({exc.strerror}). "
             "Try: specforge export --checkpoint OUTPUT_DIR -o DIR"
         ) from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise CheckpointError(f"{path} is damaged: {exc}. Export again") from exc
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold an object. Export again")
