@@ -11,10 +11,8 @@ from pathlib import Path
 import click
 
 from .commands import CONFIG_HELP, PATH, Commands, config_option, load_run, overrides_argument
-from .errors import SpecForgeError
+from .errors import LONGEST, SpecForgeError
 from .text import cut
-
-LONGEST = 8000  # characters of a message
 
 
 @click.group(
@@ -263,7 +261,7 @@ def _run() -> int:
         if debug:
             raise
         if isinstance(exc, SpecForgeError):
-            click.echo(prefix + cut(str(exc), LONGEST), err=True)
+            click.echo(f"{prefix}{exc}", err=True)
             return exc.exit_code
         kind = type(exc).__name__
         reason = cut(str(exc), LONGEST)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import blame, plugins
 from .calls import Calls
-from .errors import PluginError
+from .errors import CheckpointError, PluginError
 from .types import CaptureSpec, Draft, Export, NotServed, Problem
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
         TrainStep,
         Transform,
     )
+
+# what code raises of a file's value that is of another kind than it should be
+WRONG_VALUE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
 
 
 class Strategy(Calls):
@@ -223,7 +226,16 @@ class Strategy(Calls):
     ) -> None:
         """Call `specforge_import` (`import` is a keyword, so the method is not named so)."""
         hook = "specforge_import"
-        if not self._first(hook, config=config, draft=draft, target=target, export=export):
+        try:
+            done = self._first(hook, config=config, draft=draft, target=target, export=export)
+        except PluginError as exc:
+            if not isinstance(exc.__cause__, WRONG_VALUE):
+                raise
+            raise CheckpointError(
+                f"the export's config.json has a value of a kind that is not read there: {exc}. "
+                "Export again, or try a checkpoint: --draft OUTPUT_DIR"
+            ) from exc
+        if not done:
             raise PluginError(
                 f"strategy {self.name!r} cannot load an exported directory. "
                 "Give a checkpoint instead: --draft OUTPUT_DIR"

@@ -15,7 +15,7 @@ from specforge_core.strategy import Strategy
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import SECONDS, cli, load, write_run
 from specforge_core.train.run import train
-from specforge_core.types import CaptureSpec, Draft, TargetInfo
+from specforge_core.types import CaptureSpec, Draft, Export, TargetInfo
 
 BASE = """
 from specforge_linear import *
@@ -85,6 +85,30 @@ def test_whatever_a_hook_raises_has_its_name_and_status(
     assert told in str(error.value)
     assert len(str(error.value)) < 1000
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ("return int(export.config['layers'])", CheckpointError),
+        ("return export.config['absent']", CheckpointError),
+        ("return export.config['layers'].get('x')", CheckpointError),
+        ("raise RuntimeError('mine')", PluginError),
+    ],
+)
+def test_a_damaged_export_is_not_its_package_s_fault(
+    fake_site: FakeSite, body: str, kind: type[Exception]
+) -> None:
+    strategy = bad(fake_site, "import", "export", body)
+    export = Export(config={"layers": [1]}, weights={})
+    with pytest.raises(kind, match=r"specforge-bad 0\.1\.0, specforge_import: "):
+        strategy.load_export(CONFIG, DRAFT, TARGET, export)
+
+
+def test_a_message_is_cut_whatever_is_in_it() -> None:
+    text = str(CheckpointError(f"has {'x' * 10**6} and {'y ' * 10**6}"))
+    assert text.startswith(f"has {'x' * 200}... (1000000 characters) and y y")
+    assert len(text) < 3100
 
 
 def test_a_person_s_interrupt_in_a_hook_stays_one(fake_site: FakeSite) -> None:
