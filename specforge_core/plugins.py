@@ -28,7 +28,7 @@ PLUGINS = "specforge.plugins"
 COMMANDS = "specforge.commands"
 DEFAULT_PLUGINS = ("specforge_core.defaults",)
 DISABLE_ENV = "SPECFORGE_DISABLE_PLUGINS"
-REASON = 500  # characters shown of what another package raised
+REASON = 400  # characters shown of what another package raised
 OWN_SECTION = "specforge_plugin_config"
 REQUIRED = ("specforge_adapter", "specforge_draft", "specforge_train_step")
 
