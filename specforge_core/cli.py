@@ -140,7 +140,13 @@ def capture(config: Path, overrides: tuple[str, ...]) -> None:
 @cli.command()
 @click.argument("directory", type=PATH)
 @click.option("-c", "--config", type=PATH, help=CONFIG_HELP)
-@click.option("--recapture", default=4, show_default=True, help="Samples captured again with -c.")
+@click.option(
+    "--recapture",
+    type=click.IntRange(0),
+    default=4,
+    show_default=True,
+    help="Samples captured again with -c.",
+)
 @overrides_argument
 def verify(
     directory: Path, config: Path | None, recapture: int, overrides: tuple[str, ...]
@@ -163,7 +169,13 @@ def verify(
 @cli.command()
 @config_option
 @click.option("--plan", is_flag=True, help="Print what would be done, and do nothing.")
-@click.option("--nproc", default=1, show_default=True, help="Processes to train with.")
+@click.option(
+    "--nproc",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Processes to train with.",
+)
 @overrides_argument
 def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> None:
     """Train a draft, offline or online; resumes.

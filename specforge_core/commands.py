@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,7 +107,7 @@ def _entry_points(info: Path) -> list[str]:
 
 
 def _summary(info: Path) -> str:
-    with (info / "METADATA").open(encoding="utf-8", errors="replace") as file:
+    with suppress(OSError), (info / "METADATA").open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if line.startswith("Summary:"):
                 return line.partition(":")[2].strip()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import ValuesView
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -12,21 +14,72 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializeAsAny,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
+# More is never meant, and would hang a run or crash torch
+MANY = 10**9
+SEEDS = 2**32 - 1
+COLDEST = 1e-3  # logits over less than this overflow
+
+
 def _expand(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
+def _fits(path: str) -> str:
+    """Refuse what no file system takes as a path."""
+    names = [os.fsencode(name) for name in path.split("/")]
+    if any(b"\0" in name for name in names):
+        raise ValueError("a path has no NUL in it")
+    if max(map(len, names)) > 255 or sum(map(len, names)) + len(names) > 4096:
+        raise ValueError("this path is too long: 255 bytes for a name, 4095 in all")
+    return path
+
+
+def _warm(temperature: float) -> float:
+    if 0 < temperature < COLDEST:
+        raise ValueError(f"a temperature is 0 (the likeliest token), or {COLDEST} and more")
+    return temperature
+
+
+PathText = Annotated[str, AfterValidator(_expand), AfterValidator(_fits)]
+Temperature = Annotated[float, AfterValidator(_warm)]
+
+
 class Section(BaseModel):
-    """Base of every section: no unknown keys, no changes after validation."""
+    """Base of every section: no unknown keys, no changes after validation, finite numbers."""
 
     # what pydantic says of a wrong value must not show a secret that stands beside it
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None:
+            kinds = {field.annotation, *get_args(field.annotation)}
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("Input should be a number")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_used(cls, value: Any) -> Any:
+        inside = value.values() if isinstance(value, dict) else value
+        for one in inside if isinstance(inside, tuple | ValuesView) else (value,):
+            if isinstance(one, Path):
+                _fits(str(one))
+            if isinstance(one, int) and abs(one) >= 2**63:
+                raise ValueError("this number is larger than a machine's integers")
+        return value
 
 
 class MayChange(Enum):
@@ -52,9 +105,7 @@ class StrategyConfig(Section):
 class TargetConfig(Section):
     """The model that drafts are trained for, and what runs it."""
 
-    path: Annotated[str, AfterValidator(_expand)] = Field(
-        description="Directory or Hugging Face id of the target model."
-    )
+    path: PathText = Field(description="Directory or Hugging Face id of the target model.")
     revision: str | None = Field(None, description="Revision of a Hugging Face id.")
     engine: str = Field("transformers", description="What runs the target.")
     dtype: Dtype = Field(
@@ -63,7 +114,9 @@ class TargetConfig(Section):
         "bfloat16 is slow.",
     )
     device: str = Field("auto", description="auto is the GPU of this rank, or the CPU.")
-    batch_tokens: int = Field(8192, gt=0, description="Padded tokens the target runs at once.")
+    batch_tokens: int = Field(
+        8192, gt=0, le=MANY, description="Padded tokens the target runs at once."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the engine.")
 
@@ -74,23 +127,30 @@ class DataConfig(Section):
     train: tuple[str, ...] = Field((), description="Conversations: JSONL files.")
     capture_dir: Path | None = Field(None, description="Where `capture` writes and `train` reads.")
     follow: bool = Field(False, description="Train while `capture_dir` is still being written.")
-    max_length: int = Field(2048, gt=1, description="Longest sample, in tokens.")
+    max_length: int = Field(2048, gt=1, le=MANY, description="Longest sample, in tokens.")
     too_long: Literal["truncate", "skip", "raise"] = Field(
         "truncate", description="What to do with a sample longer than max_length."
     )
     on_error: Literal["raise", "skip"] = Field("raise", description="What a bad line does.")
-    limit: int | None = Field(None, gt=0, description="Use only the first conversations.")
+    limit: int | None = Field(None, gt=0, le=MANY, description="Use only the first conversations.")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the chat template: enable_thinking, ..."
     )
+
+    @field_validator("train")
+    @classmethod
+    def _files_fit(cls, train: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(_fits, train))
 
 
 class CaptureConfig(Section):
     """How the target's states are stored, or handed to the trainer."""
 
-    shard_tokens: int = Field(131072, gt=0, description="Tokens in one shard file, about.")
-    window: int = Field(32, gt=0, description="Prompts whose lengths are grouped together.")
-    prefetch: int = Field(2, gt=0, description="Batches made ready ahead of need.")
+    shard_tokens: int = Field(131072, gt=0, le=MANY, description="Tokens in one shard file, about.")
+    window: int = Field(
+        32, gt=0, le=4096, description="Prompts whose lengths are grouped together."
+    )
+    prefetch: int = Field(2, gt=0, le=1024, description="Batches made ready ahead of need.")
 
 
 class TrainConfig(Section):
@@ -99,33 +159,39 @@ class TrainConfig(Section):
     init_from: Path | None = Field(
         None, description="Start from these weights: a run, a checkpoint, or an exported draft."
     )
-    max_steps: int | None = Field(None, gt=0, description="Optimizer steps; overrides epochs.")
+    max_steps: int | None = Field(
+        None, gt=0, le=MANY, description="Optimizer steps; overrides epochs."
+    )
     max_minutes: float | None = Field(
         None,
         gt=0,
+        le=1e8,
         description="The training ends by then, at the end of its schedule however many steps "
         "it did; counts over resumes, without the loading.",
     )
-    epochs: float = Field(1.0, gt=0, description="Passes over the data.")
-    batch_size: int = Field(1, gt=0, description="Samples per micro-batch and rank.")
-    accumulate: int = Field(1, gt=0, description="Micro-batches per optimizer step.")
-    learning_rate: float = Field(6e-4, gt=0, description="Peak learning rate.")
+    epochs: float = Field(1.0, gt=0, le=1e6, description="Passes over the data.")
+    batch_size: int = Field(1, gt=0, le=4096, description="Samples per micro-batch and rank.")
+    accumulate: int = Field(1, gt=0, le=4096, description="Micro-batches per optimizer step.")
+    learning_rate: float = Field(6e-4, gt=0, le=1e3, description="Peak learning rate.")
     optimizer: str = Field(
         "adamw", description="adamw, muon (for the hidden layers' matrices), or a plugin's."
     )
-    muon_learning_rate: float = Field(6e-3, gt=0, description="Peak learning rate of Muon.")
+    muon_learning_rate: float = Field(6e-3, gt=0, le=1e3, description="Peak learning rate of Muon.")
     schedule: str = Field(
         "cosine", description="After the warm-up: constant, cosine, wsd, or a plugin's."
     )
     warmup_ratio: float = Field(0.04, ge=0, le=1, description="Part of the steps that warm up.")
     decay_ratio: float = Field(0.2, gt=0, le=1, description="Part of the steps wsd decays over.")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over the peak.")
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, le=1e3)
     betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, le=1e9, description="Gradients are clipped to this norm."
+    )
     max_bad_steps: int = Field(
         3,
         ge=0,
+        le=10**9,
         description="Steps in a row that may be left out because their loss or gradient is not "
         "finite; one more ends the run.",
     )
@@ -140,14 +206,22 @@ class TrainConfig(Section):
     threads: int | None = Field(
         None,
         gt=0,
+        le=1024,
         description="CPU threads of one operation. If not set: OMP_NUM_THREADS, or all cores, "
         "half of them beside a target on the CPU, at most 4 with a GPU.",
     )
-    save_every: int = Field(500, gt=0, description="Steps between checkpoints.")
-    keep: int = Field(2, gt=0, description="Checkpoints kept.")
-    log_every: int = Field(10, gt=0, description="Steps between logged metrics.")
+    save_every: int = Field(500, gt=0, le=MANY, description="Steps between checkpoints.")
+    keep: int = Field(2, gt=0, le=MANY, description="Checkpoints kept.")
+    log_every: int = Field(10, gt=0, le=MANY, description="Steps between logged metrics.")
     profile: bool = Field(False, description="Wait after each phase, so its logged time is exact.")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=SEEDS)
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both are 0 or more, and less than 1")
+        return betas
 
 
 class EvalConfig(Section):
@@ -156,25 +230,27 @@ class EvalConfig(Section):
     prompts: dict[str, Path] = Field(
         default_factory=dict, description="Prompt set name -> JSONL file."
     )
-    limit: int | None = Field(None, gt=0, description="Prompts of each set.")
-    max_new_tokens: int = Field(128, gt=0)
-    max_draft_tokens: int | None = Field(None, gt=0, description="Fewer than the draft allows.")
-    temperature: float = Field(0.0, ge=0)
+    limit: int | None = Field(None, gt=0, le=MANY, description="Prompts of each set.")
+    max_new_tokens: int = Field(128, gt=0, le=10**6)
+    max_draft_tokens: int | None = Field(
+        None, gt=0, le=1024, description="Fewer than the draft allows."
+    )
+    temperature: Temperature = Field(0.0, ge=0, le=100)
     dtype: Dtype = Field("float32", description="Of target and draft; float32 is exact.")
     compare: bool = Field(True, description="Also run the target alone: lossless check, speed-up.")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=SEEDS)
 
 
 class RegenerateConfig(Section):
     """How the target answers prompts itself."""
 
     prompts: tuple[Path, ...] = Field((), description="JSONL files of prompts.")
-    batch_size: int = Field(16, gt=0, description="Answers at once, over all servers.")
-    max_new_tokens: int = Field(512, gt=0)
-    temperature: float = Field(0.0, ge=0)
+    batch_size: int = Field(16, gt=0, le=4096, description="Answers at once, over all servers.")
+    max_new_tokens: int = Field(512, gt=0, le=10**6)
+    temperature: Temperature = Field(0.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
     keep_unfinished: bool = Field(False, description="Keep answers cut off by max_new_tokens.")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=SEEDS)
 
     @model_validator(mode="before")
     @classmethod

@@ -7,6 +7,7 @@ import os
 import torch
 
 from .errors import ConfigError
+from .text import cut, shorten
 
 
 def pick_device(name: str, option: str) -> torch.device:
@@ -18,10 +19,10 @@ def pick_device(name: str, option: str) -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     try:
         device = torch.device("cpu" if name == "auto" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as exc:
-        reason = str(exc).splitlines()[0]
+        torch.zeros(1, device=device).item()  # the meta device exists, and computes nothing
+    except Exception as exc:  # each kind of device raises its own
+        reason = cut((str(exc).splitlines() or [type(exc).__name__])[0], 300)
         raise ConfigError(
-            f"{option} {name!r} cannot be used: {reason}. Try: {option}=auto"
+            f"{option} {shorten(name)} cannot be used: {reason}. Try: {option}=auto"
         ) from exc
     return device

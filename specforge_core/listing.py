@@ -20,6 +20,7 @@ from .plugins import (
     disabled,
     discover,
 )
+from .text import cut, shorten
 
 if TYPE_CHECKING:
     import pluggy
@@ -68,9 +69,14 @@ def _row(installed: Installed) -> dict[str, str]:
 def _state(installed: Installed) -> tuple[str, str]:
     """Return what metadata tells, and why."""
     if problem := installed.problem():
-        return "duplicate" if installed.rivals else "incompatible", problem
+        broken = "broken" if installed.unreadable else "incompatible"
+        return "duplicate" if installed.rivals else broken, problem
     module = installed.entry_point.module
-    if find_spec(module.partition(".")[0]) is None:
+    try:
+        spec = find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
         return "broken", f"there is no module {module!r}. Try: pip install {installed.dist}"
     return "ok", ""
 
@@ -108,11 +114,11 @@ def check(name: str) -> Iterator[str]:
     found = {group: discover(group) for group in GROUPS}
     if not any(name in names for names in found.values()):
         known = sorted({known for names in found.values() for known in names})
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(cut(name), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise PluginError(
-            f"strategy {name!r} is not installed, and no plugin or command has that name: {hint}"
-            f"`specforge plugins` lists what is. Try: pip install specforge-{name}"
+            f"strategy {shorten(name)} is not installed, and no plugin or command has that name: "
+            f"{hint}`specforge plugins` lists what is. Try: pip install specforge-{cut(name)}"
         )
     if name in found[STRATEGIES]:
         yield from check_strategy(name)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from .config import RunConfig, Section
@@ -19,7 +18,11 @@ from .errors import ConfigError
 from .plugins import PLUGINS, discover
 from .records import MASK, in_error, override_in_error
 from .strategy import Strategy
+from .text import cut, shorten
+from .yaml_text import MAX_DEPTH, parse, read_file
 
+MAX_ERRORS = 5  # shown of one config
+MESSAGE = 300  # characters of one of them
 S = TypeVar("S", bound=Section)
 
 
@@ -36,14 +39,9 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> tuple[RunConfig,
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise ConfigError(
-            f"config file {str(path)!r} cannot be read: {exc.strerror}. Try: -c PATH"
-        ) from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path} is not valid YAML: {exc}") from exc
+    raw = read_file(path)
+    if raw is None:
+        raise ConfigError(f"{path} is empty. `specforge config` prints what it may hold")
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not {type(raw).__name__}")
     return raw
@@ -57,20 +55,20 @@ def validate(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Strategy]:
         raise ConfigError(
             f"{origin}: strategy.name is missing. `specforge strategies` lists what is installed"
         )
-    named = raw.get("plugins") or {}
+    named = {} if raw.get("plugins") is None else raw["plugins"]
     if not isinstance(named, dict):
-        raise ConfigError(f"{origin}: plugins must hold a section by plugin, got {named!r:.80}")
+        raise ConfigError(f"{origin}: plugins must hold a section by plugin, got {shorten(named)}")
     strategy = Strategy.load(name, using=_used(raw, named))
     chosen = _section(strategy.config(), section, origin, ("strategy",))
     models = strategy.plugin_configs()
     if unknown := sorted(named.keys() - models.keys()):
-        known = ", ".join(sorted(discover(PLUGINS))) or "none"
+        known, first = ", ".join(sorted(discover(PLUGINS))) or "none", cut(unknown[0])
         raise ConfigError(
-            f"{origin}: plugins.{unknown[0]}: no installed plugin has this section (installed: "
-            f"{known}). `specforge plugins` lists them. Try: pip install specforge-{unknown[0]}"
+            f"{origin}: plugins.{first}: no installed plugin has this section (installed: "
+            f"{known}). `specforge plugins` lists them. Try: pip install specforge-{first}"
         )
     sections = {
-        key: _section(models[key], value or {}, origin, ("plugins", key))
+        key: _section(models[key], {} if value is None else value, origin, ("plugins", key))
         for key, value in named.items()
     }
     try:
@@ -83,48 +81,49 @@ def validate(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Strategy]:
 def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set what `KEY=VALUE` says, with dots between the parts of KEY, in a config mapping."""
     key, equals, text = override.partition("=")
-    override = override_in_error(override)
+    told = override_in_error(override)
+    shown = f"override {shorten(told)}"
     *parents, last = key.split(".")
-    if not equals or not last:
-        raise ConfigError(f"override {override!r} is not KEY=VALUE. Try: train.max_steps=100")
+    if not equals or not all((*parents, last)) or len(parents) > MAX_DEPTH:
+        raise ConfigError(f"{shown} is not KEY=VALUE. Try: train.max_steps=100")
+    if not text:
+        raise ConfigError(f"{shown} has no value. Try: {cut(key)}=null, or {cut(key)}=\"''\"")
     try:
-        value = yaml.safe_load(text)
-        if isinstance(value, str) and text[:1] in "0123456789.+-":
-            value = _number(value)  # YAML 1.1 reads 1e-4 as text; a person means the number
-    except yaml.YAMLError as exc:
-        why = "" if MASK in override else f": {exc}"  # which shows the text
-        raise ConfigError(f"override {override!r}: the value is not valid YAML{why}") from exc
+        value = parse(text, shown)
+    except ConfigError:
+        if MASK in told:  # what is wrong shows the text
+            raise ConfigError(f"{shown}: the value is not valid YAML") from None
+        raise
     node = raw
     for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} is not a section")
+        inner = node.get(parent)
+        inner = {} if inner is None else inner
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{shown}: {shorten(parent)} is not a section")
+        node[parent] = node = dict(inner)  # an alias may stand elsewhere too
     node[last] = value
-
-
-def _number(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _explain(
     exc: ValidationError, origin: str, model: type[BaseModel], prefix: tuple[str, ...] = ()
 ) -> str:
     lines = []
-    for error in exc.errors(include_url=False):
-        where = ".".join(str(part) for part in (*prefix, *error["loc"]))
+    errors = exc.errors(include_url=False, include_context=False)
+    for error in errors[:MAX_ERRORS]:
+        where = ".".join(cut(str(part)) for part in (*prefix, *error["loc"]))
         if error["type"] == "extra_forbidden":
             hint = _similar(model, error["loc"])
             lines.append(f"{where}: unknown key{hint}")
         elif error["type"] == "missing":
             lines.append(f"{where}: required, and missing")
         else:
-            message = error["msg"].removeprefix("Value error, ")
-            lines.append(
-                f"{where}: {message}, got {in_error(error['input'], where)!r}" if where else message
-            )
+            message = cut(error["msg"].removeprefix("Value error, "), MESSAGE)
+            quote = error["type"] == "string_type" and not isinstance(error["input"], dict | list)
+            hint = ": text that looks like something else stands in quotes" if quote else ""
+            got = f"{message}, got {shorten(in_error(error['input'], where))}{hint}"
+            lines.append(f"{where}: {got}" if where else message)
+    if len(errors) > MAX_ERRORS:
+        lines.append(f"and {len(errors) - MAX_ERRORS} more")
     listing = "\n  ".join(lines)
     return f"{origin} is not a valid config:\n  {listing}\nTry: specforge config"
 
@@ -135,7 +134,7 @@ def _similar(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
         inner = field.annotation if field is not None else None
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             model = inner
-    close = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1)
+    close = difflib.get_close_matches(cut(str(loc[-1])), model.model_fields, n=1)
     return (
         f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(model.model_fields)})"
     )

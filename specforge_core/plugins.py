@@ -12,13 +12,15 @@ import importlib
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import EntryPoint, distributions, entry_points, version
 
 import pluggy
 
 from . import hookspecs
 from .errors import PluginError
+from .text import cut, shorten
 
 CORE = "specforge-core"
 STRATEGIES = "specforge.strategies"
@@ -26,6 +28,7 @@ PLUGINS = "specforge.plugins"
 COMMANDS = "specforge.commands"
 DEFAULT_PLUGINS = ("specforge_core.defaults",)
 DISABLE_ENV = "SPECFORGE_DISABLE_PLUGINS"
+REASON = 400  # characters shown of what another package raised
 OWN_SECTION = "specforge_plugin_config"
 REQUIRED = ("specforge_adapter", "specforge_draft", "specforge_train_step")
 
@@ -40,6 +43,7 @@ class Installed:
     entry_point: EntryPoint
     needs: str | None = None  # the version of the core it asks for
     rivals: tuple[str, ...] = ()  # other packages that claim the same name
+    unreadable: str | None = None  # what is wrong with its metadata
 
     def __str__(self) -> str:
         return f"{self.name} ({self.dist} {self.version})"
@@ -51,6 +55,11 @@ class Installed:
             return (
                 f"{len(self.rivals) + 1} packages provide {self.name!r}: {packages}. "
                 f"Uninstall all but one: pip uninstall {self.dist}"
+            )
+        if self.unreadable is not None:
+            return (
+                f"the package that provides {self.name!r} ({self.entry_point.value!r}) has "
+                f"metadata that cannot be read: {self.unreadable}. Try: install it again"
             )
         if self.needs is not None:
             # only when a plugin pins us
@@ -75,15 +84,40 @@ class Installed:
 def discover(group: str) -> dict[str, Installed]:
     """Return the installed entry points of `group` by name."""
     found: dict[str, Installed] = {}
-    for ep in entry_points(group=group):
-        assert ep.dist is not None  # always set by entry_points()
-        needs = _needs(ep.dist.requires)
-        new = Installed(ep.name, ep.dist.name, ep.dist.version, ep, needs)
+    for ep in _declared(group):
+        new = _installed(ep)
         old = found.setdefault(ep.name, new)
         if old.dist != new.dist:
             rivals = (*old.rivals, f"{new.dist} {new.version}")
             found[ep.name] = replace(old, rivals=rivals)
     return found
+
+
+def _declared(group: str) -> list[EntryPoint]:
+    try:
+        return list(entry_points(group=group))
+    except Exception:  # of one package's file, which may have nothing to do with us
+        found: list[EntryPoint] = []
+        for dist in distributions():
+            with suppress(Exception):
+                found += [ep for ep in dist.entry_points if ep.group == group]
+        return found
+
+
+def _installed(ep: EntryPoint) -> Installed:
+    assert ep.dist is not None  # always set by both functions above
+    try:
+        name, number, requires = ep.dist.name, ep.dist.version, ep.dist.requires
+    except Exception as exc:
+        return Installed(ep.name, "?", "?", ep, unreadable=f"{type(exc).__name__}: {exc}")
+    if not (name and number):
+        return Installed(ep.name, name or "?", "?", ep, unreadable="it has no name or no version")
+    try:
+        _ = ep.module
+    except (AttributeError, ValueError):
+        wrong = f"{ep.value!r} names no module"
+        return Installed(ep.name, name, number, ep, unreadable=wrong)
+    return Installed(ep.name, name, number, ep, _needs(requires))
 
 
 def _needs(requires: Iterable[str] | None) -> str | None:
@@ -92,13 +126,25 @@ def _needs(requires: Iterable[str] | None) -> str | None:
     Read by hand: parsing every requirement of every package would cost each start, and one that
     nobody can read must not break the others.
     """
+    found = []
     for text in requires or ():
-        match = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[^]]*\])?\s*\(?([^;)]*)", text)
+        match = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[^]]*\])?\s*\(?([^;)@]*)", text)
         if match is None or re.sub(r"[-_.]+", "-", match[1]).lower() != CORE:
             continue
-        if ";" not in text and match[3].strip():
-            return match[3].strip()
-    return None
+        if match[3].strip() and _applies(text):
+            found.append(match[3].strip())
+    return ",".join(found) or None
+
+
+def _applies(requirement: str) -> bool:
+    if ";" not in requirement:
+        return True
+    from packaging.markers import Marker
+
+    try:
+        return Marker(requirement.partition(";")[2]).evaluate({"extra": ""})
+    except ValueError:  # of every kind
+        return True
 
 
 def load(installed: Installed) -> object:
@@ -107,10 +153,13 @@ def load(installed: Installed) -> object:
         raise PluginError(problem)
     try:
         return installed.entry_point.load()
-    except (Exception, SystemExit) as exc:
+    except KeyboardInterrupt:  # as it comes from a person, too
+        raise
+    except BaseException as exc:
         raise PluginError(
             f"{installed} could not be imported from {installed.entry_point.value!r}: "
-            f"{type(exc).__name__}: {exc}. Try: pip install --force-reinstall {installed.dist}"
+            f"{type(exc).__name__}: {cut(str(exc), REASON)}. "
+            f"Try: pip install --force-reinstall {installed.dist}"
         ) from exc
 
 
@@ -120,11 +169,11 @@ def find_strategy(name: str) -> Installed:
     if name in installed:
         return installed[name]
     have = ", ".join(sorted(installed)) or "none"
-    close = difflib.get_close_matches(name, installed, n=1)
+    close = difflib.get_close_matches(cut(name), installed, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise PluginError(
-        f"strategy {name!r} is not installed (installed: {have}): {hint}"
-        f"Try: pip install specforge-{name}"
+        f"strategy {shorten(name)} is not installed (installed: {have}): {hint}"
+        f"Try: pip install specforge-{cut(name)}"
     )
 
 
@@ -210,51 +259,3 @@ def _register(pm: pluggy.PluginManager, installed: Installed) -> None:
                     f"{installed}: {caller.name} gives a default to {', '.join(impl.kwargnames)}. "
                     "A hook takes its arguments without defaults"
                 )
-
-
-# ---- whose fault it was ------------------------------------------------------
-
-
-def package_of(pm: pluggy.PluginManager, name: str) -> str:
-    """Return the distribution and version behind a registered plugin's name."""
-    if name == "core":
-        return f"{CORE} {version(CORE)}"
-    plugin = pm.get_plugin(name)
-    for group in (STRATEGIES, PLUGINS):
-        found = discover(group).get(name)
-        if found is not None and found.entry_point.value.partition(":")[0] == getattr(
-            plugin, "__name__", None
-        ):
-            return f"{found.dist} {found.version}"
-    return name
-
-
-def package_behind(pm: pluggy.PluginManager, value: object) -> str:
-    """Return the package whose module defines a value's type; that module, if none does."""
-    module = type(value).__module__
-    for name, plugin in pm.list_name_plugin():
-        root = getattr(plugin, "__name__", "").partition(".")[0]
-        if root == module.partition(".")[0]:
-            return package_of(pm, name)
-    return module
-
-
-def provider(pm: pluggy.PluginManager, hook: str, strategy: str) -> str:
-    """Return the package whose implementation of a hook came first."""
-    names = [impl.plugin_name for impl in reversed(getattr(pm.hook, hook).get_hookimpls())]
-    if strategy in names:
-        return package_of(pm, strategy)
-    return package_of(pm, names[0]) if names else package_of(pm, strategy)
-
-
-def blamed(pm: pluggy.PluginManager, hook: str, exc: BaseException, default: str) -> str:
-    """Return the package whose implementation an exception came through."""
-    codes = set()
-    trace = exc.__traceback__
-    while trace is not None:
-        codes.add(trace.tb_frame.f_code)
-        trace = trace.tb_next
-    for impl in reversed(getattr(pm.hook, hook).get_hookimpls()):
-        if getattr(impl.function, "__code__", None) in codes:
-            return package_of(pm, impl.plugin_name)
-    return package_of(pm, default)

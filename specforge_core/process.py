@@ -19,8 +19,9 @@ from pathlib import Path
 import click
 
 from . import stop
-from .errors import SpecForgeError
+from .errors import LONGEST, SpecForgeError
 from .files import CANNOT_WRITE, cannot_write, write_file
+from .text import cut
 
 PRIVATE = "SPECFORGE_PRIVATE"  # our own launcher's directory, in the environment of its ranks
 LAUNCHER = "SPECFORGE_LAUNCHER"  # its process id
@@ -95,7 +96,8 @@ def describe(exc: BaseException) -> tuple[str, int]:
     if isinstance(exc, OSError) and exc.errno in CANNOT_WRITE:
         then = "Make room there or choose another place, then run the same command again"
         return f"{cannot_write(exc)}. {then}", 1
-    return f"{type(exc).__name__}: {exc}\nAdd --debug to see where it came from", 1
+    reason = cut(str(exc), LONGEST)
+    return f"{type(exc).__name__}: {reason}\nAdd --debug to see where it came from", 1
 
 
 def _say(message: str, status: int) -> None:

@@ -7,17 +7,14 @@ what goes wrong in a plugin names its package and the hook.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import pluggy
-
-from . import plugins
-from .errors import PluginError, SpecForgeError
-from .types import Draft, Export, NotServed, Problem
+from . import blame, plugins
+from .calls import Calls
+from .errors import CheckpointError, PluginError
+from .types import CaptureSpec, Draft, Export, NotServed, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     from .config import DataConfig, RunConfig, Section, StrategyConfig, TargetConfig, TrainConfig
     from .types import (
         Adapter,
-        CaptureSpec,
         Collate,
         DataInfo,
         DraftServer,
@@ -41,16 +37,12 @@ if TYPE_CHECKING:
         Transform,
     )
 
-T = TypeVar("T")
+# what code raises of a file's value that is of another kind than it should be
+WRONG_VALUE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
 
 
-@dataclass(frozen=True, slots=True)
-class Strategy:
+class Strategy(Calls):
     """One installed strategy with the core's defaults and the cross-cutting plugins."""
-
-    name: str
-    package: str  # distribution name and version
-    pm: pluggy.PluginManager
 
     @classmethod
     def load(cls, name: str, *, using: frozenset[str] = frozenset()) -> Strategy:
@@ -73,13 +65,18 @@ class Strategy:
 
     def plugin_configs(self) -> dict[str, type[Section]]:
         """Return the sections of cross-cutting plugins, by the plugins' names."""
+        from .config import Section
+
         models: dict[str, type[Section]] = {}
         for impl in self.pm.hook.specforge_plugin_config.get_hookimpls():
             if impl.wrapper or impl.hookwrapper:
                 continue
-            with self.guard("specforge_plugin_config", impl.plugin_name):
+            hook, name = "specforge_plugin_config", impl.plugin_name
+            with self.guard(hook, name, status=2):
                 found: Any = impl.function()
-                models[impl.plugin_name] = found
+            if not (isinstance(found, type) and issubclass(found, Section)):
+                raise self._unexpected(hook, found, "a subclass of Section", name)
+            models[name] = found
         return models
 
     # ---- data and capture ----
@@ -90,11 +87,14 @@ class Strategy:
         )
         if found is None:
             raise PluginError(f"data source {source!r}: no installed plugin reads it")
-        return found
+        return self._with("specforge_conversations", found, "__iter__")
 
     def adapter(self, config: StrategyConfig, target: TargetInfo) -> Adapter:
         found: Adapter = self._need("specforge_adapter", config=config, target=target)
-        return self._with("specforge_adapter", found, "spec", "__call__")
+        self._with("specforge_adapter", found, "spec", "__call__")
+        if not isinstance(found.spec, CaptureSpec):
+            raise self._unexpected("specforge_adapter", found.spec, "an object with a CaptureSpec")
+        return found
 
     def target_engine(self, target: TargetConfig, device: torch.device) -> TargetEngine:
         found: TargetEngine | None = self._first(
@@ -120,10 +120,11 @@ class Strategy:
         found = self._first(
             hook, config=config, target=target, spec=spec, sample=sample, fresh=fresh
         )
-        problems = [problem for answer in found for problem in answer]
-        if wrong := [problem for problem in problems if not isinstance(problem, Problem)]:
-            raise self._unexpected(hook, wrong[0], "a list of Problem")
-        return problems
+        for answer in found:
+            for problem in [answer] if not isinstance(answer, list) else answer:
+                if not isinstance(problem, Problem) or problem is answer:
+                    raise self._unexpected(hook, problem, "a list of Problem")
+        return [problem for answer in found for problem in answer]
 
     def reader(
         self, config: StrategyConfig, spec: CaptureSpec, target: TargetInfo, path: Path
@@ -148,7 +149,11 @@ class Strategy:
 
     def draft(self, config: StrategyConfig, target: TargetInfo, data: DataInfo | None) -> Draft:
         found = self._need("specforge_draft", config=config, target=target, data=data)
-        return self._typed("specforge_draft", found, Draft)
+        draft = self._typed("specforge_draft", found, Draft)
+        self._with("specforge_draft", draft.model, "parameters", "state_dict")
+        if not any(parameter.requires_grad for parameter in draft.model.parameters()):
+            raise self._unexpected("specforge_draft", draft.model, "a model with parameters")
+        return draft
 
     def train_step(self, config: StrategyConfig) -> TrainStep:
         found: TrainStep = self._need("specforge_train_step", config=config)
@@ -163,6 +168,8 @@ class Strategy:
                 f"train.optimizer {train.optimizer!r} is not provided by any installed plugin. "
                 "Try: train.optimizer=adamw, or muon"
             )
+        for optimizer in found:
+            self._with("specforge_optimizers", optimizer, "param_groups", "step")
         return found
 
     def schedule(self, train: TrainConfig) -> Callable[[float], float]:
@@ -172,7 +179,16 @@ class Strategy:
                 f"train.schedule {train.schedule!r} is not provided by any installed plugin. "
                 "Try: train.schedule=cosine, constant or wsd"
             )
-        return self._with("specforge_schedule", found, "__call__")
+        self._with("specforge_schedule", found, "__call__")
+
+        def factor(progress: float) -> float:
+            with self.guard("specforge_schedule"):
+                value = found(progress)
+            if not (isinstance(value, float | int) and 0 <= value < float("inf")):
+                raise self._unexpected("specforge_schedule", value, f"a factor, not {value!r:.80}")
+            return value
+
+        return factor
 
     def trackers(self, run: RunConfig) -> list[tuple[str, Tracker]]:
         """Return the run's trackers, each with the name of its package."""
@@ -180,7 +196,7 @@ class Strategy:
         found: list[Tracker] = self._first(hook, run=run)
         return [
             (
-                plugins.package_behind(self.pm, tracker),
+                blame.package_behind(self.pm, tracker),
                 self._with(hook, tracker, "start", "log", "event", "close"),
             )
             for tracker in found
@@ -210,7 +226,16 @@ class Strategy:
     ) -> None:
         """Call `specforge_import` (`import` is a keyword, so the method is not named so)."""
         hook = "specforge_import"
-        if not self._first(hook, config=config, draft=draft, target=target, export=export):
+        try:
+            done = self._first(hook, config=config, draft=draft, target=target, export=export)
+        except PluginError as exc:
+            if not isinstance(exc.__cause__, WRONG_VALUE):
+                raise
+            raise CheckpointError(
+                f"the export's config.json has a value of a kind that is not read there: {exc}. "
+                "Export again, or try a checkpoint: --draft OUTPUT_DIR"
+            ) from exc
+        if not done:
             raise PluginError(
                 f"strategy {self.name!r} cannot load an exported directory. "
                 "Give a checkpoint instead: --draft OUTPUT_DIR"
@@ -227,55 +252,6 @@ class Strategy:
                 reason=f"target.engine={target.engine} serves no drafts. "
                 "Try: target.engine=ENGINE of an installed plugin that does"
             )
-        return found
-
-    # ---- what goes wrong in a plugin ----
-
-    @contextmanager
-    def guard(self, hook: str, plugin: str | None = None) -> Iterator[None]:
-        """Turn what a plugin raises, in a hook or in what the hook returned, into a PluginError."""
-        try:
-            yield
-        except (SpecForgeError, OSError, MemoryError):
-            raise
-        except Exception as exc:
-            if _out_of_memory(exc):
-                raise
-            who = plugins.blamed(self.pm, hook, exc, plugin or self.name)
-            raise PluginError(f"{who}, {hook}: {type(exc).__name__}: {exc}") from exc
-
-    def check_returned(self, hook: str, value: object, kind: type[T], text: str) -> T:
-        """Return what a plugin's callable returned; PluginError if it is of another type."""
-        if not isinstance(value, kind):
-            raise self._unexpected(hook, value, text)
-        return value
-
-    def _first(self, hook: str, **arguments: object) -> Any:
-        with self.guard(hook):
-            return getattr(self.pm.hook, hook)(**arguments)
-
-    def _need(self, hook: str, **arguments: object) -> Any:
-        found = self._first(hook, **arguments)
-        if found is None:
-            raise PluginError(
-                f"{self.package}, {hook}: returned nothing. Its package has to return what "
-                "specforge_core/hookspecs.py says"
-            )
-        return found
-
-    def _typed(self, hook: str, value: object, kind: type[T]) -> T:
-        return self.check_returned(hook, value, kind, f"{kind.__name__}")
-
-    def _with(self, hook: str, value: T, *names: str) -> T:
-        if missing := [name for name in names if not hasattr(value, name)]:
-            wanted = "a function" if names == ("__call__",) else f"an object with {missing[0]!r}"
-            raise self._unexpected(hook, value, wanted)
-        return value
-
-    def _unexpected(self, hook: str, value: object, expected: str) -> PluginError:
-        who = plugins.provider(self.pm, hook, self.name)
-        return PluginError(f"{who}, {hook}: returned {type(value).__name__}, expected {expected}")
-
-
-def _out_of_memory(exc: Exception) -> bool:
-    return type(exc).__name__ == "OutOfMemoryError"
+        if isinstance(found, NotServed):
+            return found
+        return self._with("specforge_serve", found, "name", "answer", "close")

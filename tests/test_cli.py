@@ -83,6 +83,11 @@ def test_debug_shows_where_an_error_came_from(config: Path) -> None:
         (["check", "absent"], "strategy 'absent' is not installed"),
         (["verify", "absent"], "absent has no manifest.json: it is not a capture"),
         (["export", "--checkpoint", "absent", "-o", "out"], "absent holds no complete checkpoint"),
+        (["verify", "absent", "--recapture", "-5"], "-5 is not in the range x>=0"),
+        (["train", "-c", "absent.yaml", "--nproc", "-3"], "-3 is not in the range 1<=x<=1024"),
+        (["train", "-c", "absent.yaml", "--nproc", "0"], "0 is not in the range 1<=x<=1024"),
+        (["train", "-c", "absent.yaml", "--nproc", "99999"], "99999 is not in the range"),
+        (["check", "x" * 100_000], "xxx...xxx"),
     ],
 )
 def test_wrong_usage_is_status_2(arguments: list[str], message: str, tmp_path: Path) -> None:

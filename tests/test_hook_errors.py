@@ -15,15 +15,18 @@ from specforge_core.strategy import Strategy
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import SECONDS, cli, load, write_run
 from specforge_core.train.run import train
-from specforge_core.types import CaptureSpec, Draft, TargetInfo
+from specforge_core.types import CaptureSpec, Draft, Export, TargetInfo
 
 BASE = """
 from specforge_linear import *
 from specforge_linear import train_step as step
 from specforge_core import hookimpl
 from specforge_core.errors import CheckpointError
-from specforge_core.types import Ratio, StepOutput
+from specforge_core.types import Draft, Ratio, StepOutput
 import torch
+class Text:
+    spec = "text"
+    def __call__(self, capture): ...
 """
 CONFIG = StrategyConfig(name="bad")
 SPEC = CaptureSpec(layers=(), fields={})
@@ -64,8 +67,91 @@ def test_a_hook_that_raises_names_itself_and_its_package(fake_site: FakeSite, ho
 
 
 @pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        ("OSError('no network')", "OSError: no network"),
+        ("PermissionError(13, 'Permission denied', 'x')", "PermissionError: [Errno 13]"),
+        ("SystemExit(0)", "SystemExit: 0"),
+        ("RecursionError('deep')", "RecursionError: deep"),
+        ("ValueError('x' * 10**6)", "ValueError: xxx"),
+    ],
+)
+def test_whatever_a_hook_raises_has_its_name_and_status(
+    fake_site: FakeSite, raised: str, told: str
+) -> None:
+    strategy = bad(fake_site, "adapter", "", f"raise {raised}")
+    with pytest.raises(PluginError, match=r"^specforge-bad 0\.1\.0, specforge_adapter: ") as error:
+        strategy.adapter(CONFIG, TARGET)
+    assert told in str(error.value)
+    assert len(str(error.value)) < 1000
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ("return int(export.config['layers'])", CheckpointError),
+        ("return export.config['absent']", CheckpointError),
+        ("return export.config['layers'].get('x')", CheckpointError),
+        ("raise RuntimeError('mine')", PluginError),
+    ],
+)
+def test_a_damaged_export_is_not_its_package_s_fault(
+    fake_site: FakeSite, body: str, kind: type[Exception]
+) -> None:
+    strategy = bad(fake_site, "import", "export", body)
+    export = Export(config={"layers": [1]}, weights={})
+    with pytest.raises(kind, match=r"specforge-bad 0\.1\.0, specforge_import: "):
+        strategy.load_export(CONFIG, DRAFT, TARGET, export)
+
+
+def test_a_message_is_cut_whatever_is_in_it() -> None:
+    text = str(CheckpointError(f"has {'x' * 10**6} and {'y ' * 10**6}"))
+    assert text.startswith(f"has {'x' * 200}... (1000000 characters) and y y")
+    assert len(text) < 3100
+
+
+def test_a_person_s_interrupt_in_a_hook_stays_one(fake_site: FakeSite) -> None:
+    strategy = bad(fake_site, "adapter", "", "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        strategy.adapter(CONFIG, TARGET)
+
+
+@pytest.mark.parametrize(("body", "told"), [("0 / 0", "ZeroDivisionError"), ("-1.0", "not -1.0")])
+def test_a_schedule_that_fails_in_a_step_is_told(fake_site: FakeSite, body: str, told: str) -> None:
+    strategy = bad(fake_site, "schedule", "", f"return lambda progress: {body}")
+    with pytest.raises(PluginError, match=r"^specforge-bad 0\.1\.0, specforge_schedule: ") as error:
+        strategy.schedule(TrainConfig())(0.5)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("returned", ["3", "dict", "StrategyConfig(name='x')"])
+def test_a_plugin_s_section_is_a_model(fake_site: FakeSite, returned: str) -> None:
+    source = f"""
+    from specforge_core import hookimpl
+    from specforge_core.config import StrategyConfig
+    @hookimpl
+    def specforge_plugin_config(): return {returned}
+    """
+    group = {"specforge.plugins": {"acme": "acme_plugin"}}
+    fake_site.dist("acme-plugin", "0.3", group, module="acme_plugin", source=source)
+    strategy = Strategy.load("linear", using=frozenset({"acme"}))
+    message = (
+        r"^acme-plugin 0\.3, specforge_plugin_config: returned \w+, expected a subclass of Sec"
+    )
+    with pytest.raises(PluginError, match=message):
+        strategy.plugin_configs()
+
+
+@pytest.mark.parametrize(
     ("hook", "returned", "expected"),
     [
+        ("adapter", "Text()", "str, expected an object with a CaptureSpec"),
+        ("conversations", "3", "int, expected an object with '__iter__'"),
+        ("draft", "Draft(model=3)", "int, expected an object with 'parameters'"),
+        ("draft", "Draft(model=torch.nn.Identity())", "Identity, expected a model with parameters"),
+        ("optimizers", "[3]", "int, expected an object with 'param_groups'"),
+        ("verify_capture", "3", "int, expected a list of Problem"),
         ("config", "3", "int, expected a subclass of StrategyConfig"),
         ("config", "dict", "type, expected a subclass of StrategyConfig"),
         ("adapter", "'text'", "str, expected an object with 'spec'"),
@@ -156,6 +242,42 @@ CALLABLES = {
         ("train_step", "", "return lambda draft, batch, ctx: torch.zeros(())"),
         "specforge-bad 0.1.0, specforge_train_step: returned Tensor, expected StepOutput",
     ),
+    "a step that exits": (
+        ("train_step", "", "return lambda draft, batch, ctx: exit(0)"),
+        "specforge-bad 0.1.0, specforge_train_step: SystemExit: 0",
+    ),
+    "a step that misses a file": (
+        ("train_step", "", "return lambda draft, batch, ctx: open('/absent/file')"),
+        "specforge-bad 0.1.0, specforge_train_step: FileNotFoundError: ",
+    ),
+    "a loss of three": (
+        ("train_step", "", "return out_of(lambda o: replace(o, loss_sum=o.loss_sum.expand(3)))"),
+        "specforge_train_step: returned a loss_sum of shape [3], expected a tensor without axes",
+    ),
+    "a loss that is a number": (
+        ("train_step", "", "return out_of(lambda o: replace(o, loss_sum=0.5))"),
+        "specforge_train_step: returned a loss_sum 0.5, expected a tensor without axes",
+    ),
+    "a loss without a gradient": (
+        ("train_step", "", "return out_of(lambda o: replace(o, loss_sum=o.loss_sum.detach()))"),
+        "specforge_train_step: returned a loss_sum without a gradient",
+    ),
+    "a weight below 0": (
+        ("train_step", "", "return out_of(lambda o: replace(o, weight=-o.weight))"),
+        "specforge-bad 0.1.0, specforge_train_step: the weights of a step come to -",
+    ),
+    "a metric that is no ratio": (
+        ("train_step", "", "return out_of(lambda o: replace(o, metrics={'mine': 3}))"),
+        "specforge_train_step: returned a mine.num 3, expected a tensor without axes",
+    ),
+    "a transform that returns a number": (
+        ("transform", "", "return lambda sample, generator: 5"),
+        "specforge_transform: returned int, expected a sample or None",
+    ),
+    "a collate that returns nothing": (
+        ("collate", "", "return lambda samples: None"),
+        "specforge_collate: returned NoneType, expected Batch, a dict of tensors",
+    ),
     "a metric of the core's": (
         ("train_step", "", "return named('loss')"),
         "specforge-bad 0.1.0, specforge_train_step: the metric name 'loss' is the core's own",
@@ -186,7 +308,11 @@ CALLABLES = {
     ),
 }
 HELPERS = """
+from dataclasses import replace
 from specforge_core.types import CaptureSpec, Field
+
+def out_of(change):
+    return lambda draft, batch, ctx: change(step(draft, batch, ctx))
 
 def named(name):
     def run(draft, batch, ctx):
@@ -229,6 +355,32 @@ def test_what_a_hook_returned_names_its_package_when_it_fails(
     with pytest.raises(PluginError) as error:
         train(*load(config))
     assert message in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hook", "status", "told"),
+    [
+        (("adapter", "", "import sys; sys.exit(0)"), 2, "specforge_adapter: SystemExit: 0"),
+        (("train_step", "", "return lambda d, b, c: 1 / 0"), 1, "specforge_train_step: ZeroDivis"),
+        (("train_step", "", "return 5"), 2, "specforge_train_step: returned int, expected a func"),
+    ],
+)
+def test_the_command_s_status_says_whether_the_run_had_begun(
+    fake_site: FakeSite,
+    tmp_path: Path,
+    toy_target: Path,
+    hook: tuple[str, str, str],
+    status: int,
+    told: str,
+) -> None:
+    config = write(fake_site, tmp_path, toy_target, hook)
+    env = os.environ | {"PYTHONPATH": str(fake_site.path)}
+    process = cli("train", "-c", str(config), env=env)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == status
+    assert f"error: specforge-bad 0.1.0, {told}" in err
+    assert "--debug" not in err
 
 
 @pytest.mark.slow

@@ -17,12 +17,13 @@ from specforge_core.testing.plugin import FakeSite
 GOOD = """
 from specforge_core import hookimpl
 from specforge_core.config import StrategyConfig
+from specforge_core.types import CaptureSpec
 class GoodConfig(StrategyConfig):
     block_size: int = 16
 @hookimpl
 def specforge_config(): return GoodConfig
 class Adapter:
-    spec = "spec"
+    spec = CaptureSpec(layers=(7,), fields={})
     def __call__(self, capture): ...
 @hookimpl
 def specforge_adapter(config, target): return Adapter()
@@ -130,6 +131,79 @@ def test_a_plugin_that_pins_another_core_is_incompatible(env: FakeSite) -> None:
         Strategy.load("old")
 
 
+OURS = "[specforge.strategies]\nbroken = specforge_broken\n"
+NAMED = "Metadata-Version: 2.1\nName: specforge-broken\nVersion: 0.1.0\n"
+ABSENT = "there is no module 'specforge_broken'"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "entries", "state"),
+    [
+        (
+            None,
+            OURS,
+            "broken: the package that provides 'broken' ('specforge_broken') has",
+        ),
+        ("", OURS, "it has no name or no version"),
+        ("Name: specforge-broken\n", OURS, "it has no name or no version"),
+        (f"{NAMED}Summary: \udcff\n", OURS, "UnicodeDecodeError: 'utf-8' codec can't decode"),
+        (NAMED, OURS.replace("specforge_broken", "!!!"), "'!!!' names no module"),
+        (NAMED, OURS.replace("specforge_broken", ""), "'' names no module"),
+        (NAMED, OURS.replace("specforge_broken", ".x"), "broken: there is no module '.x'"),
+        (NAMED, "[specforge.strategies]\nbroken\n", None),
+        (NAMED, "[specforge.strategies]\n\udcff = x\n", None),
+        (f"{NAMED}Requires-Dist: specforge-core>=banana\n", OURS, "which is no version"),
+        (f"{NAMED}Requires-Dist: specforge_core>=99\n", OURS, "needs specforge-core>=99"),
+        (f"{NAMED}Requires-Dist: SpecForge.Core (>=99)\n", OURS, "needs specforge-core>=99"),
+        (f"{NAMED}Requires-Dist: specforge-core>=9; os_name != 'x'\n", OURS, "needs specforge-co"),
+        (f"{NAMED}Requires-Dist: specforge-core>=9; extra == 'x'\n", OURS, ABSENT),
+        (
+            f"{NAMED}Requires-Dist: specforge-core>=0.1\nRequires-Dist: specforge-core<0.2\n",
+            OURS,
+            "needs specforge-core>=0.1,<0.2",
+        ),
+        (f"{NAMED}Requires-Dist: specforge-core @ file:///x\n", OURS, ABSENT),
+    ],
+)
+def test_broken_metadata_breaks_its_own_package_only(
+    env: FakeSite, metadata: str | None, entries: str, state: str | None
+) -> None:
+    env.strategy("good", GOOD.replace("NAME", "good"))
+    info = env.path / "specforge_broken-0.1.0.dist-info"
+    info.mkdir()
+    for name, text in (("METADATA", metadata), ("entry_points.txt", entries)):
+        if text is not None:
+            (info / name).write_bytes(text.encode(errors="surrogateescape"))
+    found = states()
+    assert found["good"] == "ok"
+    assert ("broken" in found) == (state is not None)
+    assert (state or "") in found.get("broken", "")
+    with pytest.raises(PluginError):
+        Strategy.load("broken")
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("import sys; sys.exit()", "SystemExit: "),
+        ("raise GeneratorExit", "GeneratorExit: "),
+        ("class Mine(BaseException): ...\nraise Mine('x')", "Mine: x"),
+        ("def f(): f()\nf()", "RecursionError: maximum recursion depth"),
+        ("raise ValueError('x' * 10**6)", "x... (1000000 characters)"),
+        ("\0", "null bytes"),
+    ],
+)
+def test_whatever_ends_an_import_is_an_error_of_the_package(
+    env: FakeSite, source: str, kind: str
+) -> None:
+    env.strategy("ends", source)
+    with pytest.raises(PluginError, match="could not be imported from 'specforge_ends'") as error:
+        Strategy.load("ends")
+    assert kind in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
 def test_a_cross_cutting_plugin_wraps_a_strategy_hook_and_can_be_disabled(
     env: FakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +236,7 @@ def test_a_strategy_inherits_hooks_by_importing_them(env: FakeSite) -> None:
     child = Strategy.load("child")
     assert step_of(child) == "child-step"
     adapter: Any = child.adapter(None, None)  # type: ignore[arg-type]
-    assert adapter.spec == "spec"
+    assert adapter.spec.layers == (7,)
 
 
 def test_check_refuses_a_default_in_a_hook(env: FakeSite) -> None:

@@ -224,7 +224,10 @@ class Batches:
             return None
         generator = sample_generator(self.share.seed, placed.epoch, placed.number)
         with self.strategy.guard("specforge_transform"):
-            return self.transform(placed.sample, generator)
+            sample = self.transform(placed.sample, generator)
+        if sample is None:
+            return None
+        return self.strategy.check_returned("specforge_transform", sample, dict, "a sample or None")
 
     def _look_ahead(self, samples: Iterator[Placed], ahead: deque[Placed]) -> Sample:
         """Return the next sample that can be trained on; what is before it waits in `ahead`."""

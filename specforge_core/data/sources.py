@@ -119,7 +119,7 @@ def _lines(path: Path) -> Iterator[Line | DataError]:
 def _parse(line: bytes, where: str) -> Line | DataError:
     try:
         row = json.loads(line)
-    except ValueError as exc:  # also bytes that are not UTF-8
+    except (ValueError, RecursionError) as exc:  # also bytes that are not UTF-8
         array = line.lstrip().startswith(b"[")
         hint = "one JSON array? Try: jq -c '.[]' FILE > FILE.jsonl" if array else _SKIP
         return DataError(f"{where} is not a line of JSON ({exc}). {hint}")

@@ -23,11 +23,19 @@ UNSUPPORTED_FACTORS = ("logit_scale", "logits_scaling")
 class DecoderOptions(StrategyConfig):
     """Base of a `strategy:` section whose draft has decoder layers."""
 
-    num_heads: int | None = Field(None, gt=0, description="As the target's if not set.")
-    num_kv_heads: int | None = Field(None, gt=0, description="As the target's if not set.")
-    head_dim: int | None = Field(None, gt=0, multiple_of=2, description="As the target's.")
-    intermediate_size: int | None = Field(None, gt=0, description="As the target's if not set.")
-    rope_theta: float | None = Field(None, gt=0, description="Plain RoPE, not the target's.")
+    num_heads: int | None = Field(None, gt=0, le=10**4, description="As the target's if not set.")
+    num_kv_heads: int | None = Field(
+        None, gt=0, le=10**4, description="As the target's if not set."
+    )
+    head_dim: int | None = Field(
+        None, gt=0, le=10**5, multiple_of=2, description="As the target's."
+    )
+    intermediate_size: int | None = Field(
+        None, gt=0, le=10**6, description="As the target's if not set."
+    )
+    rope_theta: float | None = Field(
+        None, ge=1, le=1e12, description="Plain RoPE, not the target's."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,11 @@ from .head import Head
 from .info import load_pretrained, load_target_info
 from .taps import Taps, find_parts, tap_states
 
+# Arguments of from_pretrained that `target` has keys for, or that are decided here
+RESERVED = frozenset(
+    ("auto", "target", "pretrained_model_name_or_path", "revision", "trust_remote_code", "dtype")
+) | {"torch_dtype", "output_loading_info"}
+
 
 class TransformersEngine:
     """A TargetEngine in this process.  Its captures are slices of one padded batch."""
@@ -40,6 +45,11 @@ class TransformersEngine:
         pinned = target.model_copy(update={"revision": info.revision})  # the branch may move on
         # evaluation runs the target here whatever engine captures: its options are not for this one
         own = target.options if target.engine == "transformers" else {}
+        if taken := sorted(own.keys() & RESERVED):
+            raise ConfigError(
+                f"target.options.{taken[0]} is not for the engine transformers: it is decided "
+                "elsewhere in the section target. Take it out"
+            )
         dtype = pick_target_dtype(target.dtype, info.config.get("dtype"), device)
         options = {"dtype": dtype, "output_loading_info": True, **own}
         model, report = load_pretrained(AutoModelForCausalLM, pinned, **options)

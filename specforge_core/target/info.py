@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from ..config import TargetConfig
 from ..errors import ConfigError
+from ..text import cut
 from ..types import TargetInfo
 
 
@@ -66,8 +67,12 @@ def load_pretrained(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:
             trust_remote_code=target.trust_remote_code,
             **kwargs,
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as exc:
-        reason = str(exc).strip().splitlines()[0]
+    except MemoryError:
+        raise
+    except Exception as exc:  # whatever a damaged file or a wrong option makes its libraries raise
+        lines = str(exc).strip().splitlines()
+        known = isinstance(exc, OSError | ValueError | ImportError)
+        reason = cut(" ".join(lines[:1] if known else [f"{type(exc).__name__}:", *lines[:2]]), 300)
         revision = f" at revision {target.revision!r}" if target.revision else ""
         if "trust_remote_code" in str(exc) and not target.trust_remote_code:
             raise ConfigError(

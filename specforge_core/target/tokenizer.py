@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import TargetConfig
 from ..errors import DataError
+from ..text import cut
 
 # Tokenized for the fingerprint: digits, spaces, case and scripts, which tokenizers split unlike
 PROBE = "Hello, world!  12345 + 67.8\n\n\tdef f(x):\r\n    return x  # naïve Ü 漢字 🙂 don't"
@@ -22,9 +23,13 @@ def load_tokenizer(target: TargetConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             target.path, revision=target.revision, trust_remote_code=target.trust_remote_code
         )
-    except (OSError, ValueError) as exc:
+        tokenizer(PROBE, add_special_tokens=False, verbose=False)  # some fail on use alone
+    except MemoryError:
+        raise
+    except Exception as exc:  # whatever damaged files make the libraries raise
+        reason = cut(f"{type(exc).__name__}: {exc}", 500)
         raise DataError(
-            f"target {target.path!r} has no tokenizer that can be loaded: {exc}. "
+            f"target {target.path!r} has no tokenizer that can be loaded: {reason}. "
             "Try: target.path=DIRECTORY or a Hugging Face id"
         ) from exc
     if not tokenizer.is_fast:

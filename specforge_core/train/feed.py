@@ -103,8 +103,9 @@ def _online(job: Job, share: Share) -> Feed:
     except BaseException:
         engine.close()
         raise
+    window = min(run.capture.window, len(prompts))  # none is waited for twice
     return Feed(
-        source=OnlineSource(strategy, engine, adapter, prompts, share, run.capture.window),
+        source=OnlineSource(strategy, engine, adapter, prompts, share, window),
         spec=adapter.spec,
         target=job.target,
         identity=job.identity,

@@ -47,8 +47,10 @@ class Sums:
 class Reduced:
     """Sums over the ranks, on the device at once and on the host when it has come there."""
 
-    def __init__(self, names: tuple[str, ...], kinds: tuple[bool, ...], total: Tensor) -> None:
-        self._names, self._kinds = names, kinds
+    def __init__(
+        self, package: str, names: tuple[str, ...], kinds: tuple[bool, ...], total: Tensor
+    ) -> None:
+        self._package, self._names, self._kinds = package, names, kinds
         self._sums, self._extra = total[: 2 * len(names)], total[2 * len(names) :]
         self._host = total.to("cpu", non_blocking=True)
         self._copied: torch.cuda.Event | None = None
@@ -79,9 +81,29 @@ class Reduced:
         sums = Sums()
         for i, name in enumerate(self._names):
             sums.add(name, values[2 * i], values[2 * i + 1])
+        if sums.values["loss"][1] < 0:
+            raise PluginError(
+                f"{self._package}, specforge_train_step: the weights of a step come to "
+                f"{sums.values['loss'][1]:g}, which would turn its gradient round. A weight is 0 "
+                "or more: how many places the loss is summed over"
+            )
         rest = values[2 * len(self._names) :]
         found = iter(rest), iter(rest[self._kinds.count(False) :])  # numbers come before tensors
         return sums, [next(found[kind]) for kind in self._kinds]
+
+
+def check_scalars(who: str, output: StepOutput) -> None:
+    """Raise PluginError for a StepOutput whose parts are no scalars, or that trains nothing."""
+    parts: dict[str, object] = {"loss_sum": output.loss_sum, "weight": output.weight}
+    for name, ratio in output.metrics.items():
+        parts[f"{name}.num"] = getattr(ratio, "num", ratio)
+        parts[f"{name}.den"] = getattr(ratio, "den", ratio)
+    for name, value in parts.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            is_ = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
+            raise PluginError(f"{who}: returned a {name} {is_}, expected a tensor without axes")
+    if not output.loss_sum.requires_grad:
+        raise PluginError(f"{who}: returned a loss_sum without a gradient. Is it detached?")
 
 
 @dataclass(slots=True)
@@ -117,7 +139,7 @@ class Reducer:
         total = torch.cat([torch.stack(rows).sum(0), pinned, *(t.reshape(1) for t in tensors)])
         dist.all_reduce(total)
         kinds = tuple(isinstance(e, Tensor) for e in extra)
-        return Reduced(("loss", *names), kinds, total)
+        return Reduced(self.package, ("loss", *names), kinds, total)
 
     def _names(self, outputs: Sequence[StepOutput]) -> list[str]:
         hook = f"{self.package}, specforge_train_step: "

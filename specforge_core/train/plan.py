@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import yaml
-
 from ..capture.manifest import CaptureManifest
 from ..config import RunConfig
 from ..drafts.checkpoint import checkpoints
@@ -11,6 +9,7 @@ from ..errors import SpecForgeError
 from ..records import recorded
 from ..strategy import Strategy
 from ..target.info import load_target_info
+from ..yaml_text import dump
 from .machine import choose
 
 
@@ -37,8 +36,7 @@ def plan_run(run: RunConfig, strategy: Strategy, nproc: int) -> str:
         plan["captures"] = {"layers": list(spec.layers), "final": spec.final}
     except SpecForgeError as exc:
         plan["target"] = f"not available here: {exc}"
-    text = {"plan": plan, "config": recorded(run)}
-    return yaml.safe_dump(text, sort_keys=False, allow_unicode=True, width=100).rstrip()
+    return dump({"plan": plan, "config": recorded(run)})
 
 
 def _data(run: RunConfig) -> str:

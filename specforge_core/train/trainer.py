@@ -236,9 +236,8 @@ class Trainer:
 
     def _forward(self, micro: Micro) -> StepOutput:
         generator = torch.Generator()
-        generator.manual_seed(
-            (self.run.train.seed * 1_000_003 + self.step) * 65_537 + self.world.rank
-        )
+        seed = (self.run.train.seed * 1_000_003 + self.step) * 65_537 + self.world.rank
+        generator.manual_seed(seed % 2**63)
         context = StepContext(
             step=self.step,
             total_steps=self.course.total_steps,
@@ -250,6 +249,7 @@ class Trainer:
         with self.strategy.guard(hook):
             output = self.step_function(self.draft, micro.batch, context)
         self.strategy.check_returned(hook, output, StepOutput, "StepOutput")
+        metrics.check_scalars(f"{self.strategy.package}, {hook}", output)
         if micro.num_samples:
             return output
         nothing = {n: Ratio(num=r.num * 0, den=r.den * 0) for n, r in output.metrics.items()}

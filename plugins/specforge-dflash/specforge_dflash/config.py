@@ -19,16 +19,18 @@ LabelLayout: TypeAlias = Literal["same_position", "next_token"]
 class DFlashConfig(DecoderOptions):
     """The `strategy:` section of a DFlash run."""
 
-    block_size: int = Field(16, ge=2, description="Slots of one block, the known token included.")
-    num_layers: int = Field(5, gt=0, description="Layers of the draft.")
+    block_size: int = Field(
+        16, ge=2, le=1024, description="Slots of one block, the known token included."
+    )
+    num_layers: int = Field(5, gt=0, le=1024, description="Layers of the draft.")
     layers: Annotated[tuple[int, ...] | None, MayChange.ALWAYS] = Field(
         None, description="Target layers whose outputs are read; the published formula if not set."
     )
     num_capture_layers: Annotated[int | None, MayChange.ALWAYS] = Field(
-        None, gt=0, description="How many layers the formula picks; num_layers if not set."
+        None, gt=0, le=1024, description="How many layers the formula picks; num_layers if not set."
     )
     num_anchors: Annotated[int, MayChange.AT_START] = Field(
-        512, gt=0, description="Blocks trained per sample, at most."
+        512, gt=0, le=10**6, description="Blocks trained per sample, at most."
     )
     batches: Annotated[Literal["packed", "padded"], MayChange.ALWAYS] = Field(
         "packed", description="Samples of a batch behind each other in one row, or one a row."
@@ -48,7 +50,9 @@ class DFlashConfig(DecoderOptions):
     mask_token_id: Annotated[int | None, MayChange.ALWAYS] = Field(
         None, ge=0, description="Stands for the tokens to draft; an unused one if not set."
     )
-    sliding_window: int | None = Field(None, gt=0, description="Positions a sliding layer sees.")
+    sliding_window: int | None = Field(
+        None, gt=0, le=10**9, description="Positions a sliding layer sees."
+    )
     layer_types: tuple[LayerType, ...] | None = Field(
         None, description="One per draft layer; all sliding if only sliding_window is set."
     )
@@ -56,13 +60,13 @@ class DFlashConfig(DecoderOptions):
         "auto", description="auto: flex on a GPU, for heads of 16 and more."
     )
     head_chunk: Annotated[int, MayChange.ALWAYS] = Field(
-        1024, gt=0, description="Rows whose logits exist at a time."
+        1024, gt=0, le=10**6, description="Rows whose logits exist at a time."
     )
     export_dtype: Annotated[Literal["bfloat16", "float32"], MayChange.ALWAYS] = Field(
         "bfloat16", description="Of weights."
     )
     seed: Annotated[int, MayChange.AT_START] = Field(
-        0, ge=0, description="Of the draft's first weights."
+        0, ge=0, le=2**32 - 1, description="Of the draft's first weights."
     )
 
     @model_validator(mode="after")

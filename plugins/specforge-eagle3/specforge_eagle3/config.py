@@ -19,7 +19,7 @@ class Eagle3Config(DecoderOptions):
     """The `strategy:` section of an EAGLE-3 run."""
 
     steps: Annotated[int, MayChange.AT_START] = Field(
-        7, gt=0, description="Steps of training-time test."
+        7, gt=0, le=1024, description="Steps of training-time test."
     )
     step_decay: Annotated[float, MayChange.AT_START] = Field(
         0.8, gt=0, le=1, description="Step i weighs step_decay^i."
@@ -37,7 +37,7 @@ class Eagle3Config(DecoderOptions):
         "kl", description="Cross-entropy, -log of the acceptance rate, or a mix of both."
     )
     lk_decay: Annotated[float, MayChange.AT_START] = Field(
-        3.0, ge=0, description="lk_lambda: w = lk_scale * exp(-lk_decay * a)."
+        3.0, ge=0, le=1e6, description="lk_lambda: w = lk_scale * exp(-lk_decay * a)."
     )
     lk_scale: Annotated[float, MayChange.AT_START] = Field(
         1.0, gt=0, le=1, description="lk_lambda: weight of KL where a is 0."
@@ -60,22 +60,22 @@ class Eagle3Config(DecoderOptions):
         "auto", description="auto: flash kernels on a GPU in half precision, else eager."
     )
     head_chunk: Annotated[int, MayChange.ALWAYS] = Field(
-        3584, gt=0, description="Rows whose logits exist at a time, about."
+        3584, gt=0, le=10**6, description="Rows whose logits exist at a time, about."
     )
     draft_length: Annotated[int, MayChange.ALWAYS] = Field(
-        7, gt=0, description="Tokens of a drafted chain; levels of a tree."
+        7, gt=0, le=1024, description="Tokens of a drafted chain; levels of a tree."
     )
     tree_top_k: Annotated[int, MayChange.ALWAYS] = Field(
-        1, gt=0, description="Branches of a drafted tree; 1 drafts a chain."
+        1, gt=0, le=1024, description="Branches of a drafted tree; 1 drafts a chain."
     )
     tree_tokens: Annotated[int, MayChange.ALWAYS] = Field(
-        31, gt=0, description="Tokens of a drafted tree, at most."
+        31, gt=0, le=10**5, description="Tokens of a drafted tree, at most."
     )
     export_dtype: Annotated[Literal["bfloat16", "float16", "float32"], MayChange.ALWAYS] = Field(
         "bfloat16", description="Of the exported weights."
     )
     seed: Annotated[int, MayChange.AT_START] = Field(
-        0, ge=0, description="Of the draft's first weights."
+        0, ge=0, le=2**32 - 1, description="Of the draft's first weights."
     )
 
     @model_validator(mode="before")

@@ -53,10 +53,10 @@ class OpenAIOptions(Addresses):
 
     urls: Urls = Field(min_length=1, description="Servers: http://HOST:PORT, with or without /v1.")
     timeout: float = Field(
-        1800.0, gt=0, description="Seconds one answer may take, a server's queue included."
+        1800.0, gt=0, le=1e6, description="Seconds one answer may take, a server's queue included."
     )
     patience: float = Field(
-        120.0, ge=0, description="Seconds to wait for a server when all are unreachable."
+        120.0, ge=0, le=1e6, description="Seconds to wait for a server when all are unreachable."
     )
 
 

@@ -30,8 +30,8 @@ from .step import ChainStep
 class ExampleConfig(StrategyConfig):
     """Options of the method: the section `strategy:`."""
 
-    draft_tokens: int = Option(3, gt=0, description="Tokens drafted at once.")
-    seed: int = Option(0, ge=0, description="Of the first weights.")
+    draft_tokens: int = Option(3, gt=0, le=1024, description="Tokens drafted at once.")
+    seed: int = Option(0, ge=0, le=2**32 - 1, description="Of the first weights.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""Targets whose files or options are wrong: one error that names the target."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specforge_core.config import TargetConfig
+from specforge_core.errors import ConfigError, DataError
+from specforge_core.target.engine import TransformersEngine
+from specforge_core.target.info import load_target_info
+from specforge_core.target.tokenizer import load_tokenizer
+
+DEEP = "[" * 100_000
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def target(toy_target: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(toy_target, tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", ""),
+        ("tokenizer.json", DEEP),
+        ("tokenizer.json", '{"model": {"type": "Absent"}, "added_tokens": []}'),
+        ("tokenizer.json", '{"model": {"type": "Absent"}}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "3"),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", DEEP),
+    ],
+)
+def test_a_damaged_tokenizer(target: Path, file: str, text: str) -> None:
+    (target / file).write_text(text)
+    with pytest.raises(DataError, match="has no tokenizer that can be loaded: ") as error:
+        load_tokenizer(TargetConfig(path=str(target)))
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", DEEP, '{"model_type": 3}', '{"model_type": "llama", "hidden_size": "many"}'],
+)
+def test_a_damaged_config(target: Path, text: str) -> None:
+    (target / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="cannot be loaded: ") as error:
+        load_target_info(TargetConfig(path=str(target)))
+    assert len(str(error.value)) < 1000
+
+
+def test_cut_weights(target: Path) -> None:
+    weights = target / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match="cannot be loaded: SafetensorError"):
+        TransformersEngine.load(TargetConfig(path=str(target)), CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "target.options.dtype is not for the engine transformers"),
+        ({"output_loading_info": False}, "target.options.output_loading_info is not for"),
+        ({"target": 1}, "target.options.target is not for"),
+        ({"attn_implementation": "2024-01-01"}, "cannot be loaded: "),
+        ({"attn_implementation": 3}, "cannot be loaded: "),
+        ({"device_map": [1]}, "cannot be loaded: "),
+        ({"no_such_option": 1}, "cannot be loaded: "),
+    ],
+)
+def test_options_that_transformers_cannot_take(
+    target: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TransformersEngine.load(TargetConfig(path=str(target), options=options), CPU)
+
+
+def test_a_config_with_a_huge_number_of_layers_is_read_for_its_sizes(target: Path) -> None:
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 64}))
+    assert load_target_info(TargetConfig(path=str(target))).num_layers == 64
