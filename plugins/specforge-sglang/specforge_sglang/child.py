@@ -110,7 +110,7 @@ class ChildServer:
             env.pop(name, None)
         env |= options.env
         env[ENABLE_ENV] = "1" if CAPTURE[1] in command else "0"
-        env[RECEIVERS_ENV] = self._receiver
+        env[RECEIVERS_ENV] = ",".join(filter(None, (env.get(RECEIVERS_ENV), self._receiver)))
         env[LIFELINE_ENV] = str(reading)
         if options.directory is not None:
             env[DIRECTORY_ENV] = str(options.directory.resolve())
