@@ -197,3 +197,12 @@ def test_token_ids_beyond_the_vocabulary(toy_target: Path) -> None:
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(DataError, match="token id 260 is beyond the target's vocabulary of 260"):
         ask(make_run(toy_target), Engine(toy_target), tasks(("<new>",)), tokenizer)
+
+
+@pytest.mark.parametrize("token", [-1, 260, 10**30])
+def test_tokens_that_the_target_does_not_have(toy_target: Path, token: int) -> None:
+    engine = Engine(toy_target, _0=Generated(index=0, tokens=(5, token), finished=False))
+    with pytest.raises(
+        CaptureError, match=r"p\.jsonl:0: target\.engine=transformers answered with"
+    ):
+        ask(make_run(toy_target), engine, tasks(("Hi",)))
