@@ -99,6 +99,8 @@ class Trainer:
         """
         config = self.run.train
         self.trackers.start(self._info())
+        if self.feed.skipped:
+            self.trackers.event("rows skipped", **self.feed.skipped)
         batches = self._batches()
         supply = Supply(batches, alone=self.world.size == 1)
         launched: deque[Launched] = deque()

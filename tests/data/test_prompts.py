@@ -183,11 +183,11 @@ def test_a_row_that_the_template_fails_on_is_named_or_skipped(
 
 def test_a_row_that_the_tokenizer_fails_on_is_skipped(tmp_path: Path) -> None:
     tokenizer = toy_tokenizer()
-    tokenizer.chat_template = f"{tokenizer.chat_template}" + (
-        "{% if messages[0]['content'] == 'bad' %}{{ '\\ud800' }}{% endif %}"
-    )
+    fails = "{% if messages[0]['content'] == 'bad' %}{{ half }}{% endif %}"
+    tokenizer.chat_template = f"{tokenizer.chat_template}{fails}"
     path = write(tmp_path / "d.jsonl", ["Hi", "Hello"], ["bad", "Hello"])
-    prompts = prompts_of(path, tokenizer, on_error="skip")
+    half = {"half": "\ud800"}  # of a surrogate pair
+    prompts = prompts_of(path, tokenizer, on_error="skip", chat_template_kwargs=half)
     assert (len(prompts), prompts.skipped) == (1, {"refused by the tokenizer": 1})
 
 
