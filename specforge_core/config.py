@@ -79,8 +79,7 @@ class DataConfig(Section):
     )
     too_long: Literal["truncate", "skip", "raise"] = Field(
         "truncate",
-        description="What to do with a longer sample; a prompt without room for an answer is "
-        "left out.",
+        description="What to do with a longer sample; prompts to be answered are never cut.",
     )
     on_error: Literal["raise", "skip"] = Field(
         "raise", description="What a bad row does; skipped ones are counted by reason."

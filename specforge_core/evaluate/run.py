@@ -125,7 +125,7 @@ def _tokenized(
                 "data.too_long=skip",
                 "too long",
             )
-            if run.data.too_long == "raise":
+            if run.data.too_long != "skip":  # what is asked cannot be cut
                 raise too_long
             skipped.count(too_long)
             continue

@@ -99,8 +99,6 @@ class Trainer:
         """
         config = self.run.train
         self.trackers.start(self._info())
-        if self.feed.skipped:
-            self.trackers.event("rows skipped", **self.feed.skipped)
         batches = self._batches()
         supply = Supply(batches, alone=self.world.size == 1)
         launched: deque[Launched] = deque()
@@ -264,6 +262,7 @@ class Trainer:
             "logged": self.log.logged,
             "total_steps": self.course.total_steps,
             "strategy": self.strategy.name,
+            "rows_skipped": dict(self.feed.skipped),  # by reason
             "target": self.run.target.path,
             "output_dir": str(self.run.output_dir),
             "config": recorded(self.run),

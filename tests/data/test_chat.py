@@ -307,3 +307,8 @@ def test_the_role_of_the_next_turn_ends_an_answer_where_the_target_says_so() -> 
     (ended,) = Encoder(tokenizer, {}, None, frozenset([user])).rows(four)
     assert supervised(tokenizer, plain) == ["yes", "yes"]
     assert supervised(tokenizer, ended) == ["yes<|mask|>", "yes"]
+
+
+def test_a_text_that_the_tokenizer_refuses() -> None:
+    with pytest.raises(DataError, match="the tokenizer refuses the text"):
+        Encoder(toy_tokenizer(), {}).tokens("half a pair: \ud800")

@@ -181,16 +181,6 @@ def test_a_row_that_the_template_fails_on_is_named_or_skipped(
     assert told_at_the_end in capsys.readouterr().err
 
 
-def test_a_row_that_the_tokenizer_fails_on_is_skipped(tmp_path: Path) -> None:
-    tokenizer = toy_tokenizer()
-    fails = "{% if messages[0]['content'] == 'bad' %}{{ half }}{% endif %}"
-    tokenizer.chat_template = f"{tokenizer.chat_template}{fails}"
-    path = write(tmp_path / "d.jsonl", ["Hi", "Hello"], ["bad", "Hello"])
-    half = {"half": "\ud800"}  # of a surrogate pair
-    prompts = prompts_of(path, tokenizer, on_error="skip", chat_template_kwargs=half)
-    assert (len(prompts), prompts.skipped) == (1, {"refused by the tokenizer": 1})
-
-
 def test_reasons_of_all_kinds_are_counted(tmp_path: Path) -> None:
     path = write(
         tmp_path / "d.jsonl", ["Hi", "x"], "{", "[" * 100_000, ["Hi"], ["Hi", "y" * 99], "3"

@@ -195,11 +195,12 @@ def test_prompts_without_room_for_an_answer_are_left_out_or_an_error(
     path = tmp_path / "short.jsonl"
     long = {"messages": [{"role": "user", "content": "x" * 80}]}
     path.write_text(f"{json.dumps(long)}\n{path.read_text()}")
-    report = run(raw, limit=2)
-    assert report.per_set["short"].num_prompts == 2
+    for too_long in ("truncate", "raise"):
+        raw["data"] = {"too_long": too_long}
+        refused(raw, r"short\.jsonl:1: a prompt of \d+ tokens leaves no room", DataError)
+    raw["data"] = {"too_long": "skip"}
+    assert run(raw, limit=2).per_set["short"].num_prompts == 2
     assert "eval.prompts.short: 1 rows skipped (1 too long)" in capsys.readouterr().err
-    raw["data"] = {"too_long": "raise"}
-    refused(raw, r"short\.jsonl:1: a prompt of \d+ tokens leaves no room", DataError)
 
 
 def test_bad_prompts_are_skipped_and_counted(
