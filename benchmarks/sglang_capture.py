@@ -160,6 +160,7 @@ def run(target: Path, options: argparse.Namespace) -> None:
     common: dict[str, Any] = {"max_requests": options.at_once}
     common |= {"directory": options.directory} if options.directory else {}
     env = dict(text.split("=", 1) for text in options.env)
+    env.setdefault("SPECFORGE_SGLANG_RECEIVERS", "127.0.0.1")
     started = {"python": options.python, "server_args": pairs_of(options.server_arg), "env": env}
     start = time.perf_counter()
     device = pick_device(options.device, "--device")

@@ -127,11 +127,19 @@ class DataConfig(Section):
     train: tuple[str, ...] = Field((), description="Conversations: JSONL files.")
     capture_dir: Path | None = Field(None, description="Where `capture` writes and `train` reads.")
     follow: bool = Field(False, description="Train while `capture_dir` is still being written.")
-    max_length: int = Field(2048, gt=1, le=MANY, description="Longest sample, in tokens.")
-    too_long: Literal["truncate", "skip", "raise"] = Field(
-        "truncate", description="What to do with a sample longer than max_length."
+    max_length: int = Field(
+        2048,
+        gt=1,
+        le=MANY,
+        description="Longest sample, in tokens; the target's positions bound it, too.",
     )
-    on_error: Literal["raise", "skip"] = Field("raise", description="What a bad line does.")
+    too_long: Literal["truncate", "skip", "raise"] = Field(
+        "truncate",
+        description="What to do with a longer sample; prompts to be answered are never cut.",
+    )
+    on_error: Literal["raise", "skip"] = Field(
+        "raise", description="What a bad row does; skipped ones are counted by reason."
+    )
     limit: int | None = Field(None, gt=0, le=MANY, description="Use only the first conversations.")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the chat template: enable_thinking, ..."

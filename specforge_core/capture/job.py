@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
+from ..data.ends import end_tokens
 from ..data.order import epoch_order
 from ..data.prompts import PromptSet, load_prompts
 from ..devices import pick_device
@@ -18,6 +19,7 @@ from ..errors import ConfigError
 from ..progress import track
 from ..stop import Interrupted
 from ..strategy import Strategy
+from ..target.asked import max_positions
 from ..target.info import load_target_info
 from ..target.tokenizer import load_tokenizer
 from ..types import Adapter, Prompt, TargetEngine, TargetInfo
@@ -55,8 +57,16 @@ class Job:
 
     def prompts(self) -> PromptSet:
         """Read and tokenize the run's conversations."""
-        data, vocab_size = self.run.data, self.target.vocab_size
-        return load_prompts(data, self.tokenizer, vocab_size, self.strategy.conversations)
+        data = self.run.data
+        kwargs = data.chat_template_kwargs
+        return load_prompts(
+            data,
+            self.tokenizer,
+            self.target.vocab_size,
+            self.strategy.conversations,
+            positions=max_positions(self.target),
+            ends=end_tokens(self.run.target, self.target, self.tokenizer, kwargs),
+        )
 
     def engine(self) -> TargetEngine:
         """Load the target."""

@@ -27,10 +27,19 @@ class Journal:
         self.path = path
         try:
             make_folder(path.parent)
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise DataError(
+                    f"output {str(path)!r} is a device or a pipe, which cannot be read again. "
+                    "Try: -o FILE.jsonl"
+                )
             self._file = path.open("a+b", buffering=0)
             sync_folder(path.parent)
         except OSError as exc:
             raise self._error(exc) from exc
+        except ValueError as exc:
+            raise DataError(
+                f"output {str(path)!r:.300} cannot be written: {exc}. Try: -o FILE.jsonl"
+            ) from exc
         if not hold(self._file):
             self._file.close()
             raise DataError(
@@ -60,7 +69,7 @@ class Journal:
                 try:
                     row = json.loads(line)
                     row["id"]
-                except (ValueError, TypeError, KeyError) as exc:
+                except (ValueError, TypeError, KeyError, RecursionError) as exc:
                     raise DataError(
                         f"{self.path}:{number} is no row of this command ({exc!r}). "
                         "Try: -o OTHER.jsonl"
@@ -69,7 +78,7 @@ class Journal:
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write rows and wait until the disk has them; DataError, and no row, when it cannot."""
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        data = b"".join(map(_line, rows))
         try:
             append(self._file, data, self._size)
         except OSError as exc:
@@ -98,3 +107,10 @@ class Journal:
             f"output {cannot_write(exc, self.path)}. What was written stays; make room there or "
             "choose another -o PATH, then run the same command to go on"
         )
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
+        return (json.dumps(row) + "\n").encode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import overload
 
 import torch
@@ -12,20 +12,27 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import DataConfig
 from ..errors import DataError
-from ..progress import track
+from ..progress import console, track
 from ..target.tokenizer import chat_template
 from ..types import Prompt
-from .chat import Row, encode
-from .sources import Conversation, Rows, nothing_left, scan
+from .chat import Encoder, Row
+from .sources import BadRow, Rows, Skipped, nothing_left, read_conversations
 
 
 class PromptSet(Sequence[Prompt]):
     """Tokenized conversations, 5 bytes a token.  Prompt i has index i."""
 
-    def __init__(self, input_ids: Tensor, loss_mask: Tensor, offsets: Tensor) -> None:
+    def __init__(
+        self,
+        input_ids: Tensor,
+        loss_mask: Tensor,
+        offsets: Tensor,
+        skipped: Mapping[str, int] | None = None,
+    ) -> None:
         self._input_ids = input_ids  # [tokens] int32
         self._loss_mask = loss_mask  # [tokens] int8
         self._offsets = offsets  # [prompts + 1] int64
+        self.skipped = dict(skipped or {})  # reason -> rows left out
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -55,79 +62,89 @@ class PromptSet(Sequence[Prompt]):
 
 
 def load_prompts(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, source_rows: Rows
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    source_rows: Rows,
+    *,
+    positions: int | None = None,
+    ends: frozenset[int] = frozenset(),
 ) -> PromptSet:
-    """Read and tokenize `data.train`, with progress.
+    """Read and tokenize `data.train`, with progress; rows that are left out are told of by reason.
 
-    Raises DataError for bad data, for rows longer than `data.max_length` when
+    `positions` are the tokens that the target takes, `ends` those that end its answers.  Raises
+    DataError for bad data, for rows longer than `data.max_length` or the target's positions when
     `data.too_long` is "raise", and for token ids the target does not have.
     """
     if not data.train:
         raise DataError("data.train names no file. Try: data.train=[FILE.jsonl]")
     chat_template(tokenizer)  # a missing template is no fault of the first line
+    limit = min(data.max_length, positions or data.max_length)
+    encoder = Encoder(tokenizer, data.chat_template_kwargs, limit, ends)
     ids, mask, offsets = array("i"), array("b"), array("q", [0])
-    used = 0
-    first_bad: DataError | None = None
+    used, skipped = 0, Skipped(data.on_error)
     with track("reading conversations", data.limit) as progress:
-        for found in scan(data.train, data, source_rows, need_answer=True):
+        for found in read_conversations(data.train, data, source_rows, skipped=skipped):
             try:
-                rows = _encode(found, data, tokenizer)
-            except DataError as exc:
-                if data.on_error == "raise":
-                    raise
-                first_bad = first_bad or exc
+                rows = encoder.rows(found.messages)
+            except BadRow as exc:
+                skipped.add(BadRow(f"{found.where}: {exc}", exc.reason))
                 continue
             used += 1
-            for where, row in rows:
-                fitting = _fit(row, data, where)
-                if fitting is None:
+            for row in rows:
+                if (reason := _left_out(row, data, limit, found.where)) is not None:
+                    skipped.counts[reason] += 1
                     continue
-                check_ids(fitting.input_ids, vocab_size, where)
-                ids.extend(fitting.input_ids)
-                mask.extend(fitting.loss_mask)
+                check_ids(row.input_ids, vocab_size, found.where)
+                ids.extend(row.input_ids)
+                mask.extend(row.loss_mask)
                 offsets.append(len(ids))
             progress.advance(note=f"{len(ids):,} tokens")
             if used == data.limit:
                 break
     if not used:
-        raise nothing_left(data.train, first_bad)
+        raise nothing_left(data.train, skipped.first)
     if not ids:
         raise DataError(
-            f"none of {used} conversations has an answer within data.max_length="
-            f"{data.max_length} tokens. Try: data.max_length=4096"
+            f"none of {used} conversations has an answer within {bound_of(data, limit)}. "
+            "Try: other data, or data.max_length=4096"
         )
+    if skipped.counts:
+        console.print(f"data.train: {skipped}", markup=False)
     return PromptSet(
         torch.frombuffer(ids, dtype=torch.int32),
         torch.frombuffer(mask, dtype=torch.int8),
         torch.frombuffer(offsets, dtype=torch.int64),
+        skipped.counts,
     )
 
 
-def _encode(
-    found: Conversation | DataError, data: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[str, Row]]:
-    if isinstance(found, DataError):
-        raise found
-    try:
-        rows = encode(tokenizer, found.messages, data.chat_template_kwargs)
-    except DataError as exc:
-        raise DataError(f"{found.where}: {exc}") from exc
-    return [(found.where, row) for row in rows]
+def _left_out(row: Row, data: DataConfig, limit: int, where: str) -> str | None:
+    """Return why a row is not trained on, if it is not; `data.too_long` may make it an error."""
+    if row.length > limit and data.too_long == "raise":
+        raise DataError(_too_long(row, data, limit, where))
+    if row.length > limit and data.too_long == "skip":
+        return "too long"
+    if not any(row.loss_mask):
+        return "without an answer in data.max_length" if row.length > limit else "without an answer"
+    return None
 
 
-def _fit(row: Row, data: DataConfig, where: str) -> Row | None:
-    """Apply `data.too_long`; None where nothing supervised is left."""
-    length = len(row.input_ids)
-    if length > data.max_length:
-        if data.too_long == "raise":
-            raise DataError(
-                f"{where}: {length} tokens, longer than data.max_length={data.max_length}. "
-                f"Try: data.max_length={length}, or data.too_long=truncate (or skip)"
-            )
-        if data.too_long == "skip":
-            return None
-        row = Row(row.input_ids[: data.max_length], row.loss_mask[: data.max_length])
-    return row if any(row.loss_mask) else None
+def bound_of(data: DataConfig, limit: int) -> str:
+    """Return what makes `limit` the longest row: the config, or the target."""
+    if limit < data.max_length:
+        return f"the target's {limit} positions"
+    return f"data.max_length={limit} tokens"
+
+
+def _too_long(row: Row, data: DataConfig, limit: int, where: str) -> str:
+    length = f"{row.length}" if row.counted else f"more than {row.length}"
+    larger = row.counted and limit == data.max_length
+    longer = f"data.max_length={row.length}, or " if larger else ""
+    return (
+        f"{where}: {length} tokens, longer than {bound_of(data, limit)}. "
+        f"Try: {longer}data.too_long=truncate (or skip)"
+    )
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> None:

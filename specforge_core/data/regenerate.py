@@ -19,10 +19,19 @@ from ..errors import DataError
 from ..progress import track
 from ..strategy import Strategy
 from ..target.tokenizer import chat_template, load_tokenizer
-from .chat import encode_prompt
+from .chat import Encoder
 from .journal import Journal
-from .respond import Answerer, Task
-from .sources import Conversation, Message, Rows, nothing_left, scan
+from .respond import TOO_LONG, Answerer, Task
+from .sources import (
+    BadRow,
+    Conversation,
+    Message,
+    Rows,
+    Skipped,
+    nothing_left,
+    read_conversations,
+    told,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +43,19 @@ class RegenerateReport:
     num_written: int  # conversations, by this call
     num_before: int  # conversations and dropped prompts found on resuming
     dropped: Mapping[str, int]  # reason -> prompts, by this call
-    num_skipped: int  # bad lines, with data.on_error=skip
+    skipped: Mapping[str, int]  # reason -> bad lines, with data.on_error=skip
     num_tokens: int  # in the answers
     seconds: float
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(self.skipped.values())
 
     def __str__(self) -> str:
         dropped = "".join(f", {count} dropped ({why})" for why, count in self.dropped.items())
         before = f", {self.num_before} were there before" if self.num_before else ""
-        skipped = f", {self.num_skipped} bad lines skipped" if self.num_skipped else ""
+        lines = f", {self.num_skipped} bad lines skipped ({told(self.skipped)})"
+        skipped = lines if self.skipped else ""
         rate = self.num_tokens / self.seconds if self.seconds else 0.0
         return (
             f"{self.output}: {self.num_written} of {self.num_prompts} prompts answered"
@@ -60,9 +74,9 @@ def regenerate(run: RunConfig, strategy: Strategy, output: Path) -> RegenerateRe
     """
     start = time.perf_counter()
     tokenizer = load_tokenizer(run.target)
-    tasks, num_skipped = read_tasks(run, tokenizer, strategy.conversations)
+    tasks, skipped = read_tasks(run, tokenizer, strategy.conversations)
     origin = _origin(run)
-    told = Counter[str]()
+    dropped = Counter[str]()
     written = num_tokens = 0
     with (
         Journal(output) as answers,
@@ -71,9 +85,11 @@ def regenerate(run: RunConfig, strategy: Strategy, output: Path) -> RegenerateRe
         ExitStack() as stack,
     ):
         done = _ids(answers, origin)
-        if done:
-            done |= _ids(refused, origin)
-        else:
+        try:
+            done |= _ids(refused, origin, run.data.max_length)
+        except OtherOrigin:
+            if done:
+                raise
             refused.clear()  # of an output that was taken away
         left = [task for task in tasks if task.id not in done]
         progress.skip(before := len(tasks) - len(left))
@@ -89,60 +105,73 @@ def regenerate(run: RunConfig, strategy: Strategy, output: Path) -> RegenerateRe
                     answers.append([row])
                     written += 1
                 else:
-                    refused.append([{"id": task.id, "reason": chat.dropped, **origin}])
-                    told[str(chat.dropped)] += 1
+                    reason = {"reason": chat.dropped, "max_length": run.data.max_length}
+                    refused.append([{"id": task.id, **reason, **origin}])
+                    dropped[str(chat.dropped)] += 1
                 num_tokens = answerer.num_tokens
                 progress.advance(note=f"{num_tokens / (answerer.seconds or 1):.1f} tokens/s")
     seconds = time.perf_counter() - start
     return RegenerateReport(
-        output, len(tasks), written, before, told, num_skipped, num_tokens, seconds
+        output, len(tasks), written, before, dropped, skipped, num_tokens, seconds
     )
 
 
 def read_tasks(
     run: RunConfig, tokenizer: PreTrainedTokenizerBase, source_rows: Rows
-) -> tuple[list[Task], int]:
-    """Read all prompts, and count the bad lines skipped."""
+) -> tuple[list[Task], Mapping[str, int]]:
+    """Read all prompts, and count the bad lines skipped by reason."""
     chat_template(tokenizer)
-    tasks: dict[str, Task] = {}
-    skipped = 0
-    first_bad: DataError | None = None
-    files = run.regenerate.prompts
+    files = tuple(map(str, run.regenerate.prompts))
     if not files:
         raise DataError("regenerate.prompts names no file. Try: regenerate.prompts=[PROMPTS.jsonl]")
-    for found in scan(map(str, files), run.data, source_rows, need_answer=False):
-        try:
-            task = _task(found, run, tokenizer, len(tasks))
-        except DataError as exc:
-            if run.data.on_error == "raise":
-                raise
-            skipped, first_bad = skipped + 1, first_bad or exc
-            continue
-        if task.id in tasks:
-            raise DataError(
-                f"{task.where} has the id {task.id!r} of {tasks[task.id].where}; ids tell what is "
-                "done. Give every prompt its own id"
+    encoder = Encoder(tokenizer, run.data.chat_template_kwargs, run.data.max_length)
+    tasks: dict[str, Task] = {}
+    sources: dict[str, str] = {}  # of each id
+    skipped = Skipped(run.data.on_error)
+    for found in read_conversations(
+        files, run.data, source_rows, need_answer=False, skipped=skipped
+    ):
+        name = _name(found, sources)
+        if name in tasks:
+            skipped.add(
+                BadRow(
+                    f"{found.where} has the id {name!r:.80} of {tasks[name].where}; ids tell what "
+                    "is done. Give every prompt its own id, or set data.on_error=skip",
+                    "repeated id",
+                )
             )
-        tasks[task.id] = task
+            continue
+        try:
+            tasks[name] = _task(found, name, len(tasks), encoder)
+        except BadRow as exc:
+            skipped.add(BadRow(f"{found.where}: {exc}", exc.reason))
+            continue
+        sources[name] = found.source
         if len(tasks) == run.data.limit:
             break
     if not tasks:
-        raise nothing_left(map(str, files), first_bad)
-    return list(tasks.values()), skipped
+        raise nothing_left(files, skipped.first)
+    return list(tasks.values()), skipped.counts
 
 
-def _task(
-    found: Conversation | DataError, run: RunConfig, tokenizer: PreTrainedTokenizerBase, place: int
-) -> Task:
-    if isinstance(found, DataError):
-        raise found
+def _name(found: Conversation, sources: Mapping[str, str]) -> str:
+    """Return a prompt's id: its own, which files may have in common, or its place."""
+    given = found.row.get("id")
+    name = found.where if given is None else str(given)
+    if sources.get(name, found.source) != found.source:  # two files that both count from 0
+        name = f"{found.source}/{name}"
+    return name
+
+
+def _task(found: Conversation, name: str, place: int, encoder: Encoder) -> Task:
     turns: list[tuple[Message, ...]] = []
     asked: list[Message] = []
     for message in found.messages:
         if message["role"] == "tool":
-            raise DataError(
-                f"{found.where}: a tool's answer cannot be regenerated. "
-                "Take the line out, or set data.on_error=skip"
+            raise BadRow(
+                "a tool's answer cannot be regenerated. "
+                "Take the line out, or set data.on_error=skip",
+                "with a tool's answer",
             )
         if message["role"] != "assistant":  # the target writes its own
             asked.append(message)
@@ -151,17 +180,25 @@ def _task(
             asked = []
     metadata = {k: v for k, v in found.row.items() if k not in ("id", "messages", "conversations")}
     try:
-        length = len(encode_prompt(tokenizer, turns[0], run.data.chat_template_kwargs))
-    except DataError as exc:
-        raise DataError(f"{found.where}: {exc}") from exc
+        json.dumps(metadata)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise BadRow(
+            f"its other fields cannot be written as JSON ({exc}). "
+            "Take them out, or set data.on_error=skip",
+            "not JSON",
+        ) from exc
     return Task(
-        id=str(found.row.get("id", found.where)),
+        id=name,
         where=found.where,
         place=place,
         turns=tuple(turns),
         metadata=metadata,
-        length=length,
+        length=len(encoder.prompt(turns[0])),
     )
+
+
+class OtherOrigin(DataError):
+    """A file holds answers of another model or sampling."""
 
 
 def _origin(run: RunConfig) -> dict[str, Any]:
@@ -181,15 +218,20 @@ def _origin(run: RunConfig) -> dict[str, Any]:
     return found
 
 
-def _ids(journal: Journal, origin: Mapping[str, Any]) -> set[str]:
-    """Return the ids in a file; DataError where a row has another origin."""
+def _ids(journal: Journal, origin: Mapping[str, Any], max_length: int = 0) -> set[str]:
+    """Return the ids in a file; OtherOrigin where a row has another one.
+
+    A prompt that was too long for less than `max_length` is left out: it may fit now.
+    """
     ids = set()
     for row in journal.rows():
         for key, value in origin.items():
             if row.get(key) != value:
-                raise DataError(
+                raise OtherOrigin(
                     f"{str(journal.path)!r} was written with {key} {row.get(key)!r}, this run has "
                     f"{value!r}. Set it back, or try: -o OTHER.jsonl"
                 )
+        if row.get("reason") == TOO_LONG and int(row.get("max_length") or max_length) < max_length:
+            continue
         ids.add(str(row["id"]))
     return ids

@@ -9,17 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..config import RunConfig, TargetConfig
+from ..config import RunConfig
 from ..errors import CaptureError, DataError
 from ..target.asked import max_positions
 from ..types import Generated, GenerateOptions, Prompt, TargetEngine, TargetInfo
-from .chat import encode_prompt
-from .prompts import check_ids
-from .sources import Message
+from .chat import Encoder
+from .ends import end_tokens
+from .prompts import bound_of, check_ids
+from .sources import BadRow, Message
 
 BATCHES = 16  # asked for together: a conversation is in the file once its own turns are answered
+TOO_LONG = "too long"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,23 +59,29 @@ class Rules:
     """What may be asked of one target, and which of its answers are kept."""
 
     run: RunConfig
-    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    limit: int  # a prompt has fewer tokens
     info: TargetInfo
-    ends: frozenset[int]  # the tokens that end an answer
+
+    @classmethod
+    def of(cls, run: RunConfig, tokenizer: PreTrainedTokenizerBase, info: TargetInfo) -> Rules:
+        kwargs = run.data.chat_template_kwargs
+        limit = min(run.data.max_length, max_positions(info) or run.data.max_length)
+        ends = end_tokens(run.target, info, tokenizer, kwargs)
+        return cls(run, Encoder(tokenizer, kwargs, limit, ends), limit, info)
 
     def prompt(self, chat: Chat) -> Prompt | None:
         """Tokenize what the target reads next; None, and the reason noted, where it cannot."""
         data = self.run.data
-        limit = min(data.max_length, max_positions(self.info) or data.max_length)
         try:
-            ids = encode_prompt(self.tokenizer, chat.asked(), data.chat_template_kwargs)
-        except DataError as exc:
+            ids = self.encoder.prompt(chat.asked())
+        except BadRow as exc:
             if data.on_error == "raise":
-                raise DataError(f"{chat.task.where}: {exc}") from exc
-            chat.dropped = "refused by the chat template"
+                raise BadRow(f"{chat.task.where}: {exc}", exc.reason) from exc
+            chat.dropped = exc.reason
             return None
         check_ids(ids, self.info.vocab_size, chat.task.where)
-        if len(ids) < limit:
+        if len(ids) < self.limit:
             tokens = torch.tensor(ids)
             return Prompt(
                 index=chat.task.place, input_ids=tokens, loss_mask=torch.zeros_like(tokens)
@@ -81,9 +89,10 @@ class Rules:
         if data.too_long == "raise":
             raise DataError(
                 f"{chat.task.where}: a prompt of {len(ids)} tokens leaves no room for an answer "
-                f"within {limit}. Try: data.max_length={2 * len(ids)}, or data.too_long=skip"
+                f"within {bound_of(data, self.limit)}. Try: data.max_length={2 * len(ids)}, "
+                "or data.too_long=skip"
             )
-        chat.dropped = "too long"
+        chat.dropped = TOO_LONG
         return None
 
     def keep(self, chat: Chat, prompt: Prompt, answer: Generated) -> None:
@@ -98,9 +107,15 @@ class Rules:
             chat.dropped = "refused by the engine"
             return
         tokens = answer.tokens
-        if tokens and answer.finished and tokens[-1] in self.ends:
+        if not all(0 <= token < self.info.vocab_size for token in tokens):
+            raise CaptureError(
+                f"{chat.task.where}: target.engine={self.run.target.engine} answered with tokens "
+                f"beyond the target's vocabulary of {self.info.vocab_size}. Does it run "
+                f"{self.info.name_or_path}?"
+            )
+        if tokens and answer.finished and tokens[-1] in self.encoder.ends:
             tokens = tokens[:-1]
-        text = str(self.tokenizer.decode(list(tokens)))
+        text = str(self.encoder.tokenizer.decode(list(tokens)))
         if not answer.finished and not self.run.regenerate.keep_unfinished:
             chat.dropped = "unfinished"
         elif not text.strip():
@@ -117,8 +132,7 @@ class Answerer:
         self, run: RunConfig, tokenizer: PreTrainedTokenizerBase, engine: TargetEngine
     ) -> None:
         self._settings, self._engine = run.regenerate, engine
-        ends = end_tokens(run.target, engine.info, tokenizer)
-        self._rules = Rules(run, tokenizer, engine.info, ends)
+        self._rules = Rules.of(run, tokenizer, engine.info)
         self._started: float | None = None
         self.num_tokens = 0  # in the answers so far
 
@@ -184,7 +198,7 @@ class Answerer:
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=turn_seed(settings.seed, turn),
-            eos=self._rules.ends,
+            eos=self._rules.encoder.ends,
             batch_size=settings.batch_size,
         )
 
@@ -194,17 +208,3 @@ def turn_seed(seed: int, turn: int) -> int:
     if turn == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}/{turn}".encode()).digest()[:4], "big")
-
-
-def end_tokens(
-    target: TargetConfig, info: TargetInfo, tokenizer: PreTrainedTokenizerBase
-) -> frozenset[int]:
-    """Return the tokens that end an answer: those the target's files name, and its tokenizer's."""
-    try:
-        named = GenerationConfig.from_pretrained(
-            target.path, revision=info.revision or target.revision or "main"
-        ).eos_token_id
-    except OSError:  # there is no such file
-        named = info.config.get("eos_token_id")
-    ends = {named} if isinstance(named, int) or named is None else set(named)
-    return frozenset({*ends, tokenizer.eos_token_id} - {None})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from reprlib import Repr
+from typing import IO, Any, Literal, TypeAlias
 
 from ..config import DataConfig
 from ..errors import DataError
@@ -29,7 +31,48 @@ ROLES = {
     "tool": "tool",
 }
 
+MAX_LINE = 64 << 20  # bytes of one line, far beyond any conversation
 _SKIP = "Correct the line, or set data.on_error=skip"
+_short = Repr()  # values in messages: whatever a row holds, and however deep it is
+_short.maxother = _short.maxstring = _short.maxlong = 80
+
+
+class BadRow(DataError):
+    """What is wrong with one row; `reason` is what such rows are counted by."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Skipped:
+    """Rows that cannot be used: `data.on_error` says whether the first one is an error."""
+
+    on_error: Literal["raise", "skip"]
+    counts: Counter[str] = field(default_factory=Counter)  # by reason
+    first: DataError | None = None
+
+    def add(self, error: DataError) -> None:
+        """Count a row, or raise what is wrong with it."""
+        if self.on_error == "raise":
+            raise error
+        self.count(error)
+
+    def count(self, error: DataError) -> None:
+        """Count a row that another setting than `data.on_error` allows to leave out."""
+        self.counts[error.reason if isinstance(error, BadRow) else "unreadable"] += 1
+        self.first = self.first or error
+
+    def __str__(self) -> str:
+        """Return "3 rows skipped (2 not JSON, 1 too long)"."""
+        return f"{self.counts.total()} rows skipped ({told(self.counts)})"
+
+
+def told(counts: Mapping[str, int]) -> str:
+    """Return "2 not JSON, 1 too long", the most frequent reason first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {reason}" for reason, count in ordered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +81,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     where: str  # "file.jsonl:12"
+    source: str  # as the config names it
     row: Mapping[str, Any]  # the line as it was, for its id and other metadata
 
 
@@ -48,15 +92,16 @@ def read_conversations(
     *,
     limit: int | None = None,
     need_answer: bool = True,
+    skipped: Skipped | None = None,
 ) -> Iterator[Conversation]:
     """Yield the conversations of all sources, in order, at most `limit` of them.
 
-    Raises DataError for a bad row (unless `data.on_error` is "skip"), and always for
-    a missing source or when nothing is left.  Without `need_answer` a conversation
-    needs a user turn only.
+    Raises DataError for a bad row (unless `data.on_error` is "skip": then it is counted in
+    `skipped`), and always for a missing source or when nothing is left.  Without `need_answer`
+    a conversation needs a user turn only.
     """
     sources = tuple(sources)
-    first_bad: DataError | None = None
+    skipped = Skipped(data.on_error) if skipped is None else skipped
     count = 0
     for found in scan(sources, data, rows, need_answer=need_answer):
         if isinstance(found, Conversation):
@@ -64,12 +109,10 @@ def read_conversations(
             yield found
             if count == limit:
                 return
-        elif data.on_error == "raise":
-            raise found
         else:
-            first_bad = first_bad or found
+            skipped.add(found)
     if not count:
-        raise nothing_left(sources, first_bad)
+        raise nothing_left(sources, skipped.first)
 
 
 def scan(
@@ -78,13 +121,18 @@ def scan(
     """Yield every row of the sources, read or as the error that says what is wrong with it."""
     # all of them before any work: a misspelled last one should not cost an hour
     opened = [(source, rows(source, data)) for source in sources]
+    names = Counter(Path(source).name for source, _ in opened)
     for source, found in opened:
+        name = Path(source).name
+        folder = source.removesuffix(name) if names[name] > 1 else ""  # to tell them apart by
         for number, row in enumerate(found, 1):
-            if isinstance(row, DataError):
+            if isinstance(row, BadRow) and str(row).startswith(name):
+                yield BadRow(f"{folder}{row}", row.reason)
+            elif isinstance(row, DataError):
                 yield row
             else:
-                where = row.where if isinstance(row, Line) else f"{source}:{number}"
-                yield _conversation(row, where, need_answer)
+                where = f"{folder}{row.where}" if isinstance(row, Line) else f"{source}:{number}"
+                yield _conversation(row, where, source, need_answer)
 
 
 class Line(dict[str, Any]):
@@ -99,8 +147,9 @@ def read_jsonl(source: str) -> Iterator[Line | DataError]:
     """Yield the rows of a file of JSON lines; DataError at once when there is no such file."""
     path = Path(source).expanduser()
     if not path.is_file():
+        wrong = "is no regular file" if path.exists() else "does not exist"
         raise DataError(
-            f"data file {source!r} does not exist. Paths are taken from the working "
+            f"data file {source!r} {wrong}. Paths are taken from the working "
             f"directory, {Path.cwd()}; correct it in the config, or with KEY=[PATH]"
         )
     return _lines(path)
@@ -108,23 +157,37 @@ def read_jsonl(source: str) -> Iterator[Line | DataError]:
 
 def _lines(path: Path) -> Iterator[Line | DataError]:
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _parse(line, f"{path.name}:{number}")
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                where = f"{path.name}:{number}"
+                if len(line) > MAX_LINE:
+                    _pass_over(line, file)
+                    yield BadRow(f"{where} is longer than {MAX_LINE:,} bytes. {_SKIP}", "too long")
+                elif line.strip():
+                    yield _parse(line, where)
     except OSError as exc:
         raise DataError(f"data file {str(path)!r} cannot be read: {exc.strerror}") from exc
+
+
+def _pass_over(line: bytes, file: IO[bytes]) -> None:
+    while line and not line.endswith(b"\n"):
+        line = file.readline(MAX_LINE)
 
 
 def _parse(line: bytes, where: str) -> Line | DataError:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as exc:  # also bytes that are not UTF-8
+    except RecursionError:
+        return BadRow(f"{where} is JSON nested too deeply to be read. {_SKIP}", "not JSON")
+    except ValueError as exc:  # also bytes that are not UTF-8
         array = line.lstrip().startswith(b"[")
         hint = "one JSON array? Try: jq -c '.[]' FILE > FILE.jsonl" if array else _SKIP
-        return DataError(f"{where} is not a line of JSON ({exc}). {hint}")
+        return BadRow(f"{where} is not a line of JSON ({exc}). {hint}", "not JSON")
     if not isinstance(row, dict):
-        return DataError(f"{where}: expected an object, found {type(row).__name__}. {_SKIP}")
+        found = type(row).__name__
+        return BadRow(f"{where}: expected an object, found {found}. {_SKIP}", "not a conversation")
     return Line(row, where)
 
 
@@ -139,28 +202,33 @@ def nothing_left(files: Iterable[str], first_bad: DataError | None) -> DataError
 
 
 def _conversation(
-    row: Mapping[str, Any], where: str, need_answer: bool
+    row: Mapping[str, Any], where: str, source: str, need_answer: bool
 ) -> Conversation | DataError:
     try:
         messages = _messages(row)
     except ValueError as exc:
-        return DataError(f"{where}: {exc}. {_SKIP}")
+        return BadRow(f"{where}: {exc}. {_SKIP}", "not a conversation")
     roles = {message["role"] for message in messages}
     if need_answer and "assistant" not in roles:
-        return DataError(
+        return BadRow(
             f"{where}: the conversation has no assistant turn, so nothing to train on. "
-            "Try: specforge regenerate, or data.on_error=skip"
+            "Try: specforge regenerate, or data.on_error=skip",
+            "without an answer",
         )
     if not need_answer and "user" not in roles:
-        return DataError(f"{where}: the conversation has no user turn to answer. {_SKIP}")
-    return Conversation(tuple(messages), where, row)
+        return BadRow(
+            f"{where}: the conversation has no user turn to answer. {_SKIP}", "without a question"
+        )
+    return Conversation(tuple(messages), where, source, row)
 
 
-def _messages(row: Mapping[str, Any]) -> list[Message]:
+def _messages(row: object) -> list[Message]:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected an object, found {type(row).__name__}")
     turns = row.get("messages", row.get("conversations"))
     if not isinstance(turns, list):
         keys = ", ".join(map(repr, row)) or "none"
-        raise ValueError(f"needs a list 'messages' or 'conversations', has the keys {keys}")
+        raise ValueError(f"needs a list 'messages' or 'conversations', has the keys {keys:.200}")
     if row.get("tools"):
         raise ValueError("'tools' are not supported")
     return [_message(turn, number) for number, turn in enumerate(turns, 1)]
@@ -168,13 +236,14 @@ def _messages(row: Mapping[str, Any]) -> list[Message]:
 
 def _message(turn: object, number: int) -> Message:
     if not isinstance(turn, dict):
-        raise ValueError(f"message {number} is not an object: {turn!r}")
+        raise ValueError(f"message {number} is not an object: {_short.repr(turn)}")
     if turn.get("tool_calls"):
         raise ValueError(f"message {number} has 'tool_calls', which are not supported")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(
-            f"message {number} has the role {role!r}; known are {', '.join(sorted(ROLES))}"
+            f"message {number} has the role {_short.repr(role)}; known are "
+            f"{', '.join(sorted(ROLES))}"
         )
     message = {"role": ROLES[role], "content": _text(turn.get("content", turn.get("value")))}
     if turn.get("reasoning_content"):
@@ -185,9 +254,9 @@ def _message(turn: object, number: int) -> Message:
 def _text(content: object) -> str:
     """Return a message's text, of OpenAI's list of parts too."""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        content = "".join(str(part.get("text", "")) for part in content if _is_text(part))
+        content = "".join(map(_part, content))
     if not isinstance(content, str):
-        raise ValueError(f"a message's content must be text, found {content!r:.60}")
+        raise ValueError(f"a message's content must be text, found {_short.repr(content)}")
     try:
         content.encode()
     except UnicodeEncodeError as exc:  # half a surrogate pair, which tokenizers refuse
@@ -195,7 +264,11 @@ def _text(content: object) -> str:
     return content
 
 
-def _is_text(part: Mapping[str, object]) -> bool:
+def _part(part: Mapping[str, object]) -> str:
     if part.get("type", "text") != "text":
-        raise ValueError(f"a message has a part of type {part['type']!r}; only text is supported")
-    return True
+        kind = _short.repr(part["type"])
+        raise ValueError(f"a message has a part of type {kind}; only text is supported")
+    text = part.get("text", "")
+    if not isinstance(text, str):
+        raise ValueError(f"the text of a message's part must be text, found {_short.repr(text)}")
+    return text

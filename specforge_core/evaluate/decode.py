@@ -99,12 +99,6 @@ class Limits:
     eos: frozenset[int]
 
 
-def limits(model: Any, max_new_tokens: int) -> Limits:
-    """Return the limits of a model's answers; it may know several end-of-text tokens."""
-    eos = model.generation_config.eos_token_id
-    return Limits(max_new_tokens, frozenset([eos] if isinstance(eos, int) else eos or ()))
-
-
 def check_cache(model: Any) -> None:
     """Raise ConfigError for a target whose cache cannot forget its last tokens."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
-from ..data.chat import encode_prompt
-from ..data.sources import Conversation, Message, read_conversations
+from ..data.chat import Encoder
+from ..data.ends import end_tokens
+from ..data.sources import BadRow, Conversation, Message, Skipped, nothing_left, read_conversations
 from ..devices import pick_device
 from ..errors import ConfigError, DataError, RunError
 from ..files import prepare_folder, refusing, write_file
+from ..progress import console
 from ..strategy import Strategy
+from ..target.asked import max_positions
 from ..target.engine import TransformersEngine
 from ..target.info import load_target_info
 from ..target.tokenizer import load_tokenizer
 from ..types import CaptureSpec, Draft, Proposer, TargetInfo
 from .bench import Bench, EvalPrompt, open_desks
-from .decode import Limits, check_cache, limits
+from .decode import Limits, check_cache
 from .plot import plot_acceptance
 from .report import EvalReport, Setup, summarize
 
@@ -85,35 +89,52 @@ def load_prompt_sets(
                 f"eval.prompts.{name}: {str(path)!r} does not exist. "
                 f"Try: eval.prompts.{name}=FILE.jsonl"
             )
+    positions = max_positions(info)
+    encoder = Encoder(tokenizer, run.data.chat_template_kwargs, positions)
     sets = {}
     for name, path in run.eval.prompts.items():
+        skipped = Skipped(run.data.on_error)
         found = read_conversations(
-            [str(path)],
-            run.data,
-            strategy.conversations,
-            limit=run.eval.limit,
-            need_answer=False,
+            [str(path)], run.data, strategy.conversations, need_answer=False, skipped=skipped
         )
-        sets[name] = [_tokenize(conversation, run, tokenizer, info) for conversation in found]
+        sets[name] = list(islice(_tokenized(found, run, encoder, info, skipped), run.eval.limit))
+        if skipped.counts:
+            console.print(f"eval.prompts.{name}: {skipped}", markup=False)
+        if not sets[name]:
+            raise nothing_left([str(path)], skipped.first)
     return sets
 
 
-def _tokenize(
-    conversation: Conversation, run: RunConfig, tokenizer: PreTrainedTokenizerBase, info: TargetInfo
-) -> EvalPrompt:
-    ids = encode_prompt(tokenizer, first_turn(conversation.messages), run.data.chat_template_kwargs)
-    positions = info.config.get("max_position_embeddings")
-    if positions is not None and len(ids) >= positions:
-        raise DataError(
-            f"{conversation.where}: a prompt of {len(ids)} tokens leaves no room for an answer in "
-            f"the target's {positions} positions. Shorten or remove it"
-        )
-    if max(ids) >= info.vocab_size:
-        raise DataError(
-            f"{conversation.where}: token {max(ids)} is beyond the target's vocabulary of "
-            f"{info.vocab_size}: the tokenizer is another model's. Check target.path"
-        )
-    return EvalPrompt(conversation.where, tuple(ids))
+def _tokenized(
+    conversations: Iterable[Conversation],
+    run: RunConfig,
+    encoder: Encoder,
+    info: TargetInfo,
+    skipped: Skipped,
+) -> Iterator[EvalPrompt]:
+    for found in conversations:
+        try:
+            ids = encoder.prompt(first_turn(found.messages))
+        except BadRow as exc:
+            skipped.add(BadRow(f"{found.where}: {exc}", exc.reason))
+            continue
+        if encoder.limit is not None and len(ids) >= encoder.limit:
+            too_long = BadRow(
+                f"{found.where}: a prompt of {len(ids)} tokens leaves no room for an answer in the "
+                f"target's {encoder.limit} positions. Shorten or remove it, or set "
+                "data.too_long=skip",
+                "too long",
+            )
+            if run.data.too_long != "skip":  # what is asked cannot be cut
+                raise too_long
+            skipped.count(too_long)
+            continue
+        if max(ids) >= info.vocab_size:
+            raise DataError(
+                f"{found.where}: token {max(ids)} is beyond the target's vocabulary of "
+                f"{info.vocab_size}: the tokenizer is another model's. Check target.path"
+            )
+        yield EvalPrompt(found.where, tuple(ids))
 
 
 def first_turn(messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -133,7 +154,9 @@ def open_target(
     try:
         check_cache(engine.model)
         spec = strategy.adapter(run.strategy, engine.info).spec
-        yield engine, spec, limits(engine.model, run.eval.max_new_tokens)
+        tokenizer = load_tokenizer(run.target)
+        ends = end_tokens(run.target, engine.info, tokenizer, run.data.chat_template_kwargs)
+        yield engine, spec, Limits(run.eval.max_new_tokens, ends)
     finally:
         engine.close()
 

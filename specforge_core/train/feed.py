@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Feed:
     identity: CaptureIdentity
     data: DataInfo
     close: Callable[[], None]
+    skipped: Mapping[str, int]  # reason -> rows of data.train that are not trained on
 
 
 def open_feed(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
@@ -90,6 +91,7 @@ def _offline(job: Job, directory: Path, share: Share) -> Feed:
             num_samples=len(reader) if manifest.complete else None,
         ),
         close=_nothing,
+        skipped={},  # the capture told of them
     )
 
 
@@ -113,6 +115,7 @@ def _online(job: Job, share: Share) -> Feed:
             token_counts=prompts.token_counts(job.target.vocab_size), num_samples=len(prompts)
         ),
         close=engine.close,
+        skipped=prompts.skipped,
     )
 
 

@@ -262,6 +262,7 @@ class Trainer:
             "logged": self.log.logged,
             "total_steps": self.course.total_steps,
             "strategy": self.strategy.name,
+            "rows_skipped": dict(self.feed.skipped),  # by reason
             "target": self.run.target.path,
             "output_dir": str(self.run.output_dir),
             "config": recorded(self.run),

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from specforge_core.config import TargetConfig
 from specforge_core.data.chat import (
+    Encoder,
     Row,
     encode,
     encode_prompt,
@@ -238,3 +239,76 @@ def test_tokenizer_fingerprint_sees_vocabulary_specials_and_splitting() -> None:
     padded = toy_tokenizer()
     padded(["a", "bc"], padding=True)
     assert tokenizer_fingerprint(padded) == plain
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "phi3", "gptoss"])
+def test_a_limit_keeps_the_beginning_of_every_row(name: str) -> None:
+    kwargs = {"model_identity": "x"} if name == "gptoss" else {}
+    long = [*CHAT, {"role": "user", "content": "x y " * 20_000}, CHAT[1]]
+    whole = encode(published(name), long, kwargs)
+    for limit in (3, 40, 150, 200_000):
+        found = Encoder(published(name), kwargs, limit).rows(long)
+        expected = [(r.input_ids[:limit], r.loss_mask[:limit]) for r in whole]
+        kept = [(r.input_ids, r.loss_mask) for r in found]
+        supervised_rows = [pair for pair in expected if any(pair[1])]
+        assert [pair for pair in kept if any(pair[1])] == supervised_rows
+        for row, pair in zip(found, kept, strict=True):
+            assert len(pair[0]) == min(limit, row.length)
+    assert all(row.counted for row in whole)
+
+
+def test_a_long_text_is_not_tokenized_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = published("qwen2_5")
+    longest = 0
+    call = type(tokenizer).__call__
+
+    def measured(self: PreTrainedTokenizerFast, text: str, **options: object) -> object:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return call(self, text, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(tokenizer), "__call__", measured)
+    text = "the quick brown fox " * 100_000
+    (row,) = Encoder(tokenizer, {}, 256).rows([CHAT[0], {"role": "assistant", "content": text}])
+    assert len(row.input_ids) == 256
+    assert sum(row.loss_mask) > 100
+    assert row.length > 256
+    assert not row.counted
+    prompt = Encoder(tokenizer, {}, 256).prompt([{"role": "user", "content": text}])
+    assert len(prompt) >= 256
+    assert longest < 20_000
+
+
+def test_an_answer_ends_at_the_first_token_that_ends_one() -> None:
+    tokenizer = toy_tokenizer()
+    im_end, mask = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|mask|>"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}<|im_end|><|mask|>{% endfor %}"
+    )
+    two = [CHAT[0], {"role": "assistant", "content": "yes"}]
+    both, one = (
+        Encoder(tokenizer, {}, None, frozenset(ends)).rows(two)[0] for ends in ([], [im_end])
+    )
+    assert sum(both.loss_mask) == sum(one.loss_mask) + 1
+    assert [i for i, on in zip(one.input_ids, one.loss_mask, strict=True) if on][-1] == im_end
+    assert both.input_ids[-1] == mask
+
+
+def test_the_role_of_the_next_turn_ends_an_answer_where_the_target_says_so() -> None:
+    """GLM-4 writes nothing behind an answer; its <|user|> is a token that ends one."""
+    tokenizer = toy_tokenizer()
+    user = tokenizer.convert_tokens_to_ids("<|mask|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|mask|>' if m['role'] == 'user' else '<|im_start|>' }}\n"
+        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|im_start|>\n{% endif %}"
+    )
+    four = [CHAT[0], {"role": "assistant", "content": "yes"}] * 2
+    (plain,) = Encoder(tokenizer, {}).rows(four)
+    (ended,) = Encoder(tokenizer, {}, None, frozenset([user])).rows(four)
+    assert supervised(tokenizer, plain) == ["yes", "yes"]
+    assert supervised(tokenizer, ended) == ["yes<|mask|>", "yes"]
+
+
+def test_a_text_that_the_tokenizer_refuses() -> None:
+    with pytest.raises(DataError, match="the tokenizer refuses the text"):
+        Encoder(toy_tokenizer(), {}).tokens("half a pair: \ud800")

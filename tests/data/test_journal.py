@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,3 +99,23 @@ def test_unused_file_leaves_nothing_behind(tmp_path: Path) -> None:
         journal.append([{"id": 1}])
         journal.clear()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_utf8_cannot_hold_comes_back_as_it_was(tmp_path: Path) -> None:
+    row = {"id": "a\ud800", "text": "\udfff and 漢字", "deep": [{"k\ud83d": 1}]}
+    with Journal(tmp_path / "j.jsonl") as journal:
+        journal.append([{"id": 1}, row])
+        assert list(journal.rows()) == [{"id": 1}, row]
+
+
+def test_a_device_or_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/full"), Path("/dev/null")):
+        with pytest.raises(DataError, match="is a device or a pipe"):
+            Journal(path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "nul\0"])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="cannot be written"):
+        Journal(tmp_path / f"{name}.jsonl")

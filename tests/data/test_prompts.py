@@ -147,6 +147,77 @@ def test_token_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     assert f"token id {largest} is beyond the target's vocabulary of 200" in str(error.value)
 
 
+RECURSION = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
+        (RECURSION, "RecursionError"),
+        ("{{ messages[0].content.nothing.at_all }}", "no attribute"),
+        ("{{ raise_exception('not this one') }}", "not this one"),
+        ("{{ 'x' * (10 ** 18) }}", "MemoryError"),
+        ("{{ messages[7]['content']['x'] }}", ""),
+    ],
+)
+def test_a_row_that_the_template_fails_on_is_named_or_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], program: str, told: str
+) -> None:
+    """Whatever goes wrong in a template: it is a program."""
+    tokenizer = toy_tokenizer()
+    fails = "{% if messages[0]['content'] == 'bad' %}" + program + "{% endif %}"
+    tokenizer.chat_template = f"{fails}{tokenizer.chat_template}"
+    path = write(tmp_path / "d.jsonl", ["Hi", "Hello"], ["bad", "Hello"], ["Hi", "you"])
+    with pytest.raises(DataError, match=r"d\.jsonl:2: the chat template refuses") as error:
+        prompts_of(path, tokenizer)
+    assert told in str(error.value)
+    assert "data.on_error=skip" in str(error.value)
+    prompts = prompts_of(path, tokenizer, on_error="skip")
+    assert len(prompts) == 2
+    assert prompts.skipped == {"refused by the chat template": 1}
+    told_at_the_end = "data.train: 1 rows skipped (1 refused by the chat template)"
+    assert told_at_the_end in capsys.readouterr().err
+
+
+def test_reasons_of_all_kinds_are_counted(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "d.jsonl", ["Hi", "x"], "{", "[" * 100_000, ["Hi"], ["Hi", "y" * 99], "3"
+    )
+    prompts = load(path, on_error="skip", too_long="skip", max_length=90)
+    assert len(prompts) == 1
+    expected = {"not JSON": 2, "without an answer": 1, "too long": 1, "not a conversation": 1}
+    assert prompts.skipped == expected
+
+
+def test_no_row_is_longer_than_the_targets_positions(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", ["Hi", "x" * 100], ["Hi", "Hello"])
+
+    def bounded(**options: Any) -> PromptSet:
+        def rows(source: str, data: DataConfig) -> Any:
+            return read_jsonl(source)
+
+        data = DataConfig(train=(str(path),), **options)
+        return load_prompts(data, TOKENIZER, VOCAB, rows, positions=80)
+
+    assert max(lengths(bounded())) == 80
+    assert lengths(bounded(too_long="skip")) == lengths(load(path))[1:]
+    with pytest.raises(DataError, match=r"d\.jsonl:1: \d+ tokens, longer than the target's 80 pos"):
+        bounded(too_long="raise")
+    assert lengths(bounded(max_length=75)) == [75, lengths(load(path))[1]]
+
+
+def test_the_length_of_a_huge_row_is_not_counted_to_its_end(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", ["Hi", "x" * 1_000_000])
+    with pytest.raises(DataError) as error:
+        load(path, max_length=80, too_long="raise")
+    assert "tokens, longer than data.max_length=80 tokens. Try: data.too_long=trunc" in str(
+        error.value
+    )
+    assert "d.jsonl:1: more than" in str(error.value)
+
+
 def test_limit(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", ["a", "b"], ["c", "d"], "not read")
     assert len(load(path, limit=2)) == 2

@@ -209,5 +209,89 @@ def test_bad_prompts(talker: Path, tmp_path: Path) -> None:
     data = {"on_error": "skip", "limit": 2}
     report = regenerate(make_run(talker, path, data=data, keep_unfinished=True), output)
     assert (report.num_prompts, report.num_skipped) == (2, 2)
-    assert "2 bad lines skipped" in str(report)
+    assert "2 bad lines skipped (1 not JSON, 1 with a tool's answer)" in str(report)
     assert [json.loads(line)["id"] for line in lines(output)] == ["a", "b"]
+
+
+def with_files(run: RunConfig, *files: Path) -> RunConfig:
+    settings = run.regenerate.model_copy(update={"prompts": files})
+    return run.model_copy(update={"regenerate": settings})
+
+
+def test_prompts_of_several_files_are_told_apart(talker: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    unnamed = {"messages": ask("", "Hi")["messages"]}
+    first = write(tmp_path / "a" / "p.jsonl", unnamed, {**unnamed, "id": None}, ask("0", "one"))
+    second = write(tmp_path / "b" / "p.jsonl", unnamed, {**unnamed, "id": 0}, ask("1", "two"))
+    run = with_files(make_run(talker, first, keep_unfinished=True), first, second)
+    output = tmp_path / "out.jsonl"
+    report = regenerate(run, output)
+    assert report.num_written == 6
+    found = {json.loads(line)["id"] for line in lines(output)}
+    assert found == {f"{first}:1", f"{first}:2", "0", f"{second}:1", f"{second}/0", "1"}
+    again = regenerate(run, output)
+    assert (again.num_written, again.num_before) == (0, 6)
+
+
+def test_an_id_that_a_file_repeats_is_skipped(talker: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", ask("a", "one"), ask("a", "two"), ask("b", "three"))
+    output = tmp_path / "out.jsonl"
+    run = make_run(talker, path, data={"on_error": "skip"}, keep_unfinished=True)
+    report = regenerate(run, output)
+    assert (report.num_written, report.skipped) == (2, {"repeated id": 1})
+    rows = [json.loads(line) for line in lines(output)]
+    assert [row["messages"][0]["content"] for row in rows] == ["one", "three"]
+
+
+def test_fields_that_cannot_be_spelled_in_utf8_or_json(talker: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", ask("a", "one", note="\ud800"), ask("\ud801", "two"))
+    output = tmp_path / "out.jsonl"
+    assert regenerate(make_run(talker, path, keep_unfinished=True), output).num_written == 2
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {(row["id"], row.get("note")) for row in rows} == {("a", "\ud800"), ("\ud801", None)}
+    assert regenerate(make_run(talker, path, keep_unfinished=True), output).num_before == 2
+
+
+def test_a_whole_batch_of_prompts_that_are_too_long(talker: Path, tmp_path: Path) -> None:
+    """They go first.  A retry leaves them alone, until longer ones are allowed."""
+    long = [ask(f"long {i}", "x" * 100) for i in range(20)]
+    prompts = write(tmp_path / "p.jsonl", *long)
+    output, dropped = tmp_path / "out.jsonl", tmp_path / "out.jsonl.dropped"
+    run = make_run(talker, prompts, data={"max_length": 90}, keep_unfinished=True)
+    for _ in range(2):  # nothing is written, and nothing asked again
+        report = regenerate(run, output)
+        assert report.num_written == 0
+        assert len(lines(dropped)) == 20
+    assert (report.num_before, report.dropped) == (20, {})
+
+    write(prompts, *long, ask("short", "Hi"))
+    assert regenerate(run, output).num_written == 1
+    more = run.model_copy(update={"data": DataConfig(max_length=200)})
+    report = regenerate(more, output)
+    assert (report.num_written, report.num_before) == (20, 1)
+    assert len(lines(output)) == 21
+    assert regenerate(more, output).num_written == 0
+
+
+def test_dropped_prompts_of_another_sampling_go_with_their_output(
+    talker: Path, tmp_path: Path
+) -> None:
+    prompts = write(tmp_path / "p.jsonl", ask("a", "x" * 100), ask("b", "Hi"))
+    output = tmp_path / "out.jsonl"
+    data = {"max_length": 90}
+    regenerate(make_run(talker, prompts, data=data, keep_unfinished=True), output)
+    output.unlink()
+    other = make_run(talker, prompts, data=data, keep_unfinished=True, temperature=0.5)
+    assert regenerate(other, output).num_written == 1
+
+
+def test_a_foreign_file_in_the_place_of_the_dropped_is_left_alone(
+    talker: Path, tmp_path: Path
+) -> None:
+    prompts = write(tmp_path / "p.jsonl", ask("a", "Hi"))
+    notes = tmp_path / "out.jsonl.dropped"
+    notes.write_text("dear diary\n")
+    with pytest.raises(DataError, match="is no row of this command"):
+        regenerate(make_run(talker, prompts), tmp_path / "out.jsonl")
+    assert notes.read_text() == "dear diary\n"

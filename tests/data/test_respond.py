@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from specforge_core.config import (
     StrategyConfig,
     TargetConfig,
 )
-from specforge_core.data.respond import BATCHES, Answerer, Chat, Task, end_tokens
+from specforge_core.data.respond import BATCHES, Answerer, Chat, Task
 from specforge_core.errors import CaptureError, DataError
 from specforge_core.target.info import load_target_info
 from specforge_core.testing.toy import toy_tokenizer
@@ -200,11 +199,10 @@ def test_token_ids_beyond_the_vocabulary(toy_target: Path) -> None:
         ask(make_run(toy_target), Engine(toy_target), tasks(("<new>",)), tokenizer)
 
 
-def test_end_tokens_are_the_models_and_the_tokenizers(toy_target: Path, tmp_path: Path) -> None:
-    path = shutil.copytree(toy_target, tmp_path / "target")
-    target = TargetConfig(path=str(path))
-    (named := path / "generation_config.json").write_text('{"eos_token_id": [5, 9], "top_k": 20}')
-    info = load_target_info(target)
-    assert end_tokens(target, info, TOKENIZER) == {5, 9, EOS}
-    named.unlink()
-    assert end_tokens(target, info, TOKENIZER) == {EOS}
+@pytest.mark.parametrize("token", [-1, 260, 10**30])
+def test_tokens_that_the_target_does_not_have(toy_target: Path, token: int) -> None:
+    engine = Engine(toy_target, _0=Generated(index=0, tokens=(5, token), finished=False))
+    with pytest.raises(
+        CaptureError, match=r"p\.jsonl:0: target\.engine=transformers answered with"
+    ):
+        ask(make_run(toy_target), engine, tasks(("Hi",)))

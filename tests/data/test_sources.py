@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from specforge_core.config import DataConfig
-from specforge_core.data.sources import Conversation, Rows, read_conversations, read_jsonl
+from specforge_core.data import sources
+from specforge_core.data.sources import (
+    Conversation,
+    Rows,
+    Skipped,
+    read_conversations,
+    read_jsonl,
+)
 from specforge_core.errors import DataError
 
 OPENAI = {
@@ -28,6 +36,12 @@ def write(path: Path, *lines: str | dict[str, Any]) -> Path:
     text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     path.write_text("\n".join(text) + "\n", encoding="utf-8")
     return path
+
+
+def with_text(text: object) -> dict[str, Any]:
+    """Return a conversation whose answer is one part with such a text."""
+    answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    return {"messages": [{"role": "user", "content": "Hi"}, answer]}
 
 
 def jsonl(source: str, data: DataConfig) -> Any:
@@ -85,6 +99,19 @@ def test_both_formats_become_openai_messages(tmp_path: Path) -> None:
         ),
         ({"tools": [{}], "messages": []}, "'tools' are not supported"),
         ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "is not valid Unicode"),
+        ("[" * 100_000, "d.jsonl:2 is JSON nested too deeply to be read"),
+        ('{"a": ' + "[" * 100_000, "d.jsonl:2 is JSON nested too deeply to be read"),
+        ('{"id": ' + "1" * 5000 + "}", "d.jsonl:2 is not a line of JSON"),
+        (with_text({"a": 1}), "the text of a message's part must be text, found {'a': 1}"),
+        (with_text(None), "the text of a message's part must be text, found None"),
+        (with_text(3), "the text of a message's part must be text, found 3"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 has the role ['user']"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content must be text, found 3"),
+        ({"messages": [{"role": "user"}]}, "content must be text, found None"),
+        ({"messages": {"role": "user"}}, "needs a list 'messages'"),
+        ({"messages": None}, "needs a list 'messages'"),
+        ("3", "d.jsonl:2: expected an object, found int"),
+        ("null", "d.jsonl:2: expected an object, found NoneType"),
         ({"messages": OPENAI["messages"][:2]}, "has no assistant turn, so nothing to train on"),
     ],
 )
@@ -164,3 +191,54 @@ def test_rows_of_another_kind_of_source_are_read_alike_and_named_by_their_place(
     assert [list(c.messages) for c in found[::2]] == [OPENAI["messages"]] * 2
     with pytest.raises(DataError, match="hub:a:2 is torn"):
         list(read_conversations(["hub:a"], DataConfig(), rows))
+
+
+def test_what_a_message_holds_is_shown_in_short(tmp_path: Path) -> None:
+    deep: Any = "x"
+    for _ in range(300):
+        deep = [deep]
+    for content in ({"k": "v" * 100_000}, [["x"] * 100_000], deep, 10**3000):
+        row = {"messages": [{"role": "user", "content": content}]}
+        for bad in (row, {"messages": [content]}, {"x" * 100_000: content}):
+            with pytest.raises(DataError) as error:
+                read(write(tmp_path / "d.jsonl", bad))
+            assert len(str(error.value)) < 500
+
+
+def test_a_line_without_end_is_not_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_LINE", 1000)
+    path = write(tmp_path / "d.jsonl", OPENAI, json.dumps({"x": "y" * 4000}), SHAREGPT, "x" * 2000)
+    with pytest.raises(DataError, match=r"d\.jsonl:2 is longer than 1,000 bytes\."):
+        read(path)
+    found = read(path, on_error="skip")
+    assert [(c.row["id"], c.where) for c in found] == [("a", "d.jsonl:1"), ("b", "d.jsonl:3")]
+
+
+def test_what_was_skipped_is_counted_by_reason(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", "{", OPENAI, "[1]", {"messages": 1}, "}", SHAREGPT)
+    skipped = Skipped("skip")
+    data = DataConfig(on_error="skip")
+    assert len(list(read_conversations([str(path)], data, jsonl, skipped=skipped))) == 2
+    assert skipped.counts == {"not JSON": 2, "not a conversation": 2}
+    assert str(skipped) == "4 rows skipped (2 not JSON, 2 not a conversation)"
+    assert "d.jsonl:1 is not a line of JSON" in str(skipped.first)
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "d.jsonl", OPENAI, "{")
+    paths = [str(tmp_path / folder / "d.jsonl") for folder in ("a", "b")]
+    found = list(read_conversations(paths, DataConfig(on_error="skip"), jsonl))
+    assert [c.where for c in found] == [f"{path}:1" for path in paths]
+    with pytest.raises(DataError, match=r"a/d\.jsonl:2 is not a line of JSON"):
+        list(read_conversations(paths, DataConfig(), jsonl))
+
+
+def test_a_pipe_and_a_folder_are_no_files_of_rows(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(DataError, match="is no regular file"):
+            read(path)

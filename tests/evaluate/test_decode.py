@@ -205,16 +205,6 @@ def test_an_answer_ends_at_an_end_of_text_token(model: Any, place: int) -> None:
     assert answer.stats.accepted <= answer.stats.drafted <= answer.stats.emitted
 
 
-def test_end_of_text_tokens_come_from_the_generation_config() -> None:
-    model = llama()
-    model.generation_config.eos_token_id = [3, 9]
-    assert decode.limits(model, 7) == Limits(7, frozenset([3, 9]))
-    model.generation_config.eos_token_id = 4
-    assert decode.limits(model, 7).eos == {4}
-    model.generation_config.eos_token_id = None
-    assert decode.limits(model, 7).eos == frozenset()
-
-
 def test_the_target_never_runs_past_its_last_position(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama(max_position_embeddings=24)
     longest = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from specforge_core.config import RunConfig
 from specforge_core.errors import ConfigError, DataError, SpecForgeError
 from specforge_core.evaluate.report import EvalReport
-from specforge_core.evaluate.run import evaluate, first_turn, load_prompt_sets
+from specforge_core.evaluate.run import evaluate, first_turn, load_prompt_sets, open_target
 from specforge_core.load import validate
 from specforge_core.strategy import Strategy
 from specforge_core.target.info import load_target_info
@@ -184,6 +185,46 @@ def test_a_prompt_longer_than_the_targets_positions_is_named(
     save_toy_target(tmp_path / "tiny", max_position_embeddings=40)
     raw["target"]["path"] = str(tmp_path / "tiny")
     refused(raw, r"jsonl:\d: a prompt of \d+ tokens leaves no room .* the target's 40", DataError)
+
+
+def test_prompts_without_room_for_an_answer_are_left_out_or_an_error(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_toy_target(tmp_path / "tiny", max_position_embeddings=90)
+    raw["target"]["path"] = str(tmp_path / "tiny")
+    path = tmp_path / "short.jsonl"
+    long = {"messages": [{"role": "user", "content": "x" * 80}]}
+    path.write_text(f"{json.dumps(long)}\n{path.read_text()}")
+    for too_long in ("truncate", "raise"):
+        raw["data"] = {"too_long": too_long}
+        refused(raw, r"short\.jsonl:1: a prompt of \d+ tokens leaves no room", DataError)
+    raw["data"] = {"too_long": "skip"}
+    assert run(raw, limit=2).per_set["short"].num_prompts == 2
+    assert "eval.prompts.short: 1 rows skipped (1 too long)" in capsys.readouterr().err
+
+
+def test_bad_prompts_are_skipped_and_counted(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw["data"] = {"on_error": "skip"}
+    path = tmp_path / "short.jsonl"
+    path.write_text(f"{'[' * 100_000}\n{path.read_text()}")
+    assert run(raw, limit=2).per_set["short"].num_prompts == 2
+    assert "eval.prompts.short: 1 rows skipped (1 not JSON)" in capsys.readouterr().err
+
+
+def test_an_answer_ends_where_the_tokenizer_says_so_too(
+    raw: dict[str, Any], tmp_path: Path, toy_target: Path
+) -> None:
+    """config.json and generation_config.json may name other tokens than the one that ends turns."""
+    other = shutil.copytree(toy_target, tmp_path / "other")
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((other / name).read_text())
+        (other / name).write_text(json.dumps({**found, "eos_token_id": 0}))
+    raw["target"]["path"] = str(other)
+    config, strategy = load(raw)
+    with open_target(config, strategy) as (_, _, limits):
+        assert limits.eos == {0, load_tokenizer(config.target).eos_token_id}
 
 
 def test_another_models_tokenizer_is_noticed(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Client:
             names = {str(card[key]): None for key in ("id", "root") if card.get(key)}
             positions = card.get("max_model_len")
             return Served(str(card["id"]), tuple(names), int(positions) if positions else None)
-        except (LookupError, TypeError, AttributeError, ValueError) as exc:
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as exc:
             raise Refused(f"its /v1/models names no model: {str(answer)[:200]}") from exc
 
     def complete(self, body: Mapping[str, Any], timeout: float | None = None) -> Completion:
@@ -64,12 +65,16 @@ class Client:
             (choice,) = answer["choices"]
             text, reason = choice["text"], choice["finish_reason"]
             ids = choice.get("token_ids")  # vLLM's
-            tokens = None if ids is None else tuple(int(token) for token in ids)
+            tokens = None if ids is None else tuple(map(index, ids))
             end = choice.get("stop_reason", choice.get("matched_stop"))  # vLLM's, SGLang's
-        except (LookupError, TypeError, AttributeError, ValueError) as exc:
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as exc:
             raise ServerDown(f"no completion: {str(answer)[:200]}") from exc
         if not isinstance(text, str) or reason not in ("stop", "length"):
-            raise ServerDown(f"an answer that ended with {reason!r}, not with stop or length")
+            raise ServerDown(f"an answer that ended with {reason!r:.40}, not with stop or length")
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:  # half a surrogate pair, which JSON can spell
+            raise ServerDown(f"an answer that is not valid Unicode ({exc})") from exc
         return Completion(text, reason, tokens, end if isinstance(end, int) else None)
 
     def _request(self, path: str, body: Mapping[str, Any] | None, timeout: float) -> Any:

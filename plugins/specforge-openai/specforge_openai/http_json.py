@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
+import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from .deadline import TimedReader
+
 TOO_MANY_REQUESTS = 429
+MAX_BYTES = 64 << 20  # of one answer: the longest are token ids
 
 
 class ServerDown(Exception):
@@ -29,7 +35,7 @@ def request_json(
 ) -> Any:
     """Return what is at `url` + `path`, or the answer to `body` there.
 
-    `timeout` is in seconds, between two signs of life.  Raises ServerDown and Refused.
+    `timeout` is in seconds, for all of it.  Raises ServerDown and Refused.
     Safe to use from several threads at once: each request connects anew.
     """
     parts = urlsplit(url)
@@ -39,15 +45,19 @@ def request_json(
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
     connection = kind(parts.netloc, timeout=timeout)
+    until = time.monotonic() + timeout
     try:
         method, text = ("GET", None) if body is None else ("POST", json.dumps(body))
         connection.request(method, parts.path + path, text, headers)
-        response = connection.getresponse()
-        status, raw = response.status, response.read()
+        with _Response(connection.sock, until, method) as response:
+            response.begin()
+            status, raw = response.status, response.read(MAX_BYTES + 1)
     except (OSError, http.client.HTTPException) as exc:
         raise ServerDown(f"{type(exc).__name__}: {exc}") from exc
     finally:
         connection.close()
+    if len(raw) > MAX_BYTES:
+        raise ServerDown(f"an answer of more than {MAX_BYTES:,} bytes")
     told = raw.replace(api_key.encode(), b"(key)") if api_key else raw  # servers may echo it
     if 400 <= status < 500 and status != TOO_MANY_REQUESTS:
         raise Refused(f"HTTP {status}: {_reason(told)}")
@@ -55,8 +65,17 @@ def request_json(
         raise ServerDown(f"HTTP {status}: {_reason(told)}")
     try:
         return json.loads(raw)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise Refused(f"{path} is not JSON: {told[:80]!r}") from exc
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer whose head and body end in time."""
+
+    def __init__(self, sock: socket.socket, until: float, method: str) -> None:
+        super().__init__(sock, method=method)
+        self.fp.close()
+        self.fp = io.BufferedReader(TimedReader(sock, until))
 
 
 def _reason(raw: bytes) -> str:
@@ -64,6 +83,6 @@ def _reason(raw: bytes) -> str:
         error = json.loads(raw)
         error = error.get("error", error) if isinstance(error, dict) else error
         error = error.get("message", error) if isinstance(error, dict) else error
-    except ValueError:
+    except (ValueError, RecursionError):
         error = raw.decode("utf-8", "replace")
     return " ".join(str(error).split())[:300] or "no reason given"

@@ -58,6 +58,21 @@ def test_key_is_sent(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ((200, {"choices": []}), ServerDown, "no completion"),
         ((200, {"choices": [{"text": None, "finish_reason": "stop"}]}), ServerDown, "ended with"),
         ((200, {"choices": [{"text": "a", "finish_reason": "abort"}]}), ServerDown, "'abort'"),
+        (
+            (200, b'{"choices": [{"text": "\\ud800", "finish_reason": "stop"}]}'),
+            ServerDown,
+            "Unicode",
+        ),
+        (
+            (200, b'{"choices": [{"text": "a", "finish_reason": "stop", "token_ids": [1e999]}]}'),
+            ServerDown,
+            "no completion",
+        ),
+        (
+            (200, {"choices": [{"text": "a", "finish_reason": "stop", "token_ids": [1.5]}]}),
+            ServerDown,
+            "no completion",
+        ),
         ((0, None), ServerDown, "RemoteDisconnected"),
     ],
 )
@@ -107,7 +122,7 @@ def test_prompts_of_token_ids_are_refused(server: Any, toy_target: Path) -> None
     assert "target.engine=transformers" in message
 
 
-@pytest.mark.parametrize("models", [{}, [], "x"])
+@pytest.mark.parametrize("models", [{}, [], "x", {"id": "x", "max_model_len": float("inf")}])
 def test_no_model_is_named(server: Any, toy_target: Path, models: Any) -> None:
     server.model = models
     assert "does not speak OpenAI's API (its /v1/models names no model" in refusal(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from specforge_openai import http_json
 from specforge_openai.http_json import Refused, ServerDown, request_json
 
 ANSWERS = {
@@ -82,3 +85,71 @@ def test_a_server_that_is_not_there_or_silent_is_down() -> None:
 def test_a_key_that_a_server_repeats_is_not_shown(url: str) -> None:
     with pytest.raises(Refused, match=r"^HTTP 400: too \(key\)$"):
         request_json(url, "/wrong", timeout=5, api_key="long")
+
+
+def trickle(sock: socket.socket) -> None:
+    sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    while True:
+        sock.sendall(b" ")
+        time.sleep(0.05)
+
+
+def trickle_in_the_head(sock: socket.socket) -> None:
+    sock.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+    while True:
+        sock.sendall(b"a")
+        time.sleep(0.05)
+
+
+def endless(sock: socket.socket) -> None:
+    sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        sock.sendall(b" " * 65536)
+
+
+def deep(sock: socket.socket) -> None:
+    sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"[" * 100_000)
+
+
+def in_chunks(sock: socket.socket) -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    sock.sendall(head + b"2\r\n[1\r\n1\r\n]\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("behave", "error", "message"),
+    [
+        (trickle, ServerDown, "TimeoutError: timed out"),
+        (trickle_in_the_head, ServerDown, "TimeoutError: timed out"),
+        (endless, ServerDown, "an answer of more than 100,000 bytes"),
+        (deep, Refused, "/x is not JSON: b'[[["),
+        (in_chunks, None, None),
+    ],
+)
+def test_an_answer_ends_in_time_and_in_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+    behave: Callable[[socket.socket], None],
+    error: type[Exception] | None,
+    message: str | None,
+) -> None:
+    monkeypatch.setattr(http_json, "MAX_BYTES", 100_000)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def run() -> None:
+            sock, _ = server.accept()
+            with sock, suppress(OSError):
+                sock.recv(65536)
+                behave(sock)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        began = time.monotonic()
+        if error is None:
+            assert request_json(url, "/x", timeout=5) == [1]
+        else:
+            with pytest.raises(error) as found:
+                request_json(url, "/x", timeout=1)
+            assert str(message) in str(found.value)
+        assert time.monotonic() < began + 4
+        thread.join()

@@ -18,7 +18,14 @@ from typing import IO
 
 import specforge_sglang_capture
 from specforge_openai.http_json import Refused, ServerDown
-from specforge_sglang_capture import DIRECTORY_ENV, ENABLE_ENV, LIFELINE_ENV
+from specforge_sglang_capture import (
+    DIRECTORY_ENV,
+    ENABLE_ENV,
+    LIFELINE_ENV,
+    MADE,
+    MADE_BY,
+    RECEIVERS_ENV,
+)
 
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError, ConfigError
@@ -57,7 +64,8 @@ PLAIN = (
 class ChildServer:
     """A running server; it ends with this process, however that ends.
 
-    It hands out states, unless `launch` is PLAIN; `flags` replace those of a capture.
+    It hands out states, unless `launch` is PLAIN; `flags` replace those of a capture.  States go
+    to files, and to the `receiver` HOST:PORT.
     """
 
     def __init__(
@@ -67,13 +75,16 @@ class ChildServer:
         options: SGLangOptions,
         flags: Mapping[str, Flag] | None = None,
         launch: tuple[str, str] = CAPTURE,
+        receiver: str = "",
     ) -> None:
         assert options.python is not None
         self._secrets = secret_values({"args": options.server_args, "env": options.env})
         self._check_python(options.python)
         self._directory = Path(tempfile.mkdtemp(prefix="specforge-sglang-"))
         self._log = self._directory / "server.log"
+        (self._directory / MADE).write_text(MADE_BY, encoding="utf-8")
         write_overlay(self._directory)
+        self._receiver = receiver
         self.url = f"http://127.0.0.1:{free_port()}"
         flags = server_flags(target, info, options) if flags is None else flags
         command = [options.python, *launch, *as_arguments(flags)]
@@ -99,6 +110,7 @@ class ChildServer:
             env.pop(name, None)
         env |= options.env
         env[ENABLE_ENV] = "1" if CAPTURE[1] in command else "0"
+        env[RECEIVERS_ENV] = ",".join(filter(None, (env.get(RECEIVERS_ENV), self._receiver)))
         env[LIFELINE_ENV] = str(reading)
         if options.directory is not None:
             env[DIRECTORY_ENV] = str(options.directory.resolve())

@@ -10,12 +10,11 @@ from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from specforge_openai.http_json import Refused, ServerDown
 from specforge_openai.pool import Pool, Server, each
-from specforge_sglang_capture import ENABLE_ENV, spool
+from specforge_sglang_capture import ENABLE_ENV, RECEIVERS_ENV
 from specforge_sglang_capture.ask import HEAD, Ask, Head
 from specforge_sglang_capture.frame import FrameError, unpack
 
@@ -37,12 +36,13 @@ from .budget import Budget, Outcome
 from .child import ChildServer
 from .client import START, Client, check_server
 from .generate import as_answer, sampling_params
-from .handoff import FileHandoff, Handoff, HttpHandoff
+from .handoff import FileHandoff, Handoff
 from .options import SGLangOptions, read_options
+from .receiver import open_handoff, receiver_of
 
 ARRIVAL_SECONDS = 60.0  # from a server's answer to the arrival of what it captured
+FRAME_BYTES = 1 << 16  # of a frame besides its tokens
 CHECK_SECONDS = 10.0  # one look at a server that was retired
-LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
 class SGLangEngine:
@@ -70,11 +70,11 @@ class SGLangEngine:
         """
         info = load_target_info(target)
         options = read_options(target)
-        handoff = _open_handoff(options)
+        handoff = open_handoff(options)
         child = None
         try:
             if not options.urls:
-                child = ChildServer(target, info, options)
+                child = ChildServer(target, info, options, receiver=receiver_of(handoff))
                 child.wait(Client(child.url, 5.0), options.start_timeout)
             urls = options.urls or (child.url if child else "",)
             clients = [Client(url, options.timeout) for url in urls]
@@ -180,9 +180,10 @@ class SGLangEngine:
             return min(self._options.max_bytes, self._handoff.free_bytes() * 3 // 4)
         return self._options.max_bytes
 
-    def _size(self, prompt: Prompt, spec: CaptureSpec) -> int:
+    def _size(self, prompt: Prompt, spec: CaptureSpec, itemsize: int | None = None) -> int:
         count = len(spec.layers) + (spec.final != "none")
-        return len(prompt.input_ids) * (count * self.info.hidden_size * self._itemsize + 20)
+        width = self.info.hidden_size * (itemsize or self._itemsize)
+        return len(prompt.input_ids) * (count * width + 20)
 
     def _run(
         self,
@@ -224,7 +225,9 @@ class SGLangEngine:
         ask = Ask(
             name, self._handoff.way, self._handoff.place, spec.layers, spec.final, _head(spec)
         )
-        self._handoff.expect(name)
+        # header and gaps, and values of 4 bytes, whatever dtype the first capture shows
+        most = self._size(prompt, spec, itemsize=4) + FRAME_BYTES
+        self._handoff.expect(name, most)
         where = f"prompt {prompt.index} (request {name} at {server.client.url})"
         try:
             server.client.prefill(prompt.input_ids.tolist(), str(ask))
@@ -259,7 +262,8 @@ class SGLangEngine:
 
     def _nothing_came(self, server: Server[Client]) -> str:
         remedy = (
-            f"over http to {self._handoff.place.split('/')[0]}. Can that machine reach it? "
+            f"over http to {receiver_of(self._handoff)}: was it started with {RECEIVERS_ENV}="
+            f"{receiver_of(self._handoff)}, and can that machine reach it? "
             "target.options.receiver_host says how this one is called"
             if self._handoff.way == "http"
             else f"as a file in {getattr(self._handoff, 'root', '')}. If it runs on another "
@@ -287,14 +291,3 @@ class SGLangEngine:
 def _head(spec: CaptureSpec) -> Head:
     asked = {"next_tokens": spec.next_tokens, "logsumexp": spec.logsumexp}
     return tuple(name for name in HEAD if asked[name])
-
-
-def _open_handoff(options: SGLangOptions) -> Handoff:
-    hosts = {urlsplit(url).hostname for url in options.urls}
-    way = options.handoff
-    if way == "auto":
-        way = "files" if hosts <= LOCAL else "http"
-    keep = options.max_bytes * 3 // 2  # memory used again is as large as the longest it had
-    if way == "files":
-        return FileHandoff(options.directory or spool.default_root(), keep)
-    return HttpHandoff(options.receiver_host, options.receiver_port, keep)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from operator import index
 from typing import Any
 
 from specforge_openai.sampling import plain_sampling, request_seed
@@ -29,11 +31,13 @@ def sampling_params(prompt: Prompt, options: GenerateOptions, info: TargetInfo) 
 
 def as_answer(found: Mapping[str, Any], prompt: Prompt, url: str) -> Generated:
     """Return what /generate said; CaptureError where it gives no token ids."""
-    reason = ((found.get("meta_info") or {}).get("finish_reason") or {}).get("type")
-    tokens = found.get("output_ids")
+    reason = tokens = None
+    with suppress(LookupError, TypeError):
+        reason = found["meta_info"]["finish_reason"]["type"]
+        tokens = tuple(map(index, found["output_ids"]))
     if tokens is None or reason not in ("stop", "length"):
         raise CaptureError(
             f"the server at {url} answered prompt {prompt.index} without token ids, or broke off "
             f"({reason!r}). Start it with --skip-tokenizer-init, or try target.engine=openai"
         )
-    return Generated(index=prompt.index, tokens=tuple(map(int, tokens)), finished=reason == "stop")
+    return Generated(index=prompt.index, tokens=tokens, finished=reason == "stop")

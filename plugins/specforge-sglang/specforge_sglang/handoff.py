@@ -8,12 +8,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import secrets
 import shutil
-import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import finalize
@@ -23,8 +19,6 @@ from specforge_sglang_capture import spool
 from specforge_sglang_capture.ask import Way
 
 from specforge_core.errors import ConfigError
-
-from .buffers import Buffers
 
 
 class Handoff(Protocol):
@@ -37,7 +31,10 @@ class Handoff(Protocol):
         """What a request's id says about where its states go."""
         ...
 
-    def expect(self, name: str) -> None: ...
+    def expect(self, name: str, most: int) -> None:
+        """Wait for a frame of at most `most` bytes."""
+        ...
+
     def take(self, name: str, timeout: float) -> Any:
         """Return the bytes of a frame, writable; None when it did not come in time."""
         ...
@@ -77,7 +74,7 @@ class FileHandoff:
         """Return how much the file system can still hold, files that are used again included."""
         return shutil.disk_usage(self.root).free + sum(spool.free_files(self.path).values())
 
-    def expect(self, name: str) -> None:
+    def expect(self, name: str, most: int = 0) -> None:
         """Free what came too late for anyone."""
         for late in list(self._forgotten):
             if spool.free(self.path / late):
@@ -134,91 +131,3 @@ class FileHandoff:
                 break
             time.sleep(0.001)
         os.close(self._lock)
-
-
-class _Listener(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128  # all servers may post at once
-
-
-class HttpHandoff:
-    """A small server in this process that frames are posted to."""
-
-    way: Way = "http"
-
-    def __init__(self, host: str | None = None, port: int = 0, keep: int = 1 << 30) -> None:
-        self._token = secrets.token_urlsafe(16)
-        self._arrived: dict[str, Any] = {}
-        self._buffers = Buffers(keep)
-        self._expected: set[str] = set()
-        self._changed = threading.Condition()
-        handoff = self
-
-        class Receiver(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                handoff._receive(self)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        try:
-            self._server = _Listener(("", port), Receiver)
-        except OSError as exc:
-            raise ConfigError(
-                f"port {port} cannot be listened on: {exc.strerror}. "
-                "Try: target.options.receiver_port=0"
-            ) from exc
-        self.host = host or socket.gethostbyname(socket.gethostname())
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    @property
-    def place(self) -> str:
-        return f"{self.host}:{self._server.server_address[1]}/{self._token}"
-
-    def expect(self, name: str) -> None:
-        """Let a frame called `name` in."""
-        with self._changed:
-            self._expected.add(name)
-
-    def _receive(self, request: BaseHTTPRequestHandler) -> None:
-        token, _, name = request.path.removeprefix("/").partition("/")
-        known = secrets.compare_digest(token, self._token)
-        with self._changed:
-            wanted = known and name in self._expected
-        if not wanted:
-            request.close_connection = True
-            request.send_error(404)
-            return
-        body = self._buffers.take(int(request.headers["Content-Length"]))
-        view, have = memoryview(body), 0
-        while have < len(view):
-            count = request.rfile.readinto(view[have:])
-            if not count:  # the writer is gone
-                request.close_connection = True
-                return
-            have += count
-        with self._changed:
-            if name in self._expected:
-                self._expected.discard(name)
-                self._arrived[name] = body
-                self._changed.notify_all()
-        request.send_response(200)
-        request.send_header("Content-Length", "0")
-        request.end_headers()
-
-    def take(self, name: str, timeout: float) -> Any:
-        """Return the body that was posted as `name`; None when it did not come in time."""
-        with self._changed:
-            self._changed.wait_for(lambda: name in self._arrived, timeout)
-            return self._arrived.pop(name, None)
-
-    def forget(self, name: str) -> None:
-        """Say that nobody waits for `name` any more."""
-        with self._changed:
-            self._expected.discard(name)
-            self._arrived.pop(name, None)
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()

@@ -47,7 +47,12 @@ class SGLangOptions(Addresses):
     )
     directory: Path | None = Field(None, description="Where files are handed over: a tmpfs.")
     receiver_host: str | None = Field(
-        None, description="Name or address under which other machines reach this one."
+        None,
+        description="Name or address under which other machines reach this one. If not set: "
+        "127.0.0.1, which only this machine reaches.",
+    )
+    receiver_bind: str | None = Field(
+        None, description="Address to listen on, if it is not receiver_host's: 0.0.0.0 is all."
     )
     receiver_port: int = Field(0, ge=0, le=65535, description="0 takes any free port.")
     max_bytes: int = Field(1 << 30, gt=0, description="States on their way, asked for or waiting.")

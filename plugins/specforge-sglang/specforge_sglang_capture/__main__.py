@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from . import ENABLE_ENV, LIFELINE_ENV, MIN_VERSION, parse_version
+from . import ENABLE_ENV, LIFELINE_ENV, MADE, MADE_BY, MIN_VERSION, parse_version
 
 # the flags that a capture needs, and their values
 REQUIRED = {
@@ -57,6 +57,14 @@ def extend_path() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(here), others)))
 
 
+def made_for_server(directory: Path) -> bool:
+    """Say whether specforge made a directory for one server, and nobody else has use for it."""
+    try:
+        return (directory / MADE).read_text(encoding="utf-8") == MADE_BY
+    except (OSError, ValueError):
+        return False
+
+
 def follow_parent() -> None:
     """End this process group when the process that started it is gone, however it ended."""
     text = os.environ.pop(LIFELINE_ENV, None)
@@ -67,7 +75,7 @@ def follow_parent() -> None:
 
     def wait() -> None:
         os.read(int(text), 1)  # returns at the end of the pipe: nothing is ever written
-        if here.name.startswith("specforge-sglang-"):  # made for this server
+        if made_for_server(here):
             shutil.rmtree(here, ignore_errors=True)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from . import spool
+
 Final = Literal["none", "pre_norm", "post_norm"]
 Way = Literal["files", "http"]
 Head = tuple[Literal["next_tokens", "logsumexp"], ...]
@@ -53,6 +55,8 @@ def parse(request_id: str) -> Ask | None:
     protocol, way, place, *wanted, name = parts
     known = {"files": NAME, "http": RECEIVER}
     if way not in known or not known[way].fullmatch(place) or not NAME.fullmatch(name):
+        return None
+    if name == spool.LOCK or name.startswith(spool.FREE):  # files of the directory's own
         return None
     if int(protocol) != PROTOCOL:
         return Ask(name, way, place, (), "none", protocol=int(protocol))  # type: ignore[arg-type]

@@ -8,12 +8,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from . import DIRECTORY_ENV, spool
+from . import DIRECTORY_ENV, RECEIVERS_ENV, spool
 from .ask import Ask
 
 logger = logging.getLogger("specforge_sglang_capture")
@@ -22,7 +22,7 @@ MAX_PENDING = 1 << 30  # bytes that wait to be handed over before forward passes
 THREADS = 4  # new pages of a tmpfs are filled at 1 to 2 GB/s by one
 SWEEP_SECONDS = 10.0
 NO_SPACE_SECONDS = 120.0  # how long a full tmpfs is waited for: the reader is slower than we are
-RETRIES = 3
+RETRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,14 @@ class Parcel:
 class Sender:
     """Background threads that hand frames over, and sweep the directories of dead readers."""
 
-    def __init__(self, root: Path | None = None, threads: int = THREADS) -> None:
+    def __init__(
+        self,
+        root: Path | None = None,
+        threads: int = THREADS,
+        receivers: Collection[str] | None = None,
+    ) -> None:
+        named = os.environ.get(RECEIVERS_ENV, "").split(",") if receivers is None else receivers
+        self._receivers = frozenset(name.strip().lower() for name in named) - {""}
         self.root = root or Path(os.environ.get(DIRECTORY_ENV) or spool.default_root())
         self._queue: SimpleQueue[Parcel] = SimpleQueue()
         self._pending = 0
@@ -57,7 +64,7 @@ class Sender:
         while True:
             parcel = self._queue.get()
             try:
-                send = self._send_file if parcel.ask.way == "files" else _send_http
+                send = self._send_file if parcel.ask.way == "files" else self._send_http
                 send(parcel.ask, parcel.pieces())
             except Exception as exc:  # the reader notices that nothing came, and says so
                 logger.error("capture %s was not handed over: %s", parcel.ask.name, exc)
@@ -83,6 +90,16 @@ class Sender:
                 time.sleep(0.05)
         logger.warning("capture %s has no reader: %s is gone", ask.name, directory)
 
+    def _send_http(self, ask: Ask, pieces: Sequence[memoryview]) -> None:
+        address, token = ask.place.rsplit("/", 1)
+        if not self._receivers.intersection((address.lower(), address.rpartition(":")[0].lower())):
+            # whoever can send a request may not make this server call another machine
+            raise PermissionError(
+                f"{address} is no receiver that this server was told of. Start it with "
+                f"{RECEIVERS_ENV}={address}"
+            )
+        _post(ask, address, token, pieces)
+
     def _sweep(self) -> None:
         while True:
             spool.sweep(self.root)
@@ -104,8 +121,7 @@ def _write(path: Path, pieces: Sequence[memoryview]) -> None:
         os.close(descriptor)
 
 
-def _send_http(ask: Ask, pieces: Sequence[memoryview]) -> None:
-    address, token = ask.place.rsplit("/", 1)
+def _post(ask: Ask, address: str, token: str, pieces: Sequence[memoryview]) -> None:
     for attempt in range(RETRIES):
         connection = http.client.HTTPConnection(address, timeout=60)
         try:
@@ -121,6 +137,6 @@ def _send_http(ask: Ask, pieces: Sequence[memoryview]) -> None:
         except (OSError, http.client.HTTPException):
             if attempt == RETRIES - 1:
                 raise
-            time.sleep(0.2)
+            time.sleep(0.2 * 2**attempt)
         finally:
             connection.close()

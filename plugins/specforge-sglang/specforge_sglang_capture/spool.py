@@ -2,7 +2,7 @@
 
 The reader makes a directory and holds a lock in it as long as it lives.  The kernel frees the
 lock however the reader ends, so a directory whose lock can be taken has no reader any more,
-and anyone may delete it.
+and anyone may delete it.  What the lock says tells such a directory from others of a like name.
 
 A file that was read is not deleted but called `free-SIZE-NUMBER`, and a writer takes it by
 renaming it: filling memory that is there already is several times as fast as new memory.
@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
 PREFIX = "specforge-"
 LOCK = "lock"
 FREE = "free-"
+MARK = b"a hand-off directory of specforge-sglang, which may be deleted once this is not locked\n"
+OURS = re.compile(rf"{PREFIX}\d+-[a-z0-9_]+(\.closed)?")
 
 
 def default_root() -> Path:
@@ -30,7 +34,9 @@ def default_root() -> Path:
 def make(root: Path) -> tuple[Path, int]:
     """Make a directory that this process owns; return it and its lock's file descriptor."""
     hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=root))
-    descriptor = os.open(hidden / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    descriptor = os.open(hidden / LOCK, flags, 0o600)
+    os.write(descriptor, MARK)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     # only under this name may others look at the lock
     path = root / f"{PREFIX}{os.getpid()}-{hidden.name.rsplit('-', 1)[1]}"
@@ -38,31 +44,58 @@ def make(root: Path) -> tuple[Path, int]:
     return path, descriptor
 
 
-def has_reader(path: Path) -> bool:
-    """Say whether the owner of a hand-off directory still lives."""
+def _lock(path: Path) -> int | None:
+    """Open the lock of a hand-off directory; None where `path` is none, or a link to one."""
     try:
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        return False
+        return None
+    try:
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # nor wait for a pipe
+        descriptor = os.open(LOCK, flags, dir_fd=directory)
+    except OSError:
+        return None
+    finally:
+        os.close(directory)
+    regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    if regular and os.pread(descriptor, len(MARK) + 1, 0) == MARK:
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _is_held(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return True
+    return False
+
+
+def has_reader(path: Path) -> bool:
+    """Say whether `path` is a hand-off directory whose owner still lives."""
+    if (descriptor := _lock(path)) is None:
+        return False
+    try:
+        return _is_held(descriptor)
     finally:
         os.close(descriptor)
-    return False
 
 
 def sweep(root: Path) -> list[Path]:
     """Delete the hand-off directories whose owners are gone; return them."""
     gone = []
     for path in root.glob(f"{PREFIX}*"):
+        if not OURS.fullmatch(path.name) or (descriptor := _lock(path)) is None:
+            continue
         try:
-            if (path / LOCK).exists() and not has_reader(path):
+            if not _is_held(descriptor):
                 shutil.rmtree(path)
                 gone.append(path)
         except OSError:  # another user's, or swept by another process at this moment
             continue
+        finally:
+            os.close(descriptor)
     return gone
 
 

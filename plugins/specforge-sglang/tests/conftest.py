@@ -61,6 +61,7 @@ def launch(root: Path, port: int | None = None, **options: Any) -> StandIn:
             port = int(probe.getsockname()[1])
     command = [sys.executable, str(HERE / "stand_in_server.py"), str(port), json.dumps(options)]
     env = {**os.environ, "SPECFORGE_SGLANG_DIR": str(root)}
+    env["SPECFORGE_SGLANG_RECEIVERS"] = "127.0.0.1"
     made = StandIn(subprocess.Popen(command, env=env), f"http://127.0.0.1:{port}")
     for _ in range(600):
         try:

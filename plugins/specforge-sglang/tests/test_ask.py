@@ -37,6 +37,8 @@ def test_an_ask_survives_as_a_request_id(ask: Ask) -> None:
         "specforge|2|files|d|1|none|logits|n",
         "specforge|2|files|d|1|none||n|more",
         "specforge|1|files|../etc|1|none|n",
+        "specforge|2|files|d|1|none||lock",  # files of the directory's own
+        "specforge|2|files|d|1|none||free-1-1",
     ],
 )
 def test_anything_else_asks_for_nothing(text: str) -> None:

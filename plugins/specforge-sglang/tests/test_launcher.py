@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import specforge_sglang_capture
 from specforge_sglang_capture import parse_version
-from specforge_sglang_capture.__main__ import add_required
+from specforge_sglang_capture.__main__ import add_required, made_for_server
 
 
 def test_flags_are_added_once() -> None:
@@ -39,3 +41,14 @@ def test_the_plugin_is_inert_unless_asked(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv(specforge_sglang_capture.ENABLE_ENV, "1")
     with pytest.raises(ModuleNotFoundError, match="sglang"):
         specforge_sglang_capture.register()
+
+
+def test_only_a_directory_made_for_a_server_is_deleted_with_it(tmp_path: Path) -> None:
+    """A folder of a like name is not one."""
+    mine = tmp_path / "specforge-sglang-fork"
+    mine.mkdir()
+    assert not made_for_server(mine)
+    (mine / ".specforge-server").write_text("notes")
+    assert not made_for_server(mine)
+    (mine / ".specforge-server").write_text(specforge_sglang_capture.MADE_BY)
+    assert made_for_server(mine)

@@ -40,7 +40,11 @@ def engine(sglang_python: str, toy_target: Path, directory: Path) -> Iterator[SG
         engine="sglang",
         device="cpu",
         batch_tokens=1024,
-        options={"python": sglang_python, "directory": str(directory)},
+        options={
+            "python": sglang_python,
+            "directory": str(directory),
+            "env": {"SPECFORGE_SGLANG_RECEIVERS": "127.0.0.1"},
+        },
     )
     made = SGLangEngine.load(config, CPU)
     yield made
