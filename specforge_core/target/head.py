@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..errors import CaptureError
 from ..types import TargetInfo
+from .measure import HeadScale, measure_head
+from .skeleton import skeleton
 from .weights import load_head_bias, load_target_tensors
 
 ROWS = 512  # whose logits exist at a time
@@ -41,24 +43,24 @@ class Head:
             raise CaptureError(
                 f"{type(model).__name__} has no language model head. Choose another target.path"
             )
-        bias = getattr(module, "bias", None)
+        bias, beside = getattr(module, "bias", None), head_scale(info)
         return cls(
             weight=module.weight[: info.vocab_size],
             bias=None if bias is None else bias[: info.vocab_size],
-            scale=head_scale(info.config),
-            softcap=head_softcap(info.config),
+            scale=beside.scale,
+            softcap=beside.softcap,
         )
 
     @classmethod
     def load(cls, info: TargetInfo) -> Head:
         """Read the head from the target's files, on the CPU, without padding rows."""
         weight = load_target_tensors(info, ("lm_head",))["lm_head"]
-        bias = load_head_bias(info)
+        bias, beside = load_head_bias(info), head_scale(info)
         return cls(
             weight=weight[: info.vocab_size],
             bias=None if bias is None else bias[: info.vocab_size],
-            scale=head_scale(info.config),
-            softcap=head_softcap(info.config),
+            scale=beside.scale,
+            softcap=beside.softcap,
         )
 
     def logits(self, states: Tensor) -> Tensor:
@@ -80,17 +82,19 @@ class Head:
         return torch.cat(tokens), torch.cat(sums)
 
 
-def head_scale(config: Mapping[str, Any]) -> float:
-    """Return what a target multiplies its logits by."""
+def head_scale(info: TargetInfo) -> HeadScale:
+    """Return what a target does to its logits; by its config where its code cannot be asked."""
+    model = skeleton(info)
+    found = None if model is None else measure_head(model, info.hidden_size)
+    return found or _said(info.config)
+
+
+def _said(config: Mapping[str, Any]) -> HeadScale:
+    cap = config.get("final_logit_softcapping") or config.get("logits_soft_cap")
+    scale = 1.0
     if config.get("logits_scaling") is not None:  # Granite divides
-        return 1.0 / float(config["logits_scaling"])
+        scale = 1.0 / float(config["logits_scaling"])
     for key in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
         if config.get(key) is not None:
-            return float(config[key])
-    return 1.0
-
-
-def head_softcap(config: Mapping[str, Any]) -> float | None:
-    """Return the bound that a target squeezes its logits into, if it does."""
-    cap = config.get("final_logit_softcapping")
-    return float(cap) if cap else None
+            scale = float(config[key])
+    return HeadScale(scale=scale, softcap=float(cap) if cap else None)

@@ -5,11 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from ..config import TargetConfig
 from ..errors import ConfigError
 from ..types import TargetInfo
+from .skeleton import build, count_layers
+
+# what readers of a config ask for, whatever a family calls it
+USUAL = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "vocab_size",
+)
 
 
 def load_target_info(target: TargetConfig) -> TargetInfo:
@@ -32,6 +45,7 @@ def load_target_info(target: TargetConfig) -> TargetInfo:
     as_dict = text.to_dict()
     # a multimodal config says outside of its text section whether the head is tied
     as_dict["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", False))
+    as_dict |= {name: getattr(text, name) for name in USUAL if hasattr(text, name)}
     try:
         sizes = (text.hidden_size, text.num_hidden_layers, text.vocab_size)
     except AttributeError as exc:
@@ -40,7 +54,8 @@ def load_target_info(target: TargetConfig) -> TargetInfo:
             "Choose another target.path"
         ) from exc
     revision = getattr(config, "_commit_hash", None) or target.revision
-    hidden_size, num_layers, vocab_size = sizes
+    hidden_size, said, vocab_size = sizes
+    num_layers = count_layers(build(config, target.trust_remote_code), said)
     return TargetInfo(
         name_or_path=target.path,
         revision=revision,
@@ -48,6 +63,7 @@ def load_target_info(target: TargetConfig) -> TargetInfo:
         num_layers=num_layers,
         vocab_size=vocab_size,
         config=as_dict,
+        trust_remote_code=target.trust_remote_code,
     )
 
 
@@ -66,7 +82,15 @@ def load_pretrained(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:
             trust_remote_code=target.trust_remote_code,
             **kwargs,
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as exc:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as exc:
         reason = str(exc).strip().splitlines()[0]
         revision = f" at revision {target.revision!r}" if target.revision else ""
         if "trust_remote_code" in str(exc) and not target.trust_remote_code:
