@@ -79,7 +79,8 @@ def check_states(run: RunConfig, strategy: Strategy, model: Any) -> None:
         sample = reader[place]
         with torch.no_grad():
             found = model(input_ids=sample["input_ids"][None], output_hidden_states=True)
-        states = torch.cat([found.hidden_states[i + 1][0] for i in layers], dim=-1)
+        first = 0 if model.config.model_type == "mamba2" else 1  # it does not list the embedding
+        states = torch.cat([found.hidden_states[i + first][0] for i in layers], dim=-1)
         near(sample["hidden_states"], states)
         if "target_argmax" in sample:
             logits = found.logits[0, :, : model.config.get_text_config().vocab_size].float()

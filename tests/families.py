@@ -53,7 +53,7 @@ LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8} | {
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
 }
-INDEXED = LATENT | GROUPED | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 8}
+INDEXED = LATENT | GROUPED | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 512}
 LINEAR = (
     HEAD
     | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}

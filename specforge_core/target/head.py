@@ -20,6 +20,7 @@ from .skeleton import skeleton
 from .weights import load_head_bias, load_target_tensors
 
 ROWS = 512  # whose logits exist at a time
+EXTRA = 8  # columns that a bias takes: one, and zeros to keep rows aligned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,18 @@ class Head:
             out = out * self.scale
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
 
+    def joined(self) -> Tensor:
+        """Return one matrix [V, W] whose product with `widen(state, W)` is scale * (... + bias).
+
+        W is H, or with a bias a little more: for losses that know of no bias.
+        """
+        if self.bias is None:
+            joined = self.weight
+        else:
+            column = self.bias.to(self.weight.dtype)[:, None]
+            joined = F.pad(torch.cat([self.weight, column], dim=1), (0, EXTRA - 1))
+        return joined if self.scale == 1.0 else joined * self.scale
+
     def summarize(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return the most likely token [T] int64 and the logits' log-sum-exp [T] float32."""
         tokens, sums = [], []
@@ -80,6 +93,15 @@ class Head:
             tokens.append(logits.argmax(dim=-1))
             sums.append(logits.logsumexp(dim=-1).float())
         return torch.cat(tokens), torch.cat(sums)
+
+
+def widen(states: Tensor, width: int) -> Tensor:
+    """Return states [..., H] as a matrix of `Head.joined` wants them: with a 1 for its bias."""
+    more = width - states.shape[-1]
+    if more == 0:
+        return states
+    one = states.new_ones(*states.shape[:-1], 1)
+    return F.pad(torch.cat([states, one], dim=-1), (0, more - 1))
 
 
 def head_scale(info: TargetInfo) -> HeadScale:

@@ -149,7 +149,6 @@ def test_an_error_inside_the_block_is_not_swallowed_and_hooks_are_removed(llama:
     model = TransformersEngine.load(llama, CPU).model
     before = hooks(model)
     with pytest.raises(ZeroDivisionError), tap_states(model, ALL, stop=True):
-        assert hooks(model) > before
         raise ZeroDivisionError
     assert hooks(model) == before
 
