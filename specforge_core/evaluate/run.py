@@ -21,7 +21,8 @@ from ..target.info import load_target_info
 from ..target.tokenizer import load_tokenizer
 from ..types import CaptureSpec, Draft, Proposer, TargetInfo
 from .bench import Bench, EvalPrompt, open_desks
-from .decode import Limits, check_cache, limits
+from .cached import abilities
+from .decode import Limits, limits
 from .plot import plot_acceptance
 from .report import EvalReport, Setup, summarize
 
@@ -131,7 +132,7 @@ def open_target(
     exact = run.target.model_copy(update={"dtype": run.eval.dtype})
     engine = TransformersEngine.load(exact, device)
     try:
-        check_cache(engine.model)
+        abilities(engine.model)  # refuses what cannot be decoded, before anything is
         spec = strategy.adapter(run.strategy, engine.info).spec
         yield engine, spec, limits(engine.model, run.eval.max_new_tokens)
     finally:
