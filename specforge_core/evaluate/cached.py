@@ -128,7 +128,7 @@ class CachedTarget:
         self, tokens: Sequence[int], keep: int, extra: dict[str, Tensor], *, states: bool = True
     ) -> tuple[Tensor, TargetCapture | None]:
         ids = torch.tensor([list(tokens)], dtype=torch.long, device=self.model.device)
-        parts = [ids] if self.able.many or not self.length else list(ids.split(1, dim=1))
+        parts = [ids] if self.able.many or not self.length else list(torch.split(ids, 1, dim=1))
         logits, layers, finals = [], [], []
         for part in parts:
             wanted = keep if len(parts) == 1 else 1

@@ -47,7 +47,7 @@ def new_cache(model: Any) -> DynamicCache:
         if isinstance(layer, DynamicSlidingWindowLayer):
             states = getattr(layer, "number_of_states", None)
             cache.layers[place] = (
-                DynamicLayer()
+                DynamicLayer()  # type: ignore[no-untyped-call]
                 if states is None
                 else LinearAttentionAndFullAttentionLayer(number_of_states=states)
             )
@@ -119,7 +119,7 @@ def probe(model: Any) -> Abilities:
 def _go_on(model: Any, ids: Tensor, cache: Any, size: int, positions: bool) -> Tensor:
     """Return the logits [PROBE, V] of the last tokens, `size` of them at a time."""
     found, place = [], 0
-    for part in (ids[:, :PROBE], *ids[:, PROBE:].split(size, dim=1)):
+    for part in (ids[:, :PROBE], *torch.split(ids[:, PROBE:], size, dim=1)):
         extra = positions_from(place, part) if positions else {}
         logits, cache = forward(model, part, cache, part.shape[1], extra)
         found.append(logits)

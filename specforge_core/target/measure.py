@@ -80,7 +80,7 @@ def _replaced(
 ) -> Iterator[None]:
     """Let the decoder return `states`, and `probe` be the head, inside the block."""
     places = [(m, n) for m in model.modules() for n, c in m.named_children() if c is head]
-    decoder.forward = lambda *args, **kwargs: _Output(last_hidden_state=states)  # type: ignore
+    decoder.forward = lambda *args, **kwargs: _Output(last_hidden_state=states)
     for module, name in places:
         setattr(module, name, probe)
     try:

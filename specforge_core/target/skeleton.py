@@ -153,7 +153,8 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def _name(model: nn.Module, part: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is part)
+    found: str = next(name for name, module in model.named_modules() if module is part)
+    return found
 
 
 def best_match(name: str, keys: Iterable[str]) -> list[str]:
