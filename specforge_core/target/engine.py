@@ -147,7 +147,7 @@ def _check_loaded(model: Any, report: Mapping[str, Any], info: TargetInfo) -> No
             f"target.path {path!r} lacks {len(missing)} of its weights, such as {missing[0]}. "
             "Download it again, or choose another target.path"
         )
-    tied = model.config.get_text_config(decoder=True).tie_word_embeddings
+    tied = info.config.get("tie_word_embeddings")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if tied and head is not None and head.weight is not embedding.weight:
         console.print(
