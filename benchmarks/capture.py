@@ -29,7 +29,7 @@ from specforge_core.devices import pick_device
 from specforge_core.strategy import Strategy
 from specforge_core.target.batching import group_by_length
 from specforge_core.target.engine import TransformersEngine
-from specforge_core.target.taps import find_parts
+from specforge_core.target.skeleton import find_parts
 from specforge_core.types import CaptureSpec, Field, Prompt, Sample, TargetCapture
 
 ROUNDS = 3

@@ -17,16 +17,12 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
-from ..errors import ConfigError, DataError
-from ..target.taps import tap_states
+from ..errors import DataError
 from ..types import CaptureSpec, Proposal, Proposer, Sampling, TargetCapture
+from .cached import CachedTarget
 from .sampling import check_proposal, next_token, verify_chain
-from .tree import check_attention, check_tree, depths, keep_path, prune, tree_inputs, verify_tree
-
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+from .tree import check_tree, depths, prune, verify_tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +42,7 @@ class DecodeStats:
     accepted_at: tuple[int, ...] = ()  # [k]: how often it, or one of them, was accepted there
     new_tokens: int = 0  # of the answers, the prompt's run included
     seconds: float = 0.0  # for the answers, the prompt's run included
+    extra_runs: int = 0  # of the target, beside one per verification: for a state restored
 
     @property
     def drafted(self) -> int:
@@ -80,6 +77,7 @@ class DecodeStats:
             _add(self.accepted_at, other.accepted_at),
             self.new_tokens + other.new_tokens,
             self.seconds + other.seconds,
+            self.extra_runs + other.extra_runs,
         )
 
 
@@ -97,62 +95,6 @@ class Limits:
 
     max_new_tokens: int
     eos: frozenset[int]
-
-
-def check_cache(model: Any) -> None:
-    """Raise ConfigError for a target whose cache cannot forget its last tokens."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if strange := sorted(kinds - ATTENTION):
-        raise ConfigError(
-            f"target {model.config.name_or_path!r} has layers of type {', '.join(strange)}, whose "
-            "state cannot be rolled back after a rejected draft. Evaluate it in a serving engine"
-        )
-
-
-class CachedTarget:
-    """The target on one sequence, with its cache.
-
-    The cache keeps every layer's whole past, sliding windows included (their masks
-    do the sliding), because a window that has moved on cannot be rolled back.
-    """
-
-    def __init__(self, model: Any, spec: CaptureSpec | None) -> None:
-        self.model = model
-        self.spec = spec
-        self.cache = DynamicCache()
-
-    def run(
-        self, tokens: Sequence[int], keep: int, parents: Sequence[int] | None = None
-    ) -> tuple[Tensor, TargetCapture | None]:
-        """Append tokens; return the logits [keep, V] of the last ones, and all states.
-
-        With `parents`, the tokens behind the first are a tree.
-        """
-        ids = torch.tensor([tokens], dtype=torch.long, device=self.model.device)
-        past = self.cache.get_seq_length()
-        extra = {} if parents is None else tree_inputs(parents, past, self.model)
-        if self.spec is None:
-            return self._forward(ids, keep, extra), None
-        with tap_states(self.model, self.spec, stop=False) as tap:
-            logits = self._forward(ids, keep, extra)
-        states = {layer: tap.hidden_states[layer][0] for layer in self.spec.layers}
-        final = None if tap.final is None else tap.final[0]
-        ones = torch.ones_like(ids[0])
-        return logits, TargetCapture(
-            index=0, input_ids=ids[0], loss_mask=ones, hidden_states=states, final=final
-        )
-
-    def _forward(self, ids: Tensor, keep: int, extra: dict[str, Tensor]) -> Tensor:
-        output = self.model(
-            input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep, **extra
-        )
-        logits: Tensor = output.logits[0, -keep:]
-        return logits
-
-    def forget(self, count: int) -> None:
-        """Drop the last `count` tokens from the cache."""
-        if count:
-            self.cache.crop(-count)
 
 
 @torch.inference_mode()
@@ -188,24 +130,21 @@ def generate(
         check_proposal(proposal, asked, logits.shape[-1])
         if proposal.parents is not None:
             check_tree(proposal)
-            check_attention(model)
         proposal = _until_eos(proposal, limits.eos)
         drafted = proposal.tokens.tolist()
         parents = None if proposal.parents is None else proposal.parents.tolist()
-        past = len(prompt) + len(emitted) - 1
+        runs = target.runs
         logits, states = target.run([emitted[-1], *drafted], len(drafted) + 1, parents)
         verify = verify_chain if parents is None else verify_tree
         verdict = verify(logits, proposal, sampling)
         new = [*(drafted[i] for i in verdict.kept), verdict.next_token]
         if len(new) > 1 and new[-2] in limits.eos:
             new.pop()
-        if parents is not None:
-            keep_path(target.cache, past, verdict.kept)
-        target.forget(len(drafted) - verdict.accepted)
+        target.settle([emitted[-1], *drafted], verdict.kept, parents is not None)
         assert states is not None
         proposer.accept(pick(states, [0, *(1 + i for i in verdict.kept)], supervised=True))
         levels = len(drafted) if parents is None else max(depths(parents), default=0)
-        stats += _round(levels, verdict.accepted, len(new))
+        stats += _round(levels, verdict.accepted, len(new), target.runs - runs - 1)
         emitted += new
     tokens = tuple(emitted[:wanted])
     return Answer(tokens, stats + timed(tokens, start))
@@ -265,9 +204,9 @@ def pick(capture: TargetCapture, places: list[int], *, supervised: bool) -> Targ
     )
 
 
-def _round(drafted: int, accepted: int, emitted: int) -> DecodeStats:
+def _round(drafted: int, accepted: int, emitted: int, extra_runs: int) -> DecodeStats:
     accepted_at = (1,) * accepted + (0,) * (drafted - accepted)
-    return DecodeStats(1, emitted, (1,) * drafted, accepted_at)
+    return DecodeStats(1, emitted, (1,) * drafted, accepted_at, extra_runs=extra_runs)
 
 
 def timed(tokens: tuple[int, ...], start: float) -> DecodeStats:

@@ -42,6 +42,7 @@ class SetReport:
     tokens_per_second: float | None  # prompt processing included, as in the next one
     baseline_tokens_per_second: float | None  # the target alone, on the same prompts
     mismatches: int | None  # answers that are not the target's own; None: not compared
+    extra_target_runs: int  # beside one per verification: a recurrent state restored, run again
     ties: int  # answers that part from the target's where its two best tokens are tied
 
 
@@ -105,6 +106,11 @@ def render(report: EvalReport) -> Group:
     table.add_row("all", *_cells(report))
     rates = " ".join(f"{rate:.2f}" for rate in report.per_position)
     lines = [f"accepted by position: {rates}", f"lossless: {report.lossless_reason}"]
+    if report.extra_target_runs:
+        lines.append(
+            f"the target ran {report.extra_target_runs} times more than {report.verifications} "
+            "verifications take: its state cannot be rolled back, so accepted tokens run again"
+        )
     return Group(table, *(Text(line) for line in (*lines, *report.differences)))
 
 
@@ -143,6 +149,7 @@ def _set_report(results: Sequence[PromptResult], *, greedy: bool) -> SetReport:
         tokens_per_second=stats.tokens_per_second,
         baseline_tokens_per_second=alone.tokens_per_second,
         mismatches=len(differences) - ties if compared else None,
+        extra_target_runs=stats.extra_runs,
         ties=ties,
     )
 

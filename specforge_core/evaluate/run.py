@@ -25,7 +25,8 @@ from ..target.info import load_target_info
 from ..target.tokenizer import load_tokenizer
 from ..types import CaptureSpec, Draft, Proposer, TargetInfo
 from .bench import Bench, EvalPrompt, open_desks
-from .decode import Limits, check_cache
+from .cached import abilities
+from .decode import Limits
 from .plot import plot_acceptance
 from .report import EvalReport, Setup, summarize
 
@@ -152,7 +153,7 @@ def open_target(
     exact = run.target.model_copy(update={"dtype": run.eval.dtype})
     engine = TransformersEngine.load(exact, device)
     try:
-        check_cache(engine.model)
+        abilities(engine.model)  # refuses what cannot be decoded, before anything is
         spec = strategy.adapter(run.strategy, engine.info).spec
         tokenizer = load_tokenizer(run.target)
         ends = end_tokens(run.target, engine.info, tokenizer, run.data.chat_template_kwargs)

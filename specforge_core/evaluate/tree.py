@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, PluginError
+from ..errors import PluginError
 from ..types import Proposal, Sampling
 from .sampling import Verdict, drafted_from, draw, probabilities, residual
 
@@ -30,15 +30,19 @@ def check_tree(proposal: Proposal) -> None:
         )
 
 
-def check_attention(model: Any) -> None:
-    """Raise ConfigError for a target whose layers do not all see everything before them."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - {"full_attention"} or getattr(config, "sliding_window", None):
-        raise ConfigError(
-            f"target {model.config.name_or_path!r} has sliding windows, in which a drafted tree "
-            "cannot be verified here. Let the strategy draft a chain"
-        )
+def leaves(parents: Sequence[int]) -> list[int]:
+    """Return the tokens that none follows; a tree without tokens has the last one, -1."""
+    followed = set(parents)
+    return [i for i in range(len(parents)) if i not in followed] or [-1]
+
+
+def ancestors(parents: Sequence[int], token: int) -> list[int]:
+    """Return the path down to a token, itself included."""
+    path: list[int] = []
+    while token >= 0:
+        path.append(token)
+        token = parents[token]
+    return path[::-1]
 
 
 def depths(parents: Sequence[int]) -> list[int]:
@@ -130,6 +134,8 @@ def prune(proposal: Proposal, ends: frozenset[int]) -> Proposal:
 def keep_path(cache: Any, past: int, path: Sequence[int]) -> None:
     """Move the entries of a path behind the last verified token's; the rest may be cropped."""
     for layer in cache.layers:
+        if layer.keys is None:  # it reads another layer's
+            continue
         for stored in (layer.keys, layer.values):
             rows = torch.tensor(path, dtype=torch.long, device=stored.device) + past + 1
             stored[:, :, past + 1 : past + 1 + len(path)] = stored[:, :, rows]

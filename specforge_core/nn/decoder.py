@@ -16,9 +16,6 @@ from ..errors import ConfigError
 from ..types import TargetInfo
 from .rotary import draft_rope
 
-# Factors of some targets' logits, which engines do not apply to those of a draft.
-UNSUPPORTED_FACTORS = ("logit_scale", "logits_scaling")
-
 
 class DecoderOptions(StrategyConfig):
     """Base of a `strategy:` section whose draft has decoder layers."""
@@ -57,33 +54,47 @@ class DecoderShape:
 
 def decoder_fields(options: DecoderOptions, target: TargetInfo) -> dict[str, Any]:
     """Return the fields of a DecoderShape.  Raises ConfigError when they do not fit the target."""
-    found = target.config
-    for name in UNSUPPORTED_FACTORS:
-        if found.get(name) not in (None, 1, 1.0):
-            raise ConfigError(
-                f"target {target.name_or_path!r} has {name}={found[name]}, which drafts do not "
-                "apply. Try: another target.path"
-            )
-    heads = options.num_heads or int(found["num_attention_heads"])
-    kv_heads = options.num_kv_heads or int(found.get("num_key_value_heads") or heads)
+    found, hidden = target.config, target.hidden_size
+    heads = options.num_heads or _largest(found.get("num_attention_heads")) or _heads(hidden)
+    kv_heads = options.num_kv_heads or _largest(found.get("num_key_value_heads")) or heads
+    size = options.head_dim or _largest(found.get("head_dim")) or hidden // heads
+    if size % 2:
+        raise ConfigError(
+            f"heads of size {size} cannot be rotated. Try: strategy.num_heads, a divisor of half "
+            f"the target's hidden size {hidden}"
+        )
     if heads % kv_heads:
         raise ConfigError(
             f"{heads} attention heads cannot share {kv_heads} key/value heads. "
             "Try: strategy.num_kv_heads, a divisor of strategy.num_heads"
         )
     return {
-        "hidden_size": target.hidden_size,
+        "hidden_size": hidden,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "head_dim": options.head_dim or int(found.get("head_dim") or target.hidden_size // heads),
-        "intermediate_size": options.intermediate_size or int(found["intermediate_size"]),
+        "head_dim": size,
+        "intermediate_size": options.intermediate_size
+        or _largest(found.get("intermediate_size"))
+        or 4 * hidden,
         "rms_norm_eps": float(found.get("rms_norm_eps") or 1e-6),
         "max_positions": int(found.get("max_position_embeddings") or 32768),
         "rope": draft_rope(found, options.rope_theta),
         "vocab_size": target.vocab_size,
-        "softcap": found.get("final_logit_softcapping"),
+        "softcap": found.get("final_logit_softcapping") or found.get("logits_soft_cap"),
         "init_std": float(found.get("initializer_range") or 0.02),
     }
+
+
+def _largest(value: Any) -> int | None:
+    """Return a size of a config, which may be one per layer; None where it is not said."""
+    sizes = value if isinstance(value, list | tuple) else [value]
+    return max((int(size) for size in sizes if size), default=None)
+
+
+def _heads(hidden_size: int) -> int:
+    """Return how many heads a draft has where the target has none: of 128, or as near as fits."""
+    size = next(size for size in (128, 64, 32, 16, 8, 4, 2, 1) if hidden_size % size == 0)
+    return hidden_size // size
 
 
 def decoder_config(shape: DecoderShape) -> dict[str, Any]:

@@ -11,11 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-
 Rope: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines, [(b,) n, d / 2] float32
 
-# Kinds that make one frequency table, the same at every length; others need more than a table.
+# Kinds that make one frequency table of a whole head, the same at every length.
 STATIC = ("default", "linear", "llama3", "yarn")
 KEYS = (
     *("rope_type", "rope_theta", "factor", "original_max_position_embeddings"),
@@ -27,26 +25,29 @@ KEYS = (
 def draft_rope(target: Mapping[str, Any], theta: float | None = None) -> dict[str, Any]:
     """Return a draft's rope parameters: the target config's, or plain ones of `theta`.
 
+    A draft's rope is one table at every length, which all engines serve alike.  Where the
+    target's is not (it changes with the length, or leaves some of a head alone), the draft's is
+    plain RoPE of the target's theta: it is trained with it, and owes the target's nothing.
     partial_rotary_factor is left out, since engines rotate a draft's whole head, and so
     are the sections of multimodal RoPE, which is plain RoPE on text.
     """
     if theta is not None:
         return {"rope_type": "default", "rope_theta": theta}
-    given = target.get("rope_parameters") or target.get("rope_scaling") or {}
-    if isinstance(given.get("full_attention"), Mapping):  # one set per layer type
-        given = given["full_attention"]
+    given = rope_of(target)
     beside = {"original_max_position_embeddings": target.get("original_max_position_embeddings")}
     rope = {key: value for key in KEYS if (value := given.get(key, beside.get(key))) is not None}
     rope.setdefault("rope_type", given.get("type", "default"))
-    if rope["rope_type"] in ("mrope", "default"):
+    if rope["rope_type"] == "default" or rope["rope_type"] not in STATIC:
         rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta")}
-    if rope["rope_type"] not in STATIC:
-        raise ConfigError(
-            f"the target's rope_type {rope['rope_type']!r} changes with the length, which engines "
-            "do not follow in a draft. Try: strategy.rope_theta=10000"
-        )
     rope["rope_theta"] = float(rope.get("rope_theta") or target.get("rope_theta") or 10000.0)
     return rope
+
+
+def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a config says of its rotary embedding, in either spelling."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    whole = given.get("full_attention")  # one set per layer type
+    return whole if isinstance(whole, Mapping) else given
 
 
 class Rotary:

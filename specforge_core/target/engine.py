@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ..config import TargetConfig
 from ..cpu import pick_target_dtype
 from ..errors import CaptureError, ConfigError
+from ..progress import console
 from ..types import CaptureSpec, Generated, GenerateOptions, Prompt, TargetCapture, TargetInfo
 from .asked import answer_room, check_prompts, finite_advice
 from .batching import group_by_length
 from .generate import answer_batch
 from .head import Head
 from .info import load_pretrained, load_target_info
-from .taps import Taps, find_parts, tap_states
+from .proof import prove
+from .skeleton import auto_class, find_parts
+from .taps import Taps, tap_states
+from .weights import tensor_files, tensor_names
 
 # Arguments of from_pretrained that `target` has keys for, or that are decided here
 RESERVED = frozenset(
@@ -50,17 +54,19 @@ class TransformersEngine:
                 f"target.options.{taken[0]} is not for the engine transformers: it is decided "
                 "elsewhere in the section target. Take it out"
             )
+        config = load_pretrained(AutoConfig, pinned)
         dtype = pick_target_dtype(target.dtype, info.config.get("dtype"), device)
         options = {"dtype": dtype, "output_loading_info": True, **own}
-        model, report = load_pretrained(AutoModelForCausalLM, pinned, **options)
-        # transformers would go on with random weights
-        if missing := sorted(report["missing_keys"]):
-            raise ConfigError(
-                f"target.path {target.path!r} lacks {len(missing)} of its weights, such as "
-                f"{missing[0]}. Download it again, or choose another target.path"
-            )
+        try:
+            model, report = load_pretrained(auto_class(config), pinned, **options)
+        except ConfigError:
+            tensor_files(info)  # raises what says more, where a file is damaged
+            raise
+        _check_loaded(model, report, info)
         model.eval().requires_grad_(False)
-        return cls(model.to(device), info, target.batch_tokens)
+        model.to(device)
+        prove(model, info)
+        return cls(model, info, target.batch_tokens)
 
     def supports(self, spec: CaptureSpec) -> bool:
         """Say yes: what the target cannot give is an error that names it."""
@@ -137,6 +143,44 @@ class TransformersEngine:
         self.model = self._decoder = self._head = None  # type: ignore[assignment]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _check_loaded(model: Any, report: Mapping[str, Any], info: TargetInfo) -> None:
+    """Raise ConfigError for weights that are not in the files, or beside used ones and not used.
+
+    transformers would go on: with random weights for the former; without, say, the scales of
+    8-bit weights for the latter.  Whole modules that a text model has no use for are no error.
+    """
+    path = info.name_or_path
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"target.path {path!r} lacks {len(missing)} of its weights, such as {missing[0]}. "
+            "Download it again, or choose another target.path"
+        )
+    tied = info.config.get("tie_word_embeddings")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if tied and head is not None and head.weight is not embedding.weight:
+        console.print(
+            f"note: config.json of {path} says tie_word_embeddings, and its files have a head of "
+            "their own, which is used here. A serving engine may take the embedding for it: set "
+            "tie_word_embeddings to false in config.json",
+            markup=False,
+        )
+    unused = set(report["unexpected_keys"])
+    if not unused:
+        return
+    try:
+        stored = set(tensor_names(info))
+    except CaptureError:  # of another format
+        stored = set()
+    used = {name.rpartition(".")[0] for name in (stored | set(model.state_dict())) - unused}
+    if beside := sorted(name for name in unused if name.rpartition(".")[0] in used):
+        raise ConfigError(
+            f"target.path {path!r} has {len(beside)} tensors that {type(model).__name__} does not "
+            f"use beside others that it does, such as {beside[0]}: its states would be wrong. If "
+            "it is quantised, its config.json lacks the quantization_config that transformers "
+            "reads. Try: target.path= its unquantised checkpoint"
+        )
 
 
 def _check_finite(captures: Sequence[TargetCapture], taps: Taps) -> None:

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from ..errors import CaptureError
 from ..types import TargetInfo
+from .measure import HeadScale, measure_head
+from .skeleton import skeleton
 from .weights import load_head_bias, load_target_tensors
 
 ROWS = 512  # whose logits exist at a time
+EXTRA = 8  # columns that a bias takes: one, and zeros to keep rows aligned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,24 +44,24 @@ class Head:
             raise CaptureError(
                 f"{type(model).__name__} has no language model head. Choose another target.path"
             )
-        bias = getattr(module, "bias", None)
+        bias, beside = getattr(module, "bias", None), head_scale(info)
         return cls(
             weight=module.weight[: info.vocab_size],
             bias=None if bias is None else bias[: info.vocab_size],
-            scale=head_scale(info.config),
-            softcap=head_softcap(info.config),
+            scale=beside.scale,
+            softcap=beside.softcap,
         )
 
     @classmethod
     def load(cls, info: TargetInfo) -> Head:
         """Read the head from the target's files, on the CPU, without padding rows."""
         weight = load_target_tensors(info, ("lm_head",))["lm_head"]
-        bias = load_head_bias(info)
+        bias, beside = load_head_bias(info), head_scale(info)
         return cls(
             weight=weight[: info.vocab_size],
             bias=None if bias is None else bias[: info.vocab_size],
-            scale=head_scale(info.config),
-            softcap=head_softcap(info.config),
+            scale=beside.scale,
+            softcap=beside.softcap,
         )
 
     def logits(self, states: Tensor) -> Tensor:
@@ -70,6 +73,18 @@ class Head:
             out = out * self.scale
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
 
+    def joined(self) -> Tensor:
+        """Return one matrix [V, W] whose product with `widen(state, W)` is scale * (... + bias).
+
+        W is H, or with a bias a little more: for losses that know of no bias.
+        """
+        if self.bias is None:
+            joined = self.weight
+        else:
+            column = self.bias.to(self.weight.dtype)[:, None]
+            joined = F.pad(torch.cat([self.weight, column], dim=1), (0, EXTRA - 1))
+        return joined if self.scale == 1.0 else joined * self.scale
+
     def summarize(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return the most likely token [T] int64 and the logits' log-sum-exp [T] float32."""
         tokens, sums = [], []
@@ -80,17 +95,28 @@ class Head:
         return torch.cat(tokens), torch.cat(sums)
 
 
-def head_scale(config: Mapping[str, Any]) -> float:
-    """Return what a target multiplies its logits by."""
+def widen(states: Tensor, width: int) -> Tensor:
+    """Return states [..., H] as a matrix of `Head.joined` wants them: with a 1 for its bias."""
+    more = width - states.shape[-1]
+    if more == 0:
+        return states
+    one = states.new_ones(*states.shape[:-1], 1)
+    return F.pad(torch.cat([states, one], dim=-1), (0, more - 1))
+
+
+def head_scale(info: TargetInfo) -> HeadScale:
+    """Return what a target does to its logits; by its config where its code cannot be asked."""
+    model = skeleton(info)
+    found = None if model is None else measure_head(model, info.hidden_size)
+    return found or _said(info.config)
+
+
+def _said(config: Mapping[str, Any]) -> HeadScale:
+    cap = config.get("final_logit_softcapping") or config.get("logits_soft_cap")
+    scale = 1.0
     if config.get("logits_scaling") is not None:  # Granite divides
-        return 1.0 / float(config["logits_scaling"])
+        scale = 1.0 / float(config["logits_scaling"])
     for key in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
         if config.get(key) is not None:
-            return float(config[key])
-    return 1.0
-
-
-def head_softcap(config: Mapping[str, Any]) -> float | None:
-    """Return the bound that a target squeezes its logits into, if it does."""
-    cap = config.get("final_logit_softcapping")
-    return float(cap) if cap else None
+            scale = float(config[key])
+    return HeadScale(scale=scale, softcap=float(cap) if cap else None)

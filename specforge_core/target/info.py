@@ -11,6 +11,18 @@ from ..config import TargetConfig
 from ..errors import ConfigError
 from ..text import cut
 from ..types import TargetInfo
+from .skeleton import build, count_layers
+
+# what readers of a config ask for, whatever a family calls it
+USUAL = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "vocab_size",
+)
 
 
 def load_target_info(target: TargetConfig) -> TargetInfo:
@@ -33,6 +45,7 @@ def load_target_info(target: TargetConfig) -> TargetInfo:
     as_dict = text.to_dict()
     # a multimodal config says outside of its text section whether the head is tied
     as_dict["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", False))
+    as_dict |= {name: getattr(text, name) for name in USUAL if hasattr(text, name)}
     try:
         sizes = (text.hidden_size, text.num_hidden_layers, text.vocab_size)
     except AttributeError as exc:
@@ -41,7 +54,8 @@ def load_target_info(target: TargetConfig) -> TargetInfo:
             "Choose another target.path"
         ) from exc
     revision = getattr(config, "_commit_hash", None) or target.revision
-    hidden_size, num_layers, vocab_size = sizes
+    hidden_size, said, vocab_size = sizes
+    num_layers = count_layers(build(config, target.trust_remote_code), said)
     return TargetInfo(
         name_or_path=target.path,
         revision=revision,
@@ -49,6 +63,7 @@ def load_target_info(target: TargetConfig) -> TargetInfo:
         num_layers=num_layers,
         vocab_size=vocab_size,
         config=as_dict,
+        trust_remote_code=target.trust_remote_code,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import CaptureError
 from ..types import CaptureSpec
 from .asked import check_layers
-from .weights import FINAL_NORMS, LAYER_LISTS
+from .skeleton import find_parts
 
 
 class _Enough(Exception):
@@ -28,7 +28,7 @@ class Taps:
 
     hidden_states: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, H]
     final: Tensor | None = None  # [B, T, H], as the spec asked
-    normed: Tensor | None = None  # [B, T, H], the head's input, where it is needed
+    normed: Tensor | None = None  # [B, T, H], what the decoder gave the head, where it is needed
 
 
 @contextmanager
@@ -43,8 +43,9 @@ def tap_states(model: nn.Module, spec: CaptureSpec, *, stop: bool) -> Iterator[T
     taps = Taps()
     wanted = set(spec.layers)
     last = len(parts.layers) - 1
-    norm = _norm(model, parts, spec)
-    deepest = last if spec.final != "none" or norm is not None else max(wanted, default=-1)
+    check_layers(spec.layers, len(parts.layers))
+    whole = spec.final == "post_norm" or spec.next_tokens or spec.logsumexp
+    deepest = last if spec.final != "none" or whole else max(wanted, default=-1)
 
     def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         taps.hidden_states[-1] = _hidden(args[0] if args else kwargs["hidden_states"])
@@ -56,11 +57,11 @@ def tap_states(model: nn.Module, spec: CaptureSpec, *, stop: bool) -> Iterator[T
             taps.hidden_states[index] = _hidden(output)
         if index == last and spec.final == "pre_norm":
             taps.final = _hidden(output)
-        if stop and index == deepest and norm is None:
+        if stop and index == deepest and not whole:
             raise _Enough
 
-    def see_norm(_: nn.Module, __: Any, output: Any) -> None:
-        taps.normed = _hidden(output)
+    def see_decoder(_: nn.Module, __: Any, output: Any) -> None:
+        taps.normed = _hidden(output if isinstance(output, Tensor) else output[0])
         if spec.final == "post_norm":
             taps.final = taps.normed
         if stop:
@@ -72,8 +73,8 @@ def tap_states(model: nn.Module, spec: CaptureSpec, *, stop: bool) -> Iterator[T
     for index in sorted({*wanted, deepest} - {-1}):
         hook = lambda _, __, output, index=index: see_layer(index, output)  # noqa: E731
         handles.append(parts.layers[index].register_forward_hook(hook))
-    if norm is not None:
-        handles.append(norm.register_forward_hook(see_norm))
+    if whole:
+        handles.append(parts.decoder.register_forward_hook(see_decoder))
     try:
         yield taps
     except _Enough:
@@ -88,19 +89,6 @@ def tap_states(model: nn.Module, spec: CaptureSpec, *, stop: bool) -> Iterator[T
         )
 
 
-def _norm(model: nn.Module, parts: Parts, spec: CaptureSpec) -> nn.Module | None:
-    """Return the final norm if its output is needed; CaptureError if the spec does not fit."""
-    check_layers(spec.layers, len(parts.layers))
-    if spec.final != "post_norm" and not (spec.next_tokens or spec.logsumexp):
-        return None
-    if parts.norm is None:
-        raise CaptureError(
-            f"no final norm found in {type(model).__name__} (looked for {', '.join(FINAL_NORMS)}). "
-            "Choose a strategy that needs no normed final state, or another target.engine"
-        )
-    return parts.norm
-
-
 def _hidden(output: Any) -> Tensor:
     tensor = output[0] if isinstance(output, tuple) else output
     if not isinstance(tensor, Tensor) or tensor.ndim != 3:
@@ -110,27 +98,3 @@ def _hidden(output: Any) -> Tensor:
             "Choose another target.engine"
         )
     return tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Where a causal language model keeps its decoder."""
-
-    decoder: nn.Module  # runs everything but the LM head
-    layers: nn.ModuleList
-    norm: nn.Module | None
-
-
-def find_parts(model: Any) -> Parts:
-    """Find the decoder, its list of layers and its final norm; CaptureError when there are none."""
-    decoder = model.get_decoder()
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    layers = next((getattr(decoder, n) for n in LAYER_LISTS if hasattr(decoder, n)), None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) != count:
-        raise CaptureError(
-            f"the {count} decoder layers of {type(model).__name__} are not where they are looked "
-            f"for ({', '.join(LAYER_LISTS)} of {type(decoder).__name__}). "
-            "Choose another target.engine"
-        )
-    norm = next((getattr(decoder, n) for n in FINAL_NORMS if hasattr(decoder, n)), None)
-    return Parts(decoder, layers, norm)

@@ -4,47 +4,40 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CaptureError
 from ..types import TargetInfo
+from .skeleton import best_match, is_tied, parameter_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# how models spell their decoder's list of layers, and the norm behind it
-LAYER_LISTS = ("layers", "h", "blocks")
-FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm")
-# how checkpoints spell each tensor: the end of its name, of which the shortest match counts
-SPELLINGS = {
-    "embed_tokens": ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"),
-    "lm_head": ("lm_head", "embed_out"),
-    "final_norm": FINAL_NORMS,
-}
 TIED = {"lm_head": "embed_tokens", "embed_tokens": "lm_head"}
-# where other modalities and extra prediction heads, like layers, have tensors of such names
-BESIDE = ("visual", "vision", "audio", "mtp", "encoder")
+POINTER = b"version https://git-lfs"
 
 
 def load_target_tensors(target: TargetInfo, names: Iterable[str]) -> dict[str, Tensor]:
     """Return `embed_tokens` [V, H], `lm_head` [V, H] and `final_norm` [H], as asked, on the CPU.
 
     They are as stored: V may be padded beyond the vocabulary, and some families
-    add 1 to the norm's weight or scale the embedding (`embedding_scale`).  Raises
-    CaptureError when the target has no safetensors or no such tensor.
+    add 1 to the norm's weight or scale the embedding (`embedding_scale`).  Only the
+    files that hold them are fetched.  Raises CaptureError when the target has no
+    safetensors or no such tensor.
     """
-    files = tensor_files(target)
+    files = tensor_names(target)
     tensors: dict[str, Tensor] = {}
     for name in names:
         key = _find(target, name, files)
-        with safe_open(str(files[key]), framework="pt") as file:
-            tensors[name] = file.get_tensor(key)
+        tensors[name] = _read(target, files[key], key)
         hidden, shape = target.hidden_size, list(tensors[name].shape)
         if shape != ([hidden] if name == "final_norm" else [shape[0], hidden]):
             raise CaptureError(
@@ -61,12 +54,10 @@ def load_target_tensors(target: TargetInfo, names: Iterable[str]) -> dict[str, T
 
 def load_head_bias(target: TargetInfo) -> Tensor | None:
     """Return what the head adds [V] before its scale, on the CPU; None for most targets."""
-    files = tensor_files(target)
-    if (key := _spelled("lm_head", files, "bias")) is None:
-        return None
-    with safe_open(str(files[key]), framework="pt") as file:
-        bias: Tensor = file.get_tensor(key)
-    return bias
+    name = parameter_names(target).get("lm_head.bias")
+    files = tensor_names(target)
+    key = next(iter(best_match(name, files)), None) if name else None
+    return None if key is None else _read(target, files[key], key)
 
 
 def embedding_scale(target: TargetInfo) -> float:
@@ -80,28 +71,50 @@ def embedding_scale(target: TargetInfo) -> float:
     return 1.0
 
 
-def tensor_files(target: TargetInfo) -> dict[str, Path]:
-    """Return where each tensor of the target's checkpoint is: name -> safetensors file.
+def tensor_names(target: TargetInfo) -> dict[str, str]:
+    """Return the tensors of the target's checkpoint: name -> safetensors file, fetching none.
 
     Raises CaptureError when there are none.
     """
     if (index := fetch(target, INDEX)) is not None:
         weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-        shards = {file: fetch(target, file) for file in sorted(set(weight_map.values()))}
-        if missing := [file for file, path in shards.items() if path is None]:
-            raise CaptureError(
-                f"target {target.name_or_path!r} lacks {missing[0]}, which its {INDEX} names. "
-                "Download it again"
-            )
-        return {key: path for key, file in weight_map.items() if (path := shards[file])}
+        return weight_map
     if (single := fetch(target, SINGLE)) is not None:
-        with safe_open(str(single), framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), SINGLE)
     raise CaptureError(
         f"target {target.name_or_path!r} has no {SINGLE} here, and weights of other formats are "
         "not read. Convert it with transformers: model.save_pretrained(DIRECTORY), then "
         "target.path=DIRECTORY"
     )
+
+
+def tensor_files(target: TargetInfo) -> dict[str, Path]:
+    """Return where each tensor of the target's checkpoint is: name -> safetensors file.
+
+    Raises CaptureError when there are none, or for the first file that is missing or damaged.
+    """
+    names = tensor_names(target)
+    files = {file: _fetched(target, file) for file in sorted(set(names.values()))}
+    for path in files.values():
+        with _open(path):
+            pass
+    return {key: files[file] for key, file in names.items()}
+
+
+def _fetched(target: TargetInfo, file: str) -> Path:
+    if (path := fetch(target, file)) is None:
+        raise CaptureError(
+            f"target {target.name_or_path!r} lacks {file}, which its {INDEX} names. "
+            "Download it again"
+        )
+    return path
+
+
+def _read(target: TargetInfo, file: str, key: str) -> Tensor:
+    with _open(_fetched(target, file)) as opened:
+        tensor: Tensor = opened.get_tensor(key)
+    return tensor
 
 
 def fetch(target: TargetInfo, file: str) -> Path | None:
@@ -120,29 +133,59 @@ def fetch(target: TargetInfo, file: str) -> Path | None:
         ) from exc
 
 
-def _find(target: TargetInfo, name: str, keys: Iterable[str]) -> str:
-    """Return the checkpoint's key of one tensor, following a tied head to the embedding."""
-    if (key := _spelled(name, keys)) is not None:
-        return key
-    twin = TIED.get(name)
-    if twin is not None and target.config.get("tie_word_embeddings"):
-        key = _spelled(twin, keys)
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; CaptureError naming it where it is damaged."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except SafetensorError as exc:
+        raise CaptureError(_damaged(path, exc)) from exc
+
+
+def _damaged(path: Path, exc: Exception) -> str:
+    """Say what is wrong with a safetensors file."""
+    with path.open("rb") as file:
+        start = file.read(len(POINTER))
+    if start == POINTER:
+        return (
+            f"{path} is a pointer of git-lfs, not the file it stands for. "
+            f"Try: git lfs pull, in {path.parent}"
+        )
+    return f"{path} is damaged, or its download did not end: {exc}. Download it again"
+
+
+def _find(target: TargetInfo, name: str, files: Mapping[str, str]) -> str:
+    """Return the checkpoint's key of one tensor, following a tied head to the embedding.
+
+    A head that the checkpoint has beside a config that ties it is the target's: transformers
+    runs it, and so capture, training and evaluation all do.
+    """
+    names = parameter_names(target)
+    key = _key(names.get(name), files, target)
+    if key is None and name in TIED and is_tied(target):
+        key = _key(names.get(TIED[name]), files, target)
     if key is None:
         raise CaptureError(
-            f"no {name} in the weights of target {target.name_or_path!r} (looked for names ending "
-            f"in {', '.join(SPELLINGS[name])}). This target cannot be used with the strategy"
+            f"no {name} in the weights of target {target.name_or_path!r} (looked for "
+            f"{names.get(name, 'a module of this kind')}). Download it again, or choose another "
+            "target.path"
         )
     return key
 
 
-def _spelled(name: str, keys: Iterable[str], kind: str = "weight") -> str | None:
-    found = []
-    for key in keys:
-        *path, last, end = key.split(".") if key.count(".") else ("", key, "")
-        if end == kind and last in SPELLINGS[name] and not _elsewhere(path):
-            found.append(key)
-    return min(found, key=len, default=None)
+def _key(name: str | None, files: Mapping[str, str], target: TargetInfo) -> str | None:
+    """Return the key that holds a parameter; where several may, one whose rows are states."""
+    if name is None:
+        return None
+    found = best_match(name, files)
+    if len(found) > 1 and found[0] != name:
+        found = [
+            key for key in found if _shape(target, files[key], key)[-1:] == [target.hidden_size]
+        ]
+    return found[0] if found else None
 
 
-def _elsewhere(path: Iterable[str]) -> bool:
-    return any(part in LAYER_LISTS or part.startswith(BESIDE) for part in path)
+def _shape(target: TargetInfo, file: str, key: str) -> list[int]:
+    with _open(_fetched(target, file)) as opened:
+        return list(opened.get_slice(key).get_shape())

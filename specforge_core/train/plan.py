@@ -14,7 +14,10 @@ from .machine import choose
 
 
 def plan_run(run: RunConfig, strategy: Strategy, nproc: int) -> str:
-    """Return the plan as YAML: the resolved config under what follows from it."""
+    """Return the plan as YAML: the resolved config under what follows from it.
+
+    Raises what the strategy says of a target that it cannot be trained for.
+    """
     config = run.train
     resumed = checkpoints(run.output_dir)
     plan: dict[str, object] = {
@@ -26,7 +29,10 @@ def plan_run(run: RunConfig, strategy: Strategy, nproc: int) -> str:
     }
     try:
         target = load_target_info(run.target)
-        spec = strategy.adapter(run.strategy, target).spec
+    except SpecForgeError as exc:
+        plan["target"] = f"not available here: {exc}"
+    else:
+        spec = strategy.adapter(run.strategy, target).spec  # refuses what cannot be trained
         plan["target"] = {
             "hidden_size": target.hidden_size,
             "num_layers": target.num_layers,
@@ -34,8 +40,6 @@ def plan_run(run: RunConfig, strategy: Strategy, nproc: int) -> str:
         }
         plan["machine"] = str(choose(run))
         plan["captures"] = {"layers": list(spec.layers), "final": spec.final}
-    except SpecForgeError as exc:
-        plan["target"] = f"not available here: {exc}"
     return dump({"plan": plan, "config": recorded(run)})
 
 

@@ -22,6 +22,7 @@ class TargetInfo:
     num_layers: int
     vocab_size: int
     config: Mapping[str, Any]  # the Hugging Face config of the text model, as a dict
+    trust_remote_code: bool = False  # the user's leave, for whoever loads something of the target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

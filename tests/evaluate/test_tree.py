@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from specforge_core.errors import ConfigError, PluginError
+from specforge_core.errors import PluginError
 from specforge_core.evaluate.decode import CachedTarget, Limits, generate, generate_plain
 from specforge_core.evaluate.sampling import Verdict, draw, probabilities
-from specforge_core.evaluate.tree import check_attention, check_tree, depths, prune, verify_tree
+from specforge_core.evaluate.tree import check_tree, depths, prune, verify_tree
 from specforge_core.testing.close import close
 from specforge_core.types import CaptureSpec, Proposal, Sampling, TargetCapture
 
@@ -205,8 +205,14 @@ def test_parents_that_come_later_are_refused(parents: list[int]) -> None:
         check_tree(Proposal(tokens=torch.tensor([1, 2]), probs=None, parents=torch.tensor(parents)))
 
 
-def test_a_target_with_sliding_windows_is_refused() -> None:
+def test_a_tree_on_sliding_windows_is_verified_path_by_path() -> None:
+    torch.manual_seed(0)
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
-    windowed = Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, sliding_window=6, layer_types=layers))
-    with pytest.raises(ConfigError, match="has sliding windows, in which a drafted tree"):
-        check_attention(windowed)
+    config = Gemma3TextConfig(**SHAPE, sliding_window=6, layer_types=layers)
+    windowed = Gemma3ForCausalLM(config).eval()
+    want = generate_plain(windowed, PROMPT, Limits(60, frozenset()), sampling()).tokens
+    for luck in (0.0, 0.7, 1.0):
+        proposer = Guesser(list(want), luck)
+        answer = generate(windowed, proposer, SPEC, PROMPT, Limits(40, frozenset()), sampling())
+        assert answer.tokens == want[:40]
+        assert answer.stats.extra_runs > 0

@@ -66,10 +66,20 @@ def test_the_config_reads_back_as_the_same_shape() -> None:
 
 
 def test_what_does_not_fit_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"'a/target' has logit_scale=0\.5, which drafts do not"):
-        shape({**TARGET, "logit_scale": 0.5})
     with pytest.raises(ConfigError, match=r"8 attention heads cannot share 3 key/value heads"):
         shape(TARGET, num_kv_heads=3)
+
+
+def test_a_scale_of_the_targets_logits_is_no_matter_of_the_draft() -> None:
+    assert shape({**TARGET, "logit_scale": 0.5}) == shape(TARGET)
+
+
+def test_sizes_that_a_target_does_not_say_or_says_per_layer() -> None:
+    bare = {key: TARGET[key] for key in ("max_position_embeddings",) if key in TARGET}
+    found = shape(bare)
+    assert found.num_heads * found.head_dim == found.hidden_size
+    assert (found.num_kv_heads, found.intermediate_size) == (found.num_heads, 4 * found.hidden_size)
+    assert shape({**TARGET, "intermediate_size": [48, 96, 64]}).intermediate_size == 96
 
 
 def test_weights_come_from_the_seed_alone() -> None:

@@ -9,7 +9,6 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from specforge_core.errors import ConfigError
 from specforge_core.nn.rotary import Rotary, draft_rope, rotate
 from specforge_core.testing.close import close
 
@@ -59,6 +58,10 @@ def test_what_a_draft_takes_of_the_targets_parameters() -> None:
     assert draft_rope({"rope_parameters": kinds}) == plain
 
 
-def test_parameters_that_change_with_the_length_are_refused() -> None:
-    with pytest.raises(ConfigError, match="rope_type 'dynamic' changes with the length"):
-        draft_rope({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional"])
+def test_what_is_not_one_table_of_a_whole_head_becomes_plain_rope_of_its_theta(kind: str) -> None:
+    factors = {"factor": 2.0, "long_factor": [2.0], "original_max_position_embeddings": 64}
+    plain = {"rope_type": "default", "rope_theta": 7.0}
+    assert draft_rope({"rope_scaling": {"type": kind, **factors}, "rope_theta": 7}) == plain
+    given = {"rope_type": kind, "rope_theta": 7.0, "partial_rotary_factor": 0.25}
+    assert draft_rope({"rope_parameters": {"full_attention": given}}) == plain

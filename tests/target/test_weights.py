@@ -10,10 +10,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from specforge_core.config import TargetConfig
-from specforge_core.errors import CaptureError
+from specforge_core.errors import CaptureError, ConfigError
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.info import load_target_info
-from specforge_core.target.weights import embedding_scale, load_target_tensors
+from specforge_core.target.weights import (
+    embedding_scale,
+    load_target_tensors,
+    tensor_files,
+    tensor_names,
+)
 from specforge_core.testing.close import close
 from specforge_core.types import CaptureSpec, Prompt, TargetInfo
 
@@ -98,9 +103,76 @@ def test_a_missing_head_that_is_not_tied_is_an_error(tmp_path: Path):
 
 def test_a_missing_shard_is_an_error(tmp_path: Path):
     info = save(tmp_path, "Llama", shard="20KB")
-    next(tmp_path.glob("model-00002*")).unlink()
-    with pytest.raises(CaptureError, match=r"lacks model-00002.*Download it again"):
+    file = tensor_names(info)["model.norm.weight"]
+    (tmp_path / file).unlink()
+    with pytest.raises(CaptureError, match=rf"lacks {file}.*Download it again"):
         load_target_tensors(info, ["final_norm"])
+    with pytest.raises(CaptureError, match=rf"lacks {file}.*Download it again"):
+        tensor_files(info)
+
+
+def test_only_the_files_that_hold_what_is_asked_for_are_needed(tmp_path: Path):
+    info = save(tmp_path, "Llama", shard="20KB", tie_word_embeddings=False)
+    names = tensor_names(info)
+    kept = {names["model.embed_tokens.weight"], names["lm_head.weight"]}
+    for file in set(names.values()) - kept:
+        (tmp_path / file).unlink()
+    assert set(load_target_tensors(info, ["embed_tokens", "lm_head"])) == {
+        "embed_tokens",
+        "lm_head",
+    }
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda file: b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
+        (lambda file: file[: len(file) // 2], "is damaged, or its download did not end"),
+        (lambda file: b"", "is damaged, or its download did not end"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_to_do(spoil: Any, message: str, tmp_path: Path):
+    info = save(tmp_path, "Llama")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(spoil(file.read_bytes()))
+    for use in (
+        lambda: load_target_tensors(info, ["embed_tokens"]),
+        lambda: tensor_files(info),
+        lambda: TransformersEngine.load(TargetConfig(path=str(tmp_path), device="cpu"), CPU),
+    ):
+        with pytest.raises(CaptureError, match=rf"model\.safetensors {message}.*(Try|again)"):
+            use()
+
+
+def test_a_head_beside_a_config_that_ties_it_is_the_head_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    info = save(tmp_path, "Llama", tie_word_embeddings=True)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    own = torch.randn_like(weights["model.embed_tokens.weight"])
+    save_file({**weights, "lm_head.weight": own}, file, {"format": "pt"})
+    engine = TransformersEngine.load(TargetConfig(path=str(tmp_path), device="cpu"), CPU)
+    assert torch.equal(engine.model.lm_head.weight, own)
+    assert torch.equal(load_target_tensors(info, ["lm_head"])["lm_head"], own)
+    assert "tie_word_embeddings" in capsys.readouterr().err
+
+
+def test_scales_of_8_bit_weights_that_nothing_applies_are_an_error(tmp_path: Path):
+    save(tmp_path, "Llama")
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.0.mlp.up_proj"
+    weights[f"{name}.weight"] = weights[f"{name}.weight"].to(torch.float8_e4m3fn)
+    weights[f"{name}.weight_scale"] = torch.tensor(0.01)
+    weights["mtp.layers.0.weight"] = torch.zeros(3)  # nothing beside it is used
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"has 1 tensors .* {name}.weight_scale.*unquantised"):
+        TransformersEngine.load(TargetConfig(path=str(tmp_path), device="cpu"), CPU)
+    del weights[f"{name}.weight_scale"]
+    weights[f"{name}.weight"] = weights[f"{name}.weight"].float()
+    save_file(weights, file, {"format": "pt"})
+    TransformersEngine.load(TargetConfig(path=str(tmp_path), device="cpu"), CPU).close()
 
 
 def test_weights_of_another_format_are_an_error(tmp_path: Path):

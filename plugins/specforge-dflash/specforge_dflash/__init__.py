@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from specforge_core.errors import ConfigError
 from specforge_core.hookspecs import hookimpl
 from specforge_core.nn.decoder import init_weights
 from specforge_core.types import (
@@ -68,18 +71,17 @@ def specforge_collate(config: DFlashConfig, spec: CaptureSpec, draft: Draft) -> 
 @hookimpl
 def specforge_draft(config: DFlashConfig, target: TargetInfo) -> Draft:
     """Build the draft around the target's own embedding and head."""
+    from specforge_core.target.head import Head
     from specforge_core.target.weights import embedding_scale, load_target_tensors
 
-    tied = bool(target.config.get("tie_word_embeddings"))
-    tensors = load_target_tensors(
-        target, ("embed_tokens",) if tied else ("embed_tokens", "lm_head")
-    )
-    rows = {name: tensor[: target.vocab_size] for name, tensor in tensors.items()}  # no padding
+    embedding = load_target_tensors(target, ("embed_tokens",))["embed_tokens"]
+    embedding = embedding[: target.vocab_size]  # no padding
+    head = replace(Head.load(target), scale=1.0).joined()
     return build_draft(
         config,
         target,
-        rows["embed_tokens"],
-        rows["embed_tokens" if tied else "lm_head"],
+        embedding,
+        embedding if torch.equal(head, embedding) else head,
         scale=embedding_scale(target),
         mask_token_id=mask_token(config, target),
     )
@@ -95,7 +97,9 @@ def build_draft(
     mask_token_id: int,
     device: str = "cpu",
 ) -> Draft:
-    """Build the draft from the target's embedding and head, both [V, H], wherever they are from.
+    """Build the draft from the target's embedding [V, H] and head, wherever they are from.
+
+    The head is a matrix as `Head.joined` makes it, [V, H] or wider.
 
     The weights are float32 on `device`, the same for the same seed.
     """
@@ -130,6 +134,11 @@ def specforge_export(
     config: DFlashConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf, sglang, vllm."""
+    if format != "hf" and isinstance(draft.frozen, Frozen) and draft.frozen.has_bias:
+        raise ConfigError(
+            f"{format} drafts with the target's head without its bias, and target "
+            f"{target.name_or_path!r} has one: this draft was trained with it. Try: --format hf"
+        )
     return export_draft(config, draft.model, target, format)
 
 

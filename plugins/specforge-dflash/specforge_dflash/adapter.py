@@ -10,7 +10,7 @@ from specforge_core.errors import DataError
 from specforge_core.types import CaptureSpec, Field, Sample, TargetCapture, TargetInfo
 
 from .anchors import start_places
-from .config import DFlashConfig, capture_layers
+from .config import DFlashConfig, draft_shape
 from .mask_token import mask_token, mask_token_occurs
 
 VERSION = 1
@@ -35,8 +35,9 @@ class DFlashAdapter:
 
     @classmethod
     def build(cls, config: DFlashConfig, target: TargetInfo) -> DFlashAdapter:
-        layers = capture_layers(config, target.num_layers)
-        return cls(capture_spec(layers, target.hidden_size), mask_token(config, target))
+        mask = mask_token(config, target)
+        layers = draft_shape(config, target, mask).capture_layers  # refuses what cannot be trained
+        return cls(capture_spec(layers, target.hidden_size), mask)
 
     def __call__(self, capture: TargetCapture, /) -> Sample | None:
         if not len(start_places(capture.loss_mask)):

@@ -38,6 +38,7 @@ def mask_token(config: DFlashConfig, target: TargetInfo) -> int:
         return _choose(
             target.name_or_path,
             target.revision,
+            target.trust_remote_code,
             target.vocab_size,
             frozenset(i for i in flat if isinstance(i, int)),
         )
@@ -50,14 +51,17 @@ def mask_token(config: DFlashConfig, target: TargetInfo) -> int:
 
 
 @lru_cache(maxsize=8)
-def _choose(path: str, revision: str | None, vocab_size: int, roles: frozenset[int]) -> int:
+def _choose(
+    path: str, revision: str | None, trust: bool, vocab_size: int, roles: frozenset[int]
+) -> int:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust)
     except (OSError, ValueError) as exc:
         raise ConfigError(
-            f"no tokenizer found beside target {path!r} to choose a mask token with. {REMEDY}"
+            f"no tokenizer of target {path!r} can be loaded to choose a mask token with: "
+            f"{str(exc).splitlines()[0].rstrip('.')}. {REMEDY}"
         ) from exc
     return choose(tokenizer, vocab_size, roles)
 

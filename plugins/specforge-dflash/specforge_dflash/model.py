@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from specforge_core.nn.cache import GrowingCache
 from specforge_core.nn.rotary import Rope, Rotary, rotate
+from specforge_core.target.head import widen
 
 from .attention import EagerMask, Mask, attend, block_mask
 from .config import DraftShape, LayerType
@@ -187,7 +188,11 @@ class DFlashModel(nn.Module):
 
 
 class Frozen(nn.Module):
-    """The target's embedding and head: read, never trained, never saved."""
+    """The target's embedding [V, H] and head: read, never trained, never saved.
+
+    `lm_head` is [V, H], or with a bias wider, as `Head.joined` makes it.  A scale of the target's
+    logits is left out: the draft's own norm takes its place.
+    """
 
     def __init__(
         self, embed_tokens: Tensor, lm_head: Tensor, scale: float, softcap: float | None
@@ -206,7 +211,15 @@ class Frozen(nn.Module):
         out = F.embedding(ids, self.embed_tokens)
         return out if self.scale == 1.0 else out * self.scale
 
+    @property
+    def has_bias(self) -> bool:
+        return self.lm_head.shape[1] != self.embed_tokens.shape[1]
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """Return states [..., H] as `lm_head` multiplies them."""
+        return widen(hidden, self.lm_head.shape[1])
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits over the target's vocabulary."""
-        out = F.linear(hidden.to(self.lm_head.dtype), self.lm_head).float()
+        out = F.linear(self.states(hidden).to(self.lm_head.dtype), self.lm_head).float()
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)

@@ -54,7 +54,7 @@ class DFlashStep:
             batch["position_ids"],
         )
         row_losses, best = linear_cross_entropy(
-            hidden.flatten(0, 1)[rows],
+            frozen.states(hidden.flatten(0, 1)[rows]),
             frozen.lm_head,
             labels,
             softcap=frozen.softcap,

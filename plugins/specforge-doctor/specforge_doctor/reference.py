@@ -10,7 +10,8 @@ import torch
 
 from specforge_core.errors import ConfigError
 from specforge_core.evaluate.bench import EvalPrompt
-from specforge_core.evaluate.decode import CachedTarget, Limits, generate, pick, room
+from specforge_core.evaluate.cached import CachedTarget
+from specforge_core.evaluate.decode import Limits, generate, pick, room
 from specforge_core.evaluate.run import open_target, ready_proposer
 from specforge_core.progress import track
 from specforge_core.target.engine import TransformersEngine

@@ -79,7 +79,7 @@ def specforge_draft(config: Eagle3Config, target: TargetInfo, data: DataInfo | N
     # rows beyond the vocabulary are padding
     embedding = load_target_tensors(target, ("embed_tokens",))["embed_tokens"][: target.vocab_size]
     d2t = None if data is None else draft_map(config, shape, data.token_counts)
-    return build_draft(config, shape, embedding, lambda: Head.load(target).weight, d2t)
+    return build_draft(config, shape, embedding, lambda: Head.load(target).joined(), d2t)
 
 
 def draft_map(config: Eagle3Config, shape: DraftShape, token_counts: Tensor | None) -> Tensor:
@@ -106,10 +106,11 @@ def build_draft(
     *,
     device: str = "cpu",
 ) -> Draft:
-    """Build the draft from the target's embedding and head, both [V, H], wherever they are from.
+    """Build the draft from the target's embedding [V, H] and head, wherever they are from.
 
-    `d2t` is None where weights, and the vocabulary with them, are about to be loaded.  The
-    weights are float32 on `device`, the same for the same seed.
+    The head is a matrix as `Head.joined` makes it, [V, H] or wider.  `d2t` is None where weights,
+    and the vocabulary with them, are about to be loaded.  The weights are float32 on `device`,
+    the same for the same seed.
     """
     with torch.device("meta"):
         model = Eagle3Model(shape, config.attention, config.head_chunk)
@@ -119,7 +120,8 @@ def build_draft(
         model.d2t.copy_(d2t)
         model.t2d.copy_(members(d2t, shape.vocab_size))
         with torch.no_grad():
-            model.lm_head.weight.copy_(load_head()[target_tokens(d2t)])
+            rows = load_head()[target_tokens(d2t)]
+            model.lm_head.weight.copy_(rows[:, : shape.hidden_size])
     model.lm_head.requires_grad_(config.train_head)
     model.to(device)
     frozen = Frozen(embed_tokens, load_head)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from specforge_core.batches.collate import token_fields, truncate
 from specforge_core.types import CaptureSpec, Field, Problem, Sample, TargetCapture, TargetInfo
 
-from .config import Eagle3Config, capture_layers
+from .config import Eagle3Config, draft_shape
 
 VERSION = 2
 
@@ -49,7 +49,7 @@ class Eagle3Adapter:
 
     @classmethod
     def build(cls, config: Eagle3Config, target: TargetInfo) -> Eagle3Adapter:
-        layers = capture_layers(config, target.num_layers)
+        layers = draft_shape(config, target).capture_layers  # refuses what cannot be trained
         return cls(capture_spec(layers, target.hidden_size), config.mask_on)
 
     def __call__(self, capture: TargetCapture, /) -> Sample | None:

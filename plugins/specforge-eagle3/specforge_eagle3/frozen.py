@@ -27,7 +27,7 @@ class Frozen(nn.Module):
         return F.embedding(ids, self.embed_tokens)
 
     def teacher_head(self, d2t: Tensor) -> Tensor:
-        """Return the head's rows [Vd, H] of a draft vocabulary, read at the first call.
+        """Return the head's rows [Vd, H or wider] of a draft vocabulary, read at the first call.
 
         Not before: only then are a checkpoint's weights, and with them its vocabulary, there.
         """

@@ -19,6 +19,7 @@ from specforge_core.nn.decoder import init_weights
 from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entropy
 from specforge_core.nn.rotary import Rope, Rotary, rotate
 from specforge_core.nn.soft_loss import SoftLoss, SoftRows
+from specforge_core.target.head import widen
 from specforge_core.types import Batch
 
 from .attention import KeyValue, attend
@@ -58,7 +59,7 @@ class Task:
         self.students, self.present = batch["students"], batch["present"]  # [U, R]
         self.row_weights = batch["row_weights"]  # [U, R]
         self.teacher, self.logsumexp = batch["final"], batch["logsumexp"]  # [U, H], [U]
-        self.teacher_head = teacher_head  # [Vd, H]
+        self.teacher_head = teacher_head  # [Vd, H], or wider with a bias
         self.loss = loss
 
 
@@ -157,7 +158,7 @@ class Eagle3Model(nn.Module):
         return linear_soft_cross_entropy(
             by_label,
             self.lm_head.weight,
-            task.teacher,
+            widen(task.teacher, task.teacher_head.shape[1]),
             task.teacher_head,
             task.row_weights,
             task.loss,

@@ -65,11 +65,6 @@ def test_heads_that_cannot_be_shared(kit: Any) -> None:
         draft_shape(kit.config(num_kv_heads=3), kit.target())
 
 
-def test_factors_on_logits_are_refused(kit: Any) -> None:
-    with pytest.raises(ConfigError, match=r"has logit_scale=0\.5"):
-        draft_shape(kit.config(), kit.target(logit_scale=0.5))
-
-
 def test_a_section_that_0_1_stored_is_read_and_a_persons_is_not_mistaken_for_one() -> None:
     stored = Eagle3Config(name="eagle3").model_dump(mode="json")
     stored |= {"batches": "packed", "attention": "flash"}

@@ -1,0 +1,82 @@
+"""One numeric proof of a loaded target: what is captured is what the model itself computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CaptureError
+from ..types import CaptureSpec, TargetInfo
+from .head import Head
+from .skeleton import find_parts
+from .taps import tap_states
+
+TOKENS = 12
+ROUNDING = 8  # steps of the weights' dtype: the same pass through the same layers
+
+
+@torch.no_grad()
+def prove(model: Any, info: TargetInfo) -> None:
+    """Run a few tokens; compare captured layers with the model's own, and head(final) with logits.
+
+    Raises CaptureError that says what differs, and by how much.
+    """
+    parts, name = find_parts(model), type(model).__name__
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(info.vocab_size, (1, TOKENS), generator=draw).to(model.device)
+    layers = tuple(range(-1, len(parts.layers)))
+    spec = CaptureSpec(layers=layers, final="post_norm", fields={})
+    with tap_states(model, spec, stop=False) as taps:
+        parts.decoder(input_ids=ids, use_cache=False)
+    assert taps.normed is not None
+    own = parts.decoder(input_ids=ids, use_cache=False, output_hidden_states=True)
+    listed = getattr(own, "hidden_states", None) or ()
+    _check_layers([taps.hidden_states[layer] for layer in layers], listed, name)
+    logits = model(input_ids=ids, use_cache=False).logits[..., : info.vocab_size]
+    error = _error(Head.of_model(model, info).logits(taps.normed), logits)
+    if not error <= _limit(logits):
+        raise CaptureError(
+            f"the logits of {name} differ by {error:.2%} from what its head makes of the captured "
+            f"final state (at most {_limit(logits):.2%} is rounding): it does more behind its "
+            "decoder than a matrix, a bias, a scale and a softcap. Choose another target.path"
+        )
+
+
+def _check_layers(states: Sequence[Tensor], listed: Sequence[Tensor], name: str) -> None:
+    """Compare states before and behind every layer with the model's list of them.
+
+    The last one is left out, since models list it normed.  Some families do not list the
+    embedding.
+    """
+    if len(listed) not in (len(states), len(states) - 1):
+        raise CaptureError(
+            f"{name} ran {len(states) - 1} layers and lists {len(listed)} hidden states, so what "
+            "was captured cannot be proved. Choose another target.path"
+        )
+    first = len(states) - len(listed)
+    if first == 0 and _error(states[0], listed[0]) > _limit(listed[0]):
+        first = 1
+    for layer, (found, given) in enumerate(zip(states[first:-1], listed, strict=False), first - 1):
+        error = _error(found, given)
+        if not error <= _limit(given):
+            raise CaptureError(
+                f"layer {layer} as captured differs by {error:.2%} from what {name} lists as its "
+                f"hidden state (at most {_limit(given):.2%} is rounding). "
+                "Choose another target.engine or target.path"
+            )
+
+
+def _limit(given: Tensor) -> float:
+    return float(ROUNDING * torch.finfo(given.dtype).eps)
+
+
+def _error(found: Tensor, given: Tensor) -> float:
+    """Return the norm of the difference over that of what is given."""
+    if found.shape != given.shape:
+        return float("inf")
+    wide = given.double().to(found.device)
+    norm = wide.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((found.double() - wide).norm() / norm)
