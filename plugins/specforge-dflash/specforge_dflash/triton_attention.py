@@ -120,14 +120,14 @@ def forward(  # type: ignore[no-untyped-def]
 
     # every slot sees itself, so the running maximum is finite from here on
     t = tl.arange(0, SLOTS)
-    k = _load(kb + row * kb_b + kv * kb_h, first + t, n, kb_n, D, DP)
-    v = _load(vb + row * vb_b + kv * vb_h, first + t, n, vb_n, D, DP)
-    scores = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale
-    scores = tl.where(_own(s[:, None], t[None, :], BLOCK, WINDOW, SLOTS), scores, _LOWEST)
-    top = tl.max(scores, 1)
-    p = tl.exp2(scores - top[:, None])
-    total = tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    own_k = _load(kb + row * kb_b + kv * kb_h, first + t, n, kb_n, D, DP)
+    own_v = _load(vb + row * vb_b + kv * vb_h, first + t, n, vb_n, D, DP)
+    own = tl.dot(query, tl.trans(own_k), input_precision=PRECISION) * scale
+    own = tl.where(_own(s[:, None], t[None, :], BLOCK, WINDOW, SLOTS), own, _LOWEST)
+    top = tl.max(own, 1)
+    own_p = tl.exp2(own - top[:, None])
+    total = tl.sum(own_p, 1)
+    acc = tl.dot(own_p.to(own_v.dtype), own_v, input_precision=PRECISION)
 
     kc += row * kc_b + kv * kc_h
     vc += row * vc_b + kv * vc_h
@@ -244,20 +244,20 @@ def queries(  # type: ignore[no-untyped-def]
     hi = tl.load(high + row * n + slot, mask=valid, other=0)
 
     t = tl.arange(0, SLOTS)
-    k = _load(kb + row * kb_b + kv * kb_h, first + t, n, kb_n, D, DP)
-    v = _load(vb + row * vb_b + kv * vb_h, first + t, n, vb_n, D, DP)
-    scores = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale
-    seen = _own(s[:, None], t[None, :], BLOCK, WINDOW, SLOTS) & valid[:, None]
-    p = tl.where(seen, tl.exp2(scores - top[:, None]), 0.0)
-    d_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-    d_s = (p * (d_p - drop[:, None])).to(k.dtype)
-    acc = tl.dot(d_s, k, input_precision=PRECISION)
-    own_k = tl.dot(tl.trans(d_s), query, input_precision=PRECISION) * factor
-    own_v = tl.dot(tl.trans(p.to(v.dtype)), grad, input_precision=PRECISION)
+    own_k = _load(kb + row * kb_b + kv * kb_h, first + t, n, kb_n, D, DP)
+    own_v = _load(vb + row * vb_b + kv * vb_h, first + t, n, vb_n, D, DP)
+    own = tl.dot(query, tl.trans(own_k), input_precision=PRECISION) * scale
+    own_seen = _own(s[:, None], t[None, :], BLOCK, WINDOW, SLOTS) & valid[:, None]
+    own_p = tl.where(own_seen, tl.exp2(own - top[:, None]), 0.0)
+    own_d = tl.dot(grad, tl.trans(own_v), input_precision=PRECISION)
+    own_d = (own_p * (own_d - drop[:, None])).to(own_k.dtype)
+    acc = tl.dot(own_d, own_k, input_precision=PRECISION)
+    own_d_k = tl.dot(tl.trans(own_d), query, input_precision=PRECISION) * factor
+    own_d_v = tl.dot(tl.trans(own_p.to(own_v.dtype)), grad, input_precision=PRECISION)
     place = row * dk_b + pack * dk_h + (first + t)[:, None] * dk_n + lane[None, :]
     mine = ((first + t < n) & (t < SLOTS // BLOCK * BLOCK))[:, None] & (lane < D)[None, :]
-    tl.store(d_kb + place, own_k.to(d_kb.dtype.element_ty), mask=mine)
-    tl.store(d_vb + place, own_v.to(d_vb.dtype.element_ty), mask=mine)
+    tl.store(d_kb + place, own_d_k.to(d_kb.dtype.element_ty), mask=mine)
+    tl.store(d_vb + place, own_d_v.to(d_vb.dtype.element_ty), mask=mine)
 
     kc += row * kc_b + kv * kc_h
     vc += row * vc_b + kv * vc_h
