@@ -19,6 +19,7 @@ from ..process import describe, report
 from ..progress import console
 from ..strategy import Strategy
 from .claim import claim
+from .compile import compile_units
 from .dist import World, world
 from .feed import Feed, open_feed
 from .fsdp import shard
@@ -71,8 +72,7 @@ def _build(
     if draft.frozen is not None:
         draft.frozen.to(world_.device, dtype).requires_grad_(False)
     if config.compile == "always" or (config.compile == "auto" and world_.device.type == "cuda"):
-        for unit in draft.compiled:
-            unit.compile()  # the second length makes it compile once more, for all lengths
+        compile_units(draft.compiled)
     model = shard(draft, world_.mesh, dtype)
     optimizers = strategy.optimizers(config, draft)
     remember_peaks(optimizers)

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HEAD_DIMS = (16, 256)  # that the kernels take, both included
-MAX_BLOCK = 128
+MAX_BLOCK = 64  # slots: a program holds whole blocks
 KEYS = 64  # context keys that have one entry in `ranges`
 
 
@@ -66,9 +65,11 @@ class AnchoredMask:
         )
 
 
-def takes(head_dim: int, block_size: int) -> bool:
-    """Say whether the kernels take such heads and blocks."""
-    return HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1] and block_size <= MAX_BLOCK
+def takes(head_dim: int, block_size: int, dtype: torch.dtype) -> bool:
+    """Say whether the kernels take such heads and blocks; larger ones do not fit on the chip."""
+    largest = 256 if dtype in (torch.bfloat16, torch.float16) else 128
+    known = largest == 256 or dtype == torch.float32
+    return known and 16 <= head_dim <= largest and block_size <= MAX_BLOCK
 
 
 def anchored(

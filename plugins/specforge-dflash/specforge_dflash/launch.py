@@ -5,7 +5,7 @@ Shapes: b rows, S context, N slots, h heads, v key/value heads, d head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -38,22 +38,16 @@ class Tunings:
 
 
 # by head size and bytes of a number; measured on an H100 for 128 and bfloat16
-SMALL = Tunings(Tuning(64, 32, 4, 1), Tuning(64, 32, 4, 1), Tuning(32, 32, 4, 1))
-NARROW = Tunings(Tuning(64, 32, 4, 2), Tuning(64, 32, 4, 1), Tuning(32, 64, 4, 1))
-USUAL = Tunings(Tuning(128, 64, 8, 3), Tuning(128, 64, 8, 2), Tuning(64, 128, 8, 2))
+USUAL = Tunings(Tuning(64, 32, 4, 3), Tuning(64, 64, 4, 2), Tuning(32, 64, 4, 3))
+LARGE = Tunings(Tuning(64, 32, 4, 2), Tuning(64, 32, 8, 1), Tuning(32, 64, 8, 1))  # heads of 256
+EXACT = Tunings(Tuning(64, 32, 4, 1), Tuning(64, 32, 8, 1), Tuning(32, 32, 4, 1))  # float32
 
 
-def tunings(q: Tensor, block: int) -> Tunings:
-    """Return what fits the head size, the dtype, and blocks of `block` slots."""
+def tunings(q: Tensor) -> Tunings:
+    """Return what fits the head size and the dtype."""
     if q.element_size() > 2:
-        chosen = SMALL
-    else:
-        chosen = USUAL if q.shape[-1] <= 128 else NARROW
-    if block > chosen.forward.rows:
-        wide = {"rows": triton.next_power_of_2(block)}
-        forward, queries = replace(chosen.forward, **wide), replace(chosen.queries, **wide)
-        chosen = replace(chosen, forward=forward, queries=queries)
-    return chosen
+        return EXACT
+    return USUAL if q.shape[-1] <= 128 else LARGE
 
 
 def heads_together(group: int, rows: int, least: int) -> int:
@@ -104,7 +98,7 @@ def forward(
     `window` 0 is none: slots see all of their own block.
     """
     q, kc, vc, kb, vb = map(_dense, (q, *context_kv, *block_kv))
-    tuning = tunings(q, block).forward
+    tuning = tunings(q).forward
     heads, slots, grid = _tile(q, kc.shape[1], tuning, block)
     out = _by_token(q, q.shape[1], q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -145,7 +139,7 @@ def backward(
     """
     d_out, q, kc, vc, kb, vb = map(_dense, (d_out, q, *context_kv, *block_kv))
     out, lse = result
-    chosen, (b, h, n, d), kv_heads = tunings(q, block), q.shape, kc.shape[1]
+    chosen, (b, h, n, d), kv_heads = tunings(q), q.shape, kc.shape[1]
     same = {
         "GROUP": h // kv_heads,
         "D": d,

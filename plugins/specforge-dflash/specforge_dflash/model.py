@@ -189,7 +189,7 @@ class DFlashModel(nn.Module):
     def _mask_kind(self, on_gpu: bool) -> Build:
         """Return what makes the mask of the path that training takes."""
         if self.attention == "auto" and on_gpu:
-            if takes(self.shape.head_dim, self.shape.block_size):
+            if takes(self.shape.head_dim, self.shape.block_size, self.fc.weight.dtype):
                 return AnchoredMask.build
             return block_mask if self.shape.head_dim >= MIN_HEAD_DIM else EagerMask.build
         return block_mask if self.attention == "flex" else EagerMask.build
