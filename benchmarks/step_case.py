@@ -148,7 +148,7 @@ def check_loss(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def check_paths(documents: int, **options: Any) -> float:
-    """Return the largest relative difference of a gradient: kernels in bfloat16, eager in float32."""
+    """Return the largest relative difference of a gradient: bfloat16 kernels, float32 eager."""
     grads = []
     for attention, dtype in (("auto", torch.bfloat16), ("eager", torch.float32)):
         draft, step = build(CHECK, "cuda", dtype, attention=attention, **options)

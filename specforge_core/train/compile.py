@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's own variable; a user's is left as it is

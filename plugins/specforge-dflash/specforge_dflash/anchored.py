@@ -73,7 +73,10 @@ def takes(head_dim: int, block_size: int, dtype: torch.dtype) -> bool:
 
 
 def anchored(
-    q: Tensor, context_kv: tuple[Tensor, Tensor], block_kv: tuple[Tensor, Tensor], mask: AnchoredMask
+    q: Tensor,
+    context_kv: tuple[Tensor, Tensor],
+    block_kv: tuple[Tensor, Tensor],
+    mask: AnchoredMask,
 ) -> Tensor:
     """Return [b, h, N, d] for queries [b, h, N, d], keys and values [b, v, S or N, d]."""
     out, _ = _attention(
@@ -99,9 +102,7 @@ def _attention(
     from .launch import forward
 
     with _device(q):
-        return forward(
-            q, (context_k, context_v), (block_k, block_v), (low, high), block, window
-        )
+        return forward(q, (context_k, context_v), (block_k, block_v), (low, high), block, window)
 
 
 @torch.library.custom_op("specforge_dflash::anchored_attention_backward", mutates_args=())

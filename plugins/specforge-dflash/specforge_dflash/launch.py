@@ -38,9 +38,9 @@ class Tunings:
 
 
 # by head size and bytes of a number; measured on an H100 for 128 and bfloat16
-USUAL = Tunings(Tuning(64, 32, 4, 3), Tuning(64, 64, 4, 2), Tuning(32, 64, 4, 3))
+USUAL = Tunings(Tuning(64, 64, 4, 2), Tuning(64, 64, 4, 2), Tuning(64, 64, 4, 2), 2)
 LARGE = Tunings(Tuning(64, 32, 4, 2), Tuning(64, 32, 8, 1), Tuning(32, 64, 8, 1))  # heads of 256
-EXACT = Tunings(Tuning(64, 32, 4, 1), Tuning(64, 32, 8, 1), Tuning(32, 32, 4, 1))  # float32
+EXACT = Tunings(Tuning(64, 32, 4, 1), Tuning(64, 32, 4, 1), Tuning(32, 32, 4, 1))  # float32
 
 
 def tunings(q: Tensor) -> Tunings:

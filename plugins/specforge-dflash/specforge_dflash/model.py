@@ -149,13 +149,14 @@ class DFlashModel(nn.Module):
         are context too.
         """
         dtype = self.fc.weight.dtype
-        context = self.hidden_norm(self.fc(features.to(dtype)))
         hidden = embeddings.to(dtype)
         if torch.is_grad_enabled():
             # no view, and with a gradient as all later layers' input has one: else the first
             # layer is compiled apart
             hidden.requires_grad_()
         geometry = self._geometry(anchors, starts, positions, caches)
+        # last before the layers: it keeps a GPU busy while the host enters the first of them
+        context = self.hidden_norm(self.fc(features.to(dtype)))
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, context, geometry, None if caches is None else caches[i])
         out: Tensor = self.norm(hidden)

@@ -42,7 +42,7 @@ def test_batches_of_any_length_share_a_graph(kit: Any) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("batches", ["packed", "padded"])
 def test_no_length_compiles_again_on_a_gpu(kit: Any, batches: str) -> None:
-    """200 ragged steps, of 60 to 9,000 slots: more than what torch's own limits of size lie between."""
+    """200 ragged steps, wider apart than the sizes torch would choose its kernels by."""
     tiny = kit.tiny(head_dim=16, batches=batches, sliding_window=40, num_anchors=600)
     tiny.model.cuda()
     tiny.frozen.cuda()
