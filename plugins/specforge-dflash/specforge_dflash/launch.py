@@ -11,7 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_attention as kernels
+from . import triton_attention_backward as gradients
+from .triton_attention import forward as forward_kernel
 
 KEYS = 64  # context keys that have one entry in `ranges`
 LOG2E = 1.4426950408889634
@@ -102,7 +103,7 @@ def forward(
     heads, slots, grid = _tile(q, kc.shape[1], tuning, block)
     out = _by_token(q, q.shape[1], q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    kernels.forward[grid](
+    forward_kernel[grid](
         *(q, kc, vc, kb, vb, out, lse, *bounds),
         *_strides(q, kc, vc, kb, vb, out),
         *(q.shape[1], q.shape[2], kc.shape[2], q.shape[-1] ** -0.5 * LOG2E),
@@ -154,7 +155,7 @@ def backward(
     d_q = _by_token(q, h, q.dtype)
     narrow = q.dtype if parts == 1 else torch.float32
     d_kb, d_vb = (_by_token(kb, kv_heads * parts, narrow) for _ in range(2))
-    kernels.queries[grid](
+    gradients.queries[grid](
         *(d_out, q, kc, vc, kb, vb, out, lse, *bounds, delta, d_q, d_kb, d_vb),
         *_strides(d_out, q, kc, vc, kb, vb, out, d_q, d_kb),
         *sizes,
@@ -174,7 +175,7 @@ def backward(
     parts = h // kv_heads // heads
     narrow = q.dtype if parts == 1 else torch.float32
     d_kc, d_vc = (_by_token(kc, kv_heads * parts, narrow) for _ in range(2))
-    kernels.keys[(b * (h // heads), triton.cdiv(kc.shape[2], tuning.keys))](
+    gradients.keys[(b * (h // heads), triton.cdiv(kc.shape[2], tuning.keys))](
         *(d_out, q, kc, vc, lse, *bounds, delta, ranges, d_kc, d_vc),
         *_strides(d_out, q, kc, vc, d_kc),
         *(*sizes, ranges.shape[1]),

@@ -197,16 +197,13 @@ def test_stretches_of_slots_and_ranges_of_keys_are_those_of_the_definition(
 
 
 HEADS = [(6, 2, 96), (3, 3, 128), (16, 2, 64)]
+WIDE = [(8, 1, 256), (5, 1, 200)]
 KERNEL_CASES = [
     *((*case, (4, 2, 16), torch.float32, 1e-5) for case in CASES),
     *((*case, (4, 1, 128), torch.bfloat16, 1e-2) for case in CASES),
     *((*CASES[i], heads, torch.float32, 1e-5) for i in (6, 9) for heads in HEADS),
     *((*CASES[i], heads, torch.float16, 1e-2) for i in (6, 10) for heads in HEADS),
-    *(
-        (*CASES[i], heads, torch.bfloat16, 1e-2)
-        for i in (6, 9)
-        for heads in ((8, 1, 256), (5, 1, 200))
-    ),
+    *((*CASES[i], heads, torch.bfloat16, 1e-2) for i in (6, 9) for heads in WIDE),
 ]
 
 
