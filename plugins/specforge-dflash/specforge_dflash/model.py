@@ -183,7 +183,7 @@ class DFlashModel(nn.Module):
             self.rotary(slots),
             {
                 kind: build(anchors, starts, length, block, windows[kind])
-                for kind in self.shape.layer_types
+                for kind in dict.fromkeys(self.shape.layer_types)  # once each
             },
         )
 

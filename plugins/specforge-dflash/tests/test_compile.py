@@ -1,7 +1,8 @@
-"""Layers are compiled once for all lengths, on disk too."""
+"""Layers are compiled once for all lengths."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,15 @@ from specforge_dflash.step import DFlashStep
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from specforge_core.train.compile import compile_units
+from specforge_core.train.compile import CACHE, compile_units
 from specforge_core.types import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path))
 
 
 def ragged(kit: Any, tiny: Any, number: int) -> Batch:
@@ -39,6 +45,7 @@ def test_batches_of_any_length_share_a_graph(kit: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("batches", ["packed", "padded"])
 def test_no_length_compiles_again_on_a_gpu(kit: Any, batches: str) -> None:
