@@ -84,7 +84,8 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     """
     cos, sin = (part[:, None, ..., None, :] for part in rope)
     wide = torch.promote_types(x.dtype, torch.float32)
-    halves = x.to(wide).unflatten(-1, (2, -1))
+    halves = x.to(wide).view(*x.shape[:-1], 2, x.shape[-1] // 2)
     first = (torch.arange(2, device=x.device) == 0)[:, None]
     partner = torch.where(first, -halves[..., 1:, :], halves[..., :1, :])
-    return (halves * cos + partner * sin).flatten(-2).to(x.dtype)
+    turned: Tensor = halves * cos + partner * sin
+    return turned.flatten(-2).to(x.dtype)

@@ -79,6 +79,7 @@ def anchored(
     mask: AnchoredMask,
 ) -> Tensor:
     """Return [b, h, N, d] for queries [b, h, N, d], keys and values [b, v, S or N, d]."""
+    out: Tensor
     out, _ = _attention(
         q, *context_kv, *block_kv, mask.low, mask.high, mask.ranges, mask.block_size, mask.window
     )

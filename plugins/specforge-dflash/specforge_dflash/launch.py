@@ -193,4 +193,6 @@ def _sum(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
     """Return [b, v, n, d] of the parts [b, v * parts, n, d]."""
     if parts == 1:
         return x
-    return x.transpose(1, 2).unflatten(2, (-1, parts)).sum(3, dtype=dtype).transpose(1, 2)
+    b, heads, n, d = x.shape
+    by_token = x.transpose(1, 2).view(b, n, heads // parts, parts, d)
+    return by_token.sum(3, dtype=dtype).transpose(1, 2)
