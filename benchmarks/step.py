@@ -5,7 +5,7 @@ python benchmarks/step.py --case D1 --small    the same code on a CPU, in second
 python benchmarks/step.py --case E1            EAGLE-3, see step_e1.py
 
 Nothing is downloaded: target tensors and features are random.  Correctness comes first:
-the fused loss against float64, and flex attention's gradients against the eager path's.
+the fused loss against float64, and the attention kernels' gradients against the eager path's.
 The weights are bfloat16, as FSDP computes with them; the optimizer is not part of it.
 """
 
@@ -20,12 +20,14 @@ from typing import Any
 
 import step_e1
 import torch
-from specforge_dflash.attention import attend, block_mask
+from specforge_dflash.anchored import AnchoredMask
+from specforge_dflash.attention import attend
 from specforge_dflash.step import DFlashStep
 from step_case import CASES, SMALL, Case, backward, build, check, context, random_batch
 from torch import Tensor
 
 from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
+from specforge_core.train.compile import compile_units
 from specforge_core.types import Batch, Draft
 
 
@@ -137,8 +139,7 @@ def measure(
     clock = Clock(device)
     instrument(draft, clock)
     if device == "cuda":
-        for layer in draft.compiled:
-            layer.compile()
+        compile_units(draft.compiled)
     began = time.perf_counter()
     for _ in range(3):
         one_step(draft, step, batch, clock)
@@ -182,7 +183,7 @@ def measure(
 
 
 def measure_attention(case: Case, device: str, dtype: torch.dtype, repeat: int) -> None:
-    """Time flex attention alone, on the path the layers take."""
+    """Time attention alone, by the kernels that the layers take."""
     gen = torch.Generator().manual_seed(3)
     limits = torch.randperm(case.length - 1, generator=gen)[: case.anchors].sort().values
     limits = limits[None].to(device)
@@ -193,7 +194,7 @@ def measure_attention(case: Case, device: str, dtype: torch.dtype, repeat: int) 
         for h, n in shapes
     )
     starts = torch.zeros_like(limits)
-    mask = block_mask(limits, starts, case.length, case.block, None)
+    mask = AnchoredMask.build(limits, starts, case.length, case.block, None)
     grad = torch.randn_like(q)
 
     def forward() -> Tensor:
@@ -202,7 +203,9 @@ def measure_attention(case: Case, device: str, dtype: torch.dtype, repeat: int) 
     with torch.no_grad():
         front = timed(forward, device, repeat)
     both = timed(lambda: backward(forward(), grad), device, repeat)
-    make = timed(lambda: block_mask(limits, starts, case.length, case.block, None), device, repeat)
+    make = timed(
+        lambda: AnchoredMask.build(limits, starts, case.length, case.block, None), device, repeat
+    )
     n = case.layers
     print(f"\nattention alone, {n} layers: {n * front:.1f} ms, with backward {n * both:.1f} ms")
     print(f"its mask, once a step: {make:.2f} ms")

@@ -30,6 +30,7 @@ from torch import Tensor
 from specforge_core.batches.loader import to_device
 from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entropy
 from specforge_core.nn.soft_loss import SoftLoss
+from specforge_core.train.compile import compile_units
 from specforge_core.types import Batch, Draft, StepContext, TargetInfo
 
 
@@ -244,8 +245,7 @@ def measure(
     draft, step = build(case, device, dtype, train_head=head)
     batch = random_batch(case, draft, step, dtype)
     if device == "cuda":
-        for unit in draft.compiled:
-            unit.compile()
+        compile_units(draft.compiled)
     began = time.perf_counter()
     for _ in range(3):
         one_step(draft, step, batch)

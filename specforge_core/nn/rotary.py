@@ -78,8 +78,15 @@ class Rotary:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate [n, heads, d] or [b, heads, n, d] in float32 (or float64), halves paired."""
-    cos, sin = (part[:, None] for part in rope)
+    """Rotate [n, heads, d] or [b, heads, n, d] in float32 (or float64), halves paired.
+
+    The halves are not joined by `cat`: a compiled backward pass would not make that again, and
+    keep queries and keys twice, before and after.
+    """
+    cos, sin = (part[:, None, ..., None, :] for part in rope)
     wide = torch.promote_types(x.dtype, torch.float32)
-    first, second = x.to(wide).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    halves = x.to(wide).view(*x.shape[:-1], 2, x.shape[-1] // 2)
+    first = (torch.arange(2, device=x.device) == 0)[:, None]
+    partner = torch.where(first, -halves[..., 1:, :], halves[..., :1, :])
+    turned: Tensor = halves * cos + partner * sin
+    return turned.flatten(-2).to(x.dtype)

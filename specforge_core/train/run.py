@@ -18,6 +18,7 @@ from ..progress import console
 from ..strategy import Strategy
 from .bad_steps import BadSteps
 from .claim import claim
+from .compile import compile_units
 from .course import Course
 from .dist import World, world
 from .feed import Feed, open_feed
@@ -73,8 +74,7 @@ def _build(
     if draft.frozen is not None:
         draft.frozen.to(world_.device, dtype).requires_grad_(False)
     if config.compile == "always" or (config.compile == "auto" and world_.device.type == "cuda"):
-        for unit in draft.compiled:
-            unit.compile()  # the second length makes it compile once more, for all lengths
+        compile_units(draft.compiled)
     model = shard(draft, world_.mesh, dtype)
     optimizers = strategy.optimizers(config, draft)
     remember_peaks(optimizers)

@@ -1,4 +1,4 @@
-"""Attention from block slots to the context and to their own block, on two paths.
+"""Attention from block slots to the context and to their own block, on three paths.
 
 Keys are the target context, places 0..S-1 of a row, and the block slots themselves.  A slot at
 place p = a + k of the block at anchor a, in a document that starts at s, sees context
@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from specforge_core.errors import ConfigError
+
+from .anchored import AnchoredMask, anchored
 
 TILE = 128  # rows and columns that flex attention skips or computes together
 
@@ -88,7 +90,7 @@ def _stretches(limits: Tensor, starts: Tensor) -> list[tuple[int, int, int]]:
     return list(zip(counts.tolist(), begins.tolist(), ends, strict=True))
 
 
-Mask: TypeAlias = "EagerMask | BlockMask"
+Mask: TypeAlias = "EagerMask | BlockMask | AnchoredMask"
 
 
 def attend(
@@ -97,6 +99,8 @@ def attend(
     """Return [b, h, N, d] for queries [b, h, N, d], keys and values [b, v, S or N, d]."""
     if isinstance(mask, EagerMask):
         return _eager(q, context_kv, block_kv, mask)
+    if isinstance(mask, AnchoredMask):
+        return anchored(q, context_kv, block_kv, mask)
     k = torch.cat([context_kv[0], block_kv[0]], dim=2)
     v = torch.cat([context_kv[1], block_kv[1]], dim=2)
     if not q.is_cuda and torch.is_grad_enabled() and q.requires_grad:

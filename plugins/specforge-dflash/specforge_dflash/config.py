@@ -57,7 +57,7 @@ class DFlashConfig(DecoderOptions):
         None, description="One per draft layer; all sliding if only sliding_window is set."
     )
     attention: Annotated[Literal["auto", "flex", "eager"], MayChange.ALWAYS] = Field(
-        "auto", description="auto: flex on a GPU, for heads of 16 and more."
+        "auto", description="auto: own kernels on a GPU, flex for what they do not take."
     )
     head_chunk: Annotated[int, MayChange.ALWAYS] = Field(
         1024, gt=0, le=10**6, description="Rows whose logits exist at a time."

@@ -6,8 +6,8 @@ tokens, A blocks, B slots of a block, N = A*B, H hidden size, K captured layers,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,13 @@ from specforge_core.nn.cache import GrowingCache
 from specforge_core.nn.rotary import Rope, Rotary, rotate
 from specforge_core.target.head import widen
 
+from .anchored import AnchoredMask, takes
 from .attention import EagerMask, Mask, attend, block_mask
 from .config import DraftShape, LayerType
 
 MIN_HEAD_DIM = 16  # of flex attention's kernels
+
+Build: TypeAlias = Callable[[Tensor, Tensor, int, int, int | None], Mask]
 
 
 class Geometry:
@@ -147,13 +150,14 @@ class DFlashModel(nn.Module):
         are context too.
         """
         dtype = self.fc.weight.dtype
-        context = self.hidden_norm(self.fc(features.to(dtype)))
         hidden = embeddings.to(dtype)
         if torch.is_grad_enabled():
             # no view, and with a gradient as all later layers' input has one: else the first
             # layer is compiled apart
             hidden.requires_grad_()
         geometry = self._geometry(anchors, starts, positions, caches)
+        # last before the layers: it keeps a GPU busy while the host enters the first of them
+        context = self.hidden_norm(self.fc(features.to(dtype)))
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, context, geometry, None if caches is None else caches[i])
         out: Tensor = self.norm(hidden)
@@ -170,9 +174,7 @@ class DFlashModel(nn.Module):
         length = positions.shape[1] + (0 if caches is None else caches[0].length)
         within = torch.arange(block, device=anchors.device)
         slots = ((anchors - starts)[..., None] + within).flatten(1)
-        fits = anchors.is_cuda and self.shape.head_dim >= MIN_HEAD_DIM
-        use_flex = self.attention == "flex" or (self.attention == "auto" and fits)
-        build = block_mask if use_flex and caches is None else EagerMask.build
+        build = EagerMask.build if caches is not None else self._mask_kind(anchors.is_cuda)
         windows: dict[LayerType, int | None] = {
             "full_attention": None,
             "sliding_attention": self.shape.sliding_window,
@@ -182,9 +184,17 @@ class DFlashModel(nn.Module):
             self.rotary(slots),
             {
                 kind: build(anchors, starts, length, block, windows[kind])
-                for kind in self.shape.layer_types
+                for kind in dict.fromkeys(self.shape.layer_types)  # once each
             },
         )
+
+    def _mask_kind(self, on_gpu: bool) -> Build:
+        """Return what makes the mask of the path that training takes."""
+        if self.attention == "auto" and on_gpu:
+            if takes(self.shape.head_dim, self.shape.block_size, self.fc.weight.dtype):
+                return AnchoredMask.build
+            return block_mask if self.shape.head_dim >= MIN_HEAD_DIM else EagerMask.build
+        return block_mask if self.attention == "flex" else EagerMask.build
 
 
 class Frozen(nn.Module):

@@ -1,9 +1,10 @@
-"""Both attention paths against a plain softmax over a dense mask."""
+"""All attention paths against a plain softmax over a dense mask."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from specforge_dflash.anchored import KEYS, AnchoredMask, _attention, takes
 from specforge_dflash.attention import TILE, EagerMask, attend, block_mask
 from torch import Tensor
 
@@ -68,16 +69,22 @@ def plain(
 
 
 def inputs(
-    limits: Tensor, context: int, block: int, dtype: torch.dtype, device: str = "cpu"
+    limits: Tensor,
+    context: int,
+    block: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    heads: tuple[int, int, int] = (4, 2, 16),
 ) -> tuple[Tensor, ...]:
     gen = torch.Generator().manual_seed(context)
     b, slots = len(limits), limits.shape[1] * block
-    shapes = [(4, slots), (2, context), (2, context), (2, slots), (2, slots)]
+    h, v, d = heads
+    shapes = [(h, slots), (v, context), (v, context), (v, slots), (v, slots)]
     return tuple(
-        torch.randn(b, heads, n, 16, generator=gen, dtype=torch.float64)
+        torch.randn(b, count, n, d, generator=gen, dtype=torch.float64)
         .to(device, dtype)
         .requires_grad_()
-        for heads, n in shapes
+        for count, n in shapes
     )
 
 
@@ -169,6 +176,88 @@ def test_flex_equals_a_dense_softmax_on_a_gpu(
         assert b.grad is not None
         error = (a.grad.double().cpu() - b.grad).norm() / b.grad.norm()
         assert error < 5e-3  # the matrix units round float32 to 10 bits
+
+
+@pytest.mark.parametrize(("rows", "context", "block", "window"), CASES)
+def test_stretches_of_slots_and_ranges_of_keys_are_those_of_the_definition(
+    rows: Rows, context: int, block: int, window: int | None
+) -> None:
+    mask = AnchoredMask.build(*bounds(rows), context, block, window)
+    seen = dense(rows, context, block, window)[..., :context]
+    keys = torch.arange(context)
+    assert (seen == (keys >= mask.low[..., None]) & (keys < mask.high[..., None])).all()
+    for row in range(len(rows)):
+        for tile in range(-(-context // KEYS)):
+            some = seen[row, :, tile * KEYS : (tile + 1) * KEYS].any(1).nonzero().flatten() // block
+            first, last = mask.ranges[row, tile].tolist()
+            if not len(some):
+                assert first >= last
+            else:
+                assert (first, last) == (int(some[0]) * block, int(some[-1] + 1) * block)
+
+
+HEADS = [(6, 2, 96), (3, 3, 128), (16, 2, 64)]
+WIDE = [(8, 1, 256), (5, 1, 200)]
+KERNEL_CASES = [
+    *((*case, (4, 2, 16), torch.float32, 1e-5) for case in CASES),
+    *((*case, (4, 1, 128), torch.bfloat16, 1e-2) for case in CASES),
+    *((*CASES[i], heads, torch.float32, 1e-5) for i in (6, 9) for heads in HEADS),
+    *((*CASES[i], heads, torch.float16, 1e-2) for i in (6, 10) for heads in HEADS),
+    *((*CASES[i], heads, torch.bfloat16, 1e-2) for i in (6, 9) for heads in WIDE),
+]
+
+
+@CUDA
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "context", "block", "window", "heads", "dtype", "most"), KERNEL_CASES, ids=str
+)
+def test_the_kernels_equal_a_dense_softmax_with_its_gradients(
+    rows: Rows,
+    context: int,
+    block: int,
+    window: int | None,
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    most: float,
+) -> None:
+    assert takes(heads[2], block, dtype)
+    limits, starts = bounds(rows)
+    mine = inputs(limits, context, block, dtype, "cuda", heads)
+    mask = AnchoredMask.build(limits.cuda(), starts.cuda(), context, block, window)
+    q, kc, vc, kb, vb = mine
+    out = attend(q, (kc, vc), (kb, vb), mask)
+    again = attend(q, (kc, vc), (kb, vb), mask)
+    exact = tuple(x.detach().double().requires_grad_() for x in mine)
+    q, kc, vc, kb, vb = exact
+    seen = dense(rows, context, block, window).cuda()
+    want = plain(q, (kc, vc), (kb, vb), seen)
+    wave = torch.sin(torch.arange(want.numel(), device="cuda")).view(want.shape)
+    grads = torch.autograd.grad((out.double() * wave).sum(), mine)
+    same = torch.autograd.grad((again.double() * wave).sum(), mine)
+    wants = torch.autograd.grad((want * wave).sum(), exact)
+    for a, b, c in zip((out, *grads), (want, *wants), (again, *same), strict=True):
+        assert (a.double() - b).norm() / b.norm() < most
+        assert torch.equal(a, c)  # nothing is added up in an order that changes
+
+
+@CUDA
+@pytest.mark.gpu
+def test_the_operator_is_what_it_says_to_torch() -> None:
+    rows, context, block, window = CASES[9]
+    mask = AnchoredMask.build(*(x.cuda() for x in bounds(rows)), context, block, window)
+    q, kc, vc, kb, vb = inputs(bounds(rows)[0], context, block, torch.float32, "cuda")
+    given = (q, kc, vc, kb, vb, mask.low, mask.high, mask.ranges, block, 0)
+    torch.library.opcheck(_attention, given, atol=1e-4, rtol=1e-4)
+
+
+def test_what_the_kernels_take() -> None:
+    assert takes(128, 16, torch.bfloat16)
+    assert takes(256, 64, torch.float16)
+    assert not takes(256, 16, torch.float32)
+    assert not takes(64, 16, torch.float64)
+    assert not takes(8, 16, torch.bfloat16)
+    assert not takes(64, 65, torch.bfloat16)
 
 
 def test_flex_on_a_cpu_says_that_it_cannot_train() -> None:

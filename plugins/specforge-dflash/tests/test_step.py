@@ -273,7 +273,7 @@ def test_a_draft_learns_one_batch_by_heart(kit: Any) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 # what torch says when the debug mode is switched on
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize("attention", ["flex", "eager"])
+@pytest.mark.parametrize("attention", ["auto", "flex", "eager"])
 @pytest.mark.parametrize("batches", ["packed", "padded"])
 def test_a_step_never_waits_for_the_device(kit: Any, attention: str, batches: str) -> None:
     tiny = kit.tiny(

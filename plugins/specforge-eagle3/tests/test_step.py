@@ -187,6 +187,8 @@ def test_what_the_target_gives_to_undraftable_tokens_is_accepted_nowhere(kit: An
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# what torch says when the debug mode is switched on
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("options", [{}, {"loss": "lk_lambda", "mean_over": "supervised"}])
 def test_no_step_waits_for_the_device(kit: Any, options: dict[str, Any]) -> None:
     """Beyond the first, which compiles kernels and moves tables."""

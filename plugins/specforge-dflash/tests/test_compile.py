@@ -1,0 +1,66 @@
+"""Layers are compiled once for all lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from specforge_dflash.step import DFlashStep
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+
+from specforge_core.train.compile import CACHE, compile_units
+from specforge_core.types import Batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path))
+
+
+def ragged(kit: Any, tiny: Any, number: int) -> Batch:
+    """One to three documents of any length."""
+    gen = torch.Generator().manual_seed(number)
+    count = 1 + number % 3
+    lengths = tuple(torch.randint(12, 900 // count, (count,), generator=gen).tolist())
+    batch: Batch = kit.batch(tiny.config, kit.samples(lengths))
+    return batch
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+def test_batches_of_any_length_share_a_graph(kit: Any) -> None:
+    """By flex attention, whose mask is as general on a CPU; it has no backward pass there."""
+    tiny = kit.tiny(attention="flex")
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compile_units(tiny.draft.compiled, counter)
+    with torch.no_grad():
+        for number in range(8):
+            DFlashStep(tiny.config)(tiny.draft, ragged(kit, tiny, number), kit.context())
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("batches", ["packed", "padded"])
+def test_no_length_compiles_again_on_a_gpu(kit: Any, batches: str) -> None:
+    """200 ragged steps, wider apart than the sizes torch would choose its kernels by."""
+    tiny = kit.tiny(head_dim=16, batches=batches, sliding_window=40, num_anchors=600)
+    tiny.model.cuda()
+    tiny.frozen.cuda()
+    torch.compiler.reset()
+    counters.clear()
+    compile_units(tiny.draft.compiled)
+    step, seen = DFlashStep(tiny.config), []
+    for number in range(200):
+        batch = {n: x.cuda() for n, x in ragged(kit, tiny, number).items()}
+        seen.append(batch["anchors"].numel() * tiny.config.block_size)
+        torch.autograd.backward(step(tiny.draft, batch, kit.context()).loss_sum)
+    assert max(seen) > 2000
+    assert min(seen) < 200
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2

@@ -1,0 +1,48 @@
+"""How a draft's units are compiled: once, for every length, and kept on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's own variable; a user's is left as it is
+
+
+def compile_units(units: Iterable[nn.Module], backend: str | Any = "inductor") -> None:
+    """Compile modules in place, at their first call.
+
+    All lengths are symbols from the start, and no kernel is chosen by comparing them with a
+    number: so batches of any length share a graph, and ranks whose batches differ in length do
+    not compile in turn.  What a backward pass can make again from what is kept anyway, in the
+    pass that reads it, is not kept: an MLP's inner product and normed states.
+    """
+    os.environ.setdefault(CACHE, str(Path.home() / ".cache" / "specforge" / "compile"))
+    import torch._functorch.config as partitioner
+
+    if hasattr(partitioner, "ban_recompute_materialized_backward"):
+        partitioner.ban_recompute_materialized_backward = False
+    options = _options() if backend == "inductor" else None
+    for unit in units:
+        unit.compile(backend=backend, dynamic=True, options=options)
+
+
+def _options() -> dict[str, bool]:
+    """Return inductor's options, as far as this torch has them.
+
+    Sums over rows and over columns are fused into one kernel where that is quicker, which
+    depends on the number of rows; without its checks of size it is done for any number.
+    """
+    import torch._inductor.config as inductor
+
+    known = inductor.get_config_copy() if hasattr(inductor, "get_config_copy") else {}
+    loose, fusion = (
+        "triton.mix_order_reduction_non_strict_mode",
+        "triton.mix_order_reduction",
+    )
+    if loose in known:
+        return {loose: True}
+    return {fusion: False} if fusion in known else {}

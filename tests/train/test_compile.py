@@ -1,0 +1,49 @@
+"""Units are compiled for all lengths at once, into a cache that stays."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from specforge_core.train.compile import CACHE, compile_units
+
+
+class Unit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.linear(x).square()
+        return out
+
+
+def test_lengths_share_a_graph_from_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    torch.compiler.reset()
+    counter = CompileCounter()
+    unit = Unit()
+    compile_units([unit], counter)
+    for length in (3, 4, 700, 5000):
+        unit(torch.ones(1, length, 8)).sum().backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("given", [None, "/somewhere"])
+def test_the_cache_is_where_the_user_says_or_at_home(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(CACHE, given or "")  # so that it is put back afterwards
+    if given is None:
+        monkeypatch.delenv(CACHE)
+    compile_units([])
+    assert os.environ[CACHE] == (given or str(tmp_path / ".cache/specforge/compile"))
+    monkeypatch.setenv(CACHE, given or "")
