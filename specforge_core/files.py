@@ -225,8 +225,9 @@ def system_error(exc: Exception, path: Path) -> OSError:
 
 def cannot_write(exc: OSError, path: Path | None = None) -> str:
     """Say which file (`path` where the error does not know) cannot be written, and why."""
-    name = exc.filename if exc.filename is not None else path
-    place = Path(os.fsdecode(name)) if isinstance(name, str | bytes | Path) else None
+    known = isinstance(exc.filename, str | bytes | Path)  # not the number of an open file
+    name = exc.filename if known else path
+    place = None if name is None else Path(os.fsdecode(name))
     shown = "a file" if place is None else str(place)
     return f"{shown} cannot be written: {exc.strerror or exc}{_room(place)}"
 

@@ -78,6 +78,8 @@ def _build(
     model = shard(draft, world_.mesh, dtype)
     optimizers = strategy.optimizers(config, draft)
     remember_peaks(optimizers)
+    schedule = strategy.schedule(config)
+    step_function = strategy.train_step(run.strategy)
     trackers = Trackers(strategy.trackers(run) if world_.main else [])
     return Trainer(
         run=run,
@@ -88,8 +90,8 @@ def _build(
         draft=draft,
         model=model,
         optimizers=optimizers,
-        schedule=strategy.schedule(config),
-        step_function=strategy.train_step(run.strategy),
+        schedule=schedule,
+        step_function=step_function,
         reducer=Reducer(strategy.package, world_.device),
         update=Update(optimizers, config.max_grad_norm, world_.size),
         trackers=trackers,

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specforge_core.drafts.checkpoint import STATE, checkpoints, find, read_state
+from specforge_core.drafts.checkpoint import CHECKSUMS, STATE, checkpoints, find, read_state
 from specforge_core.drafts.load import restore
 from specforge_core.errors import CheckpointError
 from specforge_core.testing.runs import load, losses
@@ -123,8 +123,8 @@ def newest(config: Path) -> Path:
         ({"seconds": -1.0}, "seconds: Input should be greater than or equal to 0"),
         ({"seconds": float("nan")}, "is damaged"),
         ({"strategy": 3}, "strategy: Input should be a valid string"),
-        ({"config": None}, "config: Input should be a valid dictionary"),
-        ({"config": []}, "config: Input should be a valid dictionary"),
+        ({"config": None}, "config: Input should be an object"),
+        ({"config": []}, "config: Input should be an object"),
         ({"config": {}}, "config: has no section target"),
         ({"identity": {}}, "identity.strategy: Field required"),
         ({"surprise": 1}, "surprise is unknown"),
@@ -166,7 +166,8 @@ def test_a_state_that_no_parser_likes_is_refused(copy: Path, text: str) -> None:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> None:
-    """Change the tensors and the metadata of a checkpoint's one file."""
+    """Change the tensors and the metadata of a checkpoint's one file, as if it had no checksums."""
+    (path / CHECKSUMS).unlink()
     (file,) = path.glob("*.safetensors")
     with safe_open(str(file), framework="pt") as opened:
         metadata = dict(opened.metadata())

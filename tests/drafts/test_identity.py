@@ -246,6 +246,8 @@ def test_an_export_that_is_not_finite_is_refused(config: Path, bad: float) -> No
     weights = load_file(file)
     weights["bias"][3] = bad
     save_file(weights, file)
+    told = file.with_name("provenance.json")  # with checksums the file is damaged before that
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"checksums": {}}))
     with pytest.raises(CheckpointError, match=r"tensor 'bias' of .*export holds values that are n"):
         uses(config)["evaluate_export"]()
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from specforge_core.config import EvalConfig
 from specforge_core.evaluate.bench import Bench, Desk, EvalPrompt, open_desks
-from specforge_core.evaluate.decode import limits
+from specforge_core.evaluate.decode import Limits
 from specforge_core.evaluate.report import PromptResult
 from specforge_core.types import CaptureSpec, Draft, Proposal, Proposer, Sampling, TargetCapture
 
@@ -71,7 +71,7 @@ def prompts(count: int, vocabulary: int) -> list[EvalPrompt]:
 
 
 def bench(desks: tuple[Desk, ...], **options: Any) -> Bench:
-    return Bench(desks, SPEC, limits(desks[0].model, 16), 3, EvalConfig(**options))
+    return Bench(desks, SPEC, Limits(16, frozenset()), 3, EvalConfig(**options))
 
 
 def told(results: dict[str, list[PromptResult]]) -> list[Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specforge_core.config import TargetConfig
-from specforge_core.errors import ConfigError, DataError
+from specforge_core.errors import CaptureError, ConfigError, DataError
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.info import load_target_info
 from specforge_core.target.tokenizer import load_tokenizer
@@ -61,7 +61,7 @@ def test_a_damaged_config(target: Path, text: str) -> None:
 def test_cut_weights(target: Path) -> None:
     weights = target / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ConfigError, match="cannot be loaded: SafetensorError"):
+    with pytest.raises(CaptureError, match="model.safetensors is damaged, or its download did not"):
         TransformersEngine.load(TargetConfig(path=str(target)), CPU)
 
 

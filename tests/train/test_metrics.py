@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from specforge_core.batches.loader import Micro
-from specforge_core.batches.prefetch import Prefetcher
+from specforge_core import stop
 from specforge_core.errors import PluginError
 from specforge_core.testing.runs import lines, load
 from specforge_core.train import metrics
 from specforge_core.train.dist import world
+from specforge_core.train.report import Launched
 from specforge_core.train.run import train
-from specforge_core.train.trainer import Launched, Trainer
+from specforge_core.train.supply import Supply
+from specforge_core.train.trainer import Trainer
 from specforge_core.types import RESERVED_METRICS, Ratio, StepOutput
 
 from ..runs import linear_run
@@ -175,19 +177,22 @@ def test_metrics_are_those_of_an_undisturbed_run(
     train(*load(config, *options))
     launch, left = Trainer._optimizer_step, list(interrupted)
 
-    def disturbed(self: Trainer, batches: Prefetcher[Micro]) -> Launched:
+    def disturbed(self: Trainer, supply: Supply) -> Launched | None:
         if left and self.step >= left[0]:
             left.pop(0)
             if kill:
                 with (self.run.output_dir / "metrics.jsonl").open("a") as torn:
                     torn.write('{"step": 99, "lo')
                 raise Killed
-            self.stop_asked = True
-        return launch(self, batches)
+            asked.append(signal.SIGTERM)
+        return launch(self, supply)
 
+    asked: list[signal.Signals] = []
+    monkeypatch.setattr(stop, "asked", lambda: asked[0] if asked else None)
     monkeypatch.setattr(Trainer, "_optimizer_step", disturbed)
     other = (*options, f"output_dir={tmp_path / 'disturbed'}")
     while True:
+        asked.clear()
         with suppress(Killed):
             if train(*load(config, *other)).finished:
                 break
