@@ -134,14 +134,16 @@ def test_a_run_resumed_under_other_numbers_of_ranks_sees_every_sample_once_an_ep
         environment["STOP"] = str(stop)
         options = (*common, f"train.batch_size={size}", f"train.accumulate={accumulate}")
         command = ("train", "-c", str(config), "--nproc", str(ranks), *options)
-        out = finish(cli(*command, env=environment))
+        process = cli(*command, env=environment)
+        told = "".join(process.communicate(timeout=SECONDS))
+        assert process.returncode == (143 if stop else 0), told
         per_step = ranks * size * accumulate
         while position < 40 and done != (stop or None):
             # a cosine over the samples, whatever a step is
             progress = min(position / (40 - per_step), 1.0)
             want.append(0.05 * 0.5 * (1 + math.cos(math.pi * progress)))
             position, done = min(position + per_step, 40), done + 1
-        assert ("finished" if position == 40 else "stopped") + f" at step {done}/" in out
+        assert ("finished" if position == 40 else "stopped") + f" at step {done}/" in told
     assert position == 40
     assert checkpoint.read_state(checkpoint.find(tmp_path / "run")).position == 40
     rows = lines(tmp_path / "run")
