@@ -159,35 +159,6 @@ class _Beyond:
         return count >= limit + MARGIN // 2  # the last ones of a text may be other tokens in it
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    template_kwargs: Mapping[str, Any],
-) -> list[Row]:
-    """Tokenize one conversation; see `Encoder.rows`."""
-    return Encoder(tokenizer, template_kwargs).rows(messages)
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    template_kwargs: Mapping[str, Any],
-) -> list[int]:
-    """Tokenize what the target reads before it answers."""
-    return Encoder(tokenizer, template_kwargs).prompt(messages)
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    template_kwargs: Mapping[str, Any],
-    *,
-    prompt: bool,
-) -> str:
-    """Return the conversation as text, with the generation prompt after it if `prompt`."""
-    return _render(tokenizer, template_kwargs, messages, prompt)
-
-
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     template_kwargs: Mapping[str, Any],

@@ -88,7 +88,7 @@ def load_prompts(
             try:
                 rows = encoder.rows(found.messages)
             except BadRow as exc:
-                skipped.add(BadRow(f"{found.where}: {exc}", exc.reason))
+                skipped.add(exc.at(found.where))
                 continue
             used += 1
             for row in rows:

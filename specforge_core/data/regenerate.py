@@ -144,7 +144,7 @@ def read_tasks(
         try:
             tasks[name] = _task(found, name, len(tasks), encoder)
         except BadRow as exc:
-            skipped.add(BadRow(f"{found.where}: {exc}", exc.reason))
+            skipped.add(exc.at(found.where))
             continue
         sources[name] = found.source
         if len(tasks) == run.data.limit:

@@ -77,7 +77,7 @@ class Rules:
             ids = self.encoder.prompt(chat.asked())
         except BadRow as exc:
             if data.on_error == "raise":
-                raise BadRow(f"{chat.task.where}: {exc}", exc.reason) from exc
+                raise exc.at(chat.task.where) from exc
             chat.dropped = exc.reason
             return None
         check_ids(ids, self.info.vocab_size, chat.task.where)

@@ -44,6 +44,10 @@ class BadRow(DataError):
         super().__init__(message)
         self.reason = reason
 
+    def at(self, where: str) -> BadRow:
+        """Return it with the place of its row in front."""
+        return BadRow(f"{where}: {self}", self.reason)
+
 
 @dataclass(slots=True)
 class Skipped:

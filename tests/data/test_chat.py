@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from specforge_core.config import TargetConfig
-from specforge_core.data.chat import (
-    Encoder,
-    Row,
-    encode,
-    encode_prompt,
-    render,
-)
+from specforge_core.data.chat import Encoder, Row
+from specforge_core.data.sources import Message
 from specforge_core.errors import DataError
 from specforge_core.target.tokenizer import (
     load_tokenizer,
@@ -25,6 +22,31 @@ from specforge_core.target.tokenizer import (
     tokenizer_fingerprint,
 )
 from specforge_core.testing.toy import toy_tokenizer
+
+Options = Mapping[str, Any]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], options: Options
+) -> list[Row]:
+    return Encoder(tokenizer, options).rows(chat)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], options: Options
+) -> list[int]:
+    return Encoder(tokenizer, options).prompt(chat)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, chat: Sequence[Message], options: Options, *, prompt: bool
+) -> str:
+    return str(
+        tokenizer.apply_chat_template(
+            list(chat), tokenize=False, add_generation_prompt=prompt, **options
+        )
+    )
+
 
 SMOLLM2 = Path.home() / ".cache/specforge/smollm2-135m-instruct"
 ANSWERS = ("Hello there 🙂, 12345!\n\n- one\n- two", "Ünïcödé 漢字:  it ends in spaces  ")
