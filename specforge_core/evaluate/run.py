@@ -117,7 +117,7 @@ def _tokenized(
         try:
             ids = encoder.prompt(first_turn(found.messages))
         except BadRow as exc:
-            skipped.add(BadRow(f"{found.where}: {exc}", exc.reason))
+            skipped.add(exc.at(found.where))
             continue
         if encoder.limit is not None and len(ids) >= encoder.limit:
             too_long = BadRow(
