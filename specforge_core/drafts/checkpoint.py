@@ -104,7 +104,6 @@ def load_model(path: Path, draft: Draft) -> TrainState:
     Raises CheckpointError for a checkpoint that is damaged or holds other tensors.
     """
     state = read_state(path)
-    check_files(path)
     model = draft.model.float()  # as it was trained and saved
     values = model.state_dict()
     wanted: dict[str, Any] = {f"model.{k}": v for k, v in values.items() if draft.saved(k)}
@@ -120,9 +119,10 @@ def load_tensors(
 ) -> None:
     """Fill `wanted` in place with a checkpoint's tensors of the same names.
 
-    Raises CheckpointError when names (below `prefixes`, both ways), shapes or dtypes differ,
-    when a file is damaged, and when a value is not finite.
+    Raises CheckpointError when a file is not as it was written, when names (below `prefixes`,
+    both ways), shapes or dtypes differ, and when a value is not finite.
     """
+    check_files(path)
     check_stored(path, wanted, prefixes)
     with _damage(path):
         dcp_load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=no_dist)

@@ -31,9 +31,7 @@ from torch.optim import Optimizer
 from ..drafts.checkpoint import (
     STATE,
     TrainState,
-    check_files,
     checkpoints,
-    find as find,
     first_failure,
     load_tensors,
     read_state,
@@ -123,7 +121,6 @@ def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
 def load(path: Path, draft: Draft, optimizers: list[Optimizer]) -> TrainState:
     """Restore a sharded model and its optimizers in place; the world size may differ."""
     state = read_state(path)
-    check_files(path)
     tensors = _collect(draft, optimizers)
     wanted = {k: v for k, v in tensors.items() if isinstance(v, Tensor)}
     load_tensors(path, wanted, prefixes=("model.", "optim"))
