@@ -125,7 +125,7 @@ class Trainer:
                         self._settle(launched)
                     rate = self.log.rate(self.num_tokens)
                     progress.advance(1, f"loss {self.log.loss:.3f}  {rate:,.0f} tokens/s")
-                    if due and self.step % config.save_every == 0 and not self.bad_steps.in_a_row:
+                    if due and self.step == one.step and not self.bad_steps.in_a_row:
                         self._save()
                         saved = self.step
                 while launched:
