@@ -35,11 +35,11 @@ RESERVED = frozenset(
 class TransformersEngine:
     """A TargetEngine in this process.  Its captures are slices of one padded batch."""
 
-    def __init__(self, model: Any, info: TargetInfo, batch_tokens: int) -> None:
+    def __init__(self, model: Any, info: TargetInfo, head: Head, batch_tokens: int) -> None:
         self.model = model
         self.info = info
         self._decoder: Any = find_parts(model).decoder
-        self._head = Head.of_model(model, info)
+        self._head = head
         self._batch_tokens = batch_tokens
 
     @classmethod
@@ -65,8 +65,7 @@ class TransformersEngine:
         _check_loaded(model, report, info)
         model.eval().requires_grad_(False)
         model.to(device)
-        prove(model, info)
-        return cls(model, info, target.batch_tokens)
+        return cls(model, info, prove(model, info), target.batch_tokens)
 
     def supports(self, spec: CaptureSpec) -> bool:
         """Say yes: what the target cannot give is an error that names it."""

@@ -19,10 +19,10 @@ ROUNDING = 8  # steps of the weights' dtype: the same pass through the same laye
 
 
 @torch.no_grad()
-def prove(model: Any, info: TargetInfo) -> None:
+def prove(model: Any, info: TargetInfo) -> Head:
     """Run a few tokens; compare captured layers with the model's own, and head(final) with logits.
 
-    Raises CaptureError that says what differs, and by how much.
+    Returns the head that was proved.  Raises CaptureError that says what differs, and by how much.
     """
     parts, name = find_parts(model), type(model).__name__
     draw = torch.Generator().manual_seed(0)
@@ -36,13 +36,15 @@ def prove(model: Any, info: TargetInfo) -> None:
     listed = getattr(own, "hidden_states", None) or ()
     _check_layers([taps.hidden_states[layer] for layer in layers], listed, name)
     logits = model(input_ids=ids, use_cache=False).logits[..., : info.vocab_size]
-    error = _error(Head.of_model(model, info).logits(taps.normed), logits)
+    head = Head.of_model(model, info)
+    error = relative_error(head.logits(taps.normed), logits)
     if not error <= _limit(logits):
         raise CaptureError(
             f"the logits of {name} differ by {error:.2%} from what its head makes of the captured "
             f"final state (at most {_limit(logits):.2%} is rounding): it does more behind its "
             "decoder than a matrix, a bias, a scale and a softcap. Choose another target.path"
         )
+    return head
 
 
 def _check_layers(states: Sequence[Tensor], listed: Sequence[Tensor], name: str) -> None:
@@ -57,10 +59,10 @@ def _check_layers(states: Sequence[Tensor], listed: Sequence[Tensor], name: str)
             "was captured cannot be proved. Choose another target.path"
         )
     first = len(states) - len(listed)
-    if first == 0 and _error(states[0], listed[0]) > _limit(listed[0]):
+    if first == 0 and relative_error(states[0], listed[0]) > _limit(listed[0]):
         first = 1
     for layer, (found, given) in enumerate(zip(states[first:-1], listed, strict=False), first - 1):
-        error = _error(found, given)
+        error = relative_error(found, given)
         if not error <= _limit(given):
             raise CaptureError(
                 f"layer {layer} as captured differs by {error:.2%} from what {name} lists as its "
@@ -73,7 +75,7 @@ def _limit(given: Tensor) -> float:
     return float(ROUNDING * torch.finfo(given.dtype).eps)
 
 
-def _error(found: Tensor, given: Tensor) -> float:
+def relative_error(found: Tensor, given: Tensor) -> float:
     """Return the norm of the difference over that of what is given."""
     if found.shape != given.shape:
         return float("inf")

@@ -15,6 +15,7 @@ import transformers
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
 from specforge_core.target.engine import TransformersEngine
+from specforge_core.target.head import Head
 from specforge_core.target.info import load_target_info
 from specforge_core.types import Generated, GenerateOptions, Prompt
 
@@ -26,7 +27,8 @@ def load(path: Path, vocab_size: int) -> TransformersEngine:
     config = transformers.LlamaConfig(**{**SHAPE, "vocab_size": vocab_size})
     model: Any = transformers.LlamaForCausalLM(config).double().eval()
     model.save_pretrained(path)
-    return TransformersEngine(model, load_target_info(TargetConfig(path=str(path))), 64)
+    info = load_target_info(TargetConfig(path=str(path)))
+    return TransformersEngine(model, info, Head.of_model(model, info), 64)
 
 
 @pytest.fixture(scope="module")

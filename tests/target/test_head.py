@@ -59,7 +59,7 @@ def test_next_tokens_and_logsumexp_are_those_of_the_models_logits(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model, info = build(tmp_path, family, dtype)
-    engine = TransformersEngine(model, info, batch_tokens=64)
+    engine = TransformersEngine(model, info, Head.of_model(model, info), 64)
     asked = prompts(7, 20, 3)
     captures = {c.index: c for c in engine.capture(asked, SPEC)}
     for prompt in asked:
@@ -100,7 +100,7 @@ def test_rows_that_only_pad_the_vocabulary_are_never_the_next_token(
     info = replace(info, vocab_size=90)
     with torch.no_grad():
         model.lm_head.weight[90:] *= 50  # the largest logits of all
-    engine = TransformersEngine(model, info, batch_tokens=64)
+    engine = TransformersEngine(model, info, Head.of_model(model, info), 64)
     (prompt,) = prompts(20)
     prompt = replace(prompt, input_ids=prompt.input_ids % 90)
     (capture,) = engine.capture([prompt], SPEC)
@@ -131,7 +131,7 @@ def test_narrow_weights_give_wide_logits() -> None:
 
 def test_what_is_not_asked_for_is_not_given(tmp_path: Path) -> None:
     model, info = build(tmp_path, "Llama", torch.float32)
-    engine = TransformersEngine(model, info, batch_tokens=64)
+    engine = TransformersEngine(model, info, Head.of_model(model, info), 64)
     tokens_only = CaptureSpec(layers=(1,), fields={}, next_tokens=True)
     (capture,) = engine.capture(prompts(5), tokens_only)
     assert capture.next_tokens is not None
