@@ -17,6 +17,7 @@ from torch import nn
 from ..config import EvalConfig
 from ..progress import track
 from ..types import CaptureSpec, Draft, Proposer, Sampling
+from .cached import share_abilities
 from .decode import Limits, generate, generate_plain
 from .lossless import first_difference, reference
 from .report import PromptResult
@@ -144,6 +145,7 @@ def open_desks(
     for _ in range(count - 1):
         # hooks, caches and generation settings are each copy's own
         twin, copied = copy.deepcopy((model, draft), _shared(modules))
+        share_abilities(model, twin)
         desks.append(Desk(twin, make(copied)))
     return tuple(desks)
 

@@ -215,6 +215,11 @@ def abilities(model: Any) -> Abilities:
     return _ABILITIES[model]
 
 
+def share_abilities(model: Any, twin: Any) -> None:
+    """Let a copy of a model that shares its weights be known to do the same."""
+    _ABILITIES[twin] = abilities(model)
+
+
 @torch.inference_mode()
 def _goes_back(model: Any) -> bool:
     ids = probe_tokens(model)[0].tolist()

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from ..errors import ConfigError
+from ..target.proof import relative_error
 
 CACHES = ("cache", "past_key_values", "cache_params")  # as versions and families call it
 PROBE = 8  # tokens, before and behind the place where a probe goes on from its cache
@@ -106,7 +107,7 @@ def probe(model: Any) -> Abilities:
     for size in (PROBE, 1):
         for positions in (False, True) if takes else (False,):
             found = _go_on(model, ids, None if own else new_cache(model), size, positions)
-            nearest = min(nearest, difference(found, whole))
+            nearest = min(nearest, relative_error(found, whole))
             if equal(found, whole):
                 trees = plain and not windows and size > 1
                 return Abilities(own, recurrent, positions, many=size > 1, trees=trees)
@@ -133,9 +134,4 @@ def _kinds(text: Any) -> set[str]:
 
 def equal(found: Tensor, whole: Tensor) -> bool:
     """Say whether logits are equal up to what other shapes of a pass round."""
-    return difference(found, whole) <= max(1e-3, 16 * torch.finfo(whole.dtype).eps)
-
-
-def difference(found: Tensor, whole: Tensor) -> float:
-    """Return the norm of the difference over that of what is expected."""
-    return float((found.double() - whole.double()).norm() / whole.double().norm())
+    return relative_error(found, whole) <= max(1e-3, 16 * torch.finfo(whole.dtype).eps)
