@@ -143,21 +143,20 @@ def _device(q: Tensor) -> Any:
     return torch.cuda.device(q.device if q.is_cuda else -1)
 
 
-def _by_token(like: Tensor) -> Tensor:
+def by_token(like: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """Return an empty [b, heads, n, d] whose heads are side by side in memory."""
-    return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
-        1, 2
-    )
+    b, _, n, d = like.shape
+    return torch.empty(b, n, heads, d, dtype=dtype, device=like.device).transpose(1, 2)
 
 
 @_attention.register_fake
 def _(q: Tensor, *_rest: object) -> tuple[Tensor, Tensor]:
-    return _by_token(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return by_token(q, q.shape[1], q.dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @_attention_backward.register_fake
 def _(d_out: Tensor, *read: Tensor) -> tuple[Tensor, ...]:
-    return tuple(_by_token(x) for x in read[:5])
+    return tuple(by_token(x, x.shape[1], x.dtype) for x in read[:5])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -12,9 +12,9 @@ import triton
 from torch import Tensor
 
 from . import triton_attention_backward as gradients
+from .anchored import by_token
 from .triton_attention import forward as forward_kernel
 
-KEYS = 64  # context keys that have one entry in `ranges`
 LOG2E = 1.4426950408889634
 
 
@@ -67,12 +67,6 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _by_token(like: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """Return an empty [b, heads, n, d] whose heads are side by side in memory."""
-    b, _, n, d = like.shape
-    return torch.empty(b, n, heads, d, dtype=dtype, device=like.device).transpose(1, 2)
-
-
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -101,7 +95,7 @@ def forward(
     q, kc, vc, kb, vb = map(_dense, (q, *context_kv, *block_kv))
     tuning = tunings(q).forward
     heads, slots, grid = _tile(q, kc.shape[1], tuning, block)
-    out = _by_token(q, q.shape[1], q.dtype)
+    out = by_token(q, q.shape[1], q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     forward_kernel[grid](
         *(q, kc, vc, kb, vb, out, lse, *bounds),
@@ -152,9 +146,9 @@ def backward(
     tuning = chosen.queries
     heads, slots, grid = _tile(q, kv_heads, tuning, block)
     parts = h // kv_heads // heads  # of which the gradients of one key/value head are the sum
-    d_q = _by_token(q, h, q.dtype)
+    d_q = by_token(q, h, q.dtype)
     narrow = q.dtype if parts == 1 else torch.float32
-    d_kb, d_vb = (_by_token(kb, kv_heads * parts, narrow) for _ in range(2))
+    d_kb, d_vb = (by_token(kb, kv_heads * parts, narrow) for _ in range(2))
     gradients.queries[grid](
         *(d_out, q, kc, vc, kb, vb, out, lse, *bounds, delta, d_q, d_kb, d_vb),
         *_strides(d_out, q, kc, vc, kb, vb, out, d_q, d_kb),
@@ -174,7 +168,7 @@ def backward(
     heads = min(heads_together(h // kv_heads, tuning.rows, 16), chosen.heads)
     parts = h // kv_heads // heads
     narrow = q.dtype if parts == 1 else torch.float32
-    d_kc, d_vc = (_by_token(kc, kv_heads * parts, narrow) for _ in range(2))
+    d_kc, d_vc = (by_token(kc, kv_heads * parts, narrow) for _ in range(2))
     gradients.keys[(b * (h // heads), triton.cdiv(kc.shape[2], tuning.keys))](
         *(d_out, q, kc, vc, lse, *bounds, delta, ranges, d_kc, d_vc),
         *_strides(d_out, q, kc, vc, d_kc),
@@ -194,5 +188,5 @@ def _sum(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
     if parts == 1:
         return x
     b, heads, n, d = x.shape
-    by_token = x.transpose(1, 2).view(b, n, heads // parts, parts, d)
-    return by_token.sum(3, dtype=dtype).transpose(1, 2)
+    grouped = x.transpose(1, 2).view(b, n, heads // parts, parts, d)
+    return grouped.sum(3, dtype=dtype).transpose(1, 2)
