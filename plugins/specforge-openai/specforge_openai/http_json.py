@@ -52,6 +52,8 @@ def request_json(
         with _Response(connection.sock, until, method) as response:
             response.begin()
             status, raw = response.status, response.read(MAX_BYTES + 1)
+            if response.length and len(raw) <= MAX_BYTES:  # it ended before its length
+                raise http.client.IncompleteRead(raw, response.length)
     except (OSError, http.client.HTTPException) as exc:
         raise ServerDown(f"{type(exc).__name__}: {exc}") from exc
     finally:
