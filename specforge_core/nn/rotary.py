@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+
 Rope: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines, [(b,) n, d / 2] float32
 
 # Kinds that make one frequency table of a whole head, the same at every length.
@@ -40,6 +42,21 @@ def draft_rope(target: Mapping[str, Any], theta: float | None = None) -> dict[st
     if rope["rope_type"] == "default" or rope["rope_type"] not in STATIC:
         rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta")}
     rope["rope_theta"] = float(rope.get("rope_theta") or target.get("rope_theta") or 10000.0)
+    return rope
+
+
+def stored_rope(draft: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rope parameters of a draft that exists, from its config.
+
+    A target's rope may be replaced, a draft's may not: ConfigError for one that is not one table.
+    """
+    rope, given = draft_rope(draft), rope_of(draft)
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ("mrope", rope["rope_type"]):
+        raise ConfigError(
+            f"the export has rope_type {kind!r}, which is not one table at every length. "
+            "Use another checkpoint"
+        )
     return rope
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from specforge_core.drafts.tensors import check_given, readable_config
 from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.nn.decoder import decoder_config
-from specforge_core.nn.rotary import draft_rope
+from specforge_core.nn.rotary import stored_rope
 from specforge_core.types import Export, TargetInfo
 
 from .config import DFlashConfig, DraftShape
@@ -120,7 +120,7 @@ def load_export(config: DFlashConfig, model: nn.Module, export: Export) -> bool:
 def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) -> None:
     """Compare everything that would load without an error and then be accepted nowhere."""
     nested: Mapping[str, Any] = given.get("dflash_config") or {}
-    rope = draft_rope(given)
+    rope = stored_rope(given)
     layers = nested.get("target_layer_ids", given.get("target_layer_ids"))
     depth = int(given.get("num_hidden_layers", shape.num_layers))
     types = given.get("layer_types") or ["full_attention"] * depth

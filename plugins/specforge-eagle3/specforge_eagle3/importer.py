@@ -11,7 +11,7 @@ from torch import Tensor
 from specforge_core.drafts.dialects import from_layer_inputs
 from specforge_core.drafts.tensors import check_given, readable_config
 from specforge_core.errors import CheckpointError
-from specforge_core.nn.rotary import draft_rope, rope_of
+from specforge_core.nn.rotary import stored_rope
 from specforge_core.types import Draft, Export
 
 from .config import DraftShape
@@ -104,13 +104,7 @@ def _check(shape: DraftShape, given: Mapping[str, Any]) -> None:
             f"the export reads states of size {given['target_hidden_size']}, this target's are of "
             f"size {shape.hidden_size}. Try the target it was trained for: target.path"
         )
-    rope = draft_rope(layer)
-    kind = rope_of(layer).get("rope_type", rope_of(layer).get("type", "default"))
-    if kind not in ("mrope", rope["rope_type"]):  # a target's may be replaced, a draft's not
-        raise CheckpointError(
-            f"the export has rope_type {kind!r}, which is not one table at every length. "
-            "Use another checkpoint"
-        )
+    rope = stored_rope(layer)
     vocab = given.get("draft_vocab_size") or layer.get("vocab_size")
     pairs = {
         "layers": (_layers(given), list(shape.capture_layers)),
