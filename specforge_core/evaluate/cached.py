@@ -137,6 +137,7 @@ class CachedTarget:
             if self.spec is None or not states:
                 logits.append(self._forward(part, wanted, extra_here))
             else:
+                wanted = part.shape[1] if self.able.cuts else wanted
                 with tap_states(self.model, self.spec, stop=False) as tap:
                     logits.append(self._forward(part, wanted, extra_here))
                 layers.append(tap.hidden_states)

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 
 from ..errors import ConfigError
 from ..target.proof import relative_error
+from ..target.skeleton import find_parts
 
 CACHES = ("cache", "past_key_values", "cache_params")  # as versions and families call it
 PROBE = 8  # tokens, before and behind the place where a probe goes on from its cache
@@ -35,6 +36,7 @@ class Abilities:
     positions: bool  # it must be told where tokens are: it counts them by another layer
     many: bool  # several tokens at once give what they give in one pass over all
     outside: bool = field(default=False, kw_only=True)  # it keeps a state in its own modules
+    cuts: bool = field(default=False, kw_only=True)  # it drops states whose logits nobody asks for
     trees: bool  # all of its past is keys and values, seen through a mask that one may give
 
 
@@ -110,11 +112,18 @@ def probe(model: Any) -> Abilities:
             nearest = min(nearest, relative_error(found, whole))
             if equal(found, whole):
                 trees = plain and not windows and size > 1
-                return Abilities(own, recurrent, positions, many=size > 1, trees=trees)
+                return Abilities(
+                    own, recurrent, positions, many=size > 1, trees=trees, cuts=_cuts(model)
+                )
     raise ConfigError(
         f"target {model.config.name_or_path!r} does not go on from its cache as it reads a whole "
         f"text: logits differ by {nearest:.1%}. Evaluate it in a serving engine"
     )
+
+
+def _cuts(model: Any) -> bool:
+    """Say whether the decoder itself is told which logits are wanted (Gemma 4)."""
+    return "logits_to_keep" in inspect.signature(find_parts(model).decoder.forward).parameters
 
 
 def _go_on(model: Any, ids: Tensor, cache: Any, size: int, positions: bool) -> Tensor:
