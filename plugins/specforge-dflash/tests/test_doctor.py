@@ -65,7 +65,7 @@ FAULTS: tuple[tuple[Fault, str, str], ...] = (
     (layer_ids, "layer ids", r"dflash_config.target_layer_ids is [2, 5], expected [1, 4]"),
     (label_layout, "label layout", 'label_layout is "next_token", expected "same_position"'),
     (norms, "norms", "accepted, its checkpoint"),
-    (epsilon, "norms", "what only an engine reads: rms_norm_eps is 0.5, expected 1e-06"),
+    (epsilon, "norms", "Cause: norms: rms_norm_eps is 0.5, expected 1e-06"),
     (rope, "rope", "rope_parameters.rope_theta is 100.0, expected 10000.0"),
     (mask_token, "mask token", "mask_token_id is 5, expected 259"),
     (block_size, "block size", "block_size is 8, expected 4"),

@@ -13,7 +13,9 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from specforge_core.checksums import folder_checksums
 from specforge_core.cli import cli
+from specforge_core.drafts.export import PROVENANCE
 from specforge_core.drafts.load import export_checkpoint
 from specforge_core.load import load_config
 from specforge_core.testing.predictable import save_predictable_target, write_own_answers
@@ -78,6 +80,9 @@ class TrainedRun:
         fault(config, weights)
         (export / "config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(weights, export / "model.safetensors")
+        told = json.loads((export / PROVENANCE).read_text(encoding="utf-8"))
+        told["checksums"] = folder_checksums(export)  # written so, not damaged
+        (export / PROVENANCE).write_text(json.dumps(told), encoding="utf-8")
         done = CliRunner().invoke(
             cli,
             [

@@ -86,7 +86,7 @@ def two_causes(config: dict[str, Any], weights: dict[str, Any]) -> None:
 FAULTS: tuple[tuple[Fault, str, str], ...] = (
     (layer_ids, "layer ids", "eagle_aux_hidden_state_layer_ids is [2, 4, 6], expected [1, 3, 5]"),
     (norms, "norms", "accepted, its checkpoint"),
-    (epsilon, "norms", "what only an engine reads: rms_norm_eps is 0.5, expected 1e-06"),
+    (epsilon, "norms", "Cause: norms: rms_norm_eps is 0.5, expected 1e-06"),
     (rope, "rope", "rope_parameters.rope_theta is 100.0, expected 10000.0"),
     (vocabulary, "vocabulary map", "Cause: vocabulary map: d2t is"),
     (absolute_ids, "vocabulary map", "Were absolute ids stored?"),
