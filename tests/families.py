@@ -192,7 +192,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "longcat_flash": (
         "LongcatFlash",
         LATENT
-        | {"num_layers": 4, "head_dim": 8}
+        | {"num_hidden_layers": 16, "head_dim": 8}  # two attentions a layer
         | {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2}
         | {"ffn_hidden_size": 64, "expert_ffn_hidden_size": 16},
     ),

@@ -39,11 +39,20 @@ def script(body: str) -> str:
     return LISTEN.format(body="\n".join(f"    {line}" for line in body.splitlines()))
 
 
+def hear_hangups() -> None:
+    """Undo what nohup may have done to the process that runs the tests."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def begin(body: str, preexec: Callable[[], object] | None = None) -> subprocess.Popen[str]:
     code = script(body)
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, preexec_fn=preexec
+        [sys.executable, "-c", code],
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        preexec_fn=preexec or hear_hangups,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
