@@ -235,8 +235,9 @@ def kill_launcher(process: subprocess.Popen[str], seconds: float) -> None:
     process.kill()
     killed = time.monotonic()
     process.communicate()  # which ends when nobody is left to write
-    assert time.monotonic() - killed < seconds
-    assert not any(map(alive, ranks.values()))
+    while any(map(alive, ranks.values())):  # a process closes its files before it is gone
+        assert time.monotonic() - killed < seconds
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("device", DEVICES)
