@@ -21,7 +21,8 @@ want=$(cat $inputs | cksum)
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv ||
   fail "venv is not available. On Debian: apt install python3-venv"
-pip="./.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt"
+# what is imported is compiled then: compiling all of torch and transformers here takes longer
+pip="./.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt"
 
 # Without a GPU take the CPU build, which is a tenth of the size.  TORCH_INDEX may name a mirror.
 if [ -z "${TORCH_INDEX+set}" ] && ! command -v nvidia-smi >/dev/null 2>&1; then
@@ -34,7 +35,8 @@ else
   $pip torch
 fi
 echo "setup: installing specforge"
-$pip -e '.[dev]' -e plugins/specforge-dflash -e plugins/specforge-eagle3 \
+$pip 'hatchling>=1.27' editables # once, instead of once a package in isolation
+$pip --no-build-isolation -e '.[dev]' -e plugins/specforge-dflash -e plugins/specforge-eagle3 \
   -e plugins/specforge-openai -e plugins/specforge-sglang -e plugins/specforge-doctor \
   -e plugins/specforge-trackers -e examples/third_party/specforge-linear \
   -e examples/third_party/specforge-dflash-short gguf
