@@ -14,7 +14,8 @@ case $version in
 esac
 python=${PYTHON:-python3}
 "$python" -m venv "$venv"
-pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
+# what is imported is compiled then, once
+pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-compile)
 "${pip[@]}" torch==2.13.0 "transformers==$transformers" -r "$here/cpu_requirements.txt"
 "${pip[@]}" --no-deps "sglang==$version" triton==3.6.0 torchvision==0.28.0 ${extra[@]+"${extra[@]}"}
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
