@@ -244,7 +244,15 @@ def test_a_planted_fault_fails_at_its_point(
 def test_without_a_fault_the_same_strategy_passes_every_point(
     template: FakeSite, toy_target: Path, tmp_path: Path
 ) -> None:
-    add(template, "train_step", "return step if config.draft_tokens == 3 else ChainStep(2)")
+    body = """
+        right = ChainStep(config.draft_tokens)
+        def run(draft, batch, ctx):  # a schedule over the steps of the run is allowed
+            out = right(draft, batch, ctx)
+            left = 1 - ctx.step / ctx.total_steps
+            return dataclasses.replace(out, loss_sum=out.loss_sum * left)
+        return run
+        """
+    add(template, "train_step", body)
     case = Case.open(Faulty.strategy, toy_target, tmp_path)
     for point in POINTS:
         if point != "test_one_rank_two_ranks_and_accumulation_train_alike":  # starts processes
