@@ -23,7 +23,7 @@ class GrowingCache:
         """Append tokens, of any shape but for the axis of tokens; return views of all of them."""
         start, count = self.length, keys.shape[self.dim]
         self.length = start + count
-        if self.length > self._room:
+        if self.length > self._room or not self._room:  # no tokens have a shape too
             self._room = max(FIRST, 2 * self.length)
             self._keys = self._grown(self._keys, keys, start)
             self._values = self._grown(self._values, values, start)

@@ -11,7 +11,7 @@ def test_everything_appended_comes_back_in_order(shape: tuple[int, ...], dim: in
     cache = GrowingCache(dim)
     draw = torch.Generator().manual_seed(0)
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for count in (3, 1, FIRST, 1, 2 * FIRST):
+    for count in (0, 3, 1, 0, FIRST, 1, 2 * FIRST):
         size = list(shape)
         size[dim] = count
         parts.append((torch.randn(size, generator=draw), torch.randn(size, generator=draw)))
