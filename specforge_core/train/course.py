@@ -61,6 +61,10 @@ class Course:
         ends = self.spent + self._usual() * (step + 1 - self.read)
         return max(done, self.span * ends / (60 * self.minutes) - 1)
 
+    def progress(self, place: float) -> float:
+        """Return how far a place in the schedule is: 0 at the first step, 1 at the last."""
+        return min(place / max(self.span - 1, 1), 1.0)
+
     def watch(self, step: int, seconds: float) -> None:
         """Learn that `step` ended after `seconds`, the same on all ranks."""
         self.read, self.spent = step, seconds

@@ -191,7 +191,7 @@ class Trainer:
             indices += micro.indices
             self.model.set_requires_gradient_sync(number == config.accumulate - 1)
             with phases.time("forward"):
-                output = self._forward(micro)
+                output = self._forward(micro, self.course.progress(place))
             with phases.time("backward"):
                 torch.autograd.backward(output.loss_sum)
             outputs.append(output)
@@ -234,7 +234,7 @@ class Trainer:
             self.bad_steps.leave_out(launched, loss, norm)
         self.log.line(launched.step, values)
 
-    def _forward(self, micro: Micro) -> StepOutput:
+    def _forward(self, micro: Micro, progress: float) -> StepOutput:
         generator = torch.Generator()
         seed = (self.run.train.seed * 1_000_003 + self.step) * 65_537 + self.world.rank
         generator.manual_seed(seed % 2**63)
@@ -244,6 +244,7 @@ class Trainer:
             generator=generator,
             training=True,
             mesh=self.world.mesh,
+            progress=progress,
         )
         hook = "specforge_train_step"
         with self.strategy.guard(hook):

@@ -98,10 +98,14 @@ class StepContext:
     """Where in the run one micro-batch is."""
 
     step: int  # optimizer steps done before it
-    total_steps: int
+    total_steps: int  # at most; time may end it before
     generator: torch.Generator  # on the CPU, seeded by (seed, step, rank); for what is no sample's
     training: bool  # False under validation, which runs without gradients
     mesh: DeviceMesh  # of all ranks
+    # how far the run is: 0 at its first step, 1 at its last, whichever of `train.max_steps`,
+    # `train.epochs` and `train.max_minutes` ends it.  What a loss does over a run follows this,
+    # as the learning rate does
+    progress: float = 0.0
 
 
 def _no_metrics() -> dict[str, Ratio]:

@@ -12,10 +12,11 @@ from specforge_core.drafts import checkpoint
 from specforge_core.testing.runs import lines, load
 from specforge_core.train import trainer
 from specforge_core.train.run import train
+from specforge_core.types import Batch, Draft, StepContext, StepOutput
 
 from ..runs import linear_run
 
-pytest.importorskip("specforge_linear", reason="the linear example is not installed")
+linear = pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
 LIMIT = ("train.max_steps=1000", "train.schedule=wsd", "train.save_every=1000")
 
@@ -33,8 +34,23 @@ class Clock:
     perf_counter = staticmethod(time.perf_counter)
 
 
-def test_the_schedule_ends_with_the_time(
-    tmp_path: Path, toy_target: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def progress(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How far each call of the train step was told to be."""
+    seen: list[float] = []
+    step = linear.train_step
+
+    def noting(draft: Draft, batch: Batch, ctx: StepContext) -> StepOutput:
+        seen.append(ctx.progress)
+        output: StepOutput = step(draft, batch, ctx)
+        return output
+
+    monkeypatch.setattr(linear, "train_step", noting)
+    return seen
+
+
+def test_the_schedule_and_the_steps_progress_end_with_the_time(
+    tmp_path: Path, toy_target: Path, monkeypatch: pytest.MonkeyPatch, progress: list[float]
 ) -> None:
     monkeypatch.setattr(trainer, "time", Clock())
     config = linear_run(tmp_path, toy_target)
@@ -45,6 +61,8 @@ def test_the_schedule_ends_with_the_time(
     rates = [row["learning_rate"] for row in lines(tmp_path / "run")]
     assert rates[len(rates) // 2] == pytest.approx(0.05)
     assert rates[-1] < 0.2 * 0.05
+    assert (progress[0], progress) == (0.0, sorted(progress))
+    assert 0.95 < progress[-1] <= 1  # though of its 1000 steps few are done
     # the time before counts: nothing is left for a resumed run
     state = checkpoint.read_state(checkpoint.find(tmp_path / "run"))
     assert (state.step, state.seconds) == (report.step, report.seconds)
@@ -53,6 +71,17 @@ def test_the_schedule_ends_with_the_time(
     more = train(*load(config, *LIMIT, "train.max_minutes=3"))
     assert more.step > report.step
     assert more.seconds <= 182
+
+
+def test_a_run_of_steps_or_epochs_is_told_how_far_it_is(
+    tmp_path: Path, toy_target: Path, progress: list[float]
+) -> None:
+    config = linear_run(tmp_path, toy_target)  # an epoch is 5 steps of two batches
+    wanted = [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1.0, 1.0]
+    for name, ends in (("steps", "train.max_steps=5"), ("epoch", "train.max_steps=null")):
+        train(*load(config, ends, "train.epochs=1", f"output_dir={tmp_path / name}"))
+        assert progress == wanted
+        progress.clear()
 
 
 def test_a_real_run_ends_in_time_with_a_whole_checkpoint(tmp_path: Path, toy_target: Path) -> None:
