@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..checksums import check_folder, folder_checksums
 from ..errors import CheckpointError, PluginError
 from ..files import publish, refusing, sweep, system_error, temporary_folder, write_file
 from ..types import Export
+from .serve_options import PLAIN_NAME, found_options, stored_options
 from .tensors import check_finite
 
 CONFIG = "config.json"
@@ -29,7 +29,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "provenance.json"
 SHARD_BYTES = 5_000_000_000
-PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PACKAGES = ("specforge-core", "torch", "transformers", "safetensors")
 
 
@@ -56,7 +55,7 @@ def write_export(
     _check_names(export.files)
     weights = _plain(export.weights)
     told: dict[str, Any] = {
-        "serve": {engine: dict(flags) for engine, flags in export.serve.items()},
+        "serve": {engine: stored_options(flags, export) for engine, flags in export.serve.items()},
         "causes": dict(export.causes),
         "base": export.base,
         "files": sorted(export.files),
@@ -153,7 +152,8 @@ def check_export(directory: Path) -> bool:
 def read_serve(directory: Path, engine: str) -> dict[str, Any] | None:
     """Return the options that an engine needs to serve an export; None where it names none.
 
-    Raises CheckpointError when its provenance.json is missing or damaged.
+    Files of the export come as their paths here.
+    Raises CheckpointError when its provenance.json is missing or damaged, or such a file is.
     """
     serve = _read_json(directory, PROVENANCE).get("serve") or {}
     flags = serve.get(engine) if isinstance(serve, dict) else None
@@ -161,7 +161,7 @@ def read_serve(directory: Path, engine: str) -> dict[str, Any] | None:
         raise CheckpointError(
             f"{directory / PROVENANCE} has no options under serve.{engine}. Export again"
         )
-    return flags
+    return None if flags is None else found_options(flags, directory)
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

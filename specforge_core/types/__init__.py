@@ -21,6 +21,7 @@ from .capture import (
 from .serving import (
     DraftServer as DraftServer,
     Export as Export,
+    ExportFile as ExportFile,
     NotServed as NotServed,
     Proposal as Proposal,
     Proposer as Proposer,

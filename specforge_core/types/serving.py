@@ -14,13 +14,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExportFile:
+    """An option's value in `Export.serve`: the path of a file of the export, wherever that is."""
+
+    name: str  # one of `Export.files`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
     """What a serving engine loads.  The core reads and writes the files."""
 
     config: Mapping[str, Any]  # config.json
     weights: Mapping[str, Tensor]  # model.safetensors
     files: Mapping[str, bytes] = field(default_factory=dict)  # others, by their plain names
-    # engine -> the options that it needs to serve this draft, besides where it is
+    # engine -> the options that it needs to serve this draft, besides where it is; a value
+    # may be an ExportFile
     serve: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     # key of config.json -> what drafting with another value would do, for who finds one
     causes: Mapping[str, str] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import torch
 
 from specforge_core.drafts.export import check_place, read_serve, write_export
 from specforge_core.errors import CheckpointError, PluginError
-from specforge_core.types import Export
+from specforge_core.types import Export, ExportFile
 
 EXPORT = Export(
     config={"a": 1},
@@ -32,6 +32,40 @@ def test_serve_causes_base_and_files_are_written(tmp_path: Path) -> None:
     assert (told["base"], told["files"]) == ("org/model", ["chat_template.jinja"])
     assert read_serve(tmp_path / "out", "engine") == {"flag": 3}
     assert read_serve(tmp_path / "out", "other") is None
+
+
+def test_serve_names_a_file_of_the_export_wherever_it_lies(tmp_path: Path) -> None:
+    flags = {"template": ExportFile(name="chat_template.jinja"), "steps": 2}
+    write_export(replace(EXPORT, serve={"engine": flags}), tmp_path / "out", {})
+    for place in ("out", "elsewhere"):
+        here = (tmp_path / "out").rename(tmp_path / place)
+        found = read_serve(here, "engine")
+        assert found == {"template": str(here / "chat_template.jinja"), "steps": 2}
+        assert Path(found["template"]).read_bytes() == b"{{ x }}"
+
+
+def test_a_file_that_serve_names_and_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    flags = {"template": ExportFile(name="chat_templat.jinja")}
+    with pytest.raises(PluginError, match=r"no file 'chat_templat.jinja', .* names as template"):
+        write_export(replace(EXPORT, serve={"engine": flags}), tmp_path / "out", {})
+    assert list(tmp_path.iterdir()) == []
+    flags = {"template": ExportFile(name="chat_template.jinja")}
+    write_export(replace(EXPORT, serve={"engine": flags}), tmp_path / "out", {})
+    (tmp_path / "out" / "chat_template.jinja").unlink()
+    with pytest.raises(CheckpointError, match=r"no file 'chat_template.jinja' to serve with"):
+        read_serve(tmp_path / "out", "engine")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", 7, None])
+def test_a_foreign_provenance_names_no_file_outside_of_its_export(
+    tmp_path: Path, name: object
+) -> None:
+    (tmp_path / "secret").touch()
+    write_export(EXPORT, tmp_path / "out", {})
+    told = {"serve": {"engine": {"template": {"file_of_export": name}}}}
+    (tmp_path / "out" / "provenance.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=r"to serve with. Export again"):
+        read_serve(tmp_path / "out", "engine")
 
 
 def test_an_export_with_files_is_replaced_as_a_whole(tmp_path: Path) -> None:

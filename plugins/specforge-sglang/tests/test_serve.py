@@ -21,7 +21,7 @@ from specforge_sglang.serve import SGLangServer, counted, drafting_flags, serve
 from specforge_core.config import TargetConfig
 from specforge_core.drafts.export import write_export
 from specforge_core.errors import CaptureError, CheckpointError, RunError
-from specforge_core.types import Export, NotServed
+from specforge_core.types import Export, ExportFile, NotServed
 
 # a server of a few lines: every verification accepts 2 tokens, and 7 ends an answer
 LAUNCHER = """
@@ -153,6 +153,19 @@ def test_a_chain_is_as_long_as_is_asked_for_and_others_as_exported(
     assert drafting_flags(write({"--speculative-algorithm": "X"}), 7) == {
         "speculative_algorithm": "X"
     }
+
+
+def test_a_file_of_the_export_is_a_flag_too(tmp_path: Path) -> None:
+    told = {"speculative_table_path": ExportFile(name="table.json")}
+    export = Export(
+        config={"a": 1},
+        weights={"w": torch.ones(2)},
+        files={"table.json": b"{}"},
+        serve={"sglang": told},
+    )
+    write_export(export, tmp_path / "export", {})
+    path = str(tmp_path / "export" / "table.json")
+    assert drafting_flags(tmp_path / "export", 7) == {"speculative_table_path": path}
 
 
 @pytest.mark.parametrize("flags", [{"host": "0.0.0.0"}, {"speculative_num_steps": [1]}])
