@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,37 +56,46 @@ def lr_factor(
 def build_optimizers(draft: Draft, config: TrainConfig) -> list[Optimizer]:
     """Return the optimizers of a draft's (sharded) parameters.
 
-    AdamW decays matrices only.  Muon takes the matrices of the draft's hidden layers, which its
-    orthogonalised update is meant for; the rest stays with AdamW.
+    Muon takes the matrices of the draft's hidden layers, which its orthogonalised update is
+    meant for; the rest stays with AdamW.  Both decay matrices only, of two axes or more, and of
+    them those that the draft lets them.
     """
-    params = [p for p in draft.model.parameters() if p.requires_grad]
+    params = {n: p for n, p in draft.model.named_parameters() if p.requires_grad}
     hidden = {id(p) for unit in draft.hidden_units for p in unit.parameters() if p.ndim == 2}
-    muon = [p for p in params if id(p) in hidden] if config.optimizer == "muon" else []
+    muon = (
+        {n: p for n, p in params.items() if id(p) in hidden} if config.optimizer == "muon" else {}
+    )
     if config.optimizer == "muon" and not muon:
         raise ConfigError(
             "train.optimizer is muon, but this draft names no hidden layer with a matrix for it. "
             "Try: train.optimizer=adamw"
         )
-    taken = {id(p) for p in muon}
-    rest = [p for p in params if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    rest = {n: p for n, p in params.items() if n not in muon}
     adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]],
+        _groups(rest, draft, config.weight_decay),
         lr=config.learning_rate,
         betas=config.betas,
         fused=True,  # takes `found_inf`: a bad step is left out on the device
     )
     optimizers: list[Optimizer] = [adamw]
     if muon:
-        quick = pick_dtype("auto", muon[0].device) == torch.bfloat16
+        quick = pick_dtype("auto", next(iter(muon.values())).device) == torch.bfloat16
         kind = torch.optim.Muon if quick else Float32Muon
-        optimizers.append(
-            kind(muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
-        )
+        groups = _groups(muon, draft, config.weight_decay)
+        optimizers.append(kind(groups, lr=config.muon_learning_rate))
     return optimizers
+
+
+def _groups(
+    params: Mapping[str, nn.Parameter], draft: Draft, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Split parameters into those that decay and those that do not; neither group is empty."""
+    shrinks = {name: p.ndim >= 2 and draft.decayed(name) for name, p in params.items()}
+    return [
+        {"params": chosen, "weight_decay": weight_decay if decays else 0.0}
+        for decays in (True, False)
+        if (chosen := [p for name, p in params.items() if shrinks[name] is decays])
+    ]
 
 
 def remember_peaks(optimizers: list[Optimizer]) -> None:

@@ -72,6 +72,8 @@ class Draft:
     # whose matrices are hidden layers, which Muon's orthogonalised update is meant for
     hidden: tuple[nn.Module, ...] | None = None  # None: as `compile`
     saved: Callable[[str], bool] = _every  # by state_dict name: what checkpoints hold
+    # by parameter name: which matrices `train.weight_decay` shrinks; vectors it never does
+    decayed: Callable[[str], bool] = _every
     # what options came to for this target (layers, mask token, rotary parameters), as JSON:
     # recorded with every checkpoint and export, and compared when one is read back
     resolved: Mapping[str, Any] = field(default_factory=_nothing)

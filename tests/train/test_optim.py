@@ -6,10 +6,13 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from specforge_core.config import TrainConfig
 from specforge_core.errors import ConfigError
 from specforge_core.testing.close import close
+from specforge_core.train.dist import world
+from specforge_core.train.fsdp import shard
 from specforge_core.train.muon import orthogonalize
 from specforge_core.train.optim import (
     SCHEDULES,
@@ -57,6 +60,44 @@ def test_only_matrices_are_decayed_and_muon_takes_those_of_the_hidden_units() ->
     assert decay == {2: 0.5, 1: 0.0}
     _, muon = build_optimizers(draft, TrainConfig(optimizer="muon"))
     assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model["layer"].weight)]
+
+
+class Convolved(nn.Module):
+    """A hidden layer with kernels of three axes, positions, and a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_kernel = nn.Parameter(torch.ones(2, 3, 4))
+        self.positions = nn.Parameter(torch.ones(5, 4))
+        self.proj = nn.Linear(4, 4)
+
+
+class Root(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.fc = Convolved(), nn.Linear(4, 4, bias=False)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_draft_keeps_matrices_from_decaying_by_their_names(optimizer: str) -> None:
+    kept = ("layer.base_kernel", "layer.positions")
+    model = Root()
+    draft = Draft(model=model, shard=(model.layer,), decayed=lambda name: name not in kept)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = TrainConfig(
+        optimizer=optimizer, weight_decay=0.5, learning_rate=0.5, muon_learning_rate=0.5
+    )
+    with world(torch.device("cpu")) as alone:
+        shard(draft, alone.mesh, torch.float32)  # the names outlive it
+        for optim in build_optimizers(draft, config):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)  # decay alone is left
+            optim.step()
+        after = {n: DTensor.full_tensor(p) for n, p in model.named_parameters()}  # type: ignore[arg-type]
+    shrunk = {n for n, p in after.items() if not torch.equal(p, before[n])}
+    assert shrunk == {"layer.proj.weight", "fc.weight"}
+    for name in shrunk:
+        close(after[name], before[name] * 0.75, terms=2)
 
 
 def test_muon_takes_the_matrices_of_compiled_units_or_of_those_named_hidden() -> None:
