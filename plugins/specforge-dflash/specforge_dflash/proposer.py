@@ -47,6 +47,14 @@ class DFlashProposer:
     @torch.no_grad()
     def block_logits(self, last_token: int) -> Tensor:
         """Return logits [max_tokens, V] float32 for the tokens after `last_token`."""
+        return self._frozen.logits(self.block_states(last_token))
+
+    @torch.no_grad()
+    def block_states(self, last_token: int) -> Tensor:
+        """Return the final states [max_tokens, H], normed, that `Frozen.logits` takes.
+
+        For methods that correct a block's logits, token by token, by its states.
+        """
         device = self._frozen.embed_tokens.device
         shape = self._model.shape
         block = torch.full((1, shape.block_size), shape.mask_token_id, device=device)
@@ -66,4 +74,5 @@ class DFlashProposer:
             positions,
             self._caches,
         )
-        return self._frozen.logits(hidden[0, self._config.first_slot :])
+        states: Tensor = hidden[0, self._config.first_slot :]
+        return states
