@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -13,6 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..target.tokenizer import chat_template
+from .bounds import MEMORY, SECONDS, bounded_memory, bounded_time
 from .sources import BadRow, Message
 from .turns import Text, find_turns
 
@@ -65,15 +67,17 @@ class Encoder:
         template refuses the conversation, or has no answer in it.
         """
         render = partial(_render, self.tokenizer, self.template_kwargs)
-        return [self._row(text) for text in find_turns(render, messages, _Beyond(self))]
+        with _in_time():
+            return [self._row(text) for text in find_turns(render, messages, _Beyond(self))]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokenize what the target reads before it answers.
 
         A prompt of `limit` tokens or more comes back with at least so many.
         """
-        text = _render(self.tokenizer, self.template_kwargs, messages, True)
-        return self.tokens(text).ids
+        with _in_time():
+            text = _render(self.tokenizer, self.template_kwargs, messages, True)
+            return self.tokens(text).ids
 
     def tokens(self, text: str) -> Tokens:
         """Tokenize a text: the whole of it, or more than `limit` tokens of its beginning."""
@@ -91,6 +95,8 @@ class Encoder:
             encoded = self.tokenizer(
                 text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
+        except TimeoutError:
+            raise
         except Exception as exc:  # a tokenizer's own, or half a surrogate pair from a template
             raise BadRow(
                 f"the tokenizer refuses the text: {_told(exc)}. "
@@ -167,9 +173,12 @@ def _render(
 ) -> str:
     chat_template(tokenizer)
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt, **template_kwargs
-        )
+        with bounded_memory(MEMORY):
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, **template_kwargs
+            )
+    except TimeoutError:
+        raise
     except Exception as exc:  # a template is a program: it may divide by zero, or fill the memory
         raise BadRow(
             f"the chat template refuses the conversation: {_told(exc)}. "
@@ -177,6 +186,20 @@ def _render(
             REFUSED,
         ) from exc
     return str(text)
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """Raise BadRow where a row's work, most of it the template's, does not end in time."""
+    try:
+        with bounded_time(SECONDS):
+            yield
+    except TimeoutError as exc:
+        raise BadRow(
+            f"the chat template does not come to an end: {exc}. "
+            "Correct it, or set data.on_error=skip",
+            REFUSED,
+        ) from exc
 
 
 def _told(exc: Exception) -> str:
