@@ -65,7 +65,7 @@ class Job:
             self.target.vocab_size,
             self.strategy.conversations,
             positions=max_positions(self.target),
-            ends=end_tokens(self.run.target, self.target, self.tokenizer, kwargs),
+            ends=end_tokens(self.target, self.tokenizer, kwargs),
         )
 
     def engine(self) -> TargetEngine:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-SECONDS = 10.0  # of processor time, that the work on one row may take
-MEMORY = 4 << 30  # bytes, that one rendering may take
+SECONDS = 5.0  # of processor time, that the work on one row may take
+MEMORY = 2 << 30  # bytes, that one rendering may take
 AGAIN = 1.0  # seconds after which what went on nevertheless is ended again
 
 

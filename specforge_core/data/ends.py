@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import takewhile
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..config import TargetConfig
 from ..errors import ConfigError, DataError
+from ..target.weights import fetch
 from ..types import TargetInfo
 from .chat import Encoder
 
@@ -18,7 +19,6 @@ CHAT = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
 def end_tokens(
-    target: TargetConfig,
     info: TargetInfo,
     tokenizer: PreTrainedTokenizerBase,
     template_kwargs: Mapping[str, Any] | None = None,
@@ -31,20 +31,23 @@ def end_tokens(
     """
     found = {
         "config.json": info.config.get("eos_token_id"),
-        "generation_config.json": _generation_ends(target, info),
+        "generation_config.json": _generation_ends(info),
         "the tokenizer": tokenizer.eos_token_id,
         "the chat template": _template_end(tokenizer, template_kwargs or {}),
     }
     return frozenset(end for where, named in found.items() for end in _ids(where, named, info))
 
 
-def _generation_ends(target: TargetConfig, info: TargetInfo) -> object:
-    try:
-        return GenerationConfig.from_pretrained(
-            target.path, revision=info.revision or target.revision or "main"
-        ).eos_token_id
-    except OSError:  # there is no such file
+def _generation_ends(info: TargetInfo) -> object:
+    if (path := fetch(info, "generation_config.json")) is None:
         return None
+    try:
+        told = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as exc:
+        raise ConfigError(f"{path} is damaged: {exc}. Download it again") from exc
+    if not isinstance(told, dict):
+        raise ConfigError(f"{path} is damaged: it holds no object. Download it again")
+    return told.get("eos_token_id")
 
 
 def _template_end(

@@ -67,7 +67,7 @@ class Rules:
     def of(cls, run: RunConfig, tokenizer: PreTrainedTokenizerBase, info: TargetInfo) -> Rules:
         kwargs = run.data.chat_template_kwargs
         limit = min(run.data.max_length, max_positions(info) or run.data.max_length)
-        ends = end_tokens(run.target, info, tokenizer, kwargs)
+        ends = end_tokens(info, tokenizer, kwargs)
         return cls(run, Encoder(tokenizer, kwargs, limit, ends), limit, info)
 
     def prompt(self, chat: Chat) -> Prompt | None:

@@ -156,7 +156,7 @@ def open_target(
         abilities(engine.model)  # refuses what cannot be decoded, before anything is
         spec = strategy.adapter(run.strategy, engine.info).spec
         tokenizer = load_tokenizer(run.target)
-        ends = end_tokens(run.target, engine.info, tokenizer, run.data.chat_template_kwargs)
+        ends = end_tokens(engine.info, tokenizer, run.data.chat_template_kwargs)
         yield engine, spec, Limits(run.eval.max_new_tokens, ends)
     finally:
         engine.close()

@@ -24,7 +24,7 @@ from .info import load_pretrained, load_target_info
 from .proof import prove
 from .skeleton import auto_class, find_parts
 from .taps import Taps, tap_states
-from .weights import tensor_files, tensor_names
+from .weights import NoSafetensors, tensor_dtypes
 
 # Arguments of from_pretrained that `target` has keys for, or that are decided here
 RESERVED = frozenset(
@@ -57,12 +57,9 @@ class TransformersEngine:
         config = load_pretrained(AutoConfig, pinned)
         dtype = pick_target_dtype(target.dtype, info.config.get("dtype"), device)
         options = {"dtype": dtype, "output_loading_info": True, **own}
-        try:
-            model, report = load_pretrained(auto_class(config), pinned, **options)
-        except ConfigError:
-            tensor_files(info)  # raises what says more, where a file is damaged
-            raise
-        _check_loaded(model, report, info)
+        codes = _stored(info)  # before transformers follows what an index says
+        model, report = load_pretrained(auto_class(config), pinned, **options)
+        _check_loaded(model, report, info, codes)
         model.eval().requires_grad_(False)
         model.to(device)
         return cls(model, info, prove(model, info), target.batch_tokens)
@@ -144,7 +141,20 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-def _check_loaded(model: Any, report: Mapping[str, Any], info: TargetInfo) -> None:
+def _stored(info: TargetInfo) -> Mapping[str, str]:
+    """Return each tensor's dtype code in the target's files; nothing for those of another format.
+
+    Raises CaptureError for files that are damaged, or an index that leads elsewhere.
+    """
+    try:
+        return tensor_dtypes(info)
+    except NoSafetensors:
+        return {}
+
+
+def _check_loaded(
+    model: Any, report: Mapping[str, Any], info: TargetInfo, stored: Mapping[str, str]
+) -> None:
     """Raise ConfigError for weights that are not in the files, or beside used ones and not used.
 
     transformers would go on: with random weights for the former; without, say, the scales of
@@ -165,14 +175,22 @@ def _check_loaded(model: Any, report: Mapping[str, Any], info: TargetInfo) -> No
             "tie_word_embeddings to false in config.json",
             markup=False,
         )
+    own = model.state_dict()
+    if getattr(model.config, "quantization_config", None) is None:
+        for name, code in stored.items():
+            if (
+                name in own
+                and own[name].is_floating_point()
+                and code[0] in "IUB"
+                and code != "BF16"
+            ):
+                raise ConfigError(
+                    f"target.path {path!r} has {name} in whole numbers ({code}) and no "
+                    "quantization_config in its config.json that says what they stand for. "
+                    "Try: target.path= its unquantised checkpoint"
+                )
     unused = set(report["unexpected_keys"])
-    if not unused:
-        return
-    try:
-        stored = set(tensor_names(info))
-    except CaptureError:  # of another format
-        stored = set()
-    used = {name.rpartition(".")[0] for name in (stored | set(model.state_dict())) - unused}
+    used = {name.rpartition(".")[0] for name in (stored.keys() | own.keys()) - unused}
     if beside := sorted(name for name in unused if name.rpartition(".")[0] in used):
         raise ConfigError(
             f"target.path {path!r} has {len(beside)} tensors that {type(model).__name__} does not "

@@ -24,6 +24,9 @@ USUAL = (
     "vocab_size",
 )
 
+# what every language model has, and more than any does: building so many layers would not end
+LARGEST = {"hidden_size": 10**6, "num_hidden_layers": 10**4, "vocab_size": 10**8}
+
 
 def load_target_info(target: TargetConfig) -> TargetInfo:
     """Read the target's config; no weights.
@@ -46,15 +49,10 @@ def load_target_info(target: TargetConfig) -> TargetInfo:
     # a multimodal config says outside of its text section whether the head is tied
     as_dict["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", False))
     as_dict |= {name: getattr(text, name) for name in USUAL if hasattr(text, name)}
-    try:
-        sizes = (text.hidden_size, text.num_hidden_layers, text.vocab_size)
-    except AttributeError as exc:
-        raise ConfigError(
-            f"target {target.path!r} ({config.model_type}) is no language model: {exc}. "
-            "Choose another target.path"
-        ) from exc
+    hidden_size, said, vocab_size = (
+        _size(text, name, most, target.path) for name, most in LARGEST.items()
+    )
     revision = getattr(config, "_commit_hash", None) or target.revision
-    hidden_size, said, vocab_size = sizes
     num_layers = count_layers(build(config, target.trust_remote_code), said)
     return TargetInfo(
         name_or_path=target.path,
@@ -65,6 +63,22 @@ def load_target_info(target: TargetConfig) -> TargetInfo:
         config=as_dict,
         trust_remote_code=target.trust_remote_code,
     )
+
+
+def _size(config: Any, name: str, most: int, path: str) -> int:
+    """Return one of the sizes that every language model has; ConfigError where it cannot be."""
+    size = getattr(config, name, None)
+    if size is None:
+        raise ConfigError(
+            f"target {path!r} ({config.model_type}) is no language model: its config has no "
+            f"{name}. Choose another target.path"
+        )
+    if type(size) is not int or not 0 < size <= most:
+        raise ConfigError(
+            f"target {path!r} has {name} {size!r:.40} in its config.json: a number from 1 to "
+            f"{most} is needed. Download it again, or choose another target.path"
+        )
+    return size
 
 
 def load_pretrained(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:

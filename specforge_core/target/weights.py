@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TIED = {"lm_head": "embed_tokens", "embed_tokens": "lm_head"}
 POINTER = b"version https://git-lfs"
+
+
+class NoSafetensors(CaptureError):
+    """A target's weights are of another format, or not here."""
 
 
 def load_target_tensors(target: TargetInfo, names: Iterable[str]) -> dict[str, Tensor]:
@@ -74,19 +78,46 @@ def embedding_scale(target: TargetInfo) -> float:
 def tensor_names(target: TargetInfo) -> dict[str, str]:
     """Return the tensors of the target's checkpoint: name -> safetensors file, fetching none.
 
-    Raises CaptureError when there are none.
+    Raises CaptureError when there are none, or the list of them is damaged.
     """
-    if (index := fetch(target, INDEX)) is not None:
-        weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-        return weight_map
-    if (single := fetch(target, SINGLE)) is not None:
+    if (single := fetch(target, SINGLE)) is not None:  # the one that transformers loads, too
         with _open(single) as file:
             return dict.fromkeys(file.keys(), SINGLE)
-    raise CaptureError(
+    if (index := fetch(target, INDEX)) is not None:
+        return _weight_map(index)
+    raise NoSafetensors(
         f"target {target.name_or_path!r} has no {SINGLE} here, and weights of other formats are "
         "not read. Convert it with transformers: model.save_pretrained(DIRECTORY), then "
         "target.path=DIRECTORY"
     )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return what an index names: files beside it, whatever it says."""
+    try:
+        told = json.loads(index.read_bytes())
+        files = told.get("weight_map") if isinstance(told, dict) else None
+        if not isinstance(files, dict) or not files:
+            raise ValueError("it has no weight_map")
+        for name in files.values():
+            parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+            if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+                raise ValueError(f"{name!r:.80} is no file beside it")
+    except (OSError, ValueError, RecursionError) as exc:
+        raise CaptureError(f"{index} is damaged: {exc}. Download it again") from exc
+    return files
+
+
+def tensor_dtypes(target: TargetInfo) -> dict[str, str]:
+    """Return safetensors' code of each tensor's dtype in the target's checkpoint, such as "F32".
+
+    Raises CaptureError when there are none, or for the first file that is missing or damaged.
+    """
+    found: dict[str, str] = {}
+    for file in sorted(set(tensor_names(target).values())):
+        with _open(_fetched(target, file)) as opened:
+            found |= {key: str(opened.get_slice(key).get_dtype()) for key in opened.keys()}  # noqa: SIM118 - safe_open is no dict
+    return found
 
 
 def tensor_files(target: TargetInfo) -> dict[str, Path]:

@@ -32,7 +32,7 @@ def change(path: Path, name: str, **values: Any) -> None:
 
 def ends(path: Path, tokenizer: Any = TOKENIZER) -> frozenset[int]:
     target = TargetConfig(path=str(path))
-    return end_tokens(target, load_target_info(target), tokenizer)
+    return end_tokens(load_target_info(target), tokenizer)
 
 
 def test_all_that_the_targets_files_name_end_an_answer(path: Path) -> None:

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from specforge_core.config import TargetConfig
+from specforge_core.data.ends import end_tokens
 from specforge_core.errors import CaptureError, ConfigError, DataError
 from specforge_core.target.engine import TransformersEngine
+from specforge_core.target.fingerprint import target_fingerprint
 from specforge_core.target.info import load_target_info
 from specforge_core.target.tokenizer import load_tokenizer
 
@@ -88,3 +91,80 @@ def test_a_config_with_a_huge_number_of_layers_is_read_for_its_sizes(target: Pat
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 64}))
     assert load_target_info(TargetConfig(path=str(target))).num_layers == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", -1),
+        ("hidden_size", 0),
+        ("hidden_size", 10**12),
+        ("vocab_size", -1),
+        ("vocab_size", 10**12),
+    ],
+)
+def test_sizes_that_no_model_has(target: Path, name: str, size: int) -> None:
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {name: size}))
+    with pytest.raises(ConfigError, match=f"has {name} {size} in its config.json"):
+        load_target_info(TargetConfig(path=str(target)))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{}", "it has no weight_map"),
+        ("[]", "it has no weight_map"),
+        ('{"weight_map": []}', "it has no weight_map"),
+        ('{"weight_map": {}}', "it has no weight_map"),
+        ('{"weight_map": {"a": 5}}', "5 is no file beside it"),
+        ('{"weight_map": {"a": ""}}', "'' is no file beside it"),
+        ('{"weight_map": {"a": "../a.safetensors"}}', "'../a.safetensors' is no file beside it"),
+        ('{"weight_map": {"a": "b/../../a"}}', "is no file beside it"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "'/etc/passwd' is no file beside it"),
+        ('{"weight_map": {"a": "a\\u0000"}}', "is no file beside it"),
+        ("{", "Expecting property name"),
+        ("", "Expecting value"),
+        (DEEP, "maximum recursion depth"),
+    ],
+)
+def test_a_damaged_index(target: Path, text: str, why: str) -> None:
+    (target / "model.safetensors").rename(target / "model-00001-of-00001.safetensors")
+    (target / "model.safetensors.index.json").write_text(text)
+    info = load_target_info(TargetConfig(path=str(target)))
+    for read in (
+        lambda: target_fingerprint(info),
+        lambda: TransformersEngine.load(TargetConfig(path=str(target)), CPU),
+    ):
+        with pytest.raises(CaptureError, match=r"index\.json is damaged: ") as error:
+            read()
+        assert why in str(error.value)
+
+
+def test_an_index_beside_a_whole_file_is_not_what_is_loaded(target: Path) -> None:
+    info = load_target_info(TargetConfig(path=str(target)))
+    before = target_fingerprint(info)
+    (target / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}')
+    assert target_fingerprint(info) == before
+    TransformersEngine.load(TargetConfig(path=str(target)), CPU).close()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_whole_numbers_that_stand_for_nothing(target: Path, dtype: torch.dtype) -> None:
+    path = target / "model.safetensors"
+    weights = load_file(path)
+    name = "model.layers.2.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].to(dtype)}, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"has {name} in whole numbers"):
+        TransformersEngine.load(TargetConfig(path=str(target)), CPU)
+
+
+@pytest.mark.parametrize("text", ["[", "[]", DEEP, "3", ""])
+def test_a_damaged_generation_config(target: Path, text: str) -> None:
+    (target / "generation_config.json").write_text(text)
+    config = TargetConfig(path=str(target))
+    tokenizer, info = load_tokenizer(config), load_target_info(config)
+    with pytest.raises(ConfigError, match=r"generation_config\.json is damaged: "):
+        end_tokens(info, tokenizer)
