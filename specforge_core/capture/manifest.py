@@ -63,6 +63,12 @@ class CaptureIdentity(Frozen):
     vocab_size: Positive
     max_length: Positive
 
+    @model_validator(mode="after")
+    def _has_the_layers(self) -> CaptureIdentity:
+        if wrong := [layer for layer in self.layers if not -1 <= layer < self.num_layers]:
+            raise ValueError(f"layer {wrong[0]} of a target of {self.num_layers} layers")
+        return self
+
     def spec(self) -> CaptureSpec:
         """Return the CaptureSpec this capture was made with."""
         return CaptureSpec(
@@ -161,5 +167,7 @@ def _brief(exc: Exception) -> str:
         return str(exc)
     first = exc.errors(include_url=False)[0]
     place = ".".join(map(str, first["loc"]))
-    shown = f" ({first['input']!s:.60})" if place else ""
-    return f"{place}: {first['msg']}{shown}".removeprefix(": ").removeprefix("Value error, ")
+    ours = first["type"] == "value_error"  # which says what is wrong with which value
+    shown = f" ({first['input']!s:.60})" if place and not ours else ""
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}{shown}".removeprefix(": ")

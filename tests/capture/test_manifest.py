@@ -121,6 +121,8 @@ def test_a_manifest_of_0_1_0_is_read_and_fits_a_spec_that_asks_no_more(tmp_path:
         ({"identity.hidden_size": 0}, r"identity\.hidden_size: Input should be greater than 0"),
         ({"identity.fields": {"x": [[-1], "int64"]}}, "identity.fields.x"),
         ({"identity.layers": "1"}, r"identity\.layers: Input should be a valid"),
+        ({"identity.layers": [-4]}, "identity: layer -4 of a target of 6 layers"),
+        ({"identity.layers": [6]}, "identity: layer 6 of a target of 6 layers"),
         ({"shards": "twice"}, "it lists a shard twice"),
     ],
 )
