@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import ValuesView
+from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -20,7 +21,6 @@ from pydantic import (
 )
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-
 
 # More is never meant, and would hang a run or crash torch
 MANY = 10**9
@@ -143,6 +143,9 @@ class DataConfig(Section):
     limit: int | None = Field(None, gt=0, le=MANY, description="Use only the first conversations.")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the chat template: enable_thinking, ..."
+    )
+    now: datetime = Field(
+        datetime(2026, 1, 1), ge=datetime(2000, 1, 1), description="Today, for chat templates."
     )
 
     @field_validator("train")

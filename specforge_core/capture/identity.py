@@ -11,7 +11,7 @@ from ..errors import CaptureError
 from ..plugins import CORE
 from ..strategy import Strategy
 from ..target.fingerprint import target_fingerprint
-from ..target.tokenizer import template_fingerprint, tokenizer_fingerprint
+from ..target.tokenizer import template_fingerprint, template_options, tokenizer_fingerprint
 from ..types import CaptureSpec, TargetInfo
 from .manifest import CaptureIdentity
 
@@ -40,7 +40,7 @@ MUST_AGREE = {
     "tokenizer_fingerprint": ("tokenizer", f"Use the tokenizer of the capture, {AGAIN}"),
     "chat_template_fingerprint": (
         "chat template or data.chat_template_kwargs",
-        f"Use the template and arguments of the capture, {AGAIN}",
+        f"Use the template, its arguments and data.now of the capture, {AGAIN}",
     ),
     "max_length": ("data.max_length", f"Set data.max_length to the capture's, {AGAIN}"),
 }
@@ -68,7 +68,7 @@ def capture_identity(
         target_revision=info.revision,
         target_fingerprint=target_fingerprint(info),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        chat_template_fingerprint=template_fingerprint(tokenizer, run.data.chat_template_kwargs),
+        chat_template_fingerprint=template_fingerprint(tokenizer, template_options(run.data)),
         hidden_size=info.hidden_size,
         num_layers=info.num_layers,
         vocab_size=info.vocab_size,

@@ -21,7 +21,7 @@ from ..stop import Interrupted
 from ..strategy import Strategy
 from ..target.asked import max_positions
 from ..target.info import load_target_info
-from ..target.tokenizer import load_tokenizer
+from ..target.tokenizer import load_tokenizer, template_options
 from ..types import Adapter, Prompt, TargetEngine, TargetInfo
 from .identity import capture_identity
 from .manifest import CaptureIdentity, CaptureManifest
@@ -58,7 +58,7 @@ class Job:
     def prompts(self) -> PromptSet:
         """Read and tokenize the run's conversations."""
         data = self.run.data
-        kwargs = data.chat_template_kwargs
+        kwargs = template_options(data)
         return load_prompts(
             data,
             self.tokenizer,

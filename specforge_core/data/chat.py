@@ -6,14 +6,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..target.tokenizer import chat_template
+from ..target.tokenizer import CLOCK, chat_template, pinned_template
 from .bounds import MEMORY, SECONDS, bounded_memory, bounded_time
 from .sources import BadRow, Message
 from .turns import Text, find_turns
@@ -54,6 +53,7 @@ class Encoder:
     limit: int | None = None
     ends: frozenset[int] = frozenset()
     special: frozenset[int] = field(init=False)  # tokens that are no text
+    _options: dict[str, Any] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         decoder = self.tokenizer.added_tokens_decoder
@@ -66,9 +66,8 @@ class Encoder:
         supervised in the row that shows what it was generated from.  Raises BadRow when the
         template refuses the conversation, or has no answer in it.
         """
-        render = partial(_render, self.tokenizer, self.template_kwargs)
         with _in_time():
-            return [self._row(text) for text in find_turns(render, messages, _Beyond(self))]
+            return [self._row(text) for text in find_turns(self.render, messages, _Beyond(self))]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokenize what the target reads before it answers.
@@ -76,8 +75,30 @@ class Encoder:
         A prompt of `limit` tokens or more comes back with at least so many.
         """
         with _in_time():
-            text = _render(self.tokenizer, self.template_kwargs, messages, True)
-            return self.tokens(text).ids
+            return self.tokens(self.render(messages, True)).ids
+
+    def render(self, messages: Sequence[Message], prompt: bool) -> str:
+        """Return what the chat template writes, with its generation prompt or without."""
+        if self._options is None:
+            self._options = dict(self.template_kwargs)
+            now = self._options.pop(CLOCK, None)
+            if now is not None and (pinned := pinned_template(self.tokenizer, now)):
+                self._options["chat_template"] = pinned
+        chat_template(self.tokenizer)
+        try:
+            with bounded_memory(MEMORY):
+                text = self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=prompt, **self._options
+                )
+        except TimeoutError:
+            raise
+        except Exception as exc:  # it is a program: it may divide by zero, or fill the memory
+            raise BadRow(
+                f"the chat template refuses the conversation: {_told(exc)}. "
+                "Correct it, or set data.on_error=skip",
+                REFUSED,
+            ) from exc
+        return str(text)
 
     def tokens(self, text: str) -> Tokens:
         """Tokenize a text: the whole of it, or more than `limit` tokens of its beginning."""
@@ -163,29 +184,6 @@ class _Beyond:
         count = len(self._encoder.tokens(text).ids)
         self._short = max(len(text) * limit // max(count, 1), len(text) + limit // 8)
         return count >= limit + MARGIN // 2  # the last ones of a text may be other tokens in it
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    template_kwargs: Mapping[str, Any],
-    messages: Sequence[Message],
-    prompt: bool,
-) -> str:
-    chat_template(tokenizer)
-    try:
-        with bounded_memory(MEMORY):
-            text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt, **template_kwargs
-            )
-    except TimeoutError:
-        raise
-    except Exception as exc:  # a template is a program: it may divide by zero, or fill the memory
-        raise BadRow(
-            f"the chat template refuses the conversation: {_told(exc)}. "
-            "Correct it, or set data.on_error=skip",
-            REFUSED,
-        ) from exc
-    return str(text)
 
 
 @contextmanager

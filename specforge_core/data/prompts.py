@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import DataConfig
 from ..errors import DataError
 from ..progress import console, track
-from ..target.tokenizer import chat_template
+from ..target.tokenizer import chat_template, template_options
 from ..types import Prompt
 from .chat import Encoder, Row
 from .sources import BadRow, Rows, Skipped, nothing_left, read_conversations
@@ -80,7 +80,7 @@ def load_prompts(
         raise DataError("data.train names no file. Try: data.train=[FILE.jsonl]")
     chat_template(tokenizer)  # a missing template is no fault of the first line
     limit = min(data.max_length, positions or data.max_length)
-    encoder = Encoder(tokenizer, data.chat_template_kwargs, limit, ends)
+    encoder = Encoder(tokenizer, template_options(data), limit, ends)
     ids, mask, offsets = array("i"), array("b"), array("q", [0])
     used, skipped = 0, Skipped(data.on_error)
     with track("reading conversations", data.limit) as progress:

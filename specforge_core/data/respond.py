@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import RunConfig
 from ..errors import CaptureError, DataError
 from ..target.asked import max_positions
+from ..target.tokenizer import template_options
 from ..types import Generated, GenerateOptions, Prompt, TargetEngine, TargetInfo
 from .chat import Encoder
 from .ends import end_tokens
@@ -65,7 +66,7 @@ class Rules:
 
     @classmethod
     def of(cls, run: RunConfig, tokenizer: PreTrainedTokenizerBase, info: TargetInfo) -> Rules:
-        kwargs = run.data.chat_template_kwargs
+        kwargs = template_options(run.data)
         limit = min(run.data.max_length, max_positions(info) or run.data.max_length)
         ends = end_tokens(info, tokenizer, kwargs)
         return cls(run, Encoder(tokenizer, kwargs, limit, ends), limit, info)

@@ -33,7 +33,7 @@ TARGET = {
     "tokenizer_fingerprint": ("the tokenizer", "the tokenizer it was trained with"),
     "chat_template_fingerprint": (
         "the chat template or data.chat_template_kwargs",
-        "the chat template and data.chat_template_kwargs it was trained with",
+        "the chat template, data.chat_template_kwargs and data.now it was trained with",
     ),
     "layers": ("the captured layers", "the strategy's layers it was trained with"),
     "final": ("the final hidden state", "the strategy section it was trained with"),

@@ -151,7 +151,10 @@ def stored_run(
             "revision": target.get("revision") or state.identity.target_revision,
         },
         "strategy": copy.deepcopy(state.config["strategy"]),
-        "data": {"chat_template_kwargs": copy.deepcopy(data.get("chat_template_kwargs") or {})},
+        "data": {
+            "chat_template_kwargs": copy.deepcopy(data.get("chat_template_kwargs") or {}),
+            **({"now": data["now"]} if "now" in data else {}),
+        },
     }
     for override in overrides:
         apply_override(raw, override)

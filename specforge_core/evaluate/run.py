@@ -22,7 +22,7 @@ from ..strategy import Strategy
 from ..target.asked import max_positions
 from ..target.engine import TransformersEngine
 from ..target.info import load_target_info
-from ..target.tokenizer import load_tokenizer
+from ..target.tokenizer import load_tokenizer, template_options
 from ..types import CaptureSpec, Draft, Proposer, TargetInfo
 from .bench import Bench, EvalPrompt, open_desks
 from .cached import abilities
@@ -91,7 +91,7 @@ def load_prompt_sets(
                 f"Try: eval.prompts.{name}=FILE.jsonl"
             )
     positions = max_positions(info)
-    encoder = Encoder(tokenizer, run.data.chat_template_kwargs, positions)
+    encoder = Encoder(tokenizer, template_options(run.data), positions)
     sets = {}
     for name, path in run.eval.prompts.items():
         skipped = Skipped(run.data.on_error)
@@ -156,7 +156,7 @@ def open_target(
         abilities(engine.model)  # refuses what cannot be decoded, before anything is
         spec = strategy.adapter(run.strategy, engine.info).spec
         tokenizer = load_tokenizer(run.target)
-        ends = end_tokens(engine.info, tokenizer, run.data.chat_template_kwargs)
+        ends = end_tokens(engine.info, tokenizer, template_options(run.data))
         yield engine, spec, Limits(run.eval.max_new_tokens, ends)
     finally:
         engine.close()

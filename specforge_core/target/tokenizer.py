@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..config import TargetConfig
+from ..config import DataConfig, TargetConfig
 from ..errors import DataError
 from ..text import cut
+
+CLOCK = "strftime_now"  # what templates call for today's date
+DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"  # of strftime
 
 # Tokenized for the fingerprint: digits, spaces, case and scripts, which tokenizers split unlike
 PROBE = "Hello, world!  12345 + 67.8\n\n\tdef f(x):\r\n    return x  # naïve Ü 漢字 🙂 don't"
@@ -52,11 +56,35 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.get_chat_template())
 
 
+def template_options(data: DataConfig) -> dict[str, Any]:
+    """Return what chat templates are rendered with: the user's arguments, and what time it is.
+
+    The time is pinned: a row must not change from one day to the next.
+    """
+    return {**data.chat_template_kwargs, CLOCK: data.now}
+
+
+def pinned_template(tokenizer: PreTrainedTokenizerBase, now: datetime) -> str | None:
+    """Return the source of a chat template that takes `now` for the time; None if it reads none.
+
+    In the template's own language, since transformers hands no functions on to templates.
+    """
+    source = chat_template(tokenizer)
+    if CLOCK not in source:
+        return None
+    names = [f"%{flag}{name}" for flag in ("", "-") for name in DIRECTIVES]
+    values = [("%%", "\0"), *((name, now.strftime(name)) for name in names), ("\0", "%")]
+    filters = "".join(f"|replace({name!r},{value!r})" for name, value in values)
+    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{filters} }}}}{{%- endmacro +%}}{source}"
+
+
 def template_fingerprint(
     tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
 ) -> str:
-    """Return a sha256 of the chat template and its arguments."""
-    return _sha256([chat_template(tokenizer), dict(template_kwargs)])
+    """Return a sha256 of the chat template and its arguments; the clock counts if it is read."""
+    source = chat_template(tokenizer)
+    kwargs = {k: v for k, v in template_kwargs.items() if k != CLOCK or k in source}
+    return _sha256([source, kwargs])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

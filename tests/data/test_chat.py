@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from specforge_core.config import TargetConfig
+from specforge_core.config import DataConfig, TargetConfig
 from specforge_core.data.chat import Encoder, Row
 from specforge_core.data.sources import Message
 from specforge_core.errors import DataError
 from specforge_core.target.tokenizer import (
     load_tokenizer,
     template_fingerprint,
+    template_options,
     tokenizer_fingerprint,
 )
 from specforge_core.testing.toy import toy_tokenizer
@@ -334,3 +336,24 @@ def test_the_role_of_the_next_turn_ends_an_answer_where_the_target_says_so() -> 
 def test_a_text_that_the_tokenizer_refuses() -> None:
     with pytest.raises(DataError, match="the tokenizer refuses the text"):
         Encoder(toy_tokenizer(), {}).tokens("half a pair: \ud800")
+
+
+def test_today_in_a_template_is_the_date_of_the_config() -> None:
+    plain, dated = toy_tokenizer(), toy_tokenizer()
+    assert isinstance(dated.chat_template, str)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}" + dated.chat_template
+    default, pinned = (template_options(DataConfig(**now)) for now in ({}, {"now": "2026-11-27"}))
+    text = dated.decode(encode_prompt(dated, CHAT[:1], pinned))
+    assert str(text).startswith("27 Nov 2026<|im_start|>user")
+    # only a template that reads the clock is another one on another date
+    assert template_fingerprint(dated, default) != template_fingerprint(dated, pinned)
+    assert template_fingerprint(dated, default) == template_fingerprint(
+        dated, template_options(DataConfig())
+    )
+    assert template_fingerprint(plain, pinned) == template_fingerprint(plain, {})
+
+
+@pytest.mark.parametrize("now", [2026, "2026", "today", "1999-12-31", "2026-13-01"])
+def test_what_is_no_date(now: object) -> None:
+    with pytest.raises(ValidationError, match="now"):
+        DataConfig.model_validate({"now": now})

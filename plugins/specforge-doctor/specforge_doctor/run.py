@@ -18,7 +18,11 @@ from specforge_core.files import refusing, write_file
 from specforge_core.load import validate
 from specforge_core.strategy import Strategy
 from specforge_core.target.info import load_target_info
-from specforge_core.target.tokenizer import template_fingerprint, tokenizer_fingerprint
+from specforge_core.target.tokenizer import (
+    template_fingerprint,
+    template_options,
+    tokenizer_fingerprint,
+)
 from specforge_core.types import Draft, Export, NotServed, Simulator
 
 from .causes import TEMPLATE, Difference, differences, order
@@ -148,7 +152,7 @@ def _different(inputs: Inputs, case: Case) -> tuple[Difference, ...]:
 
 def _templates(inputs: Inputs, case: Case) -> list[Difference]:
     """Compare how prompts are rendered now with how the draft's were."""
-    kwargs = inputs.run.data.chat_template_kwargs
+    kwargs = template_options(inputs.run.data)
     now = {
         "chat_template_fingerprint": template_fingerprint(inputs.tokenizer, kwargs),
         "tokenizer_fingerprint": tokenizer_fingerprint(inputs.tokenizer),
