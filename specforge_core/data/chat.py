@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..target.tokenizer import CLOCK, chat_template, pinned_template
+from .answers import MARGIN, Marker, Row as Row, Tokens
 from .bounds import MEMORY, SECONDS, bounded_memory, bounded_time
 from .sources import BadRow, Message
-from .turns import Text, find_turns
+from .turns import find_turns
 
 CHARACTERS = 8  # of a token, more than most have: how much text is tokenized at first
-MARGIN = 64  # tokens: those before the end of a cut text are those of the whole one
 REFUSED = "refused by the chat template"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One tokenized training row, or as much of it as was asked for; both lists are as long."""
-
-    input_ids: list[int]
-    loss_mask: list[int]  # 1 on what the assistant wrote, its end-of-turn token included
-    length: int  # of the whole row, in tokens
-    counted: bool  # False: it is longer than `length`
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """What a text begins with."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]  # of each token, in characters
-    whole: bool  # there are no more
 
 
 @dataclass(slots=True)
@@ -54,20 +33,24 @@ class Encoder:
     ends: frozenset[int] = frozenset()
     special: frozenset[int] = field(init=False)  # tokens that are no text
     _options: dict[str, Any] | None = field(init=False, default=None)
+    _closes: list[int] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         decoder = self.tokenizer.added_tokens_decoder
         self.special = frozenset(i for i, token in decoder.items() if token.special)
 
-    def rows(self, messages: Sequence[Message]) -> list[Row]:
+    def rows(self, messages: Sequence[Message], cut: Collection[int] = ()) -> list[Row]:
         """Tokenize a conversation and mark what the assistant wrote, up to `limit` tokens.
 
         Most templates give one row.  Where a template rewrites earlier turns, each turn is
-        supervised in the row that shows what it was generated from.  Raises BadRow when the
-        template refuses the conversation, or has no answer in it.
+        supervised in the row that shows what it was generated from.  `cut` are answers, counted
+        from 0, that were broken off, and so have no end.  Raises BadRow when the template refuses
+        the conversation, or has no answer in it.
         """
+        marker = Marker(self.tokens, self.limit, self.ends, self.special, self._closing)
         with _in_time():
-            return [self._row(text) for text in find_turns(self.render, messages, _Beyond(self))]
+            texts = find_turns(self.render, messages, _Beyond(self))
+            return [row for text in texts for row in marker.rows(text, cut)]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokenize what the target reads before it answers.
@@ -126,48 +109,18 @@ class Encoder:
             ) from exc
         return Tokens(encoded["input_ids"], encoded["offset_mapping"], whole=True)
 
-    def _row(self, text: Text) -> Row:
-        found = self.tokens(text.text)
-        mask = [0] * len(found.ids)
-        for start, end in text.spans:
-            # a token that also holds characters from outside the span is not the answer's
-            first = bisect_left(found.offsets, start, key=itemgetter(0))
-            last = bisect_right(found.offsets, end, lo=first, key=itemgetter(1))
-            if found.whole or last < len(found.ids):
-                last = self._end_of_turn(text.text, found, first, last)
-            mask[first:last] = [1] * (last - first)
-        kept = slice(0, self.limit)
-        return Row(found.ids[kept], mask[kept], len(found.ids), found.whole and text.whole)
-
-    def _end_of_turn(self, text: str, tokens: Tokens, first: int, last: int) -> int:
-        """Return where the turn's last generated token ends.
-
-        Generation stops at the end-of-turn token.  Templates write more after it: a line break,
-        or (Phi-3) a line break and the end-of-text token.  Some (GLM-4) write none: there the
-        role of the next turn is what ends this one.
-        """
-
-        def kind(index: int) -> str:
-            start, end = tokens.offsets[index]
-            if tokens.ids[index] in self.special:
-                return "special"
-            return "text" if text[start:end].strip() else "space"
-
-        tail = last
-        while tail > first and kind(tail - 1) != "text":
-            tail -= 1
-        for index in range(tail, last):
-            if tokens.ids[index] in self.ends:
-                return index + 1
-        stop = tail
-        while stop < last and kind(stop) == "space":
-            stop += 1
-        if stop == last:  # a template without an end-of-turn token
-            following = tokens.ids[last : last + 1]
-            return last + 1 if last > first and self.ends.intersection(following) else tail
-        while stop < last and kind(stop) == "special":
-            stop += 1
-        return stop
+    def _closing(self) -> int | None:
+        """Return the end token that the next turn begins with where answers have no own one."""
+        if self._closes is None:
+            chat: list[Message] = [{"role": "user", "content": "a"}]
+            chat += [{"role": "assistant", "content": "b"}, *chat]
+            found: list[int] = []
+            with suppress(BadRow):
+                answered, more = self.render(chat[:2], False), self.render(chat, False)
+                if more.startswith(answered):
+                    found = self.tokens(more[len(answered) :]).ids[:1]
+            self._closes = [token for token in found if token in self.ends & self.special]
+        return next(iter(self._closes), None)
 
 
 class _Beyond:

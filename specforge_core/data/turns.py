@@ -26,6 +26,7 @@ class Text:
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    answers: tuple[int, ...]  # which of the conversation's answers they are, counted from 0
     whole: bool = True  # False: the conversation goes on behind it
 
 
@@ -49,25 +50,31 @@ def find_turns(
         with suppress(DataError):  # said again, and better, where every turn is rendered
             if (found := _foretell(render, messages, answers, beyond)) is not None:
                 return [found]
-    turns: list[tuple[int, str]] = []  # the start of each answer, and the text up to its end
+    # of each answer: which it is, its start, and the text up to its end
+    turns: list[tuple[int, int, str]] = []
     whole = True
-    for number in answers:
+    for place, number in enumerate(answers):
         before = render(messages[:number], True)
         if beyond(before):
-            turns.append((len(before), before))
+            turns.append((place, len(before), before))
             whole = False
             break
         text = render(messages[: number + 1], False)
         if not text.startswith(before):
             raise _not_continued(number + 1, before, text)
-        turns.append((len(before), text))
+        turns.append((place, len(before), text))
     texts = []
     while turns:
-        _, text = turns[-1]
-        shown = [(start, len(upto)) for start, upto in turns if text.startswith(upto)]
-        texts.append(Text(text, tuple(span for span in shown if span[0] < span[1]), whole))
+        text = turns[-1][2]
+        shown = [
+            (place, (start, len(upto)))
+            for place, start, upto in turns
+            if text.startswith(upto) and start < len(upto)
+        ]
+        spans, places = tuple(span for _, span in shown), tuple(place for place, _ in shown)
+        texts.append(Text(text, spans, places, whole))
         whole = True  # all but the last text
-        turns = [turn for turn in turns if not text.startswith(turn[1])]
+        turns = [turn for turn in turns if not text.startswith(turn[2])]
     return texts[::-1]
 
 
@@ -96,9 +103,11 @@ def _foretell(
         if (span := found[0]) is None or span != found[-1] or span[0] < end:
             return None
         if beyond(whole[: span[0]]):
-            return Text(whole, tuple(spans))
+            return Text(whole, tuple(spans), tuple(range(place)))
         spans.append(span)
-    return Text(whole, tuple(spans)) if spans[-1][1] == len(whole) else None
+    if spans[-1][1] != len(whole):
+        return None
+    return Text(whole, tuple(spans), tuple(range(len(spans))))
 
 
 def _near(

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from specforge_core.config import DataConfig, TargetConfig
@@ -330,7 +339,68 @@ def test_the_role_of_the_next_turn_ends_an_answer_where_the_target_says_so() -> 
     (plain,) = Encoder(tokenizer, {}).rows(four)
     (ended,) = Encoder(tokenizer, {}, None, frozenset([user])).rows(four)
     assert supervised(tokenizer, plain) == ["yes", "yes"]
-    assert supervised(tokenizer, ended) == ["yes<|mask|>", "yes"]
+    # the last one, too: the target writes that token, whatever the template leaves out
+    assert supervised(tokenizer, ended) == ["yes<|mask|>", "yes<|mask|>"]
+    (broken_off,) = Encoder(tokenizer, {}, None, frozenset([user])).rows(four, cut={0, 1})
+    assert supervised(tokenizer, broken_off) == ["yes", "yes"]
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "qwen2_5", "phi3", "gptoss"])
+def test_an_answer_that_was_cut_off_has_no_end(name: str) -> None:
+    tokenizer, kwargs = published(name), {"model_identity": "x"} if name == "gptoss" else {}
+    chat = [{**m, "content": m["content"].strip()} for m in CHAT]
+    whole, cut = (
+        [
+            text
+            for row in Encoder(tokenizer, kwargs).rows(chat, cut)
+            for text in supervised(tokenizer, row)
+        ]
+        for cut in ((), {1})
+    )
+    assert whole[0] == cut[0]
+    assert whole[1].startswith(cut[1])
+    assert cut[1].endswith(chat[3]["content"])
+    assert len(whole[1]) > len(cut[1])
+
+
+PLAIN = (  # no special token before an answer, and prompts that end in a space
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+THINKS = (  # Qwen3-style: opens the thoughts, and writes empty ones where there are none
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, PLAIN, THINKS])
+@pytest.mark.parametrize("answer", ["\nhello", "  hello", "hello", "\t x", "1 2", "🙂", "\r\n\r\n"])
+@pytest.mark.parametrize("question", ["x", "x \n", "two  "])
+def test_no_token_holds_characters_of_prompt_and_answer(
+    template: str | None, answer: str, question: str
+) -> None:
+    """A row is the prompt's tokens, as a server makes them, and then the answer's."""
+    tokenizer = published("qwen2_5")
+    tokenizer.chat_template = template or tokenizer.chat_template
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] * 3
+    encoder = Encoder(tokenizer, {}, None, frozenset([tokenizer.eos_token_id]))
+    prompts = [encoder.prompt(chat[:n]) for n in (1, 3, 5)]
+    found = []
+    for row in encoder.rows(chat):
+        where = [i for i, on in enumerate(row.loss_mask) if on]
+        starts = [i for i in where if not row.loss_mask[i - 1]]
+        for start in starts:
+            stop = (
+                row.loss_mask.index(0, start) if 0 in row.loss_mask[start:] else len(row.loss_mask)
+            )
+            found.append((row.input_ids[:start], row.input_ids[start:stop]))
+    assert sorted(prompt for prompt, _ in found) == sorted(prompts)
+    for prompt, ids in found:
+        text = render(tokenizer, chat[: 1 + 2 * prompts.index(prompt)], {}, prompt=True)
+        answered = render(tokenizer, chat[: 2 + 2 * prompts.index(prompt)], {}, prompt=False)
+        assert tokenizer.decode(ids) == answered[len(text) :].removesuffix("\n")
 
 
 def test_a_text_that_the_tokenizer_refuses() -> None:
@@ -357,3 +427,59 @@ def test_today_in_a_template_is_the_date_of_the_config() -> None:
 def test_what_is_no_date(now: object) -> None:
     with pytest.raises(ValidationError, match="now"):
         DataConfig.model_validate({"now": now})
+
+
+def sentencepiece(template: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer in the manner of Llama 2's: spaces are letters, and one goes in front."""
+    pieces = [
+        "<s>",
+        "</s>",
+        "▁",
+        "\n",
+        *"abcdefghijklmnopqrstuvwxyzINST[]/:",
+        "▁h",
+        "▁b",
+        "he",
+        "▁▁",
+    ]
+    merges = [("▁", "h"), ("▁", "b"), ("h", "e"), ("▁", "▁")]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<s>", fuse_unk=False))
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    inner.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in pieces[:2]])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "pieces"),
+    [
+        (  # the space is the answer's
+            "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} "
+            "[/INST]{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}",
+            ["▁h", "i", "▁", "</s>"],
+        ),
+        (  # the space is the prompt's
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}",
+            ["h", "i", "</s>"],
+        ),
+    ],
+)
+def test_spaces_of_sentencepiece(template: str, pieces: list[str]) -> None:
+    tokenizer = sentencepiece(template)
+    chat = [{"role": "user", "content": "bob"}, {"role": "assistant", "content": "hi"}] * 2
+    encoder = Encoder(tokenizer, {}, None, frozenset([1]))
+    rows = encoder.rows(chat)
+    for turn, row in enumerate(rows if len(rows) > 1 else rows * 2):
+        prompt = encoder.prompt(chat[: 1 + 2 * turn])
+        assert row.input_ids[: len(prompt)] == prompt
+        answer = row.input_ids[len(prompt) : len(prompt) + len(pieces)]
+        assert tokenizer.convert_ids_to_tokens(answer) == pieces
+        assert all(row.loss_mask[len(prompt) : len(prompt) + len(pieces)])
