@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,12 +39,16 @@ def limits(field: FieldInfo) -> str:
     """Return which numbers are taken."""
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     found = [
-        f"{sign} {getattr(bound, name):,}"
+        f"{sign} {_shown(getattr(bound, name))}"
         for bound in field.metadata
         for name, sign in signs.items()
         if hasattr(bound, name)
     ]
     return ", ".join(found)
+
+
+def _shown(bound: Any) -> str:
+    return f"{bound}" if isinstance(bound, datetime) else f"{bound:,}"
 
 
 def table(name: str, model: type[BaseModel]) -> str:
@@ -56,7 +61,7 @@ def table(name: str, model: type[BaseModel]) -> str:
         shown = "required" if default is PydanticUndefined else f"`{default!r}`"
         if isinstance(default, BaseModel):
             continue
-        if isinstance(default, Path):
+        if isinstance(default, Path | datetime):
             shown = f"`{default}`"
         cells = (f"`{key}`", kind(field.annotation), shown, limits(field), field.description or "")
         rows.append(f"| {' | '.join(cells)} |")

@@ -147,6 +147,9 @@ class DataConfig(Section):
     now: datetime = Field(
         datetime(2026, 1, 1), ge=datetime(2000, 1, 1), description="Today, for chat templates."
     )
+    ignore_fields: tuple[str, ...] = Field(
+        (), description="Fields of rows and messages that mean nothing for the training."
+    )
 
     @field_validator("train")
     @classmethod

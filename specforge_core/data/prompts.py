@@ -16,6 +16,7 @@ from ..progress import console, track
 from ..target.tokenizer import chat_template, template_options
 from ..types import Prompt
 from .chat import Encoder, Row
+from .rows import encoder_for
 from .sources import BadRow, Rows, Skipped, nothing_left, read_conversations
 
 
@@ -86,7 +87,7 @@ def load_prompts(
     with track("reading conversations", data.limit) as progress:
         for found in read_conversations(data.train, data, source_rows, skipped=skipped):
             try:
-                rows = encoder.rows(found.messages)
+                rows = encoder_for(encoder, found.messages, found.tools).rows(found.messages)
             except BadRow as exc:
                 skipped.add(exc.at(found.where))
                 continue

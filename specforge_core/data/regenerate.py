@@ -164,6 +164,12 @@ def _name(found: Conversation, sources: Mapping[str, str]) -> str:
 
 
 def _task(found: Conversation, name: str, place: int, encoder: Encoder) -> Task:
+    if found.tools:
+        raise BadRow(
+            "tools are not offered where answers are regenerated. Leave them out: "
+            "data.ignore_fields=[tools], or set data.on_error=skip",
+            "with tools",
+        )
     turns: list[tuple[Message, ...]] = []
     asked: list[Message] = []
     for message in found.messages:
@@ -178,7 +184,8 @@ def _task(found: Conversation, name: str, place: int, encoder: Encoder) -> Task:
         if message["role"] == "user":
             turns.append(tuple(asked))
             asked = []
-    metadata = {k: v for k, v in found.row.items() if k not in ("id", "messages", "conversations")}
+    written = ("id", "messages", "conversations", "system")
+    metadata = {k: v for k, v in found.row.items() if k not in written}
     try:
         json.dumps(metadata)
     except (TypeError, ValueError, RecursionError) as exc:

@@ -7,34 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from reprlib import Repr
 from typing import IO, Any, Literal, TypeAlias
 
 from ..config import DataConfig
 from ..errors import DataError
+from .messages import Message as Message, parse
+from .tools import Tool
 
 # what opens one source: the rows of it, a DataError in the place of a bad one
 Rows: TypeAlias = Callable[[str, DataConfig], Iterable[Mapping[str, Any] | DataError]]
-Message = dict[str, str]  # "role", "content", and "reasoning_content" where there is one
-
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-}
-
 MAX_LINE = 64 << 20  # bytes of one line, far beyond any conversation
 _SKIP = "Correct the line, or set data.on_error=skip"
-_short = Repr()  # values in messages: whatever a row holds, and however deep it is
-_short.maxother = _short.maxstring = _short.maxlong = 80
 
 
 class BadRow(DataError):
@@ -87,6 +70,7 @@ class Conversation:
     where: str  # "file.jsonl:12"
     source: str  # as the config names it
     row: Mapping[str, Any]  # the line as it was, for its id and other metadata
+    tools: tuple[Tool, ...] = ()  # that the assistant may call
 
 
 def read_conversations(
@@ -136,7 +120,7 @@ def scan(
                 yield row
             else:
                 where = f"{folder}{row.where}" if isinstance(row, Line) else f"{source}:{number}"
-                yield _conversation(row, where, source, need_answer)
+                yield _conversation(row, where, source, data, need_answer)
 
 
 class Line(dict[str, Any]):
@@ -206,13 +190,13 @@ def nothing_left(files: Iterable[str], first_bad: DataError | None) -> DataError
 
 
 def _conversation(
-    row: Mapping[str, Any], where: str, source: str, need_answer: bool
+    row: Mapping[str, Any], where: str, source: str, data: DataConfig, need_answer: bool
 ) -> Conversation | DataError:
     try:
-        messages = _messages(row)
+        parsed = parse(row, data.ignore_fields)
     except ValueError as exc:
         return BadRow(f"{where}: {exc}. {_SKIP}", "not a conversation")
-    roles = {message["role"] for message in messages}
+    roles = {message["role"] for message in parsed.messages}
     if need_answer and "assistant" not in roles:
         return BadRow(
             f"{where}: the conversation has no assistant turn, so nothing to train on. "
@@ -223,56 +207,4 @@ def _conversation(
         return BadRow(
             f"{where}: the conversation has no user turn to answer. {_SKIP}", "without a question"
         )
-    return Conversation(tuple(messages), where, source, row)
-
-
-def _messages(row: object) -> list[Message]:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"expected an object, found {type(row).__name__}")
-    turns = row.get("messages", row.get("conversations"))
-    if not isinstance(turns, list):
-        keys = ", ".join(map(repr, row)) or "none"
-        raise ValueError(f"needs a list 'messages' or 'conversations', has the keys {keys:.200}")
-    if row.get("tools"):
-        raise ValueError("'tools' are not supported")
-    return [_message(turn, number) for number, turn in enumerate(turns, 1)]
-
-
-def _message(turn: object, number: int) -> Message:
-    if not isinstance(turn, dict):
-        raise ValueError(f"message {number} is not an object: {_short.repr(turn)}")
-    if turn.get("tool_calls"):
-        raise ValueError(f"message {number} has 'tool_calls', which are not supported")
-    role = turn.get("role", turn.get("from"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(
-            f"message {number} has the role {_short.repr(role)}; known are "
-            f"{', '.join(sorted(ROLES))}"
-        )
-    message = {"role": ROLES[role], "content": _text(turn.get("content", turn.get("value")))}
-    if turn.get("reasoning_content"):
-        message["reasoning_content"] = _text(turn["reasoning_content"])
-    return message
-
-
-def _text(content: object) -> str:
-    """Return a message's text, of OpenAI's list of parts too."""
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        content = "".join(map(_part, content))
-    if not isinstance(content, str):
-        raise ValueError(f"a message's content must be text, found {_short.repr(content)}")
-    try:
-        content.encode()
-    except UnicodeEncodeError as exc:  # half a surrogate pair, which tokenizers refuse
-        raise ValueError(f"a message is not valid Unicode ({exc})") from exc
-    return content
-
-
-def _part(part: Mapping[str, object]) -> str:
-    if part.get("type", "text") != "text":
-        kind = _short.repr(part["type"])
-        raise ValueError(f"a message has a part of type {kind}; only text is supported")
-    text = part.get("text", "")
-    if not isinstance(text, str):
-        raise ValueError(f"the text of a message's part must be text, found {_short.repr(text)}")
-    return text
+    return Conversation(parsed.messages, where, source, row, parsed.tools)

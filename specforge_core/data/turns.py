@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..errors import DataError
-from .sources import BadRow, Message
+from .messages import Message, OnlyRead
+from .sources import BadRow
 
 Render: TypeAlias = Callable[[Sequence[Message], bool], str]  # with the generation prompt or not
 SHORT = 16  # messages of a conversation that is rendered up to every turn
@@ -41,7 +42,11 @@ def find_turns(
     is no answer, or it does not follow its prompt.
     """
     # the first message answers nothing
-    answers = [n for n, m in enumerate(messages) if n and m["role"] == "assistant"]
+    answers = [
+        n
+        for n, message in enumerate(messages)
+        if n and message["role"] == "assistant" and not isinstance(message, OnlyRead)
+    ]
     if not answers:
         raise BadRow(
             "the conversation answers nothing, so there is nothing to train on", "without an answer"

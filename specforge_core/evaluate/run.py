@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import RunConfig
 from ..data.chat import Encoder
 from ..data.ends import end_tokens
+from ..data.rows import encoder_for
 from ..data.sources import BadRow, Conversation, Message, Skipped, nothing_left, read_conversations
 from ..devices import pick_device
 from ..errors import ConfigError, DataError, RunError
@@ -115,7 +116,8 @@ def _tokenized(
 ) -> Iterator[EvalPrompt]:
     for found in conversations:
         try:
-            ids = encoder.prompt(first_turn(found.messages))
+            asked = first_turn(found.messages)
+            ids = encoder_for(encoder, asked, found.tools).prompt(asked)
         except BadRow as exc:
             skipped.add(exc.at(found.where))
             continue

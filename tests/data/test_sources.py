@@ -9,6 +9,7 @@ import pytest
 
 from specforge_core.config import DataConfig
 from specforge_core.data import sources
+from specforge_core.data.messages import REASONING
 from specforge_core.data.sources import (
     Conversation,
     Rows,
@@ -71,7 +72,7 @@ def test_both_formats_become_openai_messages(tmp_path: Path) -> None:
     )
     assert third.messages == (
         {"role": "user", "content": "12"},
-        {"role": "assistant", "content": "x", "reasoning_content": "why"},
+        {"role": "assistant", "content": "x", "name": "bot", **dict.fromkeys(REASONING, "why")},
     )
     assert [c.where for c in (first, second)] == ["d.jsonl:1", "d.jsonl:3"]
     assert first.row["id"] == "a"
@@ -95,9 +96,9 @@ def test_both_formats_become_openai_messages(tmp_path: Path) -> None:
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            "message 1 has 'tool_calls', which are not supported",
+            "message 1: a call must have a name and arguments, found {}",
         ),
-        ({"tools": [{}], "messages": []}, "'tools' are not supported"),
+        ({"tools": [{}], "messages": []}, "a tool must be a function with a name, found {}"),
         ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "is not valid Unicode"),
         ("[" * 100_000, "d.jsonl:2 is JSON nested too deeply to be read"),
         ('{"a": ' + "[" * 100_000, "d.jsonl:2 is JSON nested too deeply to be read"),
