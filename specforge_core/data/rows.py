@@ -18,7 +18,7 @@ def encoder_for(
 
     Raises BadRow when the template writes no such thing as the conversation has.
     """
-    template = str(encoder.tokenizer.get_chat_template(tools=list(tools) or None))
+    template = str(encoder.tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None))
     if (name := unread(template, messages, tools)) is not None:
         raise BadRow(
             f"the conversation has {name!r}, which the target's chat template does not write. "
