@@ -33,6 +33,7 @@ class Case:
     @classmethod
     def open(cls, strategy: Mapping[str, Any], target: Path, directory: Path) -> Case:
         """Capture a few conversations, and build a draft whose weights are not its first ones."""
+        directory.mkdir(parents=True, exist_ok=True)
         settings = {"max_steps": 4, "schedule": "constant", "warmup_ratio": 0}
         settings |= {"batch_size": 1, "compute_dtype": "float32"}
         config = write_run(directory, target, conversations=6, strategy=strategy, train=settings)

@@ -40,7 +40,9 @@ from ..types import (
     StepOutput,
     TargetCapture,
 )
+from . import acceptance
 from .case import Case
+from .predictable import save_predictable_target
 from .runs import cli, finish, load, losses
 
 
@@ -50,6 +52,7 @@ class StrategyContract:
     strategy: ClassVar[Mapping[str, Any]]
     other_shape: ClassVar[Mapping[str, Any] | None] = None
     format: ClassVar[str] = "hf"
+    learning_rate: ClassVar[float] = 0.01  # with which the draft learns a few short answers
 
     @pytest.fixture
     def case(self, toy_target: Path, tmp_path: Path) -> Case:
@@ -159,6 +162,29 @@ class StrategyContract:
                 found = generate(engine.model, proposer, spec, prompt, ends, _greedy())
                 alone = generate_plain(engine.model, prompt, ends, _greedy())
                 assert found.tokens == alone.tokens
+
+    def test_the_proposer_gets_accepted_what_the_step_simulates(self, tmp_path: Path) -> None:
+        """On a target's own answers, greedily, once the draft has learned a part of them."""
+        save_predictable_target(tmp_path / "predictable")
+        case = Case.open(self.strategy, tmp_path / "predictable", tmp_path / "own")
+        if acceptance.METRIC not in case.step(case.samples).metrics:
+            pytest.skip("the step simulates nothing: it has no metric acceptance_length")
+        pairs = [(c, s) for c in acceptance.own_answers(case) if (s := case.sample(c)) is not None]
+        tokens = acceptance.draft_tokens(case)
+        if acceptance.drafted(case.proposer(), pairs[0][0], tokens) is None:
+            pytest.skip("trees are drafted, which no step simulates")
+        learned = acceptance.learn(case, [sample for _, sample in pairs], self.learning_rate)
+        assert learned, "the step says that next to nothing would be accepted, however long trained"
+        wanted, found = [0.0, 0.0], [0.0, 0.0]  # accepted tokens, places
+        for capture, sample in pairs:
+            one = acceptance.drafted(case.proposer(), capture, tokens)
+            assert one is not None
+            told = acceptance.simulated(case, sample)
+            found = [a + b for a, b in zip(found, one, strict=True)]
+            wanted = [a + b for a, b in zip(wanted, told, strict=True)]
+        assert found[1] == wanted[1], "options with which the step looks at every place are needed"
+        # of two tokens that are almost equally likely, either may come first
+        assert found[0] == pytest.approx(wanted[0], rel=0.01)
 
     def test_a_step_in_bfloat16_is_near_the_one_in_float32(self, case: Case) -> None:
         exact = case.step(case.samples)

@@ -130,6 +130,29 @@ FAULTS = {
         return Pairs(draft)
         """,
     ),
+    "a proposer that reads the token before": (
+        "test_the_proposer_gets_accepted_what_the_step_simulates",
+        "proposer",
+        """
+        class Before(ChainProposer):
+            def accept(self, accepted):
+                super().accept(accepted)
+                self.state = accepted.final[-2] if len(accepted.final) > 1 else self.state
+        return Before(draft)
+        """,
+    ),
+    "hits behind a miss that count": (
+        "test_the_proposer_gets_accepted_what_the_step_simulates",
+        "train_step",
+        """
+        def metrics(out):
+            told = out.metrics["acceptance_length"]
+            some = out.metrics["accuracy"]
+            more = Ratio(num=told.den + 3 * told.den * some.num / some.den, den=told.den)
+            return {"metrics": {**out.metrics, "acceptance_length": more}}
+        return changed(metrics)
+        """,
+    ),
     "a step for float32 alone": (
         "test_a_step_in_bfloat16_is_near_the_one_in_float32",
         "train_step",
