@@ -29,8 +29,8 @@ from specforge_sglang.child import free_port
 from specforge_core.testing.toy import save_toy_target, write_conversations
 
 OUTPUT = Path("outputs/disaggregated")
-STEPS = 120
-KILL_TRAINER, KILL_SERVER = 30, 70  # after these steps
+STEPS = 60
+KILL_TRAINER, KILL_SERVER = 15, 35  # after these steps
 SGLANG_CPU = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--grammar-backend", "none", "--max-total-tokens", "4096", "--mem-fraction-static", "0.5"),
@@ -149,7 +149,7 @@ def write_config(target: Path, url: str) -> Path:
             "max_steps": STEPS,
             "batch_size": 2,
             "learning_rate": 0.003,
-            "save_every": 10,
+            "save_every": 5,
             "log_every": 1,
             "device": "cpu",
         },
