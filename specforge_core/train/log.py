@@ -50,14 +50,20 @@ class Log:
     since: float = field(default_factory=time.monotonic)
     tokens: int = 0  # trained on by then
     told: dict[str, float] = field(default_factory=dict)  # of the last step, beside the means
+    before: float = math.nan  # the loss of the last line
 
     @property
     def loss(self) -> float:
-        """The mean loss since the last line, or nan."""
-        return self.window.ratios().get("loss", math.nan)
+        """The mean loss since the last line, or, right behind a line, that line's."""
+        return self.window.ratios().get("loss", self.before)
 
     def rate(self, tokens: int) -> float:
-        """Return the tokens per second since the last line, with `tokens` trained on in all."""
+        """Return the tokens per second since the last line, with `tokens` trained on in all.
+
+        Right behind a line, that line's.
+        """
+        if tokens == self.tokens:
+            return self.told.get("tokens_per_second", 0.0)
         return (tokens - self.tokens) / max(time.monotonic() - self.since, 1e-9)
 
     def line(self, step: int, values: dict[str, float]) -> None:
@@ -65,6 +71,7 @@ class Log:
         self.told = values
         if step % self.every == 0:
             self._write(step)
+            self.before = self.loss
             self.logged, self.window = step, Sums()
             self.since, self.tokens = time.monotonic(), int(values["tokens"])
 
