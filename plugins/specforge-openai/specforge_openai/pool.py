@@ -90,7 +90,7 @@ class Pool(Generic[C]):
             first, server.retired = server.retired is None, reason
             server.retry_at = time.monotonic() + RETRY_SECONDS
             self._changed.notify_all()
-        if first:
+        if first and not self.closed:
             console.print(f"{server.client.url} failed ({reason}); going on without", markup=False)
 
     def _take_due(self) -> Server[C] | None:

@@ -100,6 +100,16 @@ def test_a_wrong_server_in_the_place_of_the_old_one_ends_the_run(
         pool.acquire(1)
 
 
+def test_what_fails_after_the_end_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    pool = make(2)
+    pool.retire(pool.servers[0], "killed")
+    pool.closed = True
+    pool.retire(pool.servers[1], "its states did not come")
+    told = capsys.readouterr().err
+    assert "http://s0 failed (killed)" in told
+    assert "http://s1" not in told
+
+
 def test_closing_ends_the_wait() -> None:
     pool = make(1, 60.0)
     pool.retire(pool.servers[0], "killed")
