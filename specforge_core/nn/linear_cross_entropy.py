@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, rows, chunk):
             part = slice(start, min(start + chunk, rows))
             part_logits = torch.mm(hidden[part], weight.t(), out=logits[: part.stop - start])
-            losses[part], best[part], d_logits = _rows(
+            losses[part], best[part], d_logits = cross_entropy_rows(
                 part_logits, labels[part], softcap, want_grad
             )
             if grad is not None:
@@ -69,10 +69,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (grad * d_losses[:, None]).to(grad.dtype), None, None, None, None
 
 
-def _rows(
+def cross_entropy_rows(
     logits: Tensor, labels: Tensor, softcap: float | None, want_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses [n], best tokens [n] and d(loss)/d(logits) [n, V]; overwrites `logits`."""
+    """Return losses [n], best tokens [n] and d(loss)/d(logits) [n, V]; overwrites `logits`.
+
+    One softmax of a chunk of logits, for methods whose logits are no single product.  Without
+    `want_grad` the third is meaningless.
+    """
     if logits.is_cuda:
         from .triton_cross_entropy import cross_entropy_in_place
 
