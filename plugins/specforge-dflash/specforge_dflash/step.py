@@ -39,7 +39,7 @@ class DFlashStep:
         return StepOutput(
             loss_sum=(weights * losses).sum(),
             weight=total,
-            metrics=_metrics(losses.detach(), hits, valid),
+            metrics=slot_metrics(losses.detach(), hits, valid),
         )
 
     def _slots(self, model: DFlashModel, frozen: Frozen, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -60,11 +60,15 @@ class DFlashStep:
             softcap=frozen.softcap,
             chunk=self.config.head_chunk,
         )
-        slots = batch["valid"].numel()
-        losses = row_losses.new_zeros(slots).index_put((rows,), row_losses)
-        hits = (best == labels).new_zeros(slots).index_put((rows,), best == labels)
-        first, block = self.config.first_slot, self.config.block_size
-        return losses.view(-1, block)[:, first:], hits.view(-1, block)[:, first:]
+        first = self.config.first_slot
+        hits = by_slot(batch, best == labels)
+        return by_slot(batch, row_losses)[:, first:], hits[:, first:]
+
+
+def by_slot(batch: Batch, values: Tensor) -> Tensor:
+    """Return values [R] of the trained slots at their places [M, B], and 0 elsewhere."""
+    valid = batch["valid"].flatten(0, 1)
+    return values.new_zeros(valid.numel()).index_put((batch["rows"],), values).view(valid.shape)
 
 
 def slot_weights(config: DFlashConfig, losses: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +100,7 @@ def slot_weights(config: DFlashConfig, losses: Tensor, valid: Tensor) -> tuple[T
     return mask * weights, mask.sum()
 
 
-def _metrics(losses: Tensor, hits: Tensor, valid: Tensor) -> dict[str, Ratio]:
+def slot_metrics(losses: Tensor, hits: Tensor, valid: Tensor) -> dict[str, Ratio]:
     """Return cross-entropy, accuracy by slot, and what a block would get accepted.
 
     The accepted length counts the verified token too: 1 + the hits before the first
