@@ -5,11 +5,13 @@ They find what a disk, a network or a copy damaged, not what somebody forged.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import xxhash
 
+from .documents import open_regular
 from .errors import CheckpointError
 
 PIECE = 1 << 20  # bytes read at once: the buffer stays in the processor's cache
@@ -19,7 +21,7 @@ def file_checksum(path: Path) -> str:
     """Return the checksum of a whole file, 32 hexadecimal digits.  Raises OSError."""
     digest = xxhash.xxh3_128()
     piece = memoryview(bytearray(PIECE))
-    with path.open("rb", buffering=0) as file:
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
         while count := file.readinto(piece):
             digest.update(piece[:count])
     return digest.hexdigest()

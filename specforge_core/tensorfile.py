@@ -16,6 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from .documents import open_regular
 from .errors import CaptureError
 from .files import replacing
 
@@ -43,7 +44,7 @@ class OpenFile:
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         try:
-            self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.number = open_regular(path)
         except OSError as exc:
             raise CaptureError(
                 f"{path} cannot be read: {exc.strerror}. Restore it from a copy"

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -201,7 +203,7 @@ CORPUS = [
     ),
     *(b'{"format_version": 99}', b"a: &a [*a]", b"a: &a {a: *a}", b"a: 2024-13-45", b"a: !!x b"),
 ]
-NAMES = ("config", "rows", "state", "manifest", "export", "weights")
+NAMES = ("config", "rows", "state", "manifest", "header", "export", "weights")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -218,6 +220,38 @@ def test_what_was_found_before(run: Path, name: str) -> None:
             survives(reader.read)
     finally:
         reader.path.write_bytes(kept)
+
+
+def late(signum: int, frame: object) -> None:
+    raise AssertionError(f"it waits for something after {SECONDS} s")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_file(run: Path, name: str) -> None:
+    reader = readers(run)[name]
+    aside = reader.path.with_name("aside")
+    reader.path.rename(aside)
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        for make in (
+            os.mkfifo,
+            Path.mkdir,
+            lambda path: path.symlink_to("/dev/zero"),
+            lambda path: path.symlink_to(path),
+            lambda path: None,
+        ):
+            make(reader.path)
+            signal.alarm(SECONDS)
+            with pytest.raises(SpecForgeError):
+                reader.read()
+            signal.alarm(0)
+            if reader.path.is_dir():
+                reader.path.rmdir()
+            reader.path.unlink(missing_ok=True)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        aside.rename(reader.path)
 
 
 def fuzz(run: Path, name: str, examples: int) -> None:

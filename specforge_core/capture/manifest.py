@@ -9,6 +9,7 @@ from typing import Annotated
 import pydantic
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from ..documents import read_document
 from ..errors import CaptureError
 from ..files import inside, write_file
 from ..types import CaptureSpec, Field, FinalState
@@ -127,7 +128,7 @@ class CaptureManifest(Frozen):
         """
         path = directory / MANIFEST
         try:
-            data = path.read_bytes()
+            data = read_document(path)
             _check_version(path, data)
             manifest = cls.model_validate_json(data)
             for name in (*(shard.file for shard in manifest.shards), manifest.token_counts):

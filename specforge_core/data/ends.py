@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..documents import read_document
 from ..errors import ConfigError, DataError
 from ..target.weights import fetch
 from ..types import TargetInfo
@@ -42,7 +43,7 @@ def _generation_ends(info: TargetInfo) -> object:
     if (path := fetch(info, "generation_config.json")) is None:
         return None
     try:
-        told = json.loads(path.read_bytes())
+        told = json.loads(read_document(path))
     except (OSError, ValueError, RecursionError) as exc:
         raise ConfigError(f"{path} is damaged: {exc}. Download it again") from exc
     if not isinstance(told, dict):

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from ..checksums import check_folder, folder_checksums
+from ..documents import read_document
 from ..errors import CheckpointError
 from ..files import write_file
 from ..types import Draft
@@ -53,7 +54,7 @@ def check_files(path: Path) -> bool:
     """
     advice = f"Restore it from a copy, or delete {path} to use the checkpoint before it"
     try:
-        checksums = json.loads((path / CHECKSUMS).read_bytes())
+        checksums = json.loads(read_document(path / CHECKSUMS))
         if not isinstance(checksums, dict) or not checksums:
             raise ValueError("it names no file")
     except FileNotFoundError:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checksums import check_folder, folder_checksums
+from ..documents import read_document
 from ..errors import CheckpointError, PluginError
 from ..files import publish, refusing, sweep, system_error, temporary_folder, write_file
 from ..types import Export
@@ -50,8 +51,10 @@ def write_export(
     export's.  Raises CheckpointError when the directory is taken or cannot be
     written, PluginError when what the strategy returned cannot be saved.
     """
-    directory = directory.resolve()
-    check_place(directory, force=force)
+    advice = "Make room there, or choose another place with -o"
+    with refusing(CheckpointError, advice, directory):
+        directory = directory.resolve()
+        check_place(directory, force=force)
     _check_names(export.files)
     weights = _plain(export.weights)
     told: dict[str, Any] = {
@@ -63,7 +66,7 @@ def write_export(
     told = {**provenance, **told, "packages": _versions(), "checksums": {}}
     files = {**export.files, CONFIG: _json(export.config, CONFIG).encode()}
     _json(told, PROVENANCE)  # before anything is written
-    with refusing(CheckpointError, "Make room there, or choose another place with -o", directory):
+    with refusing(CheckpointError, advice, directory):
         sweep(directory.parent)
         with temporary_folder(directory) as beside:
             _write_weights(weights, beside, shard_bytes)
@@ -256,7 +259,7 @@ def _json(value: Mapping[str, Any], file: str) -> str:
 def _read_json(directory: Path, name: str) -> dict[str, Any]:
     path = directory / name
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_document(path))
     except OSError as exc:
         raise CheckpointError(
             f"{directory} is not an exported draft: {name} cannot be read ({exc.strerror}). "
@@ -271,6 +274,8 @@ def _read_json(directory: Path, name: str) -> dict[str, Any]:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no regular file")
         found: dict[str, Tensor] = load_file(path)
     except FileNotFoundError as exc:
         raise CheckpointError(f"{path} is missing. Export again") from exc

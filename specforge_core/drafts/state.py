@@ -18,6 +18,7 @@ from pydantic_core import from_json, to_json
 
 from ..capture.manifest import CaptureIdentity
 from ..config import TrainConfig
+from ..documents import read_document
 from ..errors import CheckpointError
 
 STATE = "state.json"
@@ -71,7 +72,7 @@ def step_of(path: Path) -> int | None:
 def read_state(path: Path) -> TrainState:
     """Read a checkpoint's state.json.  Raises CheckpointError when it is missing or damaged."""
     try:
-        raw = from_json((path / STATE).read_bytes(), allow_inf_nan=False)
+        raw = from_json(read_document(path / STATE), allow_inf_nan=False)
         state = TrainState.model_validate_json(to_json(_current(raw)))  # lists for tuples
     except FileNotFoundError as exc:
         raise CheckpointError(

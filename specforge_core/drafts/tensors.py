@@ -102,6 +102,8 @@ def _extents(file: Path, path: Path) -> dict[str, tuple[str, list[int]]]:
     """Return each tensor's dtype code, and how far one rank's part of it reaches, per axis."""
     found = {}
     try:
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError("it is no regular file")
         with safe_open(str(file), framework="pt") as tensors:
             layout = json.loads((tensors.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict

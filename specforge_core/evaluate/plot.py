@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..documents import read_document
 from ..errors import CheckpointError, RunError
 from ..files import refusing, write_file
 from .report import EvalReport, SetReport
@@ -59,10 +60,10 @@ def plot_loss(metrics: Path, png: Path) -> None:
 
 def _losses(metrics: Path) -> tuple[list[int], list[float]]:
     try:
-        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as exc:
+        rows = [json.loads(line) for line in read_document(metrics).splitlines()]
+        found = [(int(row["step"]), float(row["loss"])) for row in rows if "loss" in row]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
         raise CheckpointError(f"{metrics} cannot be read: {exc}. Try: specforge train") from exc
-    found = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     if not found:
         raise CheckpointError(f"{metrics} holds no losses yet. Try: specforge train")
     return [step for step, _ in found], [loss for _, loss in found]

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..documents import read_document
 from ..tensorfile import OpenFile, read_header
 from ..types import TargetInfo
 from .weights import fetch, tensor_files
@@ -25,7 +26,7 @@ def target_fingerprint(info: TargetInfo) -> str:
     """
     digest = hashlib.sha256()
     if (path := fetch(info, "config.json")) is not None:
-        config: dict[str, Any] = json.loads(path.read_bytes())
+        config: dict[str, Any] = json.loads(read_document(path))
         kept = {key: value for key, value in config.items() if key not in VOLATILE}
         digest.update(json.dumps(kept, sort_keys=True).encode())
     files = tensor_files(info)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..documents import read_document
 from ..errors import CaptureError
 from ..types import TargetInfo
 from .skeleton import best_match, is_tied, parameter_names
@@ -95,7 +96,7 @@ def tensor_names(target: TargetInfo) -> dict[str, str]:
 def _weight_map(index: Path) -> dict[str, str]:
     """Return what an index names: files beside it, whatever it says."""
     try:
-        told = json.loads(index.read_bytes())
+        told = json.loads(read_document(index))
         files = told.get("weight_map") if isinstance(told, dict) else None
         if not isinstance(files, dict) or not files:
             raise ValueError("it has no weight_map")

@@ -13,13 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..documents import read_document
 from ..errors import PluginError, RunError
 from ..files import append, refusing, write_file
 from ..progress import console
+from ..records import in_message
+from ..text import cut, said
 from ..types import RESERVED_METRICS, StepOutput, Tracker
 
 METRICS = "metrics.jsonl"
 RESTART = "The checkpoints before it are whole. Make room there, then start the same command again"
+LARGEST = 1 << 36  # bytes of all lines
 RESERVED_PREFIXES = ("seconds_", "validation/", "eval/")
 
 
@@ -201,7 +205,8 @@ def rewind(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    text = read_document(path, LARGEST).decode(errors="replace")
+    for line in text.splitlines():
         try:
             if json.loads(line)["step"] > step:
                 break
@@ -242,7 +247,7 @@ class Trackers:
             except Exception as exc:
                 self.alive.remove(entry)
                 console.print(
-                    f"warning: the tracker of {package} failed ({type(exc).__name__}: {exc}); "
-                    "training goes on without it",
+                    f"warning: the tracker of {package} failed ({type(exc).__name__}: "
+                    f"{in_message(cut(said(exc), 400))}); training goes on without it",
                     markup=False,
                 )

@@ -10,9 +10,9 @@ from typing import Any
 
 from specforge_core.config import RunConfig
 from specforge_core.drafts.checkpoint import STATE, TrainState, check_strategy, find, read_state
-from specforge_core.drafts.export import CONFIG, PROVENANCE, read_export
+from specforge_core.drafts.export import CONFIG, read_export, read_provenance
 from specforge_core.drafts.load import restore
-from specforge_core.errors import CheckpointError, ConfigError, PluginError, RunError
+from specforge_core.errors import ConfigError, PluginError, RunError
 from specforge_core.evaluate.run import make_directory
 from specforge_core.files import refusing, write_file
 from specforge_core.load import validate
@@ -105,7 +105,7 @@ def _read_case(inputs: Inputs, draft: Path, export: Path, format: str | None) ->
     state = read_state(checkpoint)
     check_strategy(checkpoint, state.strategy, inputs.strategy.name)
     found = read_export(export)
-    given = format or _provenance(export).get("format")
+    given = format or read_provenance(export).get("format")
     if not isinstance(given, str):
         raise ConfigError(
             f"{export} does not say in which format it was exported. Try: --format hf (or sglang, "
@@ -123,25 +123,13 @@ def _as_exported(inputs: Inputs, state: TrainState, export: Path) -> RunConfig:
 
     Nothing else of either is used: they may be anybody's.
     """
-    config = _provenance(export).get("config")
+    config = read_provenance(export).get("config")
     stored = config.get("strategy") if isinstance(config, dict) else None
     ours = isinstance(stored, dict) and stored.get("name") == inputs.strategy.name
     section = stored if ours else state.config["strategy"]
     raw = {"target": {"path": inputs.run.target.path}, "strategy": section}
     strategy = validate(raw, f"the strategy section stored with {export}")[0].strategy
     return inputs.run.model_copy(update={"strategy": strategy})
-
-
-def _provenance(export: Path) -> dict[str, Any]:
-    """Return what an export says about itself; nothing for one that was made elsewhere."""
-    path = export / PROVENANCE
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as exc:
-        raise CheckpointError(f"{path} is damaged: {exc}. Export again") from exc
-    return found if isinstance(found, dict) else {}
 
 
 def _different(inputs: Inputs, case: Case) -> tuple[Difference, ...]:
@@ -163,7 +151,7 @@ def _templates(inputs: Inputs, case: Case) -> list[Difference]:
     }
     origins = {
         "the checkpoint": case.state.identity.model_dump(mode="json"),
-        "the export": _provenance(case.path).get("capture") or {},
+        "the export": read_provenance(case.path).get("capture") or {},
     }
     result = []
     for name, value in now.items():
@@ -183,7 +171,7 @@ def _notes(inputs: Inputs, case: Case) -> list[str]:
     for name, trained in case.state.config["strategy"].items():
         if now.get(name) != trained:
             notes.append(f"strategy.{name} is {now.get(name)} here, and was {trained} in training")
-    step = _provenance(case.path).get("step")
+    step = read_provenance(case.path).get("step")
     if step is not None and step != case.state.step:
         notes.append(f"the export is of step {step}, the checkpoint of step {case.state.step}")
     return notes

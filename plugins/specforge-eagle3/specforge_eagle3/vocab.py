@@ -87,6 +87,8 @@ def read_map(path: Path, size: int, vocab_size: int) -> Tensor:
     """Return the d2t of a user's own map: a safetensors file, or an exported draft's directory."""
     file = path / WEIGHTS if path.is_dir() else path
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise OSError("it is no regular file")
         tensors = load_file(file)
     except (OSError, SafetensorError) as exc:
         raise ConfigError(
