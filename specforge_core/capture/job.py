@@ -66,6 +66,7 @@ class Job:
             self.strategy.conversations,
             positions=max_positions(self.target),
             ends=end_tokens(self.target, self.tokenizer, kwargs),
+            target=self.identity.target_fingerprint,
         )
 
     def engine(self) -> TargetEngine:

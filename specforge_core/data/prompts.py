@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import overload
 
 import torch
@@ -17,7 +18,8 @@ from ..target.tokenizer import chat_template, template_options
 from ..types import Prompt
 from .chat import Encoder, Row
 from .rows import encoder_for
-from .sources import BadRow, Rows, Skipped, nothing_left, read_conversations
+from .sources import BadRow, Conversation, Rows, Skipped, nothing_left, read_conversations
+from .tokenrows import ROWS, Fingerprint, cut_answers, token_rows
 
 
 class PromptSet(Sequence[Prompt]):
@@ -70,10 +72,12 @@ def load_prompts(
     *,
     positions: int | None = None,
     ends: frozenset[int] = frozenset(),
+    target: str | None = None,
 ) -> PromptSet:
     """Read and tokenize `data.train`, with progress; rows that are left out are told of by reason.
 
-    `positions` are the tokens that the target takes, `ends` those that end its answers.  Raises
+    `positions` are the tokens that the target takes, `ends` those that end its answers, `target`
+    is its fingerprint: tokens that `regenerate` wrote must be of it.  Raises
     DataError for bad data, for rows longer than `data.max_length` or the target's positions when
     `data.too_long` is "raise", and for token ids the target does not have.
     """
@@ -82,12 +86,13 @@ def load_prompts(
     chat_template(tokenizer)  # a missing template is no fault of the first line
     limit = min(data.max_length, positions or data.max_length)
     encoder = Encoder(tokenizer, template_options(data), limit, ends)
+    origin = cache(lambda: Fingerprint.of(tokenizer, target))
     ids, mask, offsets = array("i"), array("b"), array("q", [0])
     used, skipped = 0, Skipped(data.on_error)
     with track("reading conversations", data.limit) as progress:
         for found in read_conversations(data.train, data, source_rows, skipped=skipped):
             try:
-                rows = encoder_for(encoder, found.messages, found.tools).rows(found.messages)
+                rows = _rows(found, encoder, origin)
             except BadRow as exc:
                 skipped.add(exc.at(found.where))
                 continue
@@ -118,6 +123,14 @@ def load_prompts(
         torch.frombuffer(offsets, dtype=torch.int64),
         skipped.counts,
     )
+
+
+def _rows(found: Conversation, encoder: Encoder, origin: Callable[[], Fingerprint]) -> list[Row]:
+    """Return a conversation's rows: of the tokens that it says, or of its text."""
+    if ROWS in found.row:
+        return token_rows(found.row, origin(), encoder.limit)
+    encoder = encoder_for(encoder, found.messages, found.tools)
+    return encoder.rows(found.messages, cut_answers(found.row))
 
 
 def _left_out(row: Row, data: DataConfig, limit: int, where: str) -> str | None:

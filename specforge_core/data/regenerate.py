@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
 from ..devices import pick_device
-from ..errors import DataError
+from ..errors import CaptureError, DataError
 from ..progress import track
 from ..strategy import Strategy
-from ..target.tokenizer import chat_template, load_tokenizer
+from ..target.fingerprint import target_fingerprint
+from ..target.info import load_target_info
+from ..target.tokenizer import CLOCK, chat_template, load_tokenizer, template_options
 from .chat import Encoder
 from .journal import Journal
-from .respond import TOO_LONG, Answerer, Task
+from .respond import TOO_LONG, Answerer, Chat, Task
 from .sources import (
     BadRow,
     Conversation,
@@ -32,6 +34,9 @@ from .sources import (
     read_conversations,
     told,
 )
+from .tokenrows import FIELDS, FINISH, ORIGIN, RETOKENIZED, ROWS, Fingerprint
+
+IN_PROCESS = "transformers"  # the engine that has the weights here
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class RegenerateReport:
     dropped: Mapping[str, int]  # reason -> prompts, by this call
     skipped: Mapping[str, int]  # reason -> bad lines, with data.on_error=skip
     num_tokens: int  # in the answers
+    num_retokenized: int  # conversations whose answers came as text
     seconds: float
 
     @property
@@ -56,6 +62,8 @@ class RegenerateReport:
         before = f", {self.num_before} were there before" if self.num_before else ""
         lines = f", {self.num_skipped} bad lines skipped ({told(self.skipped)})"
         skipped = lines if self.skipped else ""
+        if self.num_retokenized:
+            skipped += f", {self.num_retokenized} tokenized anew (the server gives no token ids)"
         rate = self.num_tokens / self.seconds if self.seconds else 0.0
         return (
             f"{self.output}: {self.num_written} of {self.num_prompts} prompts answered"
@@ -66,7 +74,9 @@ class RegenerateReport:
 def regenerate(run: RunConfig, strategy: Strategy, output: Path) -> RegenerateReport:
     """Answer the user turns of `regenerate.prompts` and append the conversations to `output`.
 
-    A row is {"id", "messages", the prompt row's other fields, "model", "sampling"}.
+    A row is {"id", "messages", the prompt row's other fields, "model", "sampling",
+    "fingerprint", "finish_reason" of each answer, "token_rows"}: what the target read and
+    wrote, which is what is trained on.
     Calling it again goes on where it stopped, and draws as one run would have; prompts
     whose first answer was not kept are remembered in `output`.dropped.  Raises DataError
     for bad prompts, and for an output of another model or sampling, and what the engine
@@ -75,9 +85,9 @@ def regenerate(run: RunConfig, strategy: Strategy, output: Path) -> RegenerateRe
     start = time.perf_counter()
     tokenizer = load_tokenizer(run.target)
     tasks, skipped = read_tasks(run, tokenizer, strategy.conversations)
-    origin = _origin(run)
+    origin = _origin(run, tokenizer)
     dropped = Counter[str]()
-    written = num_tokens = 0
+    written = num_tokens = retokenized = 0
     with (
         Journal(output) as answers,
         Journal(output.with_name(output.name + ".dropped")) as refused,
@@ -101,9 +111,9 @@ def regenerate(run: RunConfig, strategy: Strategy, output: Path) -> RegenerateRe
             for chat in stack.enter_context(closing(answerer.answer(left))):
                 task = chat.task
                 if chat.messages:
-                    row = {"id": task.id, "messages": chat.messages, **task.metadata, **origin}
-                    answers.append([row])
+                    answers.append([_row(chat, origin)])
                     written += 1
+                    retokenized += chat.retokenized
                 else:
                     reason = {"reason": chat.dropped, "max_length": run.data.max_length}
                     refused.append([{"id": task.id, **reason, **origin}])
@@ -112,8 +122,21 @@ def regenerate(run: RunConfig, strategy: Strategy, output: Path) -> RegenerateRe
                 progress.advance(note=f"{num_tokens / (answerer.seconds or 1):.1f} tokens/s")
     seconds = time.perf_counter() - start
     return RegenerateReport(
-        output, len(tasks), written, before, dropped, skipped, num_tokens, seconds
+        output, len(tasks), written, before, dropped, skipped, num_tokens, retokenized, seconds
     )
+
+
+def _row(chat: Chat, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written of an answered conversation."""
+    return {
+        "id": chat.task.id,
+        "messages": chat.messages,
+        **chat.task.metadata,
+        **origin,
+        FINISH: chat.finish_reasons,
+        **({RETOKENIZED: True} if chat.retokenized else {}),
+        ROWS: chat.token_rows,
+    }
 
 
 def read_tasks(
@@ -124,7 +147,7 @@ def read_tasks(
     files = tuple(map(str, run.regenerate.prompts))
     if not files:
         raise DataError("regenerate.prompts names no file. Try: regenerate.prompts=[PROMPTS.jsonl]")
-    encoder = Encoder(tokenizer, run.data.chat_template_kwargs, run.data.max_length)
+    encoder = Encoder(tokenizer, template_options(run.data), run.data.max_length)
     tasks: dict[str, Task] = {}
     sources: dict[str, str] = {}  # of each id
     skipped = Skipped(run.data.on_error)
@@ -163,6 +186,15 @@ def _name(found: Conversation, sources: Mapping[str, str]) -> str:
     return name
 
 
+TURNS = (
+    "id",
+    "messages",
+    "conversations",
+    "system",
+    *FIELDS,
+)  # of a prompt's row; all else is kept
+
+
 def _task(found: Conversation, name: str, place: int, encoder: Encoder) -> Task:
     if found.tools:
         raise BadRow(
@@ -184,8 +216,7 @@ def _task(found: Conversation, name: str, place: int, encoder: Encoder) -> Task:
         if message["role"] == "user":
             turns.append(tuple(asked))
             asked = []
-    written = ("id", "messages", "conversations", "system")
-    metadata = {k: v for k, v in found.row.items() if k not in written}
+    metadata = {k: v for k, v in found.row.items() if k not in TURNS}
     try:
         json.dumps(metadata)
     except (TypeError, ValueError, RecursionError) as exc:
@@ -208,13 +239,16 @@ class OtherOrigin(DataError):
     """A file holds answers of another model or sampling."""
 
 
-def _origin(run: RunConfig) -> dict[str, Any]:
+def _origin(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what every row says about where its answers come from."""
+    options = template_options(run.data)
+    if CLOCK not in chat_template(tokenizer):
+        del options[CLOCK]
     target = run.target
     name = Path(target.path).resolve().name if Path(target.path).is_dir() else target.path
     sampling = {
         **run.regenerate.model_dump(exclude={"prompts", "batch_size"}),
-        "chat_template_kwargs": run.data.chat_template_kwargs,
+        "chat_template_kwargs": options,
         "dtype": target.dtype,
     }
     model = f"{name}@{target.revision}" if target.revision else name
@@ -222,7 +256,16 @@ def _origin(run: RunConfig) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(
         json.dumps({"model": model, "sampling": sampling}, default=str)
     )
-    return found
+    return {**found, ORIGIN: Fingerprint.of(tokenizer, _target(run)).as_json()}
+
+
+def _target(run: RunConfig) -> str | None:
+    """Return the target's fingerprint; None where only a server may have the weights."""
+    if not Path(run.target.path).is_dir() and run.target.engine != IN_PROCESS:
+        return None
+    with suppress(CaptureError):  # weights of another format, or none: those who need them say so
+        return target_fingerprint(load_target_info(run.target))
+    return None
 
 
 def _ids(journal: Journal, origin: Mapping[str, Any], max_length: int = 0) -> set[str]:
@@ -233,7 +276,9 @@ def _ids(journal: Journal, origin: Mapping[str, Any], max_length: int = 0) -> se
     ids = set()
     for row in journal.rows():
         for key, value in origin.items():
-            if row.get(key) != value:
+            found = row.get(key)
+            fits = Fingerprint(**value).differs(found) is None if key == ORIGIN else found == value
+            if not fits:
                 raise OtherOrigin(
                     f"{str(journal.path)!r} was written with {key} {row.get(key)!r}, this run has "
                     f"{value!r}. Set it back, or try: -o OTHER.jsonl"

@@ -18,8 +18,10 @@ from ..target.tokenizer import template_options
 from ..types import Generated, GenerateOptions, Prompt, TargetEngine, TargetInfo
 from .chat import Encoder
 from .ends import end_tokens
+from .harmony import as_message
 from .prompts import bound_of, check_ids
 from .sources import BadRow, Message
+from .tokenrows import add_turn
 
 BATCHES = 16  # asked for together: a conversation is in the file once its own turns are answered
 TOO_LONG = "too long"
@@ -45,6 +47,9 @@ class Chat:
     messages: list[Message] = field(default_factory=list)  # up to the last answer kept
     dropped: str | None = None  # why the next answer is not kept
     answered: int = 0  # turns
+    token_rows: list[dict[str, list[int]]] = field(default_factory=list)  # of all read and written
+    finish_reasons: list[str] = field(default_factory=list)  # of each answer
+    retokenized: bool = False  # tokens of an answer were made of its text
 
     @property
     def finished(self) -> bool:
@@ -122,8 +127,11 @@ class Rules:
         elif not text.strip():
             chat.dropped = "empty"
         else:
-            chat.messages = [*chat.asked(), {"role": "assistant", "content": text}]
+            chat.messages = [*chat.asked(), as_message(text)]
             chat.answered += 1
+            chat.finish_reasons.append("stop" if answer.finished else "length")
+            chat.retokenized |= answer.retokenized
+            add_turn(chat.token_rows, prompt.input_ids.tolist(), answer.tokens)
 
 
 class Answerer:

@@ -158,6 +158,7 @@ def _not_continued(number: int, before: str, text: str) -> BadRow:
     return BadRow(
         f"message {number}: the chat template does not write an answer after its own generation "
         f"prompt: it asks with {before[same:][:40]!r} and writes {text[same:][:40]!r}. "
-        "Try: data.chat_template_kwargs (such as {enable_thinking: false}), or data.on_error=skip",
+        "Try: data.chat_template_kwargs (such as {enable_thinking: false}), specforge regenerate, "
+        "which keeps the tokens that the target wrote, or data.on_error=skip",
         "refused by the chat template",
     )

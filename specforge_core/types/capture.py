@@ -96,6 +96,7 @@ class Generated:
     tokens: tuple[int, ...]  # the end token included, where there is one
     finished: bool  # an end token ended it, not the limit
     refused: str | None = None  # why the engine will not answer this prompt; no tokens then
+    retokenized: bool = False  # the engine was given text alone, and made the tokens of it
 
 
 class TargetEngine(Protocol):

@@ -109,6 +109,7 @@ class OpenAIEngine:
             index=prompt.index,
             tokens=self._tokens(found, stopped, options.eos),
             finished=stopped,
+            retokenized=found.tokens is None,
         )
 
     def _tokens(self, found: Completion, stopped: bool, eos: frozenset[int]) -> tuple[int, ...]:

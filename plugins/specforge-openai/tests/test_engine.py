@@ -156,6 +156,7 @@ def test_tokens_of_answers(
     (answer,) = ask(engine, "Hi", eos=frozenset(eos))
     expected = TOKENIZER(tokens)["input_ids"] if isinstance(tokens, str) else tokens
     assert (list(answer.tokens), answer.finished) == (expected, finished)
+    assert answer.retokenized == ("token_ids" not in more)
 
 
 def test_the_shortest_context_bounds_prompt_and_answer(start: Any, toy_target: Path) -> None:

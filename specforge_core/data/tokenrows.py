@@ -1,0 +1,109 @@
+"""The tokens that a target read and wrote: `regenerate` writes them, training reads them back.
+
+A template may rewrite an answer (drop its thoughts, refuse its channel tags), and text may be
+tokenized in other ways than the target wrote it.  Ids that are known are what is trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..target.tokenizer import template_fingerprint, tokenizer_fingerprint
+from .answers import Row
+from .sources import BadRow
+
+ROWS, FINISH, ORIGIN, RETOKENIZED = "token_rows", "finish_reason", "fingerprint", "retokenized"
+FIELDS = (ROWS, FINISH, ORIGIN, RETOKENIZED)  # of a row that `regenerate` writes
+BOUND = 2**31  # token ids are kept in 32 bits
+CALLED = {
+    "target": "target's weights or config",
+    "tokenizer": "tokenizer",
+    "template": "chat template",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What tokens were made with."""
+
+    target: str | None  # None where its weights are not here: a server has them
+    tokenizer: str
+    template: str  # its source alone: its arguments are in the tokens
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, target: str | None) -> Fingerprint:
+        """Take a tokenizer's, and its template's."""
+        return cls(target, tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer, {}))
+
+    def as_json(self) -> dict[str, str | None]:
+        return asdict(self)
+
+    def differs(self, found: object) -> str | None:
+        """Return what a row was made with otherwise; a target that either does not know may be."""
+        for name, ours in self.as_json().items():
+            theirs = found.get(name) if isinstance(found, Mapping) else None
+            if theirs != ours and (name != "target" or (theirs and ours)):
+                return name
+        return None
+
+
+def add_turn(rows: list[dict[str, list[int]]], prompt: list[int], answer: Sequence[int]) -> None:
+    """Add what a target read and wrote: behind the last row where it read that, or as a new one."""
+    known = len(rows[-1]["input_ids"]) if rows else 0
+    if not rows or prompt[:known] != rows[-1]["input_ids"]:
+        rows.append({"input_ids": [], "loss_mask": []})
+        known = 0
+    rows[-1]["input_ids"] += [*prompt[known:], *answer]
+    rows[-1]["loss_mask"] += [0] * (len(prompt) - known) + [1] * len(answer)
+
+
+def token_rows(row: Mapping[str, Any], expected: Fingerprint, limit: int | None) -> list[Row]:
+    """Read the tokens of a row that `regenerate` wrote, up to `limit` of each sequence.
+
+    Raises BadRow where they are damaged, or were not made by what `expected` says.
+    """
+    name = expected.differs(row.get(ORIGIN))
+    if name is not None:
+        origin = row.get(ORIGIN)
+        theirs = origin.get(name) if isinstance(origin, Mapping) else None
+        raise BadRow(
+            f"its tokens were written with another {CALLED[name]} than this run's "
+            f"({str(theirs)[:12]} there, {str(getattr(expected, name))[:12]} here). Answer the "
+            "prompts with this target: specforge regenerate -c RUN.yaml -o NEW.jsonl; or train on "
+            f"their text: jq -c 'del(.{ROWS})' FILE.jsonl > TEXT.jsonl",
+            "of another target",
+        )
+    found = row[ROWS]
+    if not isinstance(found, list) or not found:
+        raise _damaged(f"{ROWS!r} is no list of rows")
+    return [_read(one, limit) for one in found]
+
+
+def _read(found: object, limit: int | None) -> Row:
+    ids = found.get("input_ids") if isinstance(found, Mapping) else None
+    mask = found.get("loss_mask") if isinstance(found, Mapping) else None
+    if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < BOUND for i in ids)):
+        raise _damaged("'input_ids' is no list of token ids")
+    if not (isinstance(mask, list) and len(mask) == len(ids)):
+        raise _damaged(f"'loss_mask' is no list of {len(ids)} numbers, as 'input_ids' is")
+    if not all(type(on) is int and on in (0, 1) for on in mask):
+        raise _damaged("'loss_mask' holds other values than 0 and 1")
+    return Row(ids[:limit], mask[:limit], len(ids), counted=True)
+
+
+def _damaged(why: str) -> BadRow:
+    return BadRow(
+        f"{why}. Write it again with specforge regenerate, or set data.on_error=skip",
+        "not as regenerate writes it",
+    )
+
+
+def cut_answers(row: Mapping[str, Any]) -> frozenset[int]:
+    """Return which answers of a row, counted from 0, were broken off by a limit."""
+    reasons = row.get(FINISH)
+    known = reasons if isinstance(reasons, list) else []
+    return frozenset(i for i, reason in enumerate(known) if reason == "length")

@@ -1,0 +1,336 @@
+"""What a target generated is what is trained on, whatever its template does to it afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specforge_core.capture.job import Job
+from specforge_core.config import DataConfig, RunConfig
+from specforge_core.data.harmony import as_message
+from specforge_core.data.regenerate import RegenerateReport, regenerate
+from specforge_core.errors import DataError
+from specforge_core.load import validate
+from specforge_core.strategy import Strategy
+from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.toy import save_toy_target, toy_tokenizer
+from specforge_core.types import Prompt
+
+from .templates import STYLES, Style
+
+ENGINE = """
+    import json
+    from pathlib import Path
+    from specforge_core.hookspecs import hookimpl
+    from specforge_core.target.info import load_target_info
+    from specforge_core.types import Generated
+
+    class Scripted:
+        "Writes what target.options.script says, turn by turn."
+
+        def __init__(self, target):
+            self.info = load_target_info(target)
+            self.script = json.loads(Path(target.options["script"]).read_text())
+            self.asked = Path(target.options["script"]).with_suffix(".asked")
+
+        def supports(self, spec):
+            return False
+
+        def capture(self, prompts, spec):
+            raise NotImplementedError
+
+        def generate(self, prompts, options):
+            for prompt in prompts:
+                answer = self.script[str(prompt.index)].pop(0)
+                with self.asked.open("a") as file:
+                    print(json.dumps([prompt.input_ids.tolist(), answer["tokens"]]), file=file)
+                yield Generated(index=prompt.index, **answer)
+
+        def close(self):
+            pass
+
+    @hookimpl
+    def specforge_target_engine(target):
+        return Scripted(target) if target.engine == "scripted" else None
+"""
+THOUGHT, SAID = "think of  the answer", "say the answer,\n\nthen  more"
+QUESTIONS = (("first",), ("the answer", "and the next?", "the last\n"))
+
+
+@pytest.fixture
+def scripted(fake_site: FakeSite) -> None:
+    group = {"specforge.plugins": {"scripted": "scripted_engine"}}
+    fake_site.dist("scripted-engine", "0.1.0", group, module="scripted_engine", source=ENGINE)
+
+
+def save(style: Style, path: Path) -> Any:
+    tokenizer = style.tokenizer()
+    end = tokenizer.convert_tokens_to_ids(style.end)
+    save_toy_target(
+        path,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        eos_token_id=[tokenizer.eos_token_id, end],
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    tokenizer.save_pretrained(path)
+    (path / "chat_template.jinja").write_text(style.template)
+    return tokenizer
+
+
+def write_out(tokenizer: Any, text: str, *, spelled: bool) -> list[int]:
+    """Return a text's tokens: those of the tokenizer, or one for each letter of it."""
+    special = "|".join(map(re.escape, tokenizer.all_special_tokens))
+    pieces = re.split(f"({special})", text) if special else [text]
+    letters = [
+        piece if not spelled or piece in tokenizer.all_special_tokens else list(piece)
+        for piece in pieces
+    ]
+    flat = [part for piece in letters for part in ([piece] if isinstance(piece, str) else piece)]
+    parts = flat if spelled else [text]
+    return [i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
+
+
+def run_of(target: Path, folder: Path, style: Style, **data: Any) -> RunConfig:
+    script = {"script": str(folder / "script.json")}
+    raw = {
+        "target": {
+            "path": str(target),
+            "engine": "scripted",
+            "device": "cpu",
+            "dtype": "float32",
+            "options": script,
+        },
+        "strategy": {"name": "linear"},
+        "data": {
+            "train": [str(folder / "answers.jsonl")],
+            "chat_template_kwargs": style.kwargs,
+            **data,
+        },
+        "regenerate": {"prompts": [str(folder / "p.jsonl")], "keep_unfinished": True},
+    }
+    return validate(raw, "the test")[0]
+
+
+def answer(run: RunConfig, folder: Path, script: dict[str, Any], *chats: Any) -> RegenerateReport:
+    (folder / "script.json").write_text(json.dumps(script))
+    rows = [
+        {"id": str(i), "messages": [{"role": "user", "content": question} for question in chat]}
+        for i, chat in enumerate(chats)
+    ]
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return regenerate(run, Strategy.load("linear"), folder / "answers.jsonl")
+
+
+def trained(run: RunConfig) -> list[Prompt]:
+    """Return what training reads, through transformers' engine."""
+    target = run.target.model_copy(update={"engine": "transformers", "options": {}})
+    return list(
+        Job.open(run.model_copy(update={"target": target}), Strategy.load("linear")).prompts()
+    )
+
+
+def supervised(prompts: list[Prompt]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield every run of supervised tokens behind what stands before it."""
+    for prompt in prompts:
+        ids, mask = prompt.input_ids.tolist(), [*prompt.loss_mask.tolist(), 0]
+        for start in (i for i, on in enumerate(mask) if on and not mask[i - 1]):
+            stop = mask.index(0, start)
+            yield ids[:start], ids[start:stop]
+
+
+def asked(folder: Path) -> list[tuple[list[int], list[int]]]:
+    lines = (folder / "script.asked").read_text().splitlines()
+    return [(read, written) for read, written in map(json.loads, lines)]
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize("spelled", [False, True])
+@pytest.mark.parametrize("name", STYLES)
+def test_the_trained_tokens_are_the_generated_ones(
+    tmp_path: Path, name: str, spelled: bool
+) -> None:
+    style = STYLES[name]
+    tokenizer = save(style, tmp_path / "target")
+    text = style.writes.format(thought=THOUGHT, said=SAID)
+    whole = write_out(tokenizer, text + style.end, spelled=spelled)
+    cut = write_out(tokenizer, text, spelled=spelled)[:-2]
+    script = {
+        str(i): [
+            {"tokens": whole, "finished": True}
+            if (i, turn) != (1, 2)
+            else {"tokens": cut, "finished": False}
+            for turn in range(len(chat))
+        ]
+        for i, chat in enumerate(QUESTIONS)
+    }
+    run = run_of(tmp_path / "target", tmp_path, style)
+    assert answer(run, tmp_path, script, *QUESTIONS).num_written == 2
+
+    found = list(supervised(trained(run)))
+
+    expected = asked(tmp_path)
+    assert len(expected) == 4
+    assert sorted(found) == sorted(expected)
+    assert sorted(written for _, written in found) == sorted([cut, whole, whole, whole])
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    by_id = {row["id"]: row for row in map(json.loads, lines)}
+    assert by_id["0"]["finish_reason"] == ["stop"]
+    assert by_id["1"]["finish_reason"] == ["stop", "stop", "length"]
+    said = [m["content"] for m in by_id["1"]["messages"] if m["role"] == "assistant"]
+    assert all(SAID.strip() in text for text in said[:2])
+
+
+def toy_answers(tmp_path: Path, **data: Any) -> RunConfig:
+    """Answer one prompt of the toy target; return the run that trains on it."""
+    style = Style(str(toy_tokenizer().chat_template), "{said}", "<|im_end|>")
+    save_toy_target(tmp_path / "target")
+    tokens = write_out(toy_tokenizer(), "yes<|im_end|>", spelled=False)
+    run = run_of(tmp_path / "target", tmp_path, style, **data)
+    answer(run, tmp_path, {"0": [{"tokens": tokens, "finished": True}]}, ("Hi",))
+    return run
+
+
+def change(path: Path, **values: Any) -> None:
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in {**row, **values}.items() if v is not None}))
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize("part", ["weights or config", "tokenizer", "chat template"])
+def test_tokens_of_another_target_are_refused_by_name(tmp_path: Path, part: str) -> None:
+    run = toy_answers(tmp_path)
+    assert len(trained(run)) == 1
+    shutil.rmtree(tmp_path / "target")
+    save_toy_target(tmp_path / "target", seed=part == "weights or config")
+    tokenizer = toy_tokenizer()
+    if part == "tokenizer":
+        tokenizer.eos_token = "<|endoftext|>"
+    if part == "chat template":
+        tokenizer.chat_template = "{{ bos_token }}" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(tmp_path / "target")
+    with pytest.raises(DataError) as error:
+        trained(run)
+    assert str(error.value).startswith("answers.jsonl:1: its tokens were written with another ")
+    assert f"{part} than this run's" in str(error.value)
+    assert "Answer the prompts with this target: specforge regenerate" in str(error.value)
+    # what the message says: without them the text is trained on
+    assert "jq -c 'del(.token_rows)'" in str(error.value)
+    change(tmp_path / "answers.jsonl", token_rows=None)
+    (row,) = trained(run)
+    assert row.loss_mask.sum() == 4
+
+
+@pytest.mark.usefixtures("scripted")
+def test_arguments_of_the_template_and_the_date_may_differ(tmp_path: Path) -> None:
+    """They are in the tokens: files with and without thoughts are trained on together."""
+    run = toy_answers(tmp_path)
+    data = {"chat_template_kwargs": {"enable_thinking": False}, "now": "2030-01-01"}
+    other = run.model_copy(update={"data": DataConfig(train=run.data.train, **data)})
+    assert [p.input_ids.tolist() for p in trained(other)] == [
+        p.input_ids.tolist() for p in trained(run)
+    ]
+    row = json.loads((tmp_path / "answers.jsonl").read_text())
+    assert row["sampling"]["chat_template_kwargs"] == {}
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ([], "'token_rows' is no list"),
+        ("x", "'token_rows' is no list"),
+        ([5], "'input_ids' is no list of token ids"),
+        ([{"input_ids": [], "loss_mask": []}], "'input_ids' is no list"),
+        ([{"input_ids": [1, -1], "loss_mask": [0, 1]}], "'input_ids' is no list"),
+        ([{"input_ids": [1, 2.0], "loss_mask": [0, 1]}], "'input_ids' is no list"),
+        ([{"input_ids": [1, True], "loss_mask": [0, 1]}], "'input_ids' is no list"),
+        ([{"input_ids": [1, 2**31], "loss_mask": [0, 1]}], "'input_ids' is no list"),
+        ([{"input_ids": [1, 2], "loss_mask": [1]}], "'loss_mask' is no list of 2"),
+        ([{"input_ids": [1, 2]}], "'loss_mask' is no list of 2"),
+        ([{"input_ids": [1, 2], "loss_mask": [0, 2]}], "other values than 0 and 1"),
+        ([{"input_ids": [1, 260], "loss_mask": [0, 1]}], "token id 260 is beyond"),
+    ],
+)
+def test_damaged_tokens_are_named(tmp_path: Path, damaged: Any, message: str) -> None:
+    run = toy_answers(tmp_path)
+    change(tmp_path / "answers.jsonl", token_rows=damaged)
+    with pytest.raises(DataError, match=rf"^answers\.jsonl:1: .*{message}"):
+        trained(run)
+
+
+@pytest.mark.usefixtures("scripted")
+def test_tokens_are_cut_to_the_longest_sample(tmp_path: Path) -> None:
+    run = toy_answers(tmp_path)
+    (whole,) = trained(run)
+    limit = len(whole.input_ids) - 1
+    short = run.model_copy(update={"data": DataConfig(train=run.data.train, max_length=limit)})
+    (cut,) = trained(short)
+    assert cut.input_ids.tolist() == whole.input_ids.tolist()[:limit]
+    refuse = DataConfig(train=run.data.train, max_length=limit, too_long="raise")
+    with pytest.raises(DataError, match=rf"{limit + 1} tokens, longer than data\.max_length"):
+        trained(run.model_copy(update={"data": refuse}))
+
+
+@pytest.mark.usefixtures("scripted")
+def test_text_of_a_cut_answer_has_no_end(tmp_path: Path) -> None:
+    run = toy_answers(tmp_path)
+    change(tmp_path / "answers.jsonl", token_rows=None, finish_reason=["length"])
+    (row,) = trained(run)
+    assert toy_tokenizer().decode(row.input_ids[row.loss_mask.bool()]) == "yes"
+
+
+@pytest.mark.usefixtures("scripted")
+def test_prompts_of_an_earlier_regeneration(tmp_path: Path) -> None:
+    """Their tokens are another's: none of them stay in what is written."""
+    run = toy_answers(tmp_path)
+    change(tmp_path / "answers.jsonl", retokenized=True)
+    shutil.move(tmp_path / "answers.jsonl", tmp_path / "p.jsonl")
+    other = write_out(toy_tokenizer(), "no<|im_end|>", spelled=False)
+    (tmp_path / "script.json").write_text(json.dumps({"0": [{"tokens": other, "finished": True}]}))
+    regenerate(run, Strategy.load("linear"), tmp_path / "answers.jsonl")
+    row = json.loads((tmp_path / "answers.jsonl").read_text())
+    assert "retokenized" not in row
+    ((_, written),) = supervised(trained(run))
+    assert written == other
+
+
+@pytest.mark.usefixtures("scripted")
+def test_tokens_that_were_made_of_text_are_said_to_be(tmp_path: Path) -> None:
+    style = Style(str(toy_tokenizer().chat_template), "{said}", "<|im_end|>")
+    save_toy_target(tmp_path / "target")
+    tokens = write_out(toy_tokenizer(), "yes<|im_end|>", spelled=False)
+    given = {"tokens": tokens, "finished": True, "retokenized": True}
+    report = answer(run_of(tmp_path / "target", tmp_path, style), tmp_path, {"0": [given]}, ("Hi",))
+    assert "1 tokenized anew (the server gives no token ids)" in str(report)
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["retokenized"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "thought"),
+    [
+        ("plain <|channel|>", "plain <|channel|>", None),
+        (STYLES["harmony"].writes.format(thought="t", said="s"), "s", "t"),
+        ("<|channel|>final<|message|>s", "s", None),
+        ("<|channel|>analysis<|message|>cut o", "", "cut o"),
+        ("<|channel|>analysis<|message|>t<|end|><|start|>assistant<|chan", "", "t"),
+        (
+            "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary "
+            "to=functions.f <|constrain|>json<|message|>{}",
+            "I look.",
+            None,
+        ),
+        ("<|channel|>final<|message|>a\n<b>", "a\n<b>", None),
+    ],
+)
+def test_answers_in_channels(text: str, content: str, thought: str | None) -> None:
+    expected = {"role": "assistant", "content": content}
+    if thought:
+        expected["reasoning_content"] = thought
+    assert as_message(text) == expected
