@@ -65,7 +65,8 @@ class Encoder:
         if self._options is None:
             self._options = dict(self.template_kwargs)
             now = self._options.pop(CLOCK, None)
-            if now is not None and (pinned := pinned_template(self.tokenizer, now)):
+            tools = self._options.get("tools")
+            if now is not None and (pinned := pinned_template(self.tokenizer, now, tools)):
                 self._options["chat_template"] = pinned
         chat_template(self.tokenizer)
         try:

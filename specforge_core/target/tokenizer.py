@@ -64,12 +64,15 @@ def template_options(data: DataConfig) -> dict[str, Any]:
     return {**data.chat_template_kwargs, CLOCK: data.now}
 
 
-def pinned_template(tokenizer: PreTrainedTokenizerBase, now: datetime) -> str | None:
+def pinned_template(
+    tokenizer: PreTrainedTokenizerBase, now: datetime, tools: list[dict[str, Any]] | None
+) -> str | None:
     """Return the source of a chat template that takes `now` for the time; None if it reads none.
 
     In the template's own language, since transformers hands no functions on to templates.
     """
-    source = chat_template(tokenizer)
+    chat_template(tokenizer)  # there is one; some tokenizers have another one for tools
+    source = str(tokenizer.get_chat_template(tools=tools))
     if CLOCK not in source:
         return None
     names = [f"%{flag}{name}" for flag in ("", "-") for name in DIRECTIVES]
