@@ -8,10 +8,11 @@ shows the summary of its distribution.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,7 +24,16 @@ if TYPE_CHECKING:
     from .strategy import Strategy
 
 GROUP = "specforge.commands"  # as in plugins.py, which is not imported to list
-PATH = click.Path(path_type=Path)
+
+
+class _Path(click.Path):
+    """A path; `~` is the user's folder also where no shell said so, as in `--draft=~/run`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(os.path.expanduser(super().convert(value, param, ctx)))  # noqa: PTH111  # never fails
+
+
+PATH = _Path(path_type=Path)
 CONFIG_HELP = "YAML file of the run; KEY=VALUE arguments override it."
 config_option = click.option("-c", "--config", type=PATH, required=True, help=CONFIG_HELP)
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")

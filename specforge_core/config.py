@@ -16,6 +16,7 @@ from .section import (
     Section as Section,
     StrategyConfig as StrategyConfig,
     Temperature,
+    expand,
     fits,
 )
 
@@ -44,7 +45,16 @@ class TargetConfig(Section):
 class DataConfig(Section):
     """What is trained on.  With `capture_dir` training is offline, without it online."""
 
-    train: tuple[str, ...] = Field((), description="Conversations: JSONL files.")
+    train: tuple[str, ...] = Field(
+        (),
+        description="Conversations: files (JSONL, JSON, Parquet, Arrow, also packed), folders, "
+        "patterns, Hugging Face data sets (NAME, NAME:SPLIT, NAME:CONFIG:SPLIT).",
+    )
+    mix: tuple[float, ...] = Field(
+        (),
+        description="The sources' weights, one for each of `train`: conversations are taken in "
+        "this proportion until a source ends. If not set: all, one source behind the other.",
+    )
     capture_dir: Path | None = Field(None, description="Where `capture` writes and `train` reads.")
     follow: bool = Field(False, description="Train while `capture_dir` is still being written.")
     max_length: int = Field(
@@ -71,10 +81,26 @@ class DataConfig(Section):
         (), description="Fields of rows and messages that mean nothing for the training."
     )
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_is_enough(cls, train: object) -> object:
+        return (train,) if isinstance(train, str) else train
+
     @field_validator("train")
     @classmethod
     def _files_fit(cls, train: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(fits, train))
+        return tuple(fits(expand(path)) for path in train)
+
+    @model_validator(mode="after")
+    def _each_has_a_weight(self) -> DataConfig:
+        if self.mix and len(self.mix) != len(self.train):
+            raise ValueError(
+                f"data.mix has {len(self.mix)} weights, and data.train {len(self.train)} sources: "
+                "give each one"
+            )
+        if not all(0 < weight <= MANY for weight in self.mix):
+            raise ValueError("a weight in data.mix is more than 0: leave out a source without one")
+        return self
 
 
 class CaptureConfig(Section):
@@ -162,7 +188,7 @@ class EvalConfig(Section):
     """What `specforge eval` measures."""
 
     prompts: dict[str, Path] = Field(
-        default_factory=dict, description="Prompt set name -> JSONL file."
+        default_factory=dict, description="Prompt set name -> file of prompts."
     )
     limit: int | None = Field(None, gt=0, le=MANY, description="Prompts of each set.")
     max_new_tokens: int = Field(128, gt=0, le=10**6)
@@ -178,7 +204,7 @@ class EvalConfig(Section):
 class RegenerateConfig(Section):
     """How the target answers prompts itself."""
 
-    prompts: tuple[Path, ...] = Field((), description="JSONL files of prompts.")
+    prompts: tuple[Path, ...] = Field((), description="Files of prompts, as `data.train`.")
     batch_size: int = Field(16, gt=0, le=4096, description="Answers at once, over all servers.")
     max_new_tokens: int = Field(512, gt=0, le=10**6)
     temperature: Temperature = Field(0.0, ge=0, le=100)

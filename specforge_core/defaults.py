@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 @hookimpl(trylast=True)
 def specforge_conversations(source: str) -> Iterable[Mapping[str, Any]]:
-    """Read a file of JSON lines."""
-    from .data.sources import read_jsonl
+    """Read a file, a folder or a pattern of files, or a data set of Hugging Face."""
+    from .data.files import open_source
 
-    return read_jsonl(source)  # type: ignore[return-value]  # a bad line is a DataError
+    return open_source(source)  # type: ignore[return-value]  # a bad line is a DataError
 
 
 @hookimpl(trylast=True)

@@ -76,8 +76,11 @@ def specforge_plugin_config() -> type[Section] | None:
 def specforge_conversations(source: str, data: DataConfig) -> Iterable[Mapping[str, Any]] | None:
     """Yield the rows of one entry of `data.train`; None when it is not of this kind.
 
-    A row has `messages` (OpenAI) or `conversations` (ShareGPT).  An entry that comes back as
-    an exception of type DataError stands for one bad row.  Default: JSON lines files.
+    A row has `messages` (OpenAI) or `conversations` (ShareGPT), or is tokens: `input_ids` and
+    `loss_mask`.  An entry that comes back as an exception of type DataError stands for one bad
+    row.  What has a method `fingerprint() -> str`, which changes with the rows, is tokenized once
+    for all runs.  Default: files (JSON lines, JSON, Parquet, Arrow; packed), folders and patterns
+    of them, and names of Hugging Face data sets.
     """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import ValuesView
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -22,8 +21,12 @@ SEEDS = 2**32 - 1
 COLDEST = 1e-3  # logits over less than this overflow
 
 
-def _expand(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+def expand(path: str) -> str:
+    """Return a path with the user's folder in the place of `~`."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:  # nobody has this name
+        return path
 
 
 def fits(path: str) -> str:
@@ -36,13 +39,21 @@ def fits(path: str) -> str:
     return path
 
 
+def _usable(value: Any) -> Any:
+    if isinstance(value, Path):
+        return Path(fits(expand(str(value))))
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("this number is larger than a machine's integers")
+    return value
+
+
 def _warm(temperature: float) -> float:
     if 0 < temperature < COLDEST:
         raise ValueError(f"a temperature is 0 (the likeliest token), or {COLDEST} and more")
     return temperature
 
 
-PathText = Annotated[str, AfterValidator(_expand), AfterValidator(fits)]
+PathText = Annotated[str, AfterValidator(expand), AfterValidator(fits)]
 Temperature = Annotated[float, AfterValidator(_warm)]
 
 
@@ -67,13 +78,11 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _can_be_used(cls, value: Any) -> Any:
-        inside = value.values() if isinstance(value, dict) else value
-        for one in inside if isinstance(inside, tuple | ValuesView) else (value,):
-            if isinstance(one, Path):
-                fits(str(one))
-            if isinstance(one, int) and abs(one) >= 2**63:
-                raise ValueError("this number is larger than a machine's integers")
-        return value
+        if isinstance(value, tuple):
+            return tuple(map(_usable, value))
+        if isinstance(value, dict):
+            return {key: _usable(one) for key, one in value.items()}
+        return _usable(value)
 
 
 class MayChange(Enum):

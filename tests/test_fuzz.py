@@ -24,7 +24,8 @@ from specforge_core.capture.job import run_capture
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.store import ShardReader
 from specforge_core.config import DataConfig
-from specforge_core.data.sources import read_conversations, read_jsonl
+from specforge_core.data.files import open_source
+from specforge_core.data.sources import read_conversations
 from specforge_core.drafts.checkpoint import checkpoints, read_state
 from specforge_core.drafts.export import read_export, write_export
 from specforge_core.drafts.load import restore
@@ -145,7 +146,7 @@ def readers(config: Path) -> dict[str, Reader]:
 
     def read_rows() -> None:
         data = DataConfig(on_error="skip")
-        for row in read_conversations(["x"], data, lambda *_: read_jsonl(str(path / "row.jsonl"))):
+        for row in read_conversations(["x"], data, lambda *_: open_source(str(path / "row.jsonl"))):
             assert all(isinstance(message["content"], str) for message in row.messages)
 
     def read_tensors() -> None:

@@ -53,10 +53,11 @@ MEANT = (
     *("system_prompt", "instruction", "input", "output", "prompt", "response", "completion"),
     *("history", "chosen", "rejected", "image", "images", "video", "videos", "audio", "audios"),
     *("documents", "tool_choice", "response_format", "chat_template_kwargs", "tool_calls"),
-    *(*REASONING, "weight", "train", "labels"),
+    *(*REASONING, "weight", "train", "labels", "input_ids", "loss_mask"),
 )
 
-KEPT = ("messages", "conversations", "content", "value")  # an empty one says something
+CHATS = ("messages", "conversations")
+KEPT = (*CHATS, "content", "value")  # an empty one says something
 
 _short = Repr()  # values in messages: whatever a row holds, and however deep it is
 _short.maxother = _short.maxstring = _short.maxlong = 80

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from typing import overload
 
 import torch
@@ -17,9 +16,9 @@ from ..progress import console, track
 from ..target.tokenizer import chat_template, template_options
 from ..types import Prompt
 from .chat import Encoder, Row
-from .rows import encoder_for
-from .sources import BadRow, Conversation, Rows, Skipped, nothing_left, read_conversations
-from .tokenrows import ROWS, Fingerprint, cut_answers, token_rows
+from .rows import RowMaker
+from .sources import BadRow, Rows, Skipped, conversations, mixed, nothing_left
+from .tokenrows import Fingerprint
 
 
 class PromptSet(Sequence[Prompt]):
@@ -86,13 +85,18 @@ def load_prompts(
     chat_template(tokenizer)  # a missing template is no fault of the first line
     limit = min(data.max_length, positions or data.max_length)
     encoder = Encoder(tokenizer, template_options(data), limit, ends)
-    origin = cache(lambda: Fingerprint.of(tokenizer, target))
+    make = RowMaker(encoder, Fingerprint.of(tokenizer, target))
     ids, mask, offsets = array("i"), array("b"), array("q", [0])
     used, skipped = 0, Skipped(data.on_error)
+    # all of them before any work: a misspelled last one should not cost an hour
+    opened = [(source, source_rows(source, data)) for source in data.train]
     with track("reading conversations", data.limit) as progress:
-        for found in read_conversations(data.train, data, source_rows, skipped=skipped):
+        for found in mixed(conversations(opened, data, need_answer=True), data.mix):
+            if isinstance(found, DataError):
+                skipped.add(found)
+                continue
             try:
-                rows = _rows(found, encoder, origin)
+                rows = make(found)
             except BadRow as exc:
                 skipped.add(exc.at(found.where))
                 continue
@@ -123,14 +127,6 @@ def load_prompts(
         torch.frombuffer(offsets, dtype=torch.int64),
         skipped.counts,
     )
-
-
-def _rows(found: Conversation, encoder: Encoder, origin: Callable[[], Fingerprint]) -> list[Row]:
-    """Return a conversation's rows: of the tokens that it says, or of its text."""
-    if ROWS in found.row:
-        return token_rows(found.row, origin(), encoder.limit)
-    encoder = encoder_for(encoder, found.messages, found.tools)
-    return encoder.rows(found.messages, cut_answers(found.row))
 
 
 def _left_out(row: Row, data: DataConfig, limit: int, where: str) -> str | None:

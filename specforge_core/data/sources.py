@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from codecs import getreader
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
 from ..config import DataConfig
 from ..errors import DataError
-from .messages import Message as Message, parse
+from .messages import CHATS, Message as Message, parse
 from .tools import Tool
 
 # what opens one source: the rows of it, a DataError in the place of a bad one
 Rows: TypeAlias = Callable[[str, DataConfig], Iterable[Mapping[str, Any] | DataError]]
+PIECE = 1 << 20  # characters of an array that are read at once
 MAX_LINE = 64 << 20  # bytes of one line, far beyond any conversation
 _SKIP = "Correct the line, or set data.on_error=skip"
 
@@ -66,7 +69,7 @@ def told(counts: Mapping[str, int]) -> str:
 class Conversation:
     """One line of a file, in OpenAI form."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...]  # none where the row is tokens alone
     where: str  # "file.jsonl:12"
     source: str  # as the config names it
     row: Mapping[str, Any]  # the line as it was, for its id and other metadata
@@ -109,18 +112,64 @@ def scan(
     """Yield every row of the sources, read or as the error that says what is wrong with it."""
     # all of them before any work: a misspelled last one should not cost an hour
     opened = [(source, rows(source, data)) for source in sources]
+    return chain.from_iterable(conversations(opened, data, need_answer=need_answer))
+
+
+def conversations(
+    opened: Iterable[tuple[str, Iterable[Mapping[str, Any] | DataError]]],
+    data: DataConfig,
+    *,
+    need_answer: bool,
+) -> list[Iterator[Conversation | DataError]]:
+    """Return the rows of each source that was opened, as `scan` yields them."""
     names = Counter(Path(source).name for source, _ in opened)
-    for source, found in opened:
-        name = Path(source).name
-        folder = source.removesuffix(name) if names[name] > 1 else ""  # to tell them apart by
-        for number, row in enumerate(found, 1):
-            if isinstance(row, BadRow) and str(row).startswith(name):
-                yield BadRow(f"{folder}{row}", row.reason)
-            elif isinstance(row, DataError):
-                yield row
-            else:
-                where = f"{folder}{row.where}" if isinstance(row, Line) else f"{source}:{number}"
-                yield _conversation(row, where, source, data, need_answer)
+    return [
+        _read(source, found, data, need_answer, shared=names[Path(source).name] > 1)
+        for source, found in opened
+    ]
+
+
+def mixed(
+    sources: Sequence[Iterator[Conversation | DataError]], weights: Sequence[float]
+) -> Iterator[Conversation | DataError]:
+    """Yield the conversations of several sources in proportion to their weights.
+
+    Every beginning of what is yielded has that proportion, so it ends with the first source that
+    ends.  Without weights one source comes behind the other, to its end.
+    """
+    if not weights:
+        yield from chain.from_iterable(sources)
+        return
+    taken = [0] * len(sources)
+    while True:
+        turn = min(range(len(sources)), key=lambda i: (taken[i] + 1) / weights[i])
+        for found in sources[turn]:
+            yield found
+            if isinstance(found, Conversation):
+                break
+        else:
+            return
+        taken[turn] += 1
+
+
+def _read(
+    source: str,
+    found: Iterable[Mapping[str, Any] | DataError],
+    data: DataConfig,
+    need_answer: bool,
+    *,
+    shared: bool,
+) -> Iterator[Conversation | DataError]:
+    name = Path(source).name
+    folder = source.removesuffix(name) if shared else ""  # to tell two of one name apart by
+    for number, row in enumerate(found, 1):
+        if isinstance(row, BadRow) and str(row).startswith(name):
+            yield BadRow(f"{folder}{row}", row.reason)
+        elif isinstance(row, DataError):
+            yield row
+        else:
+            where = f"{folder}{row.where}" if isinstance(row, Line) else f"{source}:{number}"
+            yield _conversation(row, where, source, data, need_answer)
 
 
 class Line(dict[str, Any]):
@@ -131,32 +180,46 @@ class Line(dict[str, Any]):
         self.where = where
 
 
-def read_jsonl(source: str) -> Iterator[Line | DataError]:
-    """Yield the rows of a file of JSON lines; DataError at once when there is no such file."""
-    path = Path(source).expanduser()
-    if not path.is_file():
-        wrong = "is no regular file" if path.exists() else "does not exist"
-        raise DataError(
-            f"data file {source!r} {wrong}. Paths are taken from the working "
-            f"directory, {Path.cwd()}; correct it in the config, or with KEY=[PATH]"
-        )
-    return _lines(path)
+def read_lines(file: IO[bytes], name: str) -> Iterator[Line | DataError]:
+    """Yield the rows of JSON lines; the file is called `name`."""
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        where = f"{name}:{number}"
+        if len(line) > MAX_LINE:
+            _pass_over(line, file)
+            yield BadRow(f"{where} is longer than {MAX_LINE:,} bytes. {_SKIP}", "too long")
+        elif line.strip():
+            yield _parse(line, where)
 
 
-def _lines(path: Path) -> Iterator[Line | DataError]:
+def read_array(file: IO[bytes], name: str) -> Iterator[Line | DataError]:
+    """Yield the objects of one JSON array, of which no more than a piece is in memory."""
+    reader = getreader("utf-8-sig")(file)
+    decode = json.JSONDecoder().raw_decode
+    number, size = 0, PIECE
     try:
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE + 1):
-                number += 1
-                where = f"{path.name}:{number}"
-                if len(line) > MAX_LINE:
-                    _pass_over(line, file)
-                    yield BadRow(f"{where} is longer than {MAX_LINE:,} bytes. {_SKIP}", "too long")
-                elif line.strip():
-                    yield _parse(line, where)
-    except OSError as exc:
-        raise DataError(f"data file {str(path)!r} cannot be read: {exc.strerror}") from exc
+        text, place = reader.read(size).lstrip()[1:], 0  # behind the bracket
+        while True:
+            while place < len(text) and text[place] in " \t\r\n,":
+                place += 1
+            if text.startswith("]", place):
+                if (text[place + 1 :] + reader.read(PIECE)).strip():
+                    raise ValueError("more follows behind the array")
+                return
+            try:
+                row, place = decode(text, place)
+            except ValueError:
+                more = reader.read(size)
+                text, place, size = text[place:] + more, 0, 2 * size
+                if not more or len(text) > MAX_LINE:
+                    raise
+                continue
+            number, size = number + 1, PIECE
+            yield _row(row, f"{name}:{number}")
+    except (ValueError, RecursionError) as exc:
+        where = f"object {number + 1} of the array in {name}"
+        yield BadRow(f"{where} is not JSON that can be read ({exc}). {_SKIP}", "not JSON")
 
 
 def _pass_over(line: bytes, file: IO[bytes]) -> None:
@@ -170,9 +233,13 @@ def _parse(line: bytes, where: str) -> Line | DataError:
     except RecursionError:
         return BadRow(f"{where} is JSON nested too deeply to be read. {_SKIP}", "not JSON")
     except ValueError as exc:  # also bytes that are not UTF-8
-        array = line.lstrip().startswith(b"[")
-        hint = "one JSON array? Try: jq -c '.[]' FILE > FILE.jsonl" if array else _SKIP
+        several = line.rstrip() == b"{"
+        hint = "One object on several lines? Try: jq -c . FILE > FILE.jsonl" if several else _SKIP
         return BadRow(f"{where} is not a line of JSON ({exc}). {hint}", "not JSON")
+    return _row(row, where)
+
+
+def _row(row: object, where: str) -> Line | DataError:
     if not isinstance(row, dict):
         found = type(row).__name__
         return BadRow(f"{where}: expected an object, found {found}. {_SKIP}", "not a conversation")
@@ -189,9 +256,18 @@ def nothing_left(files: Iterable[str], first_bad: DataError | None) -> DataError
     )
 
 
+def is_tokens(row: object) -> bool:
+    """Say whether a row is tokens alone."""
+    return isinstance(row, Mapping) and "input_ids" in row and not {*CHATS} & row.keys()
+
+
 def _conversation(
     row: Mapping[str, Any], where: str, source: str, data: DataConfig, need_answer: bool
 ) -> Conversation | DataError:
+    if is_tokens(row):
+        if need_answer:
+            return Conversation((), where, source, row)
+        return BadRow(f"{where}: tokens ask no question. {_SKIP}", "without a question")
     try:
         parsed = parse(row, data.ignore_fields)
     except ValueError as exc:

@@ -86,7 +86,7 @@ def load_prompt_sets(
     if not run.eval.prompts:
         raise ConfigError("eval.prompts names no prompt set. Try: eval.prompts.chat=FILE.jsonl")
     for name, path in run.eval.prompts.items():
-        if not path.is_file():
+        if not path.exists():
             raise ConfigError(
                 f"eval.prompts.{name}: {str(path)!r} does not exist. "
                 f"Try: eval.prompts.{name}=FILE.jsonl"

@@ -18,9 +18,9 @@ from specforge_core.capture.job import run_capture
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.store import ShardReader, read_token_counts
 from specforge_core.config import DataConfig, RunConfig
+from specforge_core.data.files import open_source
 from specforge_core.data.order import epoch_order
 from specforge_core.data.prompts import PromptSet, load_prompts
-from specforge_core.data.sources import read_jsonl
 from specforge_core.errors import CaptureError, ConfigError
 from specforge_core.load import load_config
 from specforge_core.target.engine import TransformersEngine
@@ -110,7 +110,7 @@ def config(env: FakeSite, tmp_path: Path, toy_target: Path) -> Path:
 
 def load_data(run: RunConfig) -> PromptSet:
     def rows(source: str, data: DataConfig) -> Any:
-        return read_jsonl(source)
+        return open_source(source)
 
     return load_prompts(run.data, load_tokenizer(run.target), 260, rows)
 

@@ -10,9 +10,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from specforge_core.config import DataConfig
+from specforge_core.data.files import open_source
 from specforge_core.data.messages import REASONING, OnlyRead, parse
 from specforge_core.data.prompts import PromptSet, load_prompts
-from specforge_core.data.sources import read_jsonl
 from specforge_core.errors import DataError
 from specforge_core.testing.toy import toy_tokenizer
 
@@ -51,7 +51,7 @@ def load(
     tokenizer = tokenizer or tooled()
 
     def rows(source: str, data: DataConfig) -> Any:
-        return read_jsonl(source)
+        return open_source(source)
 
     return load_prompts(DataConfig(train=(str(path),), **options), tokenizer, len(tokenizer), rows)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from specforge_core.config import DataConfig
+from specforge_core.data.files import open_source
 from specforge_core.data.prompts import PromptSet, load_prompts
-from specforge_core.data.sources import read_jsonl
 from specforge_core.errors import DataError
 from specforge_core.testing.toy import toy_tokenizer, write_conversations
 
@@ -38,7 +38,7 @@ def load(path: Path, **options: Any) -> PromptSet:
 
 def prompts_of(path: Path, tokenizer: Any, vocab_size: int = VOCAB, **options: Any) -> PromptSet:
     def rows(source: str, data: DataConfig) -> Any:
-        return read_jsonl(source)
+        return open_source(source)
 
     return load_prompts(DataConfig(train=(str(path),), **options), tokenizer, vocab_size, rows)
 
@@ -196,7 +196,7 @@ def test_no_row_is_longer_than_the_targets_positions(tmp_path: Path) -> None:
 
     def bounded(**options: Any) -> PromptSet:
         def rows(source: str, data: DataConfig) -> Any:
-            return read_jsonl(source)
+            return open_source(source)
 
         data = DataConfig(train=(str(path),), **options)
         return load_prompts(data, TOKENIZER, VOCAB, rows, positions=80)
@@ -228,3 +228,48 @@ def test_no_file(tmp_path: Path) -> None:
         load_prompts(DataConfig(), TOKENIZER, VOCAB, lambda source, data: [])
     with pytest.raises(DataError, match="no conversations in"):
         load(write(tmp_path / "d.jsonl", ""))
+
+
+def test_rows_that_are_tokens(tmp_path: Path) -> None:
+    ids = list(range(20))
+    plain = {"input_ids": ids, "loss_mask": [0] * 5 + [1] * 15}
+    path = write(tmp_path / "d.jsonl", json.dumps(plain), ["Hi", "Hello"])
+    prompts = load(path)
+    assert prompts[0].input_ids.tolist() == ids
+    assert prompts[0].loss_mask.tolist() == plain["loss_mask"]
+    assert lengths(load(path, max_length=8))[0] == 8
+    with pytest.raises(DataError, match=r"token id 19 is beyond the target's vocabulary of 19"):
+        prompts_of(path, TOKENIZER, 19)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1, 2]}, "needs a 'loss_mask', a list of 0 and 1"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "needs a 'loss_mask', a list of 0 and 1"),
+        ({"input_ids": [1, 2], "loss_mask": [True, False]}, "needs a 'loss_mask'"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 1, 1]}, "there are 2 input_ids, and a loss_mask"),
+        ({"input_ids": [1, -2], "loss_mask": [0, 1]}, "'input_ids' must be a list of token ids"),
+        ({"input_ids": [], "loss_mask": []}, "'input_ids' must be a list of token ids"),
+        ({"input_ids": ["1"], "loss_mask": [1]}, "'input_ids' must be a list of token ids"),
+        ({"input_ids": [2**40], "loss_mask": [1]}, "'input_ids' must be a list of token ids"),
+        ({"input_ids": 3, "loss_mask": [1]}, "'input_ids' must be a list of token ids"),
+    ],
+)
+def test_rows_of_tokens_that_cannot_be_trained_on(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path / "d.jsonl", ["Hi", "Hello"], json.dumps(row))
+    with pytest.raises(DataError, match=r"d\.jsonl:2: ") as error:
+        load(path)
+    assert message in str(error.value)
+    assert load(path, on_error="skip").skipped == {"not a row of tokens": 1}
+
+
+def test_a_mix_of_sources(tmp_path: Path) -> None:
+    one = write(tmp_path / "1.jsonl", *[["a", "b"]] * 2)
+    two = write(tmp_path / "2.jsonl", *[["c", "d"]] * 20)
+    data = DataConfig(train=(str(one), str(two)), mix=(1, 3))
+    prompts = load_prompts(data, TOKENIZER, VOCAB, lambda source, _: open_source(source))
+    answers = [str(TOKENIZER.decode(p.input_ids[p.loss_mask.bool()])) for p in prompts]
+    assert "".join(answer[0] for answer in answers) == "ddbdddbddd"

@@ -9,13 +9,13 @@ import pytest
 
 from specforge_core.config import DataConfig
 from specforge_core.data import sources
+from specforge_core.data.files import open_source
 from specforge_core.data.messages import REASONING
 from specforge_core.data.sources import (
     Conversation,
     Rows,
     Skipped,
     read_conversations,
-    read_jsonl,
 )
 from specforge_core.errors import DataError
 
@@ -46,7 +46,7 @@ def with_text(text: object) -> dict[str, Any]:
 
 
 def jsonl(source: str, data: DataConfig) -> Any:
-    return read_jsonl(source)
+    return open_source(source)
 
 
 def read(
@@ -128,12 +128,6 @@ def test_bad_line_is_named_or_skipped(
     assert "d.jsonl:2" in str(error.value)
     assert "data.on_error=skip" in str(error.value)
     assert [c.row["id"] for c in read(path, on_error="skip")] == ["a", "b"]
-
-
-def test_json_array_file_says_how_to_convert(tmp_path: Path) -> None:
-    path = write(tmp_path / "d.json", "[", json.dumps(OPENAI), "]")
-    with pytest.raises(DataError, match=r"d\.json:1 is not a line of JSON .* Try: jq -c"):
-        read(path)
 
 
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
@@ -238,8 +232,7 @@ def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
         list(read_conversations(paths, DataConfig(), jsonl))
 
 
-def test_a_pipe_and_a_folder_are_no_files_of_rows(tmp_path: Path) -> None:
+def test_a_pipe_is_no_file_of_rows(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(DataError, match="is no regular file"):
-            read(path)
+    with pytest.raises(DataError, match="is no regular file"):
+        read(tmp_path / "pipe")

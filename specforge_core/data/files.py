@@ -1,0 +1,173 @@
+"""What an entry of `data.train` names: a file, a folder, a pattern, a data set of Hugging Face."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..checksums import file_checksum
+from ..errors import DataError
+from .formats import ENDINGS, EXTRA, read_file
+from .sources import Line
+
+HUB = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+){0,2}")  # NAME, NAME:SPLIT, NAME:CONFIG:SPLIT
+NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state|\w*config|manifest|\w*tokenizer.*)\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRows:
+    """The rows of some files, one file behind the other."""
+
+    files: tuple[Path, ...]
+    folder: Path  # that their names are told from
+
+    def __iter__(self) -> Iterator[Line | DataError]:
+        for path in self.files:
+            yield from read_file(path, str(path.relative_to(self.folder)))
+
+    def fingerprint(self) -> str:
+        """Return what changes with the rows: a hash of all that is in the files."""
+        digest = xxhash.xxh3_128()
+        for path in self.files:
+            try:
+                digest.update(file_checksum(path).encode())
+            except OSError as exc:
+                raise DataError(f"data file {str(path)!r} cannot be read: {exc.strerror}") from exc
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class HubRows:
+    """The rows of a data set that the `datasets` library loaded."""
+
+    found: Any
+    name: str
+
+    def __iter__(self) -> Iterator[Line | DataError]:
+        for number, row in enumerate(self.found, 1):
+            yield Line(row, f"{self.name}:{number}")
+
+    def fingerprint(self) -> str:
+        """Return the library's own."""
+        return str(self.found._fingerprint)
+
+
+def open_source(source: str) -> FileRows | HubRows:
+    """Find what a source names; its rows are read when they are asked for.
+
+    Raises DataError where there is nothing of the kind.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return FileRows((path,), path.parent)
+    if path.is_dir():
+        return FileRows(tuple(_inside(path)), path)
+    if path.exists():
+        raise DataError(
+            f"data file {source!r} is no regular file: rows are read more than once. "
+            "Write them to a file first"
+        )
+    if glob.has_magic(source):
+        base = Path(path.anchor or ".")
+        inner = str(path.relative_to(path.anchor))
+        if files := sorted(found for found in base.glob(inner) if found.is_file()):
+            return FileRows(tuple(files), _common(files))
+        raise DataError(
+            f"no file has a name like {source!r}. Paths are taken from the working "
+            f"directory, {Path.cwd()}; correct it in the config, or with KEY=[PATH]"
+        )
+    if HUB.fullmatch(source) and not path.parent.exists() and not source.endswith(ENDINGS):
+        return _hub(source)
+    raise DataError(
+        f"data file {source!r} does not exist. Paths are taken from the working "
+        f"directory, {Path.cwd()}; correct it in the config, or with KEY=[PATH]"
+    )
+
+
+def _common(files: Iterable[Path]) -> Path:
+    """Return the innermost folder that holds all of them."""
+    folders = [set(path.parents) for path in files]
+    return max(set.intersection(*folders), key=lambda folder: len(folder.parts))
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """Yield a folder's files of rows; of a saved data set, those that it names, in its order."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = _named(folder / "dataset_dict.json", "splits")
+        if "train" not in splits and len(splits) != 1:
+            shown = ", ".join(f"{folder}/{split}" for split in splits)
+            raise DataError(
+                f"data folder {str(folder)!r} holds several splits, and none is named train. "
+                f"Name those that are meant: {shown}"
+            )
+        folder /= "train" if "train" in splits else splits[0]
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        names = [file.get("filename") for file in _named(folder / "state.json", "_data_files")]
+        yield from (folder / Path(str(name)).name for name in names)
+        return
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name.endswith(ENDINGS)
+        and not NO_ROWS.fullmatch(path.name)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not files or any((folder / name).is_file() for name in ("manifest.json", "config.json")):
+        raise DataError(_no_data(folder))
+    yield from files
+
+
+def _no_data(folder: Path) -> str:
+    said = f"data folder {str(folder)!r}"
+    if (folder / "manifest.json").is_file():
+        return f"{said} is a capture. Try: data.capture_dir={folder}, without data.train"
+    if (folder / "config.json").is_file():
+        return f"{said} is a model. Name a file or a folder of conversations: data.train=[PATH]"
+    names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+    return (
+        f"{said} holds no file that is named as one of rows is ({', '.join(ENDINGS)}), but "
+        f"{names:.200}. Name the files: data.train=[PATH]"
+    )
+
+
+def _named(path: Path, key: str) -> list[Any]:
+    try:
+        found = json.loads(path.read_bytes())[key]
+        assert isinstance(found, list)
+        assert found
+    except (OSError, ValueError, TypeError, KeyError, AssertionError, RecursionError) as exc:
+        raise DataError(
+            f"{path} does not say which {key!r} the data set has, so it is damaged. Save it again"
+        ) from exc
+    return found
+
+
+def _hub(source: str) -> HubRows:
+    name, *more = source.split(":")
+    try:
+        import datasets
+    except ImportError as exc:
+        raise DataError(
+            f"{source!r} is no file here. If it is a data set of Hugging Face: {EXTRA}"
+        ) from exc
+    config, split = (more[0] if len(more) == 2 else None), (more[-1] if more else "train")
+    try:
+        found: Mapping[str, Any] = datasets.load_dataset(name, config, split=split)
+    except MemoryError:
+        raise
+    except Exception as exc:  # whatever the network, the hub or the data set's files make of it
+        reason = " ".join(str(exc).split())[:300]
+        raise DataError(
+            f"{source!r} is no file here, and cannot be loaded as a data set of Hugging Face: "
+            f"{type(exc).__name__}: {reason}. Try: data.train=[NAME:SPLIT], or "
+            "[NAME:CONFIG:SPLIT], or a file"
+        ) from exc
+    return HubRows(found, source)
