@@ -11,7 +11,7 @@ import pluggy
 
 from . import blame, plugins
 from .errors import PluginError, SpecForgeError
-from .text import cut
+from .text import cut, said
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class Calls:
             if _out_of_memory(exc):
                 raise
             who = blame.blamed(self.pm, hook, exc, plugin or self.name)
-            reason = cut(str(exc), plugins.REASON)
+            reason = cut(said(exc), plugins.REASON)
             error = PluginError(f"{who}, {hook}: {type(exc).__name__}: {reason}")
             error.exit_code = status
             raise error from exc

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from .config import RunConfig, Section
 from .errors import ConfigError
 from .plugins import PLUGINS, discover
-from .records import MASK, in_error, override_in_error
+from .records import MASK, in_error, override_in_error, remember_secrets
 from .strategy import Strategy
 from .text import cut, shorten
 from .yaml_text import MAX_DEPTH, parse, read_file
@@ -73,9 +73,11 @@ def validate(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Strategy]:
     }
     try:
         whole = {**raw, "strategy": chosen, "plugins": sections}
-        return RunConfig.model_validate(whole), strategy
+        run = RunConfig.model_validate(whole)
     except ValidationError as exc:
         raise ConfigError(_explain(exc, origin, RunConfig)) from exc
+    remember_secrets(run)
+    return run, strategy
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

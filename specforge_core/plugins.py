@@ -20,7 +20,7 @@ import pluggy
 
 from . import hookspecs
 from .errors import PluginError
-from .text import cut, shorten
+from .text import cut, said, shorten
 
 CORE = "specforge-core"
 STRATEGIES = "specforge.strategies"
@@ -109,7 +109,7 @@ def _installed(ep: EntryPoint) -> Installed:
     try:
         name, number, requires = ep.dist.name, ep.dist.version, ep.dist.requires
     except Exception as exc:
-        return Installed(ep.name, "?", "?", ep, unreadable=f"{type(exc).__name__}: {exc}")
+        return Installed(ep.name, "?", "?", ep, unreadable=f"{type(exc).__name__}: {said(exc)}")
     if not (name and number):
         return Installed(ep.name, name or "?", "?", ep, unreadable="it has no name or no version")
     try:
@@ -158,7 +158,7 @@ def load(installed: Installed) -> object:
     except BaseException as exc:
         raise PluginError(
             f"{installed} could not be imported from {installed.entry_point.value!r}: "
-            f"{type(exc).__name__}: {cut(str(exc), REASON)}. "
+            f"{type(exc).__name__}: {cut(said(exc), REASON)}. "
             f"Try: pip install --force-reinstall {installed.dist}"
         ) from exc
 

@@ -21,7 +21,7 @@ import click
 from . import stop
 from .errors import LONGEST, SpecForgeError
 from .files import CANNOT_WRITE, cannot_write, write_file
-from .text import cut
+from .text import cut, said
 
 PRIVATE = "SPECFORGE_PRIVATE"  # our own launcher's directory, in the environment of its ranks
 LAUNCHER = "SPECFORGE_LAUNCHER"  # its process id
@@ -91,13 +91,27 @@ def _failed(exc: BaseException, debug: bool) -> int:
 
 def describe(exc: BaseException) -> tuple[str, int]:
     """Return what a user is told of an exception, and the exit status that goes with it."""
+    from .records import in_message  # not before there is something to say
+
+    message, status = _described(exc)
+    return in_message(message), status
+
+
+def _described(exc: BaseException) -> tuple[str, int]:
     if isinstance(exc, SpecForgeError):
         return str(exc), exc.exit_code
+    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":  # torch's
+        then = (
+            "Try less at a time: train.batch_size=1, data.max_length=512, target.batch_tokens=1024"
+        )
+        return f"there is too little memory. {then}\n{cut(said(exc), 300)}".strip(), 1
     if isinstance(exc, OSError) and exc.errno in CANNOT_WRITE:
         then = "Make room there or choose another place, then run the same command again"
         return f"{cannot_write(exc)}. {then}", 1
-    reason = cut(str(exc), LONGEST)
-    return f"{type(exc).__name__}: {reason}\nAdd --debug to see where it came from", 1
+    return (
+        f"{type(exc).__name__}: {cut(said(exc), LONGEST)}\nAdd --debug to see where it came from",
+        1,
+    )
 
 
 def _say(message: str, status: int) -> None:

@@ -11,9 +11,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import SecretStr
+
 from .config import RunConfig
 
 MASK = "**********"
+SHORTEST = 6  # characters of a secret that is taken out wherever it stands
 # parts of a name, between dashes, underscores and capitals, that only secrets have
 SECRET_WORDS = {
     *("token", "key", "apikey", "secret", "secrets", "password", "passwd", "passphrase", "pwd"),
@@ -25,8 +28,11 @@ WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])")
 USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 QUERY = re.compile(r"(?i)([?&][^=&#\s]*(?:token|key|secret|password|sig|auth)[^=&#\s]*=)[^&#\s]+")
 KEYS = re.compile(
-    r"(?i:\b(?:bearer|basic)\s+)\S+|\b(?:sk|pk|hf|ghp|gho|glpat|xox[a-z])[-_][A-Za-z0-9_-]{16,}"
+    r"(?i:\bbearer\s+)\S+|(?i:\bbasic\s+)(?=\S*[0-9+/=])[A-Za-z0-9+/=]{8,}"
+    r"|\b(?:sk|pk|hf|ghp|gho|glpat|xox[a-z])[-_][A-Za-z0-9_-]{16,}"
 )
+
+_known: set[str] = set()
 
 
 def recorded(run: RunConfig) -> dict[str, Any]:
@@ -63,15 +69,45 @@ def without_secrets(value: Any) -> Any:
 
 def secret_values(value: Any) -> list[str]:
     """Return what `without_secrets` masks by name, to be taken out of others' messages."""
+    if isinstance(value, SecretStr):
+        return [value.get_secret_value()]
+    if isinstance(value, list | tuple):
+        return [text for inner in value for text in secret_values(inner)]
     if not isinstance(value, Mapping):
         return []
-    found = [str(v) for k, v in value.items() if v and is_secret(str(k))]
-    return found + [s for inner in value.values() for s in secret_values(inner)]
+    found = []
+    for key, inner in value.items():
+        found += _leaves(inner) if is_secret(str(key)) else secret_values(inner)
+    return found
+
+
+def _leaves(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [text for inner in value.values() for text in _leaves(inner)]
+    if isinstance(value, list | tuple):
+        return [text for inner in value for text in _leaves(inner)]
+    if isinstance(value, SecretStr):
+        return [value.get_secret_value()]
+    return [str(value)] if value else []
 
 
 def in_error(value: object, where: str) -> object:
     """Return what an error may show of the value at `where`, a dotted name of the config."""
     return MASK if any(map(is_secret, where.split("."))) else without_secrets(value)
+
+
+def remember_secrets(run: RunConfig) -> None:
+    """Note the secrets of a config, so that no message of this process shows them."""
+    sections = [section.model_dump() for section in run.plugins.values()]
+    for value in (run.target.options, *sections):
+        _known.update(text for text in secret_values(value) if len(text) >= SHORTEST)
+
+
+def in_message(text: str) -> str:
+    """Return a message without the secrets that are known, and what looks like one."""
+    for secret in sorted(_known, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(secret, MASK)
+    return str(without_secrets(text))
 
 
 def override_in_error(override: str) -> str:

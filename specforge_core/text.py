@@ -17,6 +17,14 @@ def shorten(value: object) -> str:
     return cut(_REPR.repr(value), 2 * WIDTH)
 
 
+def said(exc: BaseException) -> str:
+    """Return what an exception says, whatever its class makes of that."""
+    try:
+        return str(exc)
+    except Exception as other:
+        return f"(its text cannot be made: {type(other).__name__})"
+
+
 def cut(text: str, width: int = WIDTH) -> str:
     """Return a text of `width` characters, and how many there were if there were more."""
     return text if len(text) <= width else f"{text[:width]}... ({len(text)} characters)"

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from specforge_core.errors import ConfigError
+from specforge_core.errors import ConfigError, RunError
 from specforge_core.load import apply_override
+from specforge_core.process import describe
 from specforge_core.records import MASK, masked, secret_values
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import SECONDS, cli
@@ -52,7 +54,8 @@ class Tracker:
     def log(self, step, metrics):
         pass
     def event(self, name, values):
-        raise RuntimeError("no such service")
+        raise RuntimeError(f"no such service for {self.section.second.get_secret_value()!r}: "
+                           f"https://me:{self.section.api_key}@host/?key={self.section.api_key}")
     def close(self):
         pass
 
@@ -62,11 +65,21 @@ def specforge_tracker(run):
 
 @hookimpl
 def specforge_target_engine(target, device):
+    if target.options.get("fail"):
+        raise RuntimeError(f"a server said no to {target.options}")
     if target.engine == "service":
         assert target.options["api_key"].startswith("first")
         plain = target.model_copy(update={"engine": "transformers", "options": {}})
         return default(target=plain, device=device)
 """
+
+ASKED = (
+    "regenerate.keep_unfinished=true",
+    "regenerate.max_new_tokens=2",
+    "eval.max_new_tokens=2",
+    "eval.limit=1",
+    "data.limit=1",
+)
 
 
 @pytest.fixture
@@ -78,6 +91,8 @@ def config(tmp_path: Path, toy_target: Path, env: FakeSite) -> Path:
     raw["target"] |= {"engine": "service", "options": OPTIONS}
     raw["plugins"] = {"service": {"api_key": SECRETS[0], "second": SECRETS[1]}}
     raw["train"] |= {"max_steps": 2}
+    raw["eval"] = {"prompts": {"chat": str(tmp_path / "train.jsonl")}}
+    raw["regenerate"] = {"prompts": [str(tmp_path / "train.jsonl")]}
     path.write_text(yaml.safe_dump(raw))
     return path
 
@@ -95,11 +110,24 @@ def test_a_runs_files_and_lines_hold_no_secret(config: Path, tmp_path: Path, env
         ["train", "-c", str(config), f"plugins.service.api_key=[{SECRETS[0]}]"],
         ["train", "-c", str(config), f"plugins.service={{api_key: {SECRETS[0]}}}"],
         ["export", "--checkpoint", str(tmp_path / "run"), "-o", str(tmp_path / "run/export")],
+        ["eval", "-c", str(config), "--draft", str(tmp_path / "run"), *ASKED],
+        ["capture", "-c", str(config), f"data.capture_dir={tmp_path / 'run/capture'}"],
+        ["verify", str(tmp_path / "run/capture"), "-c", str(config), "--recapture", "1"],
+        ["regenerate", "-c", str(config), "-o", str(tmp_path / "run/answers.jsonl"), *ASKED],
+        [
+            "capture",
+            "-c",
+            str(config),
+            "target.options.fail=true",
+            f"data.capture_dir={tmp_path / 'x'}",
+        ],
     ):
         said.append("".join(cli(*arguments, env=site).communicate(timeout=SECONDS)))
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     names = {path.name for path in files}
-    assert {"state.json", "provenance.json", "metrics.jsonl", "told.txt"} <= names, said
+    written = {"state.json", "provenance.json", "metrics.jsonl", "told.txt", "report.json"}
+    assert written | {"manifest.json", "answers.jsonl"} <= names, said
+    assert "a server said no to " in said[-1]
     assert "no such service" in said[1]
     assert "strategy.layer: -2 in it" in said[3]
     assert "Input should be a valid string" in said[5]
@@ -146,6 +174,43 @@ def test_other_options_are_shown(options: dict[str, Any]) -> None:
 def test_values_that_look_like_secrets_are_masked_whatever_their_name(text: str) -> None:
     found = masked({"plugins": {"x": {"extra": [f"say {text} now"]}}})
     assert found["plugins"]["x"]["extra"] == [f"say {MASK} now"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RunError("no answer from http://me:sk-verysecret@host:1/v1"),
+        ValueError("https://host/?api_key=sk-verysecret&x=1 is down"),
+        ValueError("Invalid header value b'Bearer sk-verysecret'"),
+        OSError(28, "No space left on device", "/x?token=sk-verysecret"),
+        MemoryError("Basic bWU6verysecret=="),
+        ValueError("key hf_sk-verysecretabcdefg refused"),
+    ],
+)
+def test_what_is_said_of_an_error_holds_no_secret(error: Exception) -> None:
+    message, _ = describe(error)
+    assert "verysecret" not in message
+    assert MASK in message
+
+
+def test_plain_words_of_an_error_are_kept() -> None:
+    text = "a basic instruction: bearers of token 5 at http://127.0.0.1:8000/v1?a=b, key 3"
+    assert describe(RunError(text)) == (text, 1)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA")])
+def test_too_little_memory_says_what_takes_less(error: Exception) -> None:
+    message, status = describe(error)
+    assert message.startswith("there is too little memory. Try less at a time: train.batch_size=1")
+    assert status == 1
+
+
+def test_an_error_whose_text_cannot_be_made_is_told() -> None:
+    class Bad(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    assert describe(Bad())[0].startswith("Bad: (its text cannot be made: RuntimeError)")
 
 
 def test_the_target_and_the_strategy_are_shown_as_they_are() -> None:

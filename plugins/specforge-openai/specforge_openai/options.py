@@ -19,7 +19,8 @@ Options = TypeVar("Options", bound="Addresses")
 def _addresses(urls: tuple[str, ...]) -> tuple[str, ...]:
     for url in urls:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{url!r} is no address of a server, such as http://127.0.0.1:30000")
+            shown = url.rpartition("@")[2].partition("?")[0]  # no user, password or key
+            raise ValueError(f"{shown!r} is no address of a server, such as http://127.0.0.1:30000")
         parts = urlsplit(url)
         if "@" in parts.netloc or parts.query:
             raise ValueError(
@@ -61,8 +62,14 @@ class OpenAIOptions(Addresses):
 
 
 def api_key() -> str | None:
-    """Return the key that servers may ask for; it is in the environment alone."""
-    return os.environ.get(API_KEY_ENV)
+    """Return the key that servers may ask for; it is in the environment alone.
+
+    Raises ConfigError where it holds what a header cannot.
+    """
+    key = os.environ.get(API_KEY_ENV, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{API_KEY_ENV} is no key: it holds a line break, or what is no ASCII")
+    return key or None
 
 
 def read_options(target: TargetConfig, model: type[Options]) -> Options:

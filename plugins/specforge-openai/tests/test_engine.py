@@ -183,6 +183,8 @@ def test_it_only_generates(start: Any, toy_target: Path) -> None:
         ({}, r"target\.options\.urls: required, and missing\. Try: target\.options\.urls="),
         ({"urls": []}, "at least 1 item"),
         ({"urls": ["host:1"]}, "'host:1' is no address of a server"),
+        ({"urls": ["ftp://me:pass@a:1/?key=abc"]}, "'a:1/' is no address of a server"),
+        ({"urls": ["me:pass@a"]}, "'a' is no address of a server"),
         ({"urls": ["http://a"], "python": "x"}, r"python: unknown key .* 'target.options=\{urls"),
         ({"urls": ["http://me:pass@a:1"]}, "the address of a holds a user, a password or a query"),
         ({"url": "https://a/?token=abc"}, "Try: export SPECFORGE_API_KEY=KEY"),
