@@ -30,7 +30,7 @@ class _Path(click.Path):
     """A path; `~` is the user's folder also where no shell said so, as in `--draft=~/run`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        return Path(os.path.expanduser(super().convert(value, param, ctx)))  # noqa: PTH111  # never fails
+        return Path(os.path.expanduser(str(super().convert(value, param, ctx))))  # noqa: PTH111  # never fails
 
 
 PATH = _Path(path_type=Path)
