@@ -6,18 +6,21 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from specforge_sglang.child import CPU_FLAGS, as_arguments, free_port, write_overlay
 
 from specforge_core.config import TargetConfig
 from specforge_core.testing.close import close
@@ -43,8 +46,7 @@ class StandIn:
             return int(json.load(response)["served"])
 
     def configure(self, **options: Any) -> None:
-        raw = json.dumps(options).encode()
-        urllib.request.urlopen(f"{self.url}/options", raw).close()
+        urllib.request.urlopen(f"{self.url}/options", json.dumps(options).encode()).close()
 
     def kill(self) -> None:
         self.process.kill()
@@ -142,11 +144,11 @@ def prompts() -> Callable[..., list[Prompt]]:
 
     def make(*lengths: int) -> list[Prompt]:
         draw = torch.Generator().manual_seed(0)
-        made = []
-        for index, length in enumerate(lengths):
-            ids = torch.randint(0, 250, (length,), generator=draw)
-            made.append(Prompt(index=index, input_ids=ids, loss_mask=torch.ones_like(ids)))
-        return made
+        rows = [torch.randint(0, 250, (length,), generator=draw) for length in lengths]
+        return [
+            Prompt(index=index, input_ids=ids, loss_mask=torch.ones_like(ids))
+            for index, ids in enumerate(rows)
+        ]
 
     return make
 
@@ -215,6 +217,12 @@ def find_sglang() -> Callable[[str, Path], str]:
     return locate
 
 
+@pytest.fixture(scope="session")
+def newest_sglang_python(cache: Path) -> str:
+    """Return the interpreter of the newest version, for what is the same in all."""
+    return locate(VERSIONS[-1], cache)
+
+
 @pytest.fixture(scope="session", params=VERSIONS)
 def sglang_version(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -230,3 +238,63 @@ def sglang_python(sglang_version: str, cache: Path) -> str:
 def oldest_sglang_python(cache: Path) -> str:
     """Return the interpreter of the oldest version, for what is the same in all."""
     return locate(VERSIONS[0], cache)
+
+
+@dataclass
+class RealServer:
+    """SGLang on a CPU, as a user starts it; its port stays the same when it is started again."""
+
+    python: str
+    target: Path
+    directory: Path
+    module: str
+    port: int = field(default_factory=free_port)
+    process: Any = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        flags = {**CPU_FLAGS, "model_path": str(self.target), "dtype": "float32"}
+        flags |= {"port": self.port, "max_total_tokens": 4096, "log_level": "warning"}
+        command = [self.python, "-m", self.module, *as_arguments(flags)]
+        env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        env |= {"SGLANG_USE_CPU_ENGINE": "1"}
+        with (self.directory / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env=env, stdout=log, stderr=log, cwd=self.directory, start_new_session=True
+            )
+
+    def wait(self, seconds: float = 600.0) -> None:
+        give_up = time.monotonic() + seconds
+        while True:
+            with suppress(OSError):
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            log = (self.directory / "server.log").read_text()[-3000:]
+            assert self.process.poll() is None and time.monotonic() < give_up, log  # noqa: PT018
+            time.sleep(0.3)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RealServer]]:
+    """Return a function that starts a server; with `capture` it has specforge's plugin."""
+    made: list[RealServer] = []
+
+    def make(python: str, target: Path, *, capture: bool = False) -> RealServer:
+        module = "specforge_sglang_capture" if capture else "sglang.launch_server"
+        made.append(RealServer(python, target, tmp_path_factory.mktemp("server"), module))
+        if capture:
+            write_overlay(made[-1].directory)
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.kill()

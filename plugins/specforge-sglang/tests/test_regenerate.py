@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from specforge_sglang.child import CPU_FLAGS, as_arguments, free_port
 from transformers import AutoModelForCausalLM
 
 from specforge_core.config import RegenerateConfig, RunConfig, StrategyConfig, TargetConfig
@@ -25,7 +17,6 @@ from specforge_core.strategy import Strategy
 from specforge_core.testing.toy import save_toy_target, toy_tokenizer
 
 pytestmark = pytest.mark.slow
-SECONDS = 300  # for a server to start, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -51,39 +42,10 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(
-    sglang_python: str, talker: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    port = free_port()
-    flags = {**CPU_FLAGS, "model_path": str(talker), "dtype": "float32", "port": port}
-    flags |= {"max_total_tokens": 4096, "log_level": "warning"}
-    command = [sglang_python, "-m", "sglang.launch_server", *as_arguments(flags)]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            env={**env, "SGLANG_USE_CPU_ENGINE": "1"},
-            stdout=file,
-            stderr=file,
-            cwd=log.parent,
-            start_new_session=True,
-        )
-    try:
-        found = f"http://127.0.0.1:{port}"
-        give_up = time.monotonic() + SECONDS
-        while True:
-            with suppress(OSError):
-                urllib.request.urlopen(f"{found}/health", timeout=5).close()
-                break
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < give_up, log.read_text()[-3000:]
-            time.sleep(0.3)
-        yield found
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def url(sglang_python: str, talker: Path, real_server: Any) -> str:
+    server = real_server(sglang_python, talker)
+    server.wait()
+    return str(server.url)
 
 
 def make_run(
