@@ -22,6 +22,7 @@ from .generate import answer_batch
 from .head import Head
 from .info import load_pretrained, load_target_info
 from .proof import prove
+from .quantised import as_plain, check_method, loading, quant_method
 from .skeleton import auto_class, find_parts
 from .taps import Taps, tap_states
 from .weights import NoSafetensors, tensor_dtypes
@@ -56,13 +57,20 @@ class TransformersEngine:
             )
         config = load_pretrained(AutoConfig, pinned)
         dtype = pick_target_dtype(target.dtype, info.config.get("dtype"), device)
-        options = {"dtype": dtype, "output_loading_info": True, **own}
-        codes = _stored(info)  # before transformers follows what an index says
-        model, report = load_pretrained(auto_class(config), pinned, **options)
-        _check_loaded(model, report, info, codes)
-        model.eval().requires_grad_(False)
-        model.to(device)
-        return cls(model, info, prove(model, info), target.batch_tokens)
+        method = quant_method(config)
+        options = {"dtype": dtype, "output_loading_info": True}
+        if method is not None:
+            check_method(method, target.path)
+        stored = _stored(info)  # before transformers follows what an index says
+        with loading(method, target.path):
+            options |= as_plain(method)
+            model, report = load_pretrained(auto_class(config), pinned, **options | own)
+        _check_loaded(model, report, info, stored, method)
+        with loading(method, target.path):
+            model.eval().requires_grad_(False)
+            model.to(device)
+            head = prove(model, info)
+        return cls(model, info, head, target.batch_tokens)
 
     def supports(self, spec: CaptureSpec) -> bool:
         """Say yes: what the target cannot give is an error that names it."""
@@ -153,7 +161,11 @@ def _stored(info: TargetInfo) -> Mapping[str, str]:
 
 
 def _check_loaded(
-    model: Any, report: Mapping[str, Any], info: TargetInfo, stored: Mapping[str, str]
+    model: Any,
+    report: Mapping[str, Any],
+    info: TargetInfo,
+    stored: Mapping[str, str],
+    method: str | None,
 ) -> None:
     """Raise ConfigError for weights that are not in the files, or beside used ones and not used.
 
@@ -176,7 +188,7 @@ def _check_loaded(
             markup=False,
         )
     own = model.state_dict()
-    if getattr(model.config, "quantization_config", None) is None:
+    if method is None:
         for name, code in stored.items():
             if (
                 name in own
@@ -192,11 +204,16 @@ def _check_loaded(
     unused = set(report["unexpected_keys"])
     used = {name.rpartition(".")[0] for name in (stored.keys() | own.keys()) - unused}
     if beside := sorted(name for name in unused if name.rpartition(".")[0] in used):
+        why = (
+            "If it is quantised, its config.json lacks the quantization_config that transformers "
+            "reads"
+            if method is None
+            else f"It is quantised ({method}), in another layout than transformers reads"
+        )
         raise ConfigError(
             f"target.path {path!r} has {len(beside)} tensors that {type(model).__name__} does not "
-            f"use beside others that it does, such as {beside[0]}: its states would be wrong. If "
-            "it is quantised, its config.json lacks the quantization_config that transformers "
-            "reads. Try: target.path= its unquantised checkpoint"
+            f"use beside others that it does, such as {beside[0]}: its states would be wrong. "
+            f"{why}. Try: target.path= its unquantised checkpoint"
         )
 
 
