@@ -89,13 +89,20 @@ def check(name: str, deep: bool, overrides: tuple[str, ...]) -> None:
 @cli.command()
 @click.argument("name")
 @click.option("--kind", default="method", show_default=True, help="What to begin: a template.")
+@click.option("--of", help="Of a variant: the installed method whose hooks it imports.")
 @click.option("-o", "--output", type=PATH, help="Directory to write; else specforge-NAME.")
-def new(name: str, kind: str, output: Path | None) -> None:
-    """Write a package that works, to begin a method from."""
+@overrides_argument
+def new(
+    name: str, kind: str, of: str | None, output: Path | None, overrides: tuple[str, ...]
+) -> None:
+    """Write a package that works, to begin from: a method, a variant, an engine, a tracker.
+
+    strategy.KEY=VALUE are options of a variant's method that suit a toy target, for its tests.
+    """
     from .new import write_package
 
     directory = output or Path(f"specforge-{name}")
-    written = write_package(name, kind, directory)
+    written = write_package(name, kind, directory, of, overrides)
     click.echo(f"wrote {len(written)} files to {directory}. Try: pip install -e {directory}")
 
 
