@@ -6,6 +6,10 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 MOST = 1 << 28  # bytes: a manifest of a million shards has as many
 
@@ -30,3 +34,16 @@ def read_document(path: Path, most: int = MOST) -> bytes:
     if len(data) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most} bytes", str(path))
     return data
+
+
+def why_invalid(exc: ValidationError) -> str:
+    """Return the first thing that is wrong with a document, where, and with which value."""
+    error = exc.errors(include_url=False)[0]
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{where} is unknown"
+    message = error["msg"].removeprefix("Value error, ")
+    if not where:  # the document as a whole
+        return message
+    told = error["type"] in ("missing", "value_error")  # nothing, or what says it already
+    return f"{where}: {message}" + ("" if told else f", got {error['input']!r:.60}")

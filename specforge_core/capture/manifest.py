@@ -9,7 +9,7 @@ from typing import Annotated
 import pydantic
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from ..documents import read_document
+from ..documents import read_document, why_invalid
 from ..errors import CaptureError
 from ..files import inside, write_file
 from ..types import CaptureSpec, Field, FinalState
@@ -140,8 +140,9 @@ class CaptureManifest(Frozen):
                 f"Try: specforge capture -c RUN.yaml data.capture_dir={directory}"
             ) from exc
         except (ValueError, RecursionError, OSError) as exc:
+            why = why_invalid(exc) if isinstance(exc, ValidationError) else str(exc)
             raise CaptureError(
-                f"{path} cannot be read: {_brief(exc)}. Restore it from a copy, or capture again "
+                f"{path} cannot be read: {why}. Restore it from a copy, or capture again "
                 "into an empty directory"
             ) from exc
         return manifest
@@ -160,15 +161,3 @@ def _check_version(path: Path, data: bytes) -> None:
             f"{path} is of format {version}, and this version reads formats up to "
             f"{FORMAT_VERSION}. Try: pip install -U specforge-core"
         )
-
-
-def _brief(exc: Exception) -> str:
-    """Return the first thing that pydantic found wrong, on one line; or the error's own text."""
-    if not isinstance(exc, ValidationError):
-        return str(exc)
-    first = exc.errors(include_url=False)[0]
-    place = ".".join(map(str, first["loc"]))
-    ours = first["type"] == "value_error"  # which says what is wrong with which value
-    shown = f" ({first['input']!s:.60})" if place and not ours else ""
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}{shown}".removeprefix(": ")

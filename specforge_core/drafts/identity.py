@@ -17,11 +17,12 @@ from pydantic import ValidationError
 from ..capture.identity import capture_identity
 from ..capture.manifest import CaptureIdentity
 from ..config import MayChange, RunConfig, StrategyConfig
+from ..documents import why_invalid
 from ..errors import CheckpointError
 from ..strategy import Strategy
 from ..target.tokenizer import load_tokenizer
 from ..types import Draft, TargetInfo
-from .state import TrainState, why_invalid
+from .state import TrainState
 
 TEMPLATES = ("tokenizer_fingerprint", "chat_template_fingerprint")
 # field of a CaptureIdentity -> how it is called, and what can be done about it

@@ -18,7 +18,7 @@ from pydantic_core import from_json, to_json
 
 from ..capture.manifest import CaptureIdentity
 from ..config import TrainConfig
-from ..documents import read_document
+from ..documents import read_document, why_invalid
 from ..errors import CheckpointError
 
 STATE = "state.json"
@@ -108,15 +108,3 @@ def _current(raw: Any) -> Any:
     total = train.get("max_steps") if isinstance(train, dict) else None
     position = min(old.positions) * old.world_size
     return {"total_steps": total or raw.get("step"), **kept, "position": position}
-
-
-def why_invalid(exc: ValidationError) -> str:
-    """Return what is wrong first, in one line."""
-    error = exc.errors(include_url=False)[0]
-    where = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"{where} is unknown"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] in ("missing", "value_error"):
-        return f"{where}: {message}"
-    return f"{where}: {message}, got {error['input']!r:.60}"
