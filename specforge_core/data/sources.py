@@ -81,11 +81,10 @@ def read_conversations(
     data: DataConfig,
     rows: Rows,
     *,
-    limit: int | None = None,
     need_answer: bool = True,
     skipped: Skipped | None = None,
 ) -> Iterator[Conversation]:
-    """Yield the conversations of all sources, in order, at most `limit` of them.
+    """Yield the conversations of all sources, in order.
 
     Raises DataError for a bad row (unless `data.on_error` is "skip": then it is counted in
     `skipped`), and always for a missing source or when nothing is left.  Without `need_answer`
@@ -93,16 +92,14 @@ def read_conversations(
     """
     sources = tuple(sources)
     skipped = Skipped(data.on_error) if skipped is None else skipped
-    count = 0
+    some = False
     for found in scan(sources, data, rows, need_answer=need_answer):
         if isinstance(found, Conversation):
-            count += 1
+            some = True
             yield found
-            if count == limit:
-                return
         else:
             skipped.add(found)
-    if not count:
+    if not some:
         raise nothing_left(sources, skipped.first)
 
 

@@ -164,14 +164,6 @@ def test_empty_data(tmp_path: Path) -> None:
         read(write(tmp_path / "d.jsonl", "{", "}"), on_error="skip")
 
 
-def test_limit_counts_good_lines_over_all_files(tmp_path: Path) -> None:
-    one = write(tmp_path / "1.jsonl", "{", OPENAI, OPENAI)
-    two = write(tmp_path / "2.jsonl", SHAREGPT, "not read any more")
-    data = DataConfig(on_error="skip")
-    found = list(read_conversations([str(one), str(two)], data, jsonl, limit=3))
-    assert [c.where for c in found] == ["1.jsonl:2", "1.jsonl:3", "2.jsonl:1"]
-
-
 def test_rows_of_another_kind_of_source_are_read_alike_and_named_by_their_place() -> None:
     asked: list[str] = []
 
