@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from ..config import RunConfig
 from ..data.chat import Encoder
 from ..data.ends import end_tokens
+from ..data.prompts import check_ids
 from ..data.rows import encoder_for
 from ..data.sources import BadRow, Conversation, Message, Skipped, nothing_left, read_conversations
 from ..devices import pick_device
-from ..errors import ConfigError, DataError, RunError
+from ..errors import ConfigError, RunError
 from ..files import prepare_folder, refusing, write_file
 from ..progress import console
 from ..strategy import Strategy
@@ -132,11 +133,7 @@ def _tokenized(
                 raise too_long
             skipped.count(too_long)
             continue
-        if max(ids) >= info.vocab_size:
-            raise DataError(
-                f"{found.where}: token {max(ids)} is beyond the target's vocabulary of "
-                f"{info.vocab_size}: the tokenizer is another model's. Check target.path"
-            )
+        check_ids(ids, info.vocab_size, found.where)
         yield EvalPrompt(found.where, tuple(ids))
 
 

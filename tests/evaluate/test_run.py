@@ -230,7 +230,7 @@ def test_an_answer_ends_where_the_tokenizer_says_so_too(
 def test_another_models_tokenizer_is_noticed(raw: dict[str, Any], tmp_path: Path) -> None:
     save_toy_target(tmp_path / "small", vocab_size=40, eos_token_id=1, pad_token_id=0)
     raw["target"]["path"] = str(tmp_path / "small")
-    refused(raw, r"short\.jsonl:1: token \d+ is beyond the target's vocabulary of 40", DataError)
+    refused(raw, r"short\.jsonl:1: token id \d+ is beyond the target's vocabulary of 40", DataError)
 
 
 def test_an_output_that_cannot_be_written_is_noticed_first(
