@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,10 @@ from specforge_core.config import DataConfig, StrategyConfig, TrainConfig
 from specforge_core.errors import CheckpointError, PluginError
 from specforge_core.strategy import Strategy
 from specforge_core.testing.plugin import FakeSite
-from specforge_core.testing.runs import SECONDS, cli, load, write_run
-from specforge_core.train.run import train
 from specforge_core.types import CaptureSpec, Draft, Export, TargetInfo
 
-BASE = """
-from specforge_linear import *
-from specforge_linear import train_step as step
-from specforge_core import hookimpl
-from specforge_core.errors import CheckpointError
-from specforge_core.types import Draft, Ratio, StepOutput
-import torch
-class Text:
-    spec = "text"
-    def __call__(self, capture): ...
-"""
+from .bad_package import BASE
+
 CONFIG = StrategyConfig(name="bad")
 SPEC = CaptureSpec(layers=(), fields={})
 TARGET = TargetInfo(
@@ -230,169 +218,3 @@ def test_a_hook_imported_under_another_name_is_no_hook(fake_site: FakeSite) -> N
     """
     fake_site.strategy("variant", source)
     assert hasattr(Strategy.load("variant").draft(CONFIG, TARGET, None).model, "mine")
-
-
-# what a hook returned is called while training; (hook, body, message)
-CALLABLES = {
-    "a step that raises": (
-        ("train_step", "", "return lambda draft, batch, ctx: batch['absent']"),
-        "specforge-bad 0.1.0, specforge_train_step: KeyError: 'absent'",
-    ),
-    "a step that returns a tensor": (
-        ("train_step", "", "return lambda draft, batch, ctx: torch.zeros(())"),
-        "specforge-bad 0.1.0, specforge_train_step: returned Tensor, expected StepOutput",
-    ),
-    "a step that exits": (
-        ("train_step", "", "return lambda draft, batch, ctx: exit(0)"),
-        "specforge-bad 0.1.0, specforge_train_step: SystemExit: 0",
-    ),
-    "a step that misses a file": (
-        ("train_step", "", "return lambda draft, batch, ctx: open('/absent/file')"),
-        "specforge-bad 0.1.0, specforge_train_step: FileNotFoundError: ",
-    ),
-    "a loss of three": (
-        ("train_step", "", "return out_of(lambda o: replace(o, loss_sum=o.loss_sum.expand(3)))"),
-        "specforge_train_step: returned a loss_sum of shape [3], expected a tensor without axes",
-    ),
-    "a loss that is a number": (
-        ("train_step", "", "return out_of(lambda o: replace(o, loss_sum=0.5))"),
-        "specforge_train_step: returned a loss_sum 0.5, expected a tensor without axes",
-    ),
-    "a loss without a gradient": (
-        ("train_step", "", "return out_of(lambda o: replace(o, loss_sum=o.loss_sum.detach()))"),
-        "specforge_train_step: returned a loss_sum without a gradient",
-    ),
-    "a weight below 0": (
-        ("train_step", "", "return out_of(lambda o: replace(o, weight=-o.weight))"),
-        "specforge-bad 0.1.0, specforge_train_step: the weights of a step come to -",
-    ),
-    "a metric that is no ratio": (
-        ("train_step", "", "return out_of(lambda o: replace(o, metrics={'mine': 3}))"),
-        "specforge_train_step: returned a mine.num 3, expected a tensor without axes",
-    ),
-    "a transform that returns a number": (
-        ("transform", "", "return lambda sample, generator: 5"),
-        "specforge_transform: returned int, expected a sample or None",
-    ),
-    "a collate that returns nothing": (
-        ("collate", "", "return lambda samples: None"),
-        "specforge_collate: returned NoneType, expected Batch, a dict of tensors",
-    ),
-    "a metric of the core's": (
-        ("train_step", "", "return named('loss')"),
-        "specforge-bad 0.1.0, specforge_train_step: the metric name 'loss' is the core's own",
-    ),
-    "a metric of a reserved prefix": (
-        ("train_step", "", "return named('seconds_mine')"),
-        "the metric name 'seconds_mine' is the core's own",
-    ),
-    "a metric that comes and goes": (
-        ("train_step", "", "return lambda d, b, ctx: named(f'at_{ctx.step}')(d, b, ctx)"),
-        "specforge_train_step: its metrics were ['at_0'], and now are ['at_1']",
-    ),
-    "a transform that raises": (
-        ("transform", "", "return lambda sample, generator: sample['absent']"),
-        "specforge-bad 0.1.0, specforge_transform: KeyError: 'absent'",
-    ),
-    "a collate that raises": (
-        ("collate", "", "return lambda samples: samples[99]"),
-        "specforge-bad 0.1.0, specforge_collate: IndexError: list index out of range",
-    ),
-    "a collate that returns a list": (
-        ("collate", "", "return list"),
-        "specforge_collate: returned list, expected Batch, a dict of tensors",
-    ),
-    "an adapter that raises": (
-        ("adapter", "config, target", "return Raises(LinearAdapter(SPEC))"),
-        "specforge-bad 0.1.0, specforge_adapter: ValueError: no states",
-    ),
-}
-HELPERS = """
-from dataclasses import replace
-from specforge_core.types import CaptureSpec, Field
-
-def out_of(change):
-    return lambda draft, batch, ctx: change(step(draft, batch, ctx))
-
-def named(name):
-    def run(draft, batch, ctx):
-        out = step(draft, batch, ctx)
-        one = torch.ones(())
-        return StepOutput(
-            loss_sum=out.loss_sum, weight=out.weight, metrics={name: Ratio(num=one, den=one)}
-        )
-    return run
-
-SPEC = CaptureSpec(layers=(1,), fields={
-    "input_ids": Field(shape=(None,), dtype="int64"),
-    "loss_mask": Field(shape=(None,), dtype="int64"),
-    "hidden": Field(shape=(None, 32), dtype="bfloat16"),
-})
-
-class Raises:
-    def __init__(self, inner):
-        self.spec = inner.spec
-    def __call__(self, capture):
-        raise ValueError("no states")
-"""
-
-
-def write(site: FakeSite, tmp_path: Path, target: Path, hook: tuple[str, str, str]) -> Path:
-    name, arguments, body = hook
-    source = f"{BASE}{HELPERS}\n@hookimpl\ndef specforge_{name}({arguments}):\n    {body}\n"
-    site.strategy("bad", source)
-    settings = {"max_steps": 2, "log_every": 1}
-    strategy = {"name": "bad"}
-    return write_run(tmp_path, target, conversations=6, strategy=strategy, train=settings)
-
-
-@pytest.mark.parametrize("case", CALLABLES)
-def test_what_a_hook_returned_names_its_package_when_it_fails(
-    fake_site: FakeSite, tmp_path: Path, toy_target: Path, case: str
-) -> None:
-    hook, message = CALLABLES[case]
-    config = write(fake_site, tmp_path, toy_target, hook)
-    with pytest.raises(PluginError) as error:
-        train(*load(config))
-    assert message in str(error.value)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("hook", "status", "told"),
-    [
-        (("adapter", "", "import sys; sys.exit(0)"), 2, "specforge_adapter: SystemExit: 0"),
-        (("train_step", "", "return lambda d, b, c: 1 / 0"), 1, "specforge_train_step: ZeroDivis"),
-        (("train_step", "", "return 5"), 2, "specforge_train_step: returned int, expected a func"),
-    ],
-)
-def test_the_command_s_status_says_whether_the_run_had_begun(
-    fake_site: FakeSite,
-    tmp_path: Path,
-    toy_target: Path,
-    hook: tuple[str, str, str],
-    status: int,
-    told: str,
-) -> None:
-    config = write(fake_site, tmp_path, toy_target, hook)
-    env = os.environ | {"PYTHONPATH": str(fake_site.path)}
-    process = cli("train", "-c", str(config), env=env)
-    _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == status
-    assert f"error: specforge-bad 0.1.0, {told}" in err
-    assert "--debug" not in err
-
-
-@pytest.mark.slow
-def test_metric_names_that_hang_on_the_rank_end_all_ranks(
-    fake_site: FakeSite, tmp_path: Path, toy_target: Path
-) -> None:
-    body = "return lambda d, b, ctx: named(f'of_{torch.distributed.get_rank()}')(d, b, ctx)"
-    config = write(fake_site, tmp_path, toy_target, ("train_step", "", body))
-    env = os.environ | {"PYTHONPATH": str(fake_site.path)}
-    process = cli("train", "-c", str(config), "--nproc", "2", env=env)
-    _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode != 0
-    said = "rank 0 has the metrics ['of_0'], rank 1 ['of_1']"
-    assert f"error: specforge-bad 0.1.0, specforge_train_step: {said}" in err
-    assert err.count(said) == 1  # one message of all ranks
