@@ -252,9 +252,12 @@ def sample_generator(seed: int, epoch: int, number: int) -> torch.Generator:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch to the device, through pinned memory when that is a GPU."""
+    """Move a batch to the device, wherever its tensors are: states may be on the target's.
+
+    From the host to a GPU through pinned memory.
+    """
     if device.type == "cpu":
-        return batch
+        return {name: tensor.to(device) for name, tensor in batch.items()}  # waits for a GPU's
     moved = {}
     for name, tensor in batch.items():
         pinned = tensor.pin_memory() if tensor.device.type == "cpu" else tensor
