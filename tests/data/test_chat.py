@@ -483,3 +483,19 @@ def test_spaces_of_sentencepiece(template: str, pieces: list[str]) -> None:
         answer = row.input_ids[len(prompt) : len(prompt) + len(pieces)]
         assert tokenizer.convert_ids_to_tokens(answer) == pieces
         assert all(row.loss_mask[len(prompt) : len(prompt) + len(pieces)])
+
+
+@pytest.mark.parametrize("answer", ["\nhello", " hello", "hello", "1 2"])
+def test_a_boundary_far_behind_the_last_special_token(answer: str) -> None:
+    tokenizer = published("qwen2_5")
+    tokenizer.chat_template = PLAIN.replace("<|im_end|>", "\n")
+    chat = [{"role": "user", "content": "one two " * 99}, {"role": "assistant", "content": answer}]
+    encoder = Encoder(tokenizer, {})
+    prompts = [encoder.prompt((chat * 2)[:n]) for n in (1, 3)]
+    found = [
+        row.input_ids[:start]
+        for row in encoder.rows(chat * 2)
+        for start, on in enumerate(row.loss_mask)
+        if on and not row.loss_mask[start - 1]
+    ]
+    assert sorted(found) == sorted(prompts)
