@@ -30,7 +30,8 @@ class _Path(click.Path):
     """A path; `~` is the user's folder also where no shell said so, as in `--draft=~/run`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        return Path(os.path.expanduser(str(super().convert(value, param, ctx))))  # noqa: PTH111  # never fails
+        given = os.fsdecode(super().convert(value, param, ctx))
+        return Path(os.path.expanduser(given))  # noqa: PTH111  # leaves names of nobody as they are
 
 
 PATH = _Path(path_type=Path)

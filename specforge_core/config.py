@@ -77,6 +77,18 @@ class DataConfig(Section):
     now: datetime = Field(
         datetime(2026, 1, 1), ge=datetime(2000, 1, 1), description="Today, for chat templates."
     )
+    cache: Path | None = Field(
+        Path("~/.cache/specforge/tokens"),
+        validate_default=True,
+        description="Where the tokens of large data are kept for later runs; null: nowhere.",
+    )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="Processes that tokenize large data. If not set: one on each core; 0 and 1: "
+        "none.",
+    )
     ignore_fields: tuple[str, ...] = Field(
         (), description="Fields of rows and messages that mean nothing for the training."
     )

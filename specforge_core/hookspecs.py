@@ -78,9 +78,9 @@ def specforge_conversations(source: str, data: DataConfig) -> Iterable[Mapping[s
 
     A row has `messages` (OpenAI) or `conversations` (ShareGPT), or is tokens: `input_ids` and
     `loss_mask`.  An entry that comes back as an exception of type DataError stands for one bad
-    row.  What has a method `fingerprint() -> str`, which changes with the rows, is tokenized once
-    for all runs.  Default: files (JSON lines, JSON, Parquet, Arrow; packed), folders and patterns
-    of them, and names of Hugging Face data sets.
+    row.  What has `num_bytes` and a method `fingerprint() -> str`, which changes with the rows,
+    is tokenized once for all runs.  Default: files (JSON lines, JSON, Parquet, Arrow; packed),
+    folders and patterns of them, and names of Hugging Face data sets.
     """
 
 

@@ -32,6 +32,10 @@ class FileRows:
         for path in self.files:
             yield from read_file(path, str(path.relative_to(self.folder)))
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files if path.exists())
+
     def fingerprint(self) -> str:
         """Return what changes with the rows: a hash of all that is in the files."""
         digest = xxhash.xxh3_128()
@@ -53,6 +57,10 @@ class HubRows:
     def __iter__(self) -> Iterator[Line | DataError]:
         for number, row in enumerate(self.found, 1):
             yield Line(row, f"{self.name}:{number}")
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.found.data.nbytes)
 
     def fingerprint(self) -> str:
         """Return the library's own."""

@@ -1,66 +1,34 @@
-"""All prompts of a run, tokenized once and kept in a few flat tensors."""
+"""The prompts of a run: its conversations, tokenized once."""
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Mapping, Sequence
-from typing import overload
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ..config import DataConfig
+from ..cpu import available_cores
 from ..errors import DataError
 from ..progress import console, track
-from ..target.tokenizer import chat_template, template_options
-from ..types import Prompt
+from ..target.tokenizer import (
+    chat_template,
+    template_fingerprint,
+    template_options,
+)
 from .chat import Encoder, Row
+from .promptset import PromptSet as PromptSet, Spool, Told
 from .rows import RowMaker
-from .sources import BadRow, Rows, Skipped, conversations, mixed, nothing_left
+from .sources import Rows, Skipped, conversations, mixed, nothing_left, told as reasons
+from .tokencache import in_memory, key_of, on_disk
 from .tokenrows import Fingerprint
+from .workers import make_rows
 
-
-class PromptSet(Sequence[Prompt]):
-    """Tokenized conversations, 5 bytes a token.  Prompt i has index i."""
-
-    def __init__(
-        self,
-        input_ids: Tensor,
-        loss_mask: Tensor,
-        offsets: Tensor,
-        skipped: Mapping[str, int] | None = None,
-    ) -> None:
-        self._input_ids = input_ids  # [tokens] int32
-        self._loss_mask = loss_mask  # [tokens] int8
-        self._offsets = offsets  # [prompts + 1] int64
-        self.skipped = dict(skipped or {})  # reason -> rows left out
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Prompt]: ...
-    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        span = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
-        return Prompt(
-            index=index,
-            input_ids=self._input_ids[span].long(),
-            loss_mask=self._loss_mask[span].long(),
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self._input_ids)
-
-    def token_counts(self, vocab_size: int) -> Tensor:
-        """Return how often each token is supervised, [V] int64."""
-        return torch.bincount(self._input_ids[self._loss_mask.bool()], minlength=vocab_size)
+SMALL = 4 << 20  # bytes of data that are tokenized as soon as they are looked for
 
 
 def load_prompts(
@@ -84,49 +52,89 @@ def load_prompts(
         raise DataError("data.train names no file. Try: data.train=[FILE.jsonl]")
     chat_template(tokenizer)  # a missing template is no fault of the first line
     limit = min(data.max_length, positions or data.max_length)
-    encoder = Encoder(tokenizer, template_options(data), limit, ends)
-    make = RowMaker(encoder, Fingerprint.of(tokenizer, target))
-    ids, mask, offsets = array("i"), array("b"), array("q", [0])
-    used, skipped = 0, Skipped(data.on_error)
     # all of them before any work: a misspelled last one should not cost an hour
     opened = [(source, source_rows(source, data)) for source in data.train]
-    with track("reading conversations", data.limit) as progress:
-        for found in mixed(conversations(opened, data, need_answer=True), data.mix):
-            if isinstance(found, DataError):
-                skipped.add(found)
-                continue
-            try:
-                rows = make(found)
-            except BadRow as exc:
-                skipped.add(exc.at(found.where))
-                continue
-            used += 1
-            for row in rows:
-                if (reason := _left_out(row, data, limit, found.where)) is not None:
-                    skipped.counts[reason] += 1
-                    continue
-                check_ids(row.input_ids, vocab_size, found.where)
-                ids.extend(row.input_ids)
-                mask.extend(row.loss_mask)
-                offsets.append(len(ids))
-            progress.advance(note=f"{len(ids):,} tokens")
-            if used == data.limit:
-                break
-    if not used:
-        raise nothing_left(data.train, skipped.first)
-    if not ids:
-        raise DataError(
-            f"none of {used} conversations has an answer within {bound_of(data, limit)}. "
-            "Try: other data, or data.max_length=4096"
-        )
-    if skipped.counts:
-        console.print(f"data.train: {skipped}", markup=False)
-    return PromptSet(
-        torch.frombuffer(ids, dtype=torch.int32),
-        torch.frombuffer(mask, dtype=torch.int8),
-        torch.frombuffer(offsets, dtype=torch.int64),
-        skipped.counts,
+    options = template_options(data)
+    origin = Fingerprint.of(tokenizer, target)
+    fill = Filler(
+        data=data,
+        opened=opened,
+        make=RowMaker(Encoder(tokenizer, options, limit, ends), origin),
+        limit=limit,
+        vocab_size=vocab_size,
     )
+    known = [rows for _, rows in opened if isinstance(rows, Known)]
+    if data.cache is None or len(known) < len(opened) or sum(r.num_bytes for r in known) < SMALL:
+        found = in_memory(fill)
+    else:
+        key = [origin.as_json(), template_fingerprint(tokenizer, options)]
+        made_by = [tokenizer.backend_tokenizer.to_str(), transformers.__version__]
+        choices = data.model_dump(include={"too_long", "on_error", "limit", "mix", "ignore_fields"})
+        bounds = [limit, sorted(ends), vocab_size, choices]
+        found = on_disk(
+            data.cache, key_of([key, made_by, bounds, *(r.fingerprint() for r in known)]), fill
+        )
+    if found.skipped:
+        told = f"{sum(found.skipped.values())} rows skipped ({reasons(found.skipped)})"
+        console.print(f"data.train: {told}", markup=False)
+    return found
+
+
+@runtime_checkable
+class Known(Protocol):
+    """Rows of a source that tell what they are of, so that their tokens can be kept."""
+
+    @property
+    def num_bytes(self) -> int: ...
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filler:
+    """Tokenizes all sources, with progress."""
+
+    data: DataConfig
+    opened: Sequence[tuple[str, Iterable[Mapping[str, Any] | DataError]]]
+    make: RowMaker
+    limit: int  # tokens of a row
+    vocab_size: int
+
+    def __call__(self, spool: Spool) -> Told:
+        """Write all rows.  Raises DataError where there is none."""
+        data, limit = self.data, self.limit
+        skipped, used, cut = Skipped(data.on_error), Counter[str](), 0
+        items = mixed(conversations(self.opened, data, need_answer=True), data.mix)
+        workers = available_cores() if data.workers is None else data.workers
+        with (
+            track("reading conversations", data.limit) as progress,
+            closing(make_rows(items, self.make, workers)) as made,
+        ):
+            for found, rows in made:
+                if isinstance(found, DataError):
+                    skipped.add(found)
+                    continue
+                if isinstance(rows, DataError):
+                    skipped.add(rows)
+                    continue
+                used[found.source] += 1
+                for row in rows:
+                    if (reason := _left_out(row, data, limit, found.where)) is not None:
+                        skipped.counts[reason] += 1
+                        continue
+                    check_ids(row.input_ids, self.vocab_size, found.where)
+                    spool.add(row)
+                    cut += row.length > limit
+                progress.advance(note=f"{spool.num_tokens:,} tokens")
+                if used.total() == data.limit:
+                    break
+        if not used:
+            raise nothing_left(data.train, skipped.first)
+        if not spool.num_tokens:
+            raise DataError(
+                f"none of {used.total()} conversations has an answer within "
+                f"{bound_of(data, limit)}. Try: other data, or data.max_length=4096"
+            )
+        return Told(used.total(), cut, dict(skipped.counts), [used[name] for name in data.train])
 
 
 def _left_out(row: Row, data: DataConfig, limit: int, where: str) -> str | None:

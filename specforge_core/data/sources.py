@@ -30,6 +30,10 @@ class BadRow(DataError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[BadRow], tuple[str, str]]:
+        """Say how another process makes it again."""
+        return type(self), (str(self.args[0]), self.reason)
+
     def at(self, where: str) -> BadRow:
         """Return it with the place of its row in front."""
         return BadRow(f"{where}: {self}", self.reason)
