@@ -1,13 +1,14 @@
 """Kill captures and trainings at random moments, start them again, and compare with a quiet run.
 
-python benchmarks/kills.py [--kills 300] [--seed 0] [--kinds capture offline online follow ranks]
+python benchmarks/kills.py [--kills 300] [--jobs 16] [--seed 0] [--minutes 60] [--kinds KIND ...]
 
 Each kind's command runs undisturbed once, then under SIGKILLs after a random part of that time,
 up to four a run, until it ends by itself.  Then every sample is there once and byte-equal, weights
 and optimizer are equal, so are the lines of metrics.jsonl (but for times), and no other file is
-left.  Prints the counts; exits 1 on a difference.  Processes come from a fork server that has
-imported torch, so that kills hit the work and not the imports; `ranks` are whole commands, of
-which a random process is killed: the launcher or a rank.
+left.  Prints a table; exits 1 on a difference, and when the kills were not done in time.  Processes
+come from a fork server that has imported torch, so that kills hit the work and not the imports;
+`ranks` are whole commands, of which a random process is killed: the launcher or a rank.  With
+`--jobs` parts of the campaign run side by side, each in a directory of its own.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
+from kills_compare import same_capture, same_run
 
-from specforge_core.capture.manifest import CaptureManifest
-from specforge_core.capture.store import ShardReader
-from specforge_core.drafts.checkpoint import find
-from specforge_core.testing.runs import lines, write_run
+from specforge_core.testing.runs import write_run
 from specforge_core.testing.toy import save_toy_target
 
 KINDS = ("capture", "offline", "online", "follow", "ranks")
 WINDOWS = ((1, 3), (4, 3), (3, 5), (7, 4))  # log_every and save_every, by trial
-STEPS, CONVERSATIONS, LONGEST = 40, 60, 300.0
+STEPS, CONVERSATIONS = 40, 60
+LONGEST = 180.0  # seconds of one process, on a busy machine
+EACH = 4  # kills of one run, at most
+PART = 3 * EACH  # kills of one part of the campaign
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -64,6 +65,7 @@ class Ranks:
     """`specforge train --nproc 2` in a process group of its own, as a Process behaves."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
+        self.draw = random.Random(" ".join(arguments))
         line = [sys.executable, "-m", "specforge_core.cli", *arguments, "--nproc", "2"]
         with log.open("ab") as file:
             self.popen = subprocess.Popen(line, stdout=file, stderr=file, start_new_session=True)
@@ -87,7 +89,7 @@ class Ranks:
 
     def kill(self) -> None:
         """Kill one of the processes, and wait until the others have noticed."""
-        os.kill(random.choice(self.members() or [self.popen.pid]), signal.SIGKILL)
+        os.kill(self.draw.choice(self.members() or [self.popen.pid]), signal.SIGKILL)
         ends = time.monotonic() + LONGEST
         while self.popen.poll() is None or self.members():
             if time.monotonic() > ends:
@@ -102,59 +104,6 @@ def _session(entry: Path) -> int | None:
     except OSError:
         return None
     return None if after_name[0] == "Z" else int(after_name[3])
-
-
-# ---- what must be equal ------------------------------------------------------------
-
-
-def same_capture(one: Path, other: Path) -> list[str]:
-    readers = [ShardReader(path, CaptureManifest.read(path)) for path in (one, other)]
-    problems = []
-    rows = [{r.prompt_index(i): r[i] for i in range(len(r))} for r in readers]
-    if any(len(r) != len(found) for r, found in zip(readers, rows, strict=True)):
-        problems.append("a sample is there twice")
-    if rows[0].keys() != rows[1].keys():
-        problems.append(f"{len(rows[0])} and {len(rows[1])} samples")
-    for index in rows[0].keys() & rows[1].keys():
-        a, b = rows[0][index], rows[1][index]
-        if a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):
-            problems.append(f"sample {index} differs")
-    manifest = readers[1].manifest
-    listed = {shard.file for shard in manifest.shards} | {"manifest.json", ".lock"}
-    return problems + _left_over(other, listed | {str(manifest.token_counts)})
-
-
-def same_run(one: Path, other: Path) -> list[str]:
-    problems = []
-    stored = []
-    for path in (one, other):
-        stored.append({})
-        for file in sorted(find(path).glob("*.safetensors")):
-            # a name occurs in the file of each rank
-            stored[-1] |= {(file.name, name): v for name, v in load_file(file).items()}
-    if stored[0].keys() != stored[1].keys():
-        problems.append("other tensors")
-    elif not all(torch.equal(stored[0][key], stored[1][key]) for key in stored[0]):
-        problems.append("weights or optimizer differ")
-    steady = [
-        [
-            {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per"))}
-            for row in lines(path)
-        ]
-        for path in (one, other)
-    ]
-    if steady[0] != steady[1]:
-        problems.append("metrics.jsonl differs")
-    expected = {str(path.relative_to(one)) for path in one.rglob("*")}
-    return problems + _left_over(other, expected)
-
-
-def _left_over(path: Path, expected: set[str]) -> list[str]:
-    found = {str(file.relative_to(path)) for file in path.rglob("*")}
-    return [f"left over: {name}" for name in sorted(found - expected)]
-
-
-# ---- the campaign --------------------------------------------------------------------
 
 
 class Campaign:
@@ -242,10 +191,63 @@ class Campaign:
         return killed, problems
 
 
+@dataclass
+class Part:
+    """Some kills of one kind, and what became of them."""
+
+    kind: str
+    asked: int
+    seed: str
+    kills: int = 0
+    runs: int = 0
+    problems: list[str] = field(default_factory=list)
+    wrong: int = 0  # runs with a problem
+
+
+def parts(kinds: list[str], kills: int, seed: int) -> Iterator[Part]:
+    """Share out the kills, in parts that a process can do alone."""
+    share, rest = divmod(kills, len(kinds))
+    for number, kind in enumerate(kinds):
+        left = share + (number < rest)
+        for place in range(0, left, PART):
+            yield Part(kind, min(PART, left - place), f"{seed}/{kind}/{place}")
+
+
+def work(part: Part, folder: Path, ends: float) -> Part:
+    """Do one part of the campaign, in the time there is."""
+    root = folder / part.seed.replace("/", "-")
+    campaign = Campaign(part.kind, root, folder / "target")
+    draw = random.Random(part.seed)
+    # a run may end before it is killed; not every time
+    while part.kills < part.asked and part.runs < 3 * part.asked and time.time() < ends:
+        killed, problems = campaign.trial(part.runs, min(part.asked - part.kills, EACH), draw)
+        part.kills, part.runs = part.kills + killed, part.runs + 1
+        part.problems += [f"{part.seed}, run {part.runs}: {problem}" for problem in problems]
+        part.wrong += bool(problems)
+    shutil.rmtree(root)
+    return part
+
+
+def campaign(arguments: argparse.Namespace, folder: Path) -> list[Part]:
+    """Do all parts, `arguments.jobs` of them at a time; say what differs at once."""
+    ends = time.time() + 60 * arguments.minutes
+    done: list[Part] = []
+    with ProcessPoolExecutor(arguments.jobs, mp_context=CONTEXT) as pool:
+        asked = list(parts(arguments.kinds, arguments.kills, arguments.seed))
+        asked.sort(key=lambda part: part.kind != "ranks")  # whole commands take longest
+        for future in as_completed([pool.submit(work, part, folder, ends) for part in asked]):
+            done.append(future.result())
+            for problem in done[-1].problems:
+                print(problem, flush=True)
+    return done
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=300, help="over all kinds")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--jobs", type=int, default=1, help="parts that run side by side")
+    parser.add_argument("--minutes", type=float, default=60.0, help="until no run is begun")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -261,26 +263,21 @@ def main() -> None:
     first = CONTEXT.Process(target=int)  # the server starts, and imports, before any is timed
     first.start()
     first.join()
-    draw = random.Random(arguments.seed)
-    counts: Counter[str] = Counter()
-    share, rest = divmod(arguments.kills, len(arguments.kinds))
+    begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="specforge-kills-") as folder:
         save_toy_target(Path(folder) / "target")
-        for number, kind in enumerate(arguments.kinds):
-            campaign = Campaign(kind, Path(folder) / kind, Path(folder) / "target")
-            left, trial, wrong = share + (number < rest), 0, 0
-            while left > 0:
-                killed, problems = campaign.trial(trial, min(left, 4), draw)
-                left, trial, wrong = left - killed, trial + 1, wrong + bool(problems)
-                counts["kills"] += killed
-                for problem in problems:
-                    print(f"{kind}, trial {trial}: {problem}", flush=True)
-            kills = share + (number < rest) - left
-            print(f"{kind}: {kills} kills in {trial} runs, {wrong} not as undisturbed", flush=True)
-            counts["runs"] += trial
-            counts["wrong"] += wrong
-    print(f"all: {counts['kills']} kills in {counts['runs']} runs, {counts['wrong']} wrong")
-    raise SystemExit(counts["wrong"] > 0)
+        done = campaign(arguments, Path(folder))
+    print("| campaign | kills | runs compared | not as undisturbed |\n| --- | --- | --- | --- |")
+    for kind in (*arguments.kinds, "all"):
+        chosen = [part for part in done if kind in (part.kind, "all")]
+        kills, runs, wrong = (
+            sum(getattr(part, name) for part in chosen) for name in ("kills", "runs", "wrong")
+        )
+        print(f"| {kind} | {kills} | {runs} | {wrong} |")
+    print(f"in {time.monotonic() - begun:.0f} s, {arguments.jobs} side by side")
+    if kills < arguments.kills:
+        print(f"only {kills} of {arguments.kills} kills were done in {arguments.minutes:g} minutes")
+    raise SystemExit(wrong > 0 or kills < arguments.kills)
 
 
 if __name__ == "__main__":
