@@ -21,7 +21,9 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SECONDS = 3.0  # that a command may take to end, from a signal on, or from the second while keeping
-SAME = 0.5  # seconds in which signals are one: a job's end may reach a process by two ways
+# seconds in which signals are one: a job's end may reach a process by two ways, at once through
+# what started it (timeout hands on what the terminal sent, too), later through a launcher
+SAME, SAME_OF_RANKS = 0.1, 0.5
 NOTE_SECONDS = 3.0  # from a signal to a line that says what the command is still at
 ORPHAN_SECONDS = 20.0  # that a process may take to save and end when its launcher is gone
 POLL_SECONDS = 0.5  # between two looks for the launcher
@@ -204,7 +206,8 @@ def _count(number: int) -> None:
     if number not in SIGNALS:
         return
     now = time.monotonic()
-    if not _state.count or now - _state.since > SAME:
+    same = SAME if _state.launcher is None else SAME_OF_RANKS
+    if not _state.count or now - _state.since > same:
         _state.signum = _state.signum or number
         _state.count += 1
         _state.since = now
@@ -240,7 +243,7 @@ def _end(stopped: Interrupted) -> None:
     # in a thread, since whoever reads our output may be what the command waits for
     telling = threading.Thread(target=tell, args=(stopped,), daemon=True)
     telling.start()
-    telling.join(SAME)
+    telling.join(0.5)
     os._exit(stopped.status)
 
 

@@ -81,9 +81,10 @@ sys.exit(7)"""
     assert end(begin(body), signal.SIGTERM, signal.SIGTERM) == (7, "saved\n", "")
 
 
-def test_a_second_signal_ends_what_does_not_get_done() -> None:
+@pytest.mark.parametrize("apart", [0.15, 0.6])
+def test_a_second_signal_ends_what_does_not_get_done(apart: float) -> None:
     body = f"with stop.keeping():\n    {DEEP}"
-    status, out, err = end(begin(body), signal.SIGINT, signal.SIGINT)
+    status, out, err = end(begin(body), signal.SIGINT, signal.SIGINT, apart=apart)
     assert (status, err) == (130, "")
     assert out.startswith("stopped by SIGINT: what was saved before is whole. Start")
 
