@@ -55,12 +55,16 @@ class SGLangOptions(Addresses):
         None, description="Address to listen on, if it is not receiver_host's: 0.0.0.0 is all."
     )
     receiver_port: int = Field(0, ge=0, le=65535, description="0 takes any free port.")
-    max_bytes: int = Field(1 << 30, gt=0, description="States on their way, asked for or waiting.")
-    max_requests: int = Field(64, gt=0, description="Requests that run at once.")
-    timeout: float = Field(300.0, gt=0, description="Seconds one request may take.")
-    start_timeout: float = Field(600.0, gt=0, description="Seconds a server may take to start.")
+    max_bytes: int = Field(
+        1 << 30, gt=0, le=1 << 50, description="States on their way, asked for or waiting."
+    )
+    max_requests: int = Field(64, gt=0, le=4096, description="Requests that run at once.")
+    timeout: float = Field(300.0, gt=0, le=1e6, description="Seconds one request may take.")
+    start_timeout: float = Field(
+        600.0, gt=0, le=1e6, description="Seconds a server may take to start."
+    )
     patience: float = Field(
-        120.0, ge=0, description="Seconds to wait for a server when all are unreachable."
+        120.0, ge=0, le=1e6, description="Seconds to wait for a server when all are unreachable."
     )
 
     @field_validator("server_args")

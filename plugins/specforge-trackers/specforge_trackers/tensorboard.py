@@ -23,7 +23,9 @@ class TensorboardConfig(Section):
     directory: Path | None = Field(
         None, description="Where the event files go; none: OUTPUT_DIR/tensorboard."
     )
-    flush_seconds: float = Field(30.0, gt=0, description="Seconds until a number is on disk.")
+    flush_seconds: float = Field(
+        30.0, gt=0, le=1e6, description="Seconds until a number is on disk."
+    )
 
 
 class TensorboardTracker:
