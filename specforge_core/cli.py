@@ -12,6 +12,7 @@ import click
 
 from . import stop
 from .commands import CONFIG_HELP, PATH, Commands, config_option, load_run, overrides_argument
+from .errors import ConfigError
 from .process import run
 
 
@@ -164,7 +165,11 @@ def verify(
     """
     from .drafts.verify import verify_draft
 
+    if config is None and overrides:
+        raise ConfigError(f"{overrides[0]!r:.80} changes a config, and there is none. Try: -c PATH")
     if (told := verify_draft(directory)) is not None:
+        if config is not None:
+            raise ConfigError(f"-c goes with a capture, and {directory} is none. Take it out")
         click.echo(told)
         return
     run, strategy = load_run(config, overrides) if config is not None else (None, None)

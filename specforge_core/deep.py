@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PluginError, RunError
-from .load import apply_override
+from .load import apply_override, validate
 from .plugins import find_strategy
 
 SUITE = """
@@ -32,6 +32,7 @@ def check_deep(name: str, overrides: tuple[str, ...]) -> None:
     raw: dict[str, Any] = {"strategy": {"name": name}}
     for override in overrides:
         apply_override(raw, override)
+    validate({"target": {"path": "toy"}, **raw}, "the command line")  # before a minute of tests
     with tempfile.TemporaryDirectory(prefix="specforge-check-") as directory:
         file = Path(directory) / "test_contract.py"
         file.write_text(SUITE.format(options=raw["strategy"]), encoding="utf-8")

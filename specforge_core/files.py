@@ -20,6 +20,7 @@ from typing import IO, BinaryIO
 
 from .errors import SpecForgeError
 from .locks import hold
+from .text import cut
 
 TEMPORARY = re.compile(r"\..*\.specforge-[0-9a-f]{16}\.tmp", re.DOTALL)
 NAME_BYTES = 200  # of the name it is for: file systems allow 255 in all
@@ -228,7 +229,7 @@ def cannot_write(exc: OSError, path: Path | None = None) -> str:
     known = isinstance(exc.filename, str | bytes | Path)  # not the number of an open file
     name = exc.filename if known else path
     place = None if name is None else Path(os.fsdecode(name))
-    shown = "a file" if place is None else str(place)
+    shown = "a file" if place is None else cut(str(place), 200)
     return f"{shown} cannot be written: {exc.strerror or exc}{_room(place)}"
 
 

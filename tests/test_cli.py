@@ -81,6 +81,8 @@ def test_debug_shows_where_an_error_came_from(config: Path) -> None:
         (["train", "-c", "absent.yaml"], "config file 'absent.yaml' cannot be read"),
         (["trian"], "No such command 'trian'"),
         (["check", "absent"], "strategy 'absent' is not installed"),
+        (["check", "linear", "--deep", "strategy.layer=x"], "strategy.layer: Input should be a"),
+        (["verify", "capture", "train.max_steps=5"], "changes a config, and there is none"),
         (["verify", "absent"], "absent has no manifest.json: it is not a capture"),
         (["export", "--checkpoint", "absent", "-o", "out"], "absent holds no complete checkpoint"),
         (["verify", "absent", "--recapture", "-5"], "-5 is not in the range x>=0"),
@@ -104,18 +106,23 @@ def test_strategies_as_json_lists_a_broken_one_too(env: FakeSite) -> None:
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_keeps_the_last_checkpoint(config: Path, tmp_path: Path) -> None:
-    assert specforge("train", "-c", str(config), "train.max_steps=1").returncode == 0
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
+    config: Path, tmp_path: Path, ranks: str
+) -> None:
+    command = ("train", "-c", str(config), "--nproc", ranks)
+    assert specforge(*command, "train.max_steps=1").returncode == 0
 
     def small_files() -> None:  # a write past this fails as it does on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
-    err = fails("train", "-c", str(config), "train.max_steps=2", status=1, preexec_fn=small_files)
-    assert "step-00000002 cannot be written" in err
+    err = fails(*command, "train.max_steps=2", status=1, preexec_fn=small_files)
+    assert err.count("step-00000002 cannot be written") == 1
+    assert err.count("error") == 1
     assert "start the same command again" in err
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert kept == ["step-00000001"]
-    assert specforge("train", "-c", str(config), "train.max_steps=2").returncode == 0
+    assert specforge(*command, "train.max_steps=2").returncode == 0
 
 
 @pytest.mark.slow
