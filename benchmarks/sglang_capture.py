@@ -6,8 +6,10 @@ One server, started for capture, does both in turn: "plain" are the same prompts
 requests at once, whose ids ask for no states.  Nothing is decoded (one token each), so what a
 capture forbids, the radix cache and CUDA graphs, would not help these prompts either; SGLang goes
 on computing the captured layers' sums (three additions of [tokens, hidden]) in plain rounds.  A
-capture counts until the strategy's adapter has made a sample of it, in the order of the prompts,
-and the sample has been copied into tensors of this process, as for a batch.
+capture counts until its samples are a batch on the device where a draft would train: through the
+strategy's adapter, transform and collate, in the order of the prompts.  Each one's share of the
+seconds is printed; what is left is the wait for the next states.  In a run all of this is done
+beside the train step, in a thread.
 
 Without --target the model has Qwen3-1.7B's shapes and random weights, written to TMPDIR (3.4 GB).
 """
@@ -19,7 +21,11 @@ import random
 import shutil
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,12 +35,23 @@ import yaml
 from specforge_sglang.engine import SGLangEngine
 from specforge_sglang_capture import spool
 
+from specforge_core.batches.loader import sample_generator, to_device
 from specforge_core.capture.samples import capture_in_order
 from specforge_core.config import TargetConfig
 from specforge_core.cpu import use_threads
 from specforge_core.devices import pick_device
 from specforge_core.strategy import Strategy
-from specforge_core.types import Adapter, Prompt
+from specforge_core.types import (
+    Adapter,
+    CaptureSpec,
+    Collate,
+    DataInfo,
+    Prompt,
+    Sample,
+    TargetCapture,
+    TargetInfo,
+    Transform,
+)
 
 
 def write_model(path: Path, hidden: int, layers: int, vocabulary: int) -> None:
@@ -67,7 +84,8 @@ def draw_prompts(tokens: int, length: int, vocabulary: int) -> list[Prompt]:
     draw, prompts = random.Random(0), []
     for index in range(max(1, tokens // length)):
         count = draw.randint(length * 9 // 10, length * 11 // 10)
-        ids = torch.tensor(draw.choices(range(vocabulary), k=count))
+        # the last may be a mask token
+        ids = torch.tensor(draw.choices(range(vocabulary - 1), k=count))
         prompts.append(Prompt(index=index, input_ids=ids, loss_mask=torch.ones_like(ids)))
     return prompts
 
@@ -83,46 +101,104 @@ def plain(engine: SGLangEngine, prompts: list[Prompt], at_once: int) -> float:
     return time.perf_counter() - start
 
 
-def captured(
-    engine: SGLangEngine, strategy: Strategy, adapter: Adapter, prompts: list[Prompt]
-) -> tuple[float, int]:
-    """Return the seconds until all samples are made and read, and their bytes."""
-    size, start = 0, time.perf_counter()
-    batch: dict[str, torch.Tensor] = {}
-    for _, sample in capture_in_order(strategy, engine, adapter, prompts, len(prompts)):
-        assert sample is not None
-        for name, values in sample.items():
-            if len(batch.get(name, ())) < len(values):
-                shape = (2 * len(values), *values.shape[1:])
-                batch[name] = torch.empty(shape, dtype=values.dtype)
-            batch[name][: len(values)].copy_(values)
-            size += values.nbytes
-    return time.perf_counter() - start, size
+@dataclass
+class Line:
+    """From a capture to a batch, as a training run does it, with the seconds of each part."""
+
+    strategy: Strategy
+    adapter: Adapter
+    transform: Transform
+    collate: Collate
+    device: torch.device
+    batch_size: int
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @classmethod
+    def of(cls, info: TargetInfo, options: argparse.Namespace, device: torch.device) -> Line:
+        strategy = Strategy.load(options.strategy)
+        section = strategy.config()(name=options.strategy, **pairs_of(options.option))
+        adapter = strategy.adapter(section, info)
+        counts = torch.ones(info.vocab_size, dtype=torch.int64)
+        draft = strategy.draft(section, info, DataInfo(token_counts=counts, num_samples=None))
+        return cls(
+            strategy=strategy,
+            adapter=adapter,
+            transform=strategy.transform(section, adapter.spec, 2 * options.length),
+            collate=strategy.collate(section, adapter.spec, draft),
+            device=device,
+            batch_size=options.batch_size,
+        )
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+    @property
+    def spec(self) -> CaptureSpec:
+        return self.adapter.spec
+
+    def __call__(self, capture: TargetCapture, /) -> Sample | None:
+        """Return what the adapter makes of a capture, which the engine's thread hands over."""
+        with self.timed("adapter"):
+            return self.adapter(capture)
+
+    def run(self, engine: SGLangEngine, prompts: list[Prompt]) -> tuple[float, int]:
+        """Return the seconds until the last batch is on the device, and the samples' bytes."""
+        self.seconds.clear()
+        size, start = 0, time.perf_counter()
+        ready: list[Sample] = []
+        for index, sample in capture_in_order(self.strategy, engine, self, prompts, len(prompts)):
+            assert sample is not None
+            size += sum(values.nbytes for values in sample.values())
+            with self.timed("transform"):
+                cut = self.transform(sample, sample_generator(0, 0, index))
+            ready += [] if cut is None else [cut]
+            if len(ready) == self.batch_size or index == prompts[-1].index:
+                self._batch(ready)
+                ready.clear()
+        return time.perf_counter() - start, size
+
+    def _batch(self, samples: list[Sample]) -> None:
+        with self.timed("collate"):
+            batch = self.collate(samples)
+        with self.timed("to the device"):
+            to_device(batch, self.device)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # else a share would be another's
 
 
 def measure(engine: SGLangEngine, way: str, options: argparse.Namespace) -> None:
-    info, strategy = engine.info, Strategy.load(options.strategy)
-    adapter = strategy.adapter(strategy.config()(name=options.strategy), info)
+    info = engine.info
+    line = Line.of(info, options, pick_device(options.train_device, "--train-device"))
     prompts = draw_prompts(options.tokens, options.length, info.vocab_size)
     total = sum(len(prompt.input_ids) for prompt in prompts)
     plain(engine, prompts, options.at_once)  # compiles kernels
-    captured(engine, strategy, adapter, prompts)  # pins memory
-    pairs = []
+    line.run(engine, prompts)  # pins memory
+    pairs: list[tuple[float, float, int]] = []
+    shares: dict[str, float] = defaultdict(float)
     for _ in range(options.rounds):  # in turn, so that other load hits both alike
         alone = plain(engine, prompts, options.at_once)
-        pairs.append((alone, *captured(engine, strategy, adapter, prompts)))
+        pairs.append((alone, *line.run(engine, prompts)))
+        for part, share in line.seconds.items():
+            shares[part] += share
     alone, seconds = median(a for a, _, _ in pairs), median(b for _, b, _ in pairs)
     ratios = sorted(a / b for a, b, _ in pairs)
     speed = pairs[0][2] / seconds / 1e9
     print(
         f"{way}: {len(prompts)} prompts, {total} tokens, {options.strategy}'s layers "
-        f"{adapter.spec.layers}, final state {adapter.spec.final}"
+        f"{line.spec.layers}, final state {line.spec.final}"
     )
     print(f"  plain prefill   {total / alone:10,.0f} tokens/s")
-    print(f"  capture         {total / seconds:10,.0f} tokens/s, {speed:.3f} GB/s")
+    print(f"  to batches      {total / seconds:10,.0f} tokens/s, {speed:.3f} GB/s")
     print(
         f"  of the plain    {median(ratios):10.1%} ({ratios[0]:.1%} to {ratios[-1]:.1%})",
     )
+    spent = sum(part for _, part, _ in pairs)
+    shares["wait for states"] = spent - sum(shares.values())
+    told = ", ".join(f"{part} {share / spent:.1%}" for part, share in shares.items())
+    print(f"  of the seconds, in batches of {options.batch_size} on {line.device}: {told}")
     rounds = ", ".join(f"{a:.2f} and {b:.2f}" for a, b, _ in pairs)
     print(f"  seconds, plain and captured, round by round: {rounds}", flush=True)
 
@@ -138,6 +214,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--python", help="interpreter that has SGLang")
     parser.add_argument("--target", type=Path)
     parser.add_argument("--strategy", default="linear", help="whose adapter makes the samples")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="its")
+    parser.add_argument("--train-device", default="auto", help="where batches go")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples of a batch")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--vocabulary", type=int, default=151_936)
