@@ -132,6 +132,24 @@ def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
 
 @cli.command()
 @config_option
+@click.option("--show", type=click.IntRange(0, 1000), default=0, help="Print the first rows, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@overrides_argument
+def data(config: Path, show: int, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """Report what would be trained on: counts, lengths, and rows with what is supervised."""
+    run, strategy = load_run(config, overrides)
+    from .data.report import report_data
+
+    report = report_data(run, strategy)
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=2))
+        return
+    click.echo(str(report))
+    report.show(show)
+
+
+@cli.command()
+@config_option
 @overrides_argument
 def capture(config: Path, overrides: tuple[str, ...]) -> None:
     """Store hidden states for offline training; resumes."""

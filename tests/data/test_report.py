@@ -1,0 +1,74 @@
+"""`specforge data`, as a person runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from specforge_core.data.report import OFF, ON, report_data
+from specforge_core.load import load_config
+from specforge_core.testing.runs import cli, finish, write_run
+
+
+@pytest.fixture
+def config(tmp_path: Path, toy_target: Path) -> Path:
+    found = write_run(tmp_path, toy_target, conversations=8, strategy={"name": "linear"})
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write("{\n")
+        row = {"input_ids": [97, 98, 99, 100], "loss_mask": [0, 1, 1, 0]}
+        file.write(json.dumps(row) + "\n")
+    return found
+
+
+def test_the_numbers(config: Path) -> None:
+    report = report_data(*load_config(config, ("data.on_error=skip",)))
+    found: dict[str, Any] = report.as_json()
+    lengths = sorted(len(prompt.input_ids) for prompt in report.prompts)
+    assert found["conversations"] == found["rows"] == 9
+    assert list(found["sources"].values()) == [9]
+    assert found["skipped"] == {"not JSON": 1}
+    assert found["tokens"] == sum(lengths)
+    assert found["supervised"] == sum(int(p.loss_mask.sum()) for p in report.prompts)
+    assert found["lengths"] == {
+        "0%": 4,
+        "50%": lengths[4],
+        "90%": lengths[7],
+        "99%": lengths[8],
+        "100%": lengths[8],
+    }
+    share = found["supervised"] / found["tokens"]
+    assert f"{found['supervised']:,} supervised ({share:.1%})" in str(report)
+    assert "skipped: 1 not JSON" in str(report)
+    cut = report_data(*load_config(config, ("data.on_error=skip", "data.max_length=40")))
+    assert cut.prompts.told.cut == sum(len(p.input_ids) == 40 for p in cut.prompts) > 0
+
+
+def test_what_is_supervised_is_set_off(config: Path) -> None:
+    report = report_data(*load_config(config, ("data.on_error=skip",)))
+    *_, last = report.rows(9, colour=True)
+    tokens = [report.tokenizer.decode([token]) for token in (97, 98, 99, 100)]
+    body = "".join(map(str, tokens))
+    assert last.plain == f"row 8: 4 tokens, 2 supervised\n{body}"
+    styles = [(last.plain[span.start : span.end], span.style) for span in last.spans]
+    assert styles == [(tokens[0], OFF), (f"{tokens[1]}{tokens[2]}", ON), (tokens[3], OFF)]
+    *_, plain = report.rows(9, colour=False)
+    assert plain.plain.endswith(f"\n{tokens[0]}⟦{tokens[1]}{tokens[2]}⟧{tokens[3]}")
+    console = Console(force_terminal=True, width=80)
+    with console.capture() as shown:
+        console.print(last)
+    assert "\x1b[1;32m" in shown.get()
+
+
+def test_the_command(config: Path) -> None:
+    said = finish(cli("data", "-c", str(config), "--show", "2", "data.on_error=skip"))
+    assert "9 conversations, 9 rows to train on" in said
+    assert said.count("⟦") == 2
+    found = json.loads(finish(cli("data", "-c", str(config), "--json", "data.on_error=skip")))
+    assert found["rows"] == 9
+    bad = cli("data", "-c", str(config))
+    assert "train.jsonl:9 is not a line of JSON" in bad.communicate()[1]
+    assert bad.returncode == 2
