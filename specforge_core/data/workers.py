@@ -83,7 +83,7 @@ class Worker:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM.format(fd=fd)],
+                [sys.executable, "-P", "-c", PROGRAM.format(fd=fd)],
                 pass_fds=[fd],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
