@@ -1,0 +1,80 @@
+"""Domino: DFlash's block of tokens, each corrected by the tokens drafted before it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import specforge_dflash
+from specforge_dflash import (  # noqa: F401  # a hook is found by its name
+    specforge_adapter,
+    specforge_transform,
+    specforge_verify_capture,
+)
+from specforge_dflash.collate import DFlashCollate
+from specforge_dflash.model import DFlashModel, Frozen
+
+from specforge_core.hookspecs import hookimpl
+from specforge_core.types import (
+    CaptureSpec,
+    Collate,
+    Draft,
+    Export,
+    Proposer,
+    TargetInfo,
+    TrainStep,
+)
+
+from .config import DominoConfig
+from .export import export_draft, load_draft
+from .model import DominoModel
+from .proposer import DominoProposer
+from .step import DominoStep
+
+
+@hookimpl
+def specforge_config() -> type[DominoConfig]:
+    """Block, objective and shape of the draft."""
+    return DominoConfig
+
+
+@hookimpl
+def specforge_collate(config: DominoConfig, spec: CaptureSpec, draft: Draft) -> Collate:
+    """Make DFlash's batches."""
+    assert isinstance(draft.model, DominoModel)
+    return DFlashCollate(config, spec, draft.model.backbone.shape.mask_token_id)
+
+
+@hookimpl
+def specforge_draft(config: DominoConfig, target: TargetInfo) -> Draft:
+    """Build DFlash's draft around the target's embedding and head, and the correction."""
+    draft = specforge_dflash.specforge_draft(config=config, target=target)
+    assert isinstance(draft.model, DFlashModel)
+    return replace(draft, model=DominoModel(draft.model, config))
+
+
+@hookimpl
+def specforge_train_step(config: DominoConfig) -> TrainStep:
+    """Fill blocks at random anchors, from the backbone's logits to the corrected ones."""
+    return DominoStep(config)
+
+
+@hookimpl
+def specforge_proposer(config: DominoConfig, draft: Draft) -> Proposer:
+    """Draft one block at a time, token by token."""
+    assert isinstance(draft.model, DominoModel)
+    assert isinstance(draft.frozen, Frozen)
+    return DominoProposer(config, draft.model, draft.frozen)
+
+
+@hookimpl
+def specforge_export(
+    config: DominoConfig, draft: Draft, target: TargetInfo, format: str
+) -> Export | None:
+    """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
+    return export_draft(config, draft, target, format)
+
+
+@hookimpl
+def specforge_import(config: DominoConfig, draft: Draft, export: Export) -> bool:
+    """Read the published layout back, refusing what was made for another draft."""
+    return load_draft(config, draft, export)

@@ -1,0 +1,99 @@
+"""The training objective: the backbone's own logits first, then more and more the corrected ones.
+
+Shapes: b rows, A blocks of each, B slots of a block, D of them that predict, R trained slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from specforge_dflash.model import Frozen
+from specforge_dflash.step import by_slot, slot_metrics, slot_weights
+from torch import Tensor
+
+from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
+
+from .config import DominoConfig
+from .loss import Scored, corrected_cross_entropy
+from .model import DominoModel
+
+
+@dataclass(frozen=True, slots=True)
+class DominoStep:
+    """Loss and metrics of one micro-batch."""
+
+    config: DominoConfig
+
+    @property
+    def draft_tokens(self) -> int:
+        return self.config.num_draft_tokens
+
+    def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
+        frozen, model = draft.frozen, draft.model
+        assert isinstance(frozen, Frozen)
+        assert isinstance(model, DominoModel)
+        share = max(0.0, 1 - ctx.progress / self.config.base_loss_decay) if ctx.training else 0.0
+        labels = batch["labels"].flatten()[batch["rows"]]
+
+        def score(hidden: Tensor, codes: Tensor, proj: Tensor) -> tuple[Scored, Tensor]:
+            inputs = frozen.states(hidden), codes, frozen.lm_head, proj
+            scored = partial(
+                corrected_cross_entropy,
+                base_share=share,
+                softcap=frozen.softcap,
+                chunk=self.config.head_chunk,
+            )
+            losses = torch.zeros_like(labels, dtype=torch.float32)
+            if self.config.weighting != "decay":  # weights that hang on the losses themselves
+                with torch.no_grad():
+                    losses = scored(*inputs, labels, losses).losses[1]
+            weights, total = self._weights(batch, losses)
+            return scored(*inputs, labels, weights), total
+
+        found, weight = model(
+            batch["hidden_states"],
+            frozen.embed(batch["block_ids"].flatten(1)),
+            batch["anchors"],
+            batch["starts"],
+            batch["position_ids"],
+            frozen.embed(self._prefixes(batch)),
+            batch["rows"],
+            score,
+        )
+        metrics = self._metrics(batch, labels, found)
+        metrics["base_share"] = Ratio(num=weight * share, den=weight)
+        return StepOutput(loss_sum=found.loss_sum, weight=weight, metrics=metrics)
+
+    def _prefixes(self, batch: Batch) -> Tensor:
+        """Return the text from each anchor on [b, A, D]; no trained slot reads behind a row."""
+        ids, anchors = batch["input_ids"], batch["anchors"]
+        length = self.config.block_size - self.config.first_slot
+        places = anchors[..., None] + torch.arange(length, device=ids.device)
+        found = ids.gather(1, places.flatten(1).clamp(max=ids.shape[1] - 1))
+        return found.view(places.shape)
+
+    def _weights(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights [R] of the trained slots, and what the loss is divided by."""
+        first, valid = self.config.first_slot, batch["valid"].flatten(0, 1)
+        weights, total = slot_weights(
+            self.config, by_slot(batch, losses)[:, first:], valid[:, first:]
+        )
+        return F.pad(weights, (first, 0)).flatten()[batch["rows"]], total
+
+    def _metrics(self, batch: Batch, labels: Tensor, found: Scored) -> dict[str, Ratio]:
+        """Return DFlash's metrics of the drafted tokens; those of the bare logits are `base_`."""
+        first = self.config.first_slot
+        drafted = slice(first, first + self.draft_tokens)
+        valid = batch["valid"].flatten(0, 1)[:, drafted]
+        base, final = (
+            slot_metrics(
+                by_slot(batch, losses)[:, drafted],
+                by_slot(batch, best == labels)[:, drafted],
+                valid,
+            )
+            for losses, best in zip(found.losses, found.best, strict=True)
+        )
+        return final | {f"base_{n}": r for n, r in base.items() if not n.startswith("accuracy_")}
