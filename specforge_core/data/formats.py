@@ -151,7 +151,9 @@ def _text(stream: IO[bytes], head: bytes, path: Path, name: str) -> Iterator[Lin
             known = ("an archive", "tar xf FILE, and name what is in it")
     if known is not None:
         raise _no_rows(path, *known)
-    if start[:1] == b"[":
+    lines = path.name.partition(".")[2].startswith(("jsonl", "ndjson"))
+    objects = start[1:].lstrip()[:1] in (b"{", b"")  # `[[` in a file of lines is one bad line
+    if start[:1] == b"[" and (objects or not lines):
         yield from read_array(stream, name)
     else:
         yield from read_lines(stream, name)

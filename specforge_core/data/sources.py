@@ -195,7 +195,10 @@ def read_lines(file: IO[bytes], name: str) -> Iterator[Line | DataError]:
 
 
 def read_array(file: IO[bytes], name: str) -> Iterator[Line | DataError]:
-    """Yield the objects of one JSON array, of which no more than a piece is in memory."""
+    """Yield the objects of one JSON array, of which no more than a piece is in memory.
+
+    Raises DataError where it cannot be read: nobody knows how many rows would be lost.
+    """
     reader = getreader("utf-8-sig")(file)
     decode = json.JSONDecoder().raw_decode
     number, size = 0, PIECE
@@ -219,8 +222,10 @@ def read_array(file: IO[bytes], name: str) -> Iterator[Line | DataError]:
             number, size = number + 1, PIECE
             yield _row(row, f"{name}:{number}")
     except (ValueError, RecursionError) as exc:
-        where = f"object {number + 1} of the array in {name}"
-        yield BadRow(f"{where} is not JSON that can be read ({exc}). {_SKIP}", "not JSON")
+        raise DataError(
+            f"object {number + 1} of the array in {name} is not JSON that can be read ({exc}). "
+            "Correct the file, or make lines of it, of which bad ones can be skipped"
+        ) from exc
 
 
 def _pass_over(line: bytes, file: IO[bytes]) -> None:
