@@ -14,8 +14,9 @@ import pytest
 from specforge_core.config import DataConfig
 from specforge_core.data import chat
 from specforge_core.data.bounds import bounded_memory, bounded_time
+from specforge_core.data.files import open_source
 from specforge_core.data.prompts import load_prompts
-from specforge_core.data.sources import BadRow, read_jsonl
+from specforge_core.data.sources import BadRow
 from specforge_core.testing.toy import TEMPLATE, toy_tokenizer
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -61,12 +62,12 @@ def test_a_row_whose_template_goes_wrong_is_no_more_than_a_bad_row(
     data = DataConfig.model_validate({"train": (str(path),), "on_error": on_error})
     began = time.process_time()
     if on_error == "skip":
-        found = load_prompts(data, tokenizer, 260, lambda source, _: read_jsonl(source))
+        found = load_prompts(data, tokenizer, 260, lambda source, _: open_source(source))
         assert len(found) == 2
         assert found.skipped == {"refused by the chat template": 1}
     else:
         with pytest.raises(BadRow, match=r"^rows\.jsonl:2: the chat template ") as error:
-            load_prompts(data, tokenizer, 260, lambda source, _: read_jsonl(source))
+            load_prompts(data, tokenizer, 260, lambda source, _: open_source(source))
         assert WRONG[wrong] in str(error.value)
     assert time.process_time() - began < 30
 
