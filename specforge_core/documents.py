@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+PIECE = 1 << 20  # bytes read at once
 MOST = 1 << 28  # bytes: a manifest of a million shards has as many
 
 
@@ -30,10 +31,12 @@ def read_document(path: Path, most: int = MOST) -> bytes:
     bytes.
     """
     with os.fdopen(open_regular(path), "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"it is larger than {most} bytes", str(path))
-    return data
+        data = bytearray()
+        while piece := file.read(PIECE):  # `read(most)` would take the memory at once
+            data += piece
+            if len(data) > most:
+                raise OSError(errno.EFBIG, f"it is larger than {most} bytes", str(path))
+    return bytes(data)
 
 
 def why_invalid(exc: ValidationError) -> str:
