@@ -87,7 +87,10 @@ def test_greedy_answers_are_those_of_this_process(
     here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
     local = regenerate(make_run(talker, prompts, keep_unfinished=keep), here)
     served = regenerate(make_run(talker, prompts, keep_unfinished=keep, url=url), there)
-    assert rows(there) == rows(here)
+    found = rows(there)
+    # this server gives no token ids: they are made of the text, which the rows say
+    assert all(row.pop("retokenized") for row in found.values())
+    assert found == rows(here)
     assert served.dropped == local.dropped
     assert served.num_tokens == local.num_tokens
     assert served.num_written > 4

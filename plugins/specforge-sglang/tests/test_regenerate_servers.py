@@ -119,6 +119,11 @@ def test_two_servers_that_die_in_turn(
     going.join()
     (report,) = reports
     assert (report.num_written, dict(report.dropped)) == (len(QUESTIONS), {})
-    assert rows(output) == expected
+    found = rows(output)
+    if engine == "openai":  # SGLang's answers to it are text alone, which may have other tokens
+        assert all(row.pop("retokenized") for row in found.values())
+        expected = {name: {**row, "token_rows": None} for name, row in expected.items()}
+        found = {name: {**row, "token_rows": None} for name, row in found.items()}
+    assert found == expected
     told = capsys.readouterr().err
     assert all(f"{server.url} failed" in " ".join(told.split()) for server in servers)
