@@ -88,8 +88,8 @@ def test_greedy_answers_are_those_of_this_process(
     local = regenerate(make_run(talker, prompts, keep_unfinished=keep), here)
     served = regenerate(make_run(talker, prompts, keep_unfinished=keep, url=url), there)
     found = rows(there)
-    # this server gives no token ids: they are made of the text, which the rows say
-    assert all(row.pop("retokenized") for row in found.values())
+    # an older server gives no token ids: they are made of the text, which the rows say
+    assert len({row.pop("retokenized", False) for row in found.values()}) == 1
     assert found == rows(here)
     assert served.dropped == local.dropped
     assert served.num_tokens == local.num_tokens

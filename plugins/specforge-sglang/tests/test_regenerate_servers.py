@@ -120,10 +120,10 @@ def test_two_servers_that_die_in_turn(
     (report,) = reports
     assert (report.num_written, dict(report.dropped)) == (len(QUESTIONS), {})
     found = rows(output)
-    if engine == "openai":  # SGLang's answers to it are text alone, which may have other tokens
-        assert all(row.pop("retokenized") for row in found.values())
-        expected = {name: {**row, "token_rows": None} for name, row in expected.items()}
-        found = {name: {**row, "token_rows": None} for name, row in found.items()}
+    for name, row in found.items():
+        if row.pop("retokenized", False):  # the server gave text alone, which may have other tokens
+            assert engine == "openai"
+            del row["token_rows"], expected[name]["token_rows"]
     assert found == expected
     told = capsys.readouterr().err
     assert all(f"{server.url} failed" in " ".join(told.split()) for server in servers)
