@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from reprlib import Repr
 from typing import Any, TypeAlias
 
-from .tools import Tool, called_in, calls_of, tools_of
+from .tools import Tool, called_in, calls_of, shown, tools_of
 
 # "role", "content"; where there are some "tool_calls", "tool_call_id", "name" and REASONING
 Message: TypeAlias = dict[str, Any]
@@ -59,9 +58,6 @@ MEANT = (
 CHATS = ("messages", "conversations")
 KEPT = (*CHATS, "content", "value")  # an empty one says something
 
-_short = Repr()  # values in messages: whatever a row holds, and however deep it is
-_short.maxother = _short.maxstring = _short.maxlong = 80
-
 
 class OnlyRead(dict[str, Any]):
     """A message of the assistant that is not trained on."""
@@ -87,7 +83,7 @@ def parse(row: object, ignored: Iterable[str] = ()) -> Parsed:
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise ValueError(f"message {number} is not an object: {_short.repr(turn)}")
+            raise ValueError(f"message {number} is not an object: {shown(turn)}")
         turn = _without(turn, ignored)
         message = _message(turn, number)
         trained = _trained(turn, message["role"], number)
@@ -153,8 +149,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     given = turn.get("role", turn.get("from"))
     if not isinstance(given, str) or given not in ROLES:
         raise ValueError(
-            f"message {number} has the role {_short.repr(given)}; known are "
-            f"{', '.join(sorted(ROLES))}"
+            f"message {number} has the role {shown(given)}; known are {', '.join(sorted(ROLES))}"
         )
     if unknown := sorted(map(str, turn.keys() - READ - NOTES)):
         raise ValueError(_unused(f"message {number}", unknown))
@@ -196,7 +191,7 @@ def _trained(turn: Mapping[str, Any], role: str, number: int) -> bool:
             continue
         if value not in (0, 1):
             raise ValueError(
-                f"message {number} has {name!r}: {_short.repr(value)}; it is trained on (1, true) "
+                f"message {number} has {name!r}: {shown(value)}; it is trained on (1, true) "
                 "or not (0, false)"
             )
         if not value:
@@ -214,7 +209,7 @@ def _text(content: object) -> str:
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         content = "".join(map(_part, content))
     if not isinstance(content, str):
-        raise ValueError(f"a message's content must be text, found {_short.repr(content)}")
+        raise ValueError(f"a message's content must be text, found {shown(content)}")
     try:
         content.encode()
     except UnicodeEncodeError as exc:  # half a surrogate pair, which tokenizers refuse
@@ -224,9 +219,9 @@ def _text(content: object) -> str:
 
 def _part(part: Mapping[str, object]) -> str:
     if part.get("type", "text") != "text":
-        kind = _short.repr(part["type"])
+        kind = shown(part["type"])
         raise ValueError(f"a message has a part of type {kind}; only text is supported")
     text = part.get("text", "")
     if not isinstance(text, str):
-        raise ValueError(f"the text of a message's part must be text, found {_short.repr(text)}")
+        raise ValueError(f"the text of a message's part must be text, found {shown(text)}")
     return text

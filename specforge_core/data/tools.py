@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 
 Tool: TypeAlias = Mapping[str, Any]
 
-_short = Repr()
+_short = Repr()  # values in messages: whatever a row holds, and however deep it is
 _short.maxother = _short.maxstring = _short.maxlong = 80
+shown = _short.repr
 
 
 def tools_of(row: Mapping[str, Any]) -> Iterator[Tool]:
@@ -21,13 +22,13 @@ def tools_of(row: Mapping[str, Any]) -> Iterator[Tool]:
     if isinstance(found, str):
         found = _json(found, "the row's 'tools'")
     if not isinstance(found, list):
-        raise ValueError(f"the row's 'tools' must be a list, found {_short.repr(found)}")
+        raise ValueError(f"the row's 'tools' must be a list, found {shown(found)}")
     for tool in found:
         if isinstance(tool, str):
             tool = _json(tool, "one of the row's 'tools'")
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"a tool must be a function with a name, found {_short.repr(tool)}")
+            raise ValueError(f"a tool must be a function with a name, found {shown(tool)}")
         yield _spelled({"type": "function", "function": function}, "a tool")
 
 
@@ -37,7 +38,7 @@ def calls_of(turn: Mapping[str, Any], number: int) -> Iterator[dict[str, Any]]:
     if isinstance(calls, str):
         calls = _json(calls, f"message {number}: 'tool_calls'")
     if not isinstance(calls, list):
-        raise ValueError(f"message {number}: 'tool_calls' must be a list, {_short.repr(calls)}")
+        raise ValueError(f"message {number}: 'tool_calls' must be a list, {shown(calls)}")
     for call in calls:
         yield _call(call, number)
     if "function_call" in turn:
@@ -56,15 +57,14 @@ def _call(call: object, number: int) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(
-            f"message {number}: a call must have a name and arguments, found {_short.repr(call)}"
+            f"message {number}: a call must have a name and arguments, found {shown(call)}"
         )
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _json(arguments or "{}", f"message {number}: the arguments of a call")
     if not isinstance(arguments, dict):
         raise ValueError(
-            f"message {number}: the arguments of a call must be an object, found "
-            f"{_short.repr(arguments)}"
+            f"message {number}: the arguments of a call must be an object, found {shown(arguments)}"
         )
     made: dict[str, Any] = {
         "type": "function",
