@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
 
 from .chat import Encoder, Row
 from .messages import Message, unread
 from .sources import BadRow, Conversation
-from .tokenrows import ROWS, Fingerprint, cut_answers, token_rows
+from .tokenrows import ROWS, Fingerprint, cut_answers, token_row, token_rows
 from .tools import Tool
 
 
@@ -31,29 +30,6 @@ class RowMaker:
             return token_rows(found.row, self.origin, self.encoder.limit)
         encoder = encoder_for(self.encoder, found.messages, found.tools)
         return encoder.rows(found.messages, cut_answers(found.row))
-
-
-def token_row(row: Mapping[str, Any], limit: int | None) -> Row:
-    """Read a row that is tokens: `input_ids` and a `loss_mask` of as many 0 and 1.
-
-    Raises BadRow for anything else; whether the target has the tokens is seen by its reader.
-    """
-    ids, mask = row["input_ids"], row.get("loss_mask")
-    if not _numbers(ids) or not ids or min(ids) < 0:
-        raise _bad_tokens("'input_ids' must be a list of token ids, and is not")
-    if not _numbers(mask) or not {0, 1}.issuperset(mask):
-        raise _bad_tokens("a row of tokens needs a 'loss_mask', a list of 0 and 1")
-    if len(mask) != len(ids):
-        raise _bad_tokens(f"there are {len(ids)} input_ids, and a loss_mask of {len(mask)}")
-    return Row(ids[:limit], mask[:limit], len(ids), True)
-
-
-def _numbers(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(one) is int and one < 2**31 for one in value)
-
-
-def _bad_tokens(what: str) -> BadRow:
-    return BadRow(f"{what}. Correct the row, or set data.on_error=skip", "not a row of tokens")
 
 
 def encoder_for(

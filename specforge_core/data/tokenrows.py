@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedTokenizerBase
 
@@ -86,13 +86,42 @@ def token_rows(row: Mapping[str, Any], expected: Fingerprint, limit: int | None)
 def _read(found: object, limit: int | None) -> Row:
     ids = found.get("input_ids") if isinstance(found, Mapping) else None
     mask = found.get("loss_mask") if isinstance(found, Mapping) else None
-    if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < BOUND for i in ids)):
+    if not _are_ids(ids):
         raise _damaged("'input_ids' is no list of token ids")
     if not (isinstance(mask, list) and len(mask) == len(ids)):
         raise _damaged(f"'loss_mask' is no list of {len(ids)} numbers, as 'input_ids' is")
-    if not all(type(on) is int and on in (0, 1) for on in mask):
+    if not _is_mask(mask):
         raise _damaged("'loss_mask' holds other values than 0 and 1")
     return Row(ids[:limit], mask[:limit], len(ids), counted=True)
+
+
+def token_row(row: Mapping[str, Any], limit: int | None) -> Row:
+    """Read a row that is tokens alone: `input_ids` and a `loss_mask` of as many 0 and 1.
+
+    Raises BadRow for anything else; whether the target has the tokens is seen by its reader.
+    """
+    ids, mask = row["input_ids"], row.get("loss_mask")
+    if not _are_ids(ids):
+        raise _bad_tokens("'input_ids' must be a list of token ids, and is not")
+    if not _is_mask(mask):
+        raise _bad_tokens("a row of tokens needs a 'loss_mask', a list of 0 and 1")
+    if len(mask) != len(ids):
+        raise _bad_tokens(f"there are {len(ids)} input_ids, and a loss_mask of {len(mask)}")
+    return Row(ids[:limit], mask[:limit], len(ids), counted=True)
+
+
+def _are_ids(value: object) -> TypeGuard[list[int]]:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(token) is int and 0 <= token < BOUND for token in value)
+
+
+def _is_mask(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(on) is int and on in (0, 1) for on in value)
+
+
+def _bad_tokens(what: str) -> BadRow:
+    return BadRow(f"{what}. Correct the row, or set data.on_error=skip", "not a row of tokens")
 
 
 def _damaged(why: str) -> BadRow:
