@@ -23,7 +23,7 @@ from ..target.tokenizer import (
 from .chat import Encoder, Row
 from .promptset import PromptSet as PromptSet, Spool, Told
 from .rows import RowMaker
-from .sources import Rows, Skipped, conversations, mixed, nothing_left, told as reasons
+from .sources import Rows, Skipped, conversations, mixed, nothing_left
 from .tokencache import in_memory, key_of, on_disk
 from .tokenrows import Fingerprint
 from .workers import make_rows
@@ -75,8 +75,8 @@ def load_prompts(
             data.cache, key_of([key, made_by, bounds, *(r.fingerprint() for r in known)]), fill
         )
     if found.skipped:
-        told = f"{sum(found.skipped.values())} rows skipped ({reasons(found.skipped)})"
-        console.print(f"data.train: {told}", markup=False)
+        skipped = Skipped(data.on_error, Counter(found.skipped))
+        console.print(f"data.train: {skipped}", markup=False)
     return found
 
 
