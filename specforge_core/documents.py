@@ -24,6 +24,12 @@ def open_regular(path: Path) -> int:
     return number
 
 
+def check_regular(path: Path) -> None:
+    """Raise OSError for what is there and no file: a library would wait for a pipe."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is no regular file")
+
+
 def read_document(path: Path, most: int = MOST) -> bytes:
     """Return what a file holds.
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checksums import check_folder, folder_checksums
-from ..documents import read_document
+from ..documents import check_regular, read_document
 from ..errors import CheckpointError, PluginError
 from ..files import publish, refusing, sweep, system_error, temporary_folder, write_file
 from ..types import Export
@@ -274,8 +274,7 @@ def _read_json(directory: Path, name: str) -> dict[str, Any]:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise OSError("it is no regular file")
+        check_regular(path)
         found: dict[str, Tensor] = load_file(path)
     except FileNotFoundError as exc:
         raise CheckpointError(f"{path} is missing. Export again") from exc

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from specforge_core.documents import check_regular
 from specforge_core.errors import CheckpointError, ConfigError
 
 WEIGHTS = "model.safetensors"
@@ -87,8 +88,7 @@ def read_map(path: Path, size: int, vocab_size: int) -> Tensor:
     """Return the d2t of a user's own map: a safetensors file, or an exported draft's directory."""
     file = path / WEIGHTS if path.is_dir() else path
     try:
-        if file.exists() and not file.is_file():  # a pipe would be waited for
-            raise OSError("it is no regular file")
+        check_regular(file)
         tensors = load_file(file)
     except (OSError, SafetensorError) as exc:
         raise ConfigError(
