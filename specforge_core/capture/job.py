@@ -11,17 +11,15 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
-from ..data.ends import end_tokens
 from ..data.order import epoch_order
-from ..data.prompts import PromptSet, load_prompts
+from ..data.prompts import PromptSet, run_prompts
 from ..devices import pick_device
 from ..errors import ConfigError
 from ..progress import track
 from ..stop import Interrupted
 from ..strategy import Strategy
-from ..target.asked import max_positions
 from ..target.info import load_target_info
-from ..target.tokenizer import load_tokenizer, template_options
+from ..target.tokenizer import load_tokenizer
 from ..types import Adapter, Prompt, TargetEngine, TargetInfo
 from .identity import capture_identity
 from .manifest import CaptureIdentity, CaptureManifest
@@ -57,17 +55,8 @@ class Job:
 
     def prompts(self) -> PromptSet:
         """Read and tokenize the run's conversations."""
-        data = self.run.data
-        kwargs = template_options(data)
-        return load_prompts(
-            data,
-            self.tokenizer,
-            self.target.vocab_size,
-            self.strategy.conversations,
-            positions=max_positions(self.target),
-            ends=end_tokens(self.target, self.tokenizer, kwargs),
-            target=self.identity.target_fingerprint,
-        )
+        fingerprint = self.identity.target_fingerprint
+        return run_prompts(self.run, self.strategy, self.target, self.tokenizer, fingerprint)
 
     def engine(self) -> TargetEngine:
         """Load the target."""

@@ -11,16 +11,20 @@ from typing import Any, Protocol, runtime_checkable
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from ..config import DataConfig
+from ..config import DataConfig, RunConfig
 from ..cpu import available_cores
 from ..errors import DataError
 from ..progress import console, track
+from ..strategy import Strategy
+from ..target.asked import max_positions
 from ..target.tokenizer import (
     chat_template,
     template_fingerprint,
     template_options,
 )
+from ..types import TargetInfo
 from .chat import Encoder, Row
+from .ends import end_tokens
 from .promptset import PromptSet as PromptSet, Spool, Told
 from .rows import RowMaker
 from .sources import Rows, Skipped, conversations, mixed, nothing_left
@@ -29,6 +33,28 @@ from .tokenrows import Fingerprint
 from .workers import make_rows
 
 SMALL = 4 << 20  # bytes of data that are tokenized as soon as they are looked for
+
+
+def run_prompts(
+    run: RunConfig,
+    strategy: Strategy,
+    target: TargetInfo,
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprint: str | None = None,
+) -> PromptSet:
+    """Read and tokenize a run's conversations, as `load_prompts` does for its target.
+
+    `fingerprint` is the target's; None where no weight of it is to be read.
+    """
+    return load_prompts(
+        run.data,
+        tokenizer,
+        target.vocab_size,
+        strategy.conversations,
+        positions=max_positions(target),
+        ends=end_tokens(target, tokenizer, template_options(run.data)),
+        target=fingerprint,
+    )
 
 
 def load_prompts(

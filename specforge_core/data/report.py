@@ -12,12 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
 from ..strategy import Strategy
-from ..target.asked import max_positions
 from ..target.info import load_target_info
-from ..target.tokenizer import load_tokenizer, template_options
+from ..target.tokenizer import load_tokenizer
 from ..types import Prompt
-from .ends import end_tokens
-from .prompts import PromptSet, load_prompts
+from .prompts import PromptSet, run_prompts
 from .sources import told
 
 ON, OFF = "bold green", "dim"  # what is supervised, and what is only read
@@ -98,12 +96,5 @@ def report_data(run: RunConfig, strategy: Strategy) -> DataReport:
     """Read and tokenize a run's data as a training would; no weight of the target is read."""
     target = load_target_info(run.target)
     tokenizer = load_tokenizer(run.target)
-    prompts = load_prompts(
-        run.data,
-        tokenizer,
-        target.vocab_size,
-        strategy.conversations,
-        positions=max_positions(target),
-        ends=end_tokens(target, tokenizer, template_options(run.data)),
-    )
+    prompts = run_prompts(run, strategy, target, tokenizer)
     return DataReport(prompts, run.data.train, tokenizer)
