@@ -4,6 +4,9 @@
 setup:
 	@./scripts/setup.sh
 
+# written once; in an environment that forbids it, every process would compile what it imports
+unexport PYTHONDONTWRITEBYTECODE
+
 # one thread each: the tests start many processes of their own
 test test-fast: export OMP_NUM_THREADS ?= 1
 

