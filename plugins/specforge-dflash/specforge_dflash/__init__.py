@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from specforge_core.errors import ConfigError
 from specforge_core.hookspecs import hookimpl
 from specforge_core.nn.decoder import init_weights
 from specforge_core.types import (
@@ -134,12 +133,7 @@ def specforge_export(
     config: DFlashConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf, sglang, vllm."""
-    if format != "hf" and isinstance(draft.frozen, Frozen) and draft.frozen.has_bias:
-        raise ConfigError(
-            f"{format} drafts with the target's head without its bias, and target "
-            f"{target.name_or_path!r} has one: this draft was trained with it. Try: --format hf"
-        )
-    return export_draft(config, draft.model, target, format)
+    return export_draft(config, draft, target, format)
 
 
 @hookimpl

@@ -17,13 +17,16 @@ from specforge_core.drafts.tensors import check_given, readable_config
 from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.nn.decoder import decoder_config
 from specforge_core.nn.rotary import stored_rope
-from specforge_core.types import Export, TargetInfo
+from specforge_core.types import Draft, Export, TargetInfo
 
 from .config import DFlashConfig, DraftShape
-from .model import DFlashModel
+from .model import DFlashModel, Frozen
 
 ARCHITECTURE = "DFlashDraftModel"
 FORMATS = ("hf", "sglang", "vllm")
+# engine -> kinds of targets whose embeddings it scales for a draft, too: in SGLang the tables of
+# these do so themselves, in vLLM the draft does
+SCALED = {"sglang": ("gemma3", "gemma4"), "vllm": ("gemma4",)}
 # key of config.json -> what goes wrong where it differs, for the method's own keys
 CAUSES = {
     "target_layer_ids": "layer ids",
@@ -34,42 +37,69 @@ CAUSES = {
 
 
 def export_draft(
-    config: DFlashConfig, model: nn.Module, target: TargetInfo, format: str
+    config: DFlashConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Return the files' contents; None for a format this package does not know."""
     if format not in FORMATS:
         return None
+    model, frozen = draft.model, draft.frozen
     assert isinstance(model, DFlashModel)
-    if format != "hf" and config.label_layout != "same_position":
-        raise ConfigError(
-            f"{format} serves DFlash blocks whose slot k holds token a+k, and this draft was "
-            f"trained with label_layout {config.label_layout!r}: nothing would be accepted. "
-            "Try: --format hf, or train with strategy.label_layout=same_position"
-        )
+    assert isinstance(frozen, Frozen)
+    if format != "hf" and (reason := _not_served(config, frozen, target, format)):
+        raise ConfigError(reason)
     dtype: torch.dtype = getattr(torch, config.export_dtype)
     weights = {
         name: value.detach().to(device="cpu", dtype=dtype).contiguous()
         for name, value in model.state_dict().items()
     }
+    # SGLang takes the length of a block from config.json; vLLM counts the drafted tokens
+    serve: dict[str, dict[str, Any]] = {
+        "sglang": {"speculative_algorithm": "DFLASH"},
+        "vllm": {"method": "dflash", "num_speculative_tokens": config.num_draft_tokens},
+    }
     return Export(
         config=export_config(config, model.shape, target),
         weights=weights,
-        serve=serving_options(config),
+        serve={
+            engine: options
+            for engine, options in serve.items()
+            if _not_served(config, frozen, target, engine) is None
+        },
         causes=CAUSES,
     )
 
 
-def serving_options(config: DFlashConfig) -> dict[str, dict[str, Any]]:
-    """Return what each engine that knows this draft is started with; none serves `next_token`.
-
-    SGLang takes the length of a block from config.json; vLLM counts the drafted tokens.
-    """
+def _not_served(
+    config: DFlashConfig, frozen: Frozen, target: TargetInfo, engine: str
+) -> str | None:
+    """Return why an engine would draft something else than was trained."""
     if config.label_layout != "same_position":
-        return {}
-    return {
-        "sglang": {"speculative_algorithm": "DFLASH"},
-        "vllm": {"method": "dflash", "num_speculative_tokens": config.num_draft_tokens},
-    }
+        return (
+            f"{engine} serves DFlash blocks whose slot k holds token a+k, and this draft was "
+            f"trained with label_layout {config.label_layout!r}: nothing would be accepted. "
+            "Try: --format hf, or train with strategy.label_layout=same_position"
+        )
+    return target_not_served(frozen, target, engine)
+
+
+def target_not_served(frozen: Frozen, target: TargetInfo, engine: str) -> str | None:
+    """Return what of a target's embedding and head an engine leaves out of the drafts around them.
+
+    The draft was trained with it.  None where the engine drafts from the same.
+    """
+    if frozen.has_bias:
+        return (
+            f"{engine} drafts with the target's head without its bias, and target "
+            f"{target.name_or_path!r} has one: this draft was trained with it. Try: --format hf"
+        )
+    kind = str(target.config.get("model_type"))
+    if frozen.scale != 1.0 and not kind.startswith(SCALED.get(engine, ())):
+        return (
+            f"target {target.name_or_path!r} multiplies its embeddings by {frozen.scale:g}, and "
+            f"{engine} drafts from those of {kind} without that factor: little would be accepted. "
+            "Try: --format hf"
+        )
+    return None
 
 
 def export_config(config: DFlashConfig, shape: DraftShape, target: TargetInfo) -> dict[str, Any]:

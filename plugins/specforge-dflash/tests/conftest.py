@@ -17,6 +17,7 @@ from specforge_dflash.model import DFlashModel, Frozen
 from torch import Tensor
 
 from specforge_core.batches.loader import sample_generator
+from specforge_core.target.head import Head
 from specforge_core.types import Batch, Draft, Sample, StepContext, TargetInfo
 
 VOCAB, HIDDEN, LAYERS = 41, 24, 8
@@ -67,12 +68,20 @@ def make_target(**overrides: Any) -> TargetInfo:
     )
 
 
-def make_tiny(softcap: float | None = None, scale: float = 1.0, **options: Any) -> Tiny:
+def make_tiny(
+    softcap: float | None = None,
+    scale: float = 1.0,
+    bias: bool = False,
+    model_type: str = "tiny",
+    **options: Any,
+) -> Tiny:
     config = make_config(**options)
-    target = make_target(final_logit_softcapping=softcap)
+    target = make_target(final_logit_softcapping=softcap, model_type=model_type)
     gen = torch.Generator().manual_seed(1)
     embed = torch.randn(VOCAB, HIDDEN, generator=gen)
     head = torch.randn(VOCAB, HIDDEN, generator=gen)
+    if bias:
+        head = Head(weight=head, bias=torch.randn(VOCAB, generator=gen)).joined()
     draft = build_draft(config, target, embed, head, scale=scale, mask_token_id=MASK)
     for name, weight in draft.model.named_parameters():  # norms of ones would hide their order
         if "norm" in name:

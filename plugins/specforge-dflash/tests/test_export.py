@@ -15,7 +15,7 @@ from specforge_core.types import Export
 
 
 def export(tiny: Any, format: str = "hf") -> Export:
-    made = export_draft(tiny.config, tiny.model, tiny.target, format)
+    made = export_draft(tiny.config, tiny.draft, tiny.target, format)
     assert made is not None
     return made
 
@@ -135,6 +135,29 @@ def test_engines_that_read_slots_by_position_refuse_the_shifted_layout(
     assert nested["num_draft_tokens"] == 4
 
 
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"bias": True}, ("sglang", "vllm")),
+        ({"scale": 3.0, "model_type": "gemma2"}, ("sglang", "vllm")),
+        ({"scale": 12.0, "model_type": "granite"}, ("sglang", "vllm")),
+        ({"scale": 3.0, "model_type": "gemma3_text"}, ("vllm",)),
+        ({"scale": 3.0, "model_type": "gemma4_text"}, ()),
+    ],
+)
+def test_engines_that_leave_out_what_a_target_adds_refuse(
+    kit: Any, options: dict[str, Any], refused: tuple[str, ...]
+) -> None:
+    """What they draft with is the target's bare embedding and head, in most targets."""
+    tiny = kit.tiny(**options)
+    kind, scale = options.get("model_type"), options.get("scale", 1.0)
+    why = "has one" if "bias" in options else f"embeddings by {scale:g}, .* of {kind} without"
+    for engine in refused:
+        with pytest.raises(ConfigError, match=rf"{why}.* Try: --format hf"):
+            export(tiny, engine)
+    assert export(tiny).serve.keys() == {"sglang", "vllm"} - set(refused)
+
+
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 6}])
 def test_vllm_gets_the_published_layout_and_nothing_that_it_reads_otherwise(
     kit: Any, options: dict[str, Any]
@@ -175,7 +198,7 @@ def test_every_key_of_the_methods_own_has_a_cause(kit: Any) -> None:
 
 def test_an_unknown_format_is_left_to_the_core(kit: Any) -> None:
     tiny = kit.tiny()
-    assert export_draft(tiny.config, tiny.model, tiny.target, "gguf") is None
+    assert export_draft(tiny.config, tiny.draft, tiny.target, "gguf") is None
 
 
 @pytest.mark.parametrize(

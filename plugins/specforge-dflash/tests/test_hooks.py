@@ -95,7 +95,7 @@ def test_capture_train_draft_export_and_reload(kit: Any, family: str, tmp_path: 
     proposal = proposer.propose(5, 99, GREEDY)
     assert proposal.tokens.shape == (3,)
 
-    made = strategy.export(config, draft, info, "sglang")
+    made = strategy.export(config, draft, info, "hf")
     other = strategy.draft(config.model_copy(update={"seed": 5}), info, None)
     strategy.load_export(config, other, info, made)
     reread = strategy.proposer(config, other, info)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from specforge_dflash.export import CAUSES, export_config, load_export
+from specforge_dflash.export import CAUSES, export_config, load_export, target_not_served
 from specforge_dflash.model import Frozen
 
 from specforge_core.drafts.tensors import check_given, readable_config
@@ -75,18 +75,7 @@ def _not_served(
             f"pure_draft_prefix_len {config.pure_draft_prefix_len}. Try: --format hf, or train "
             "with strategy.pure_draft_prefix_len=1"
         )
-    if frozen.has_bias:
-        return (
-            f"SGLang drafts with the target's head without its bias, and target "
-            f"{target.name_or_path!r} has one: this draft was trained with it. Try: --format hf"
-        )
-    kind = str(target.config.get("model_type"))
-    if frozen.scale != 1.0 and not kind.startswith(("gemma3", "gemma4")):  # whose own table scales
-        return (
-            f"this target multiplies its embeddings by {frozen.scale:g}, and SGLang drafts from "
-            f"those of {kind} without that factor: little would be accepted. Try: --format hf"
-        )
-    return None
+    return target_not_served(frozen, target, engine)
 
 
 def load_draft(config: DominoConfig, draft: Draft, export: Export) -> bool:
