@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import reprlib
+import unicodedata
 
 WIDTH = 80
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, marks without a shape, halves, separators
+KEPT = "\n\t\u200c\u200d"  # the joiners of Persian, Hindi and emoji
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 3
@@ -28,3 +31,20 @@ def said(exc: BaseException) -> str:
 def cut(text: str, width: int = WIDTH) -> str:
     """Return a text of `width` characters, and how many there were if there were more."""
     return text if len(text) <= width else f"{text[:width]}... ({len(text)} characters)"
+
+
+def harmless(text: str) -> str:
+    """Return a text whose characters that a terminal would obey, or hide, are their escapes.
+
+    Line ends, tabs and joiners stay; what turns the direction of text does not.
+    """
+    return "".join(
+        char if char in KEPT or unicodedata.category(char) not in HIDDEN else _escape(char)
+        for char in text
+    )
+
+
+def _escape(char: str) -> str:
+    code = f"{ord(char):x}"
+    letter, digits = next(kind for kind in (("x", 2), ("u", 4), ("U", 8)) if len(code) <= kind[1])
+    return f"\\{letter}{code:>0{digits}}"

@@ -14,6 +14,7 @@ from ..config import RunConfig
 from ..strategy import Strategy
 from ..target.info import load_target_info
 from ..target.tokenizer import load_tokenizer
+from ..text import harmless
 from ..types import Prompt
 from .prompts import PromptSet, run_prompts
 from .sources import told
@@ -84,7 +85,7 @@ class DataReport:
         text = Text(title, style="bold" if colour else "")
         pairs = zip(prompt.loss_mask.tolist(), prompt.input_ids.tolist(), strict=True)
         for on, group in groupby(pairs, key=lambda pair: pair[0]):
-            part = str(self.tokenizer.decode([token for _, token in group]))
+            part = harmless(str(self.tokenizer.decode([token for _, token in group])))
             if colour:
                 text.append(part, style=ON if on else OFF)
             else:

@@ -68,7 +68,8 @@ def load_head_bias(target: TargetInfo) -> Tensor | None:
 def embedding_scale(target: TargetInfo) -> float:
     """Return what the target multiplies its embeddings by before the first layer."""
     config = target.config
-    if "gemma" in str(config.get("model_type")):
+    by_size = any(config.get(key) for key in ("mup_enabled", "scale_embedding"))  # AFMoE; XGLM
+    if by_size or "gemma" in str(config.get("model_type")):
         return math.sqrt(target.hidden_size)
     for key in ("embedding_multiplier", "scale_emb"):  # Granite, Falcon-H1; MiniCPM
         if config.get(key) is not None:

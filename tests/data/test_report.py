@@ -63,6 +63,28 @@ def test_what_is_supervised_is_set_off(config: Path) -> None:
     assert "\x1b[1;32m" in shown.get()
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\tb\nc\r\n", "a\tb\nc\\x0d\n"),
+        ("\x1b[2Jgone\x07\x08", "\\x1b[2Jgone\\x07\\x08"),
+        ("\x7f\x9b31m", "\\x7f\\x9b31m"),
+        ("\u202eback\u2066x\u2069\u200f", "\\u202eback\\u2066x\\u2069\\u200f"),
+        ("\u2028\ufeff\U000e0041", "\\u2028\\ufeff\\U000e0041"),
+        ("é 你 \u200d🙂", "é 你 \u200d🙂"),
+    ],
+)
+@pytest.mark.parametrize("colour", [True, False])
+def test_what_a_terminal_would_obey_is_escaped(
+    config: Path, text: str, shown: str, colour: bool
+) -> None:
+    line = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "A"}]}
+    (config.parent / "train.jsonl").write_text(json.dumps(line) + "\n")
+    (row,) = report_data(*load_config(config, ())).rows(1, colour=colour)
+    assert shown in row.plain
+    assert text == shown or text not in row.plain
+
+
 def test_the_command(config: Path) -> None:
     said = finish(cli("data", "-c", str(config), "--show", "2", "data.on_error=skip"))
     assert "9 conversations, 9 rows to train on" in said

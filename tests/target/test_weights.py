@@ -207,6 +207,7 @@ def test_a_quantised_head_is_an_error(tmp_path: Path):
         ("Gemma2", {"query_pre_attn_scalar": 8}),
         ("Gemma3Text", {"query_pre_attn_scalar": 8}),
         ("Granite", {"embedding_multiplier": 6.0}),
+        ("Afmoe", {"mup_enabled": True, "num_dense_layers": 8}),
     ],
 )
 def test_scaled_embeddings_are_what_the_first_layer_sees(
