@@ -199,8 +199,9 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """What `specforge eval` measures."""
 
-    prompts: dict[str, Path] = Field(
-        default_factory=dict, description="Prompt set name -> file of prompts."
+    prompts: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="Prompt set name -> what `data.train` takes: one or a list of them.",
     )
     limit: int | None = Field(None, gt=0, le=MANY, description="Prompts of each set.")
     max_new_tokens: int = Field(128, gt=0, le=10**6)
@@ -211,6 +212,18 @@ class EvalConfig(Section):
     dtype: Dtype = Field("float32", description="Of target and draft; float32 is exact.")
     compare: bool = Field(True, description="Also run the target alone: lossless check, speed-up.")
     seed: int = Field(0, ge=0, le=SEEDS)
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _listed(cls, prompts: Any) -> Any:
+        if not isinstance(prompts, dict):
+            return prompts
+        if empty := [name for name, sources in prompts.items() if sources in ("", [], ())]:
+            raise ValueError(f"{empty[0]!r} names no file")
+        return {
+            name: (str(found),) if isinstance(found, str | Path) else found
+            for name, found in prompts.items()
+        }
 
 
 class RegenerateConfig(Section):

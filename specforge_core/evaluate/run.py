@@ -15,9 +15,17 @@ from ..data.chat import Encoder
 from ..data.ends import end_tokens
 from ..data.prompts import check_ids
 from ..data.rows import encoder_for
-from ..data.sources import BadRow, Conversation, Message, Skipped, nothing_left, read_conversations
+from ..data.sources import (
+    BadRow,
+    Conversation,
+    Message,
+    Rows,
+    Skipped,
+    nothing_left,
+    read_conversations,
+)
 from ..devices import pick_device
-from ..errors import ConfigError, RunError
+from ..errors import ConfigError, DataError, RunError
 from ..files import prepare_folder, refusing, write_file
 from ..progress import console
 from ..strategy import Strategy
@@ -81,31 +89,37 @@ def load_prompt_sets(
 ) -> dict[str, list[EvalPrompt]]:
     """Tokenize the prompt sets; a prompt is a conversation up to its first user turn.
 
-    Raises ConfigError when there is none or a file is missing, DataError for a
+    Raises ConfigError when there is none or a source is missing, DataError for a
     bad line and for a prompt that does not fit the target.
     """
     if not run.eval.prompts:
         raise ConfigError("eval.prompts names no prompt set. Try: eval.prompts.chat=FILE.jsonl")
-    for name, path in run.eval.prompts.items():
-        if not path.exists():
-            raise ConfigError(
-                f"eval.prompts.{name}: {str(path)!r} does not exist. "
-                f"Try: eval.prompts.{name}=FILE.jsonl"
-            )
+    opened = {name: _open(name, run, strategy) for name in run.eval.prompts}
     positions = max_positions(info)
     encoder = Encoder(tokenizer, template_options(run.data), positions)
     sets = {}
-    for name, path in run.eval.prompts.items():
+    for name, sources in run.eval.prompts.items():
         skipped = Skipped(run.data.on_error)
         found = read_conversations(
-            [str(path)], run.data, strategy.conversations, need_answer=False, skipped=skipped
+            sources, run.data, opened[name], need_answer=False, skipped=skipped
         )
         sets[name] = list(islice(_tokenized(found, run, encoder, info, skipped), run.eval.limit))
         if skipped.counts:
             console.print(f"eval.prompts.{name}: {skipped}", markup=False)
         if not sets[name]:
-            raise nothing_left([str(path)], skipped.first)
+            raise nothing_left(sources, skipped.first)
     return sets
+
+
+def _open(name: str, run: RunConfig, strategy: Strategy) -> Rows:
+    """Return what has the rows of a prompt set's sources.  Raises ConfigError where one is gone."""
+    try:
+        opened = {
+            source: strategy.conversations(source, run.data) for source in run.eval.prompts[name]
+        }
+    except DataError as exc:
+        raise ConfigError(f"eval.prompts.{name}: {exc}") from exc
+    return lambda source, _: opened[source]
 
 
 def _tokenized(

@@ -170,7 +170,34 @@ def test_prompts_must_be_configured(raw: dict[str, Any]) -> None:
 
 def test_a_missing_file_is_named(raw: dict[str, Any]) -> None:
     raw["eval"]["prompts"]["code"] = "nowhere.jsonl"
-    refused(raw, r"eval\.prompts\.code: 'nowhere\.jsonl' does not exist")
+    refused(raw, r"eval\.prompts\.code: data file 'nowhere\.jsonl' does not exist")
+
+
+def test_a_set_takes_what_training_takes(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several files, a pattern, a folder, a home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    write_conversations(tmp_path / "folder" / "some.jsonl", 2, seed=5)
+    raw["eval"]["prompts"] = {
+        "one": "~/short.jsonl",
+        "several": ["~/long.jsonl", str(tmp_path / "short.jsonl")],
+        "pattern": str(tmp_path / "*.jsonl"),
+        "folder": ["~/folder"],
+    }
+    config, strategy = load(raw)
+    info = load_target_info(config.target)
+    sets = load_prompt_sets(config, strategy, load_tokenizer(config.target), info)
+    assert {name: len(found) for name, found in sets.items()} == {
+        "one": 3,
+        "several": 7,
+        "pattern": 7,
+        "folder": 2,
+    }
+    raw["eval"]["prompts"] = {"none": []}
+    with pytest.raises(ConfigError, match=r"'none' names no file"):
+        load(raw)
 
 
 def test_a_bad_line_is_named(raw: dict[str, Any], tmp_path: Path) -> None:
