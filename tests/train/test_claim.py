@@ -74,3 +74,23 @@ def test_an_output_directory_that_cannot_be_written_is_named(tmp_path: Path) -> 
         claim(tmp_path / "file" / "run"),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "other"])
+def test_what_has_the_name_of_a_run_s_own_is_refused_at_once(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    elif kind == "device":
+        (tmp_path / name).symlink_to("/dev/zero")
+    elif name == "checkpoints":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    what = "folder" if name == "checkpoints" else "file"
+    message = rf"{name} is no {what}, and a run keeps one there\. Move it away, or try: output_dir"
+    with pytest.raises(ConfigError, match=message), claim(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]
