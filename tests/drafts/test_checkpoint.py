@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from specforge_core.drafts.checkpoint import CHECKSUMS, STATE, checkpoints, find, read_state
 from specforge_core.drafts.load import restore
+from specforge_core.drafts.verify import verify_draft
 from specforge_core.errors import CheckpointError
 from specforge_core.testing.runs import load, losses
 from specforge_core.testing.toy import save_toy_target
@@ -212,6 +214,23 @@ def test_tensors_that_no_run_wrote_are_refused_by_name(
     ):
         with pytest.raises(CheckpointError, match=message):
             use()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "pipe", "header", "gone"])
+def test_files_without_checksums_are_seen_to_be_tensors(copy: Path, damage: str) -> None:
+    path = newest(copy)
+    (path / CHECKSUMS).unlink()
+    assert "have no checksums" in str(verify_draft(path))
+    (file,) = path.glob("*.safetensors")
+    data = file.read_bytes()
+    file.unlink()
+    if damage == "pipe":
+        os.mkfifo(file)
+    elif damage != "gone":
+        file.write_bytes({"empty": b"", "cut": data[:-9], "header": b"\xff" + data[1:]}[damage])
+    message = "has no file of tensors" if damage == "gone" else r"safetensors is damaged: "
+    with pytest.raises(CheckpointError, match=message):
+        verify_draft(path)
 
 
 def test_an_optimizer_that_is_not_finite_is_refused_where_it_is_needed(copy: Path) -> None:
