@@ -11,6 +11,7 @@ import pluggy
 
 from . import blame, plugins
 from .errors import PluginError, SpecForgeError
+from .stop import Interrupted
 from .text import cut, said
 
 T = TypeVar("T")
@@ -32,9 +33,9 @@ class Calls:
         """
         try:
             yield
-        except (SpecForgeError, MemoryError):
+        except (SpecForgeError, MemoryError, KeyboardInterrupt, GeneratorExit, Interrupted):
             raise
-        except (Exception, SystemExit) as exc:
+        except BaseException as exc:
             if _out_of_memory(exc):
                 raise
             who = blame.blamed(self.pm, hook, exc, plugin or self.name)

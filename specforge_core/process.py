@@ -66,23 +66,28 @@ def _run(command: click.Command) -> int:
         return exc.exit_code
     except BaseException as exc:
         stop.leaving()
-        return _failed(exc, debug)
+        return _failed(exc, debug, _is_own(command, arguments))
     stop.leaving()
     return asked if isinstance(asked, int) else 0  # of ctx.exit(STATUS), which main() returns
 
 
-def _failed(exc: BaseException, debug: bool) -> int:
+def _is_own(command: click.Command, arguments: list[str]) -> bool:
+    """Say whether a command is the core's own, and no package's."""
+    return isinstance(command, click.Group) and command.commands.keys() >= {*arguments[:1]}
+
+
+def _failed(exc: BaseException, debug: bool, own: bool) -> int:
     """Say what ended the command, and return its exit status."""
     if (stopped := stop.cause(exc)) is not None:
         stop.tell(stopped)
         return stopped.status
     if isinstance(exc, click.Abort | KeyboardInterrupt):
         return 130
-    if isinstance(exc, SystemExit):
+    if isinstance(exc, SystemExit) and not own:  # a package's command may end as it likes
         if exc.code is not None and not isinstance(exc.code, int):
             _say(str(exc.code), 1)
         return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
-    if debug or not isinstance(exc, Exception):
+    if debug:
         raise exc
     message, status = describe(exc)
     _say(message, status)

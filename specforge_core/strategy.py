@@ -168,6 +168,8 @@ class Strategy(Calls):
                 f"train.optimizer {train.optimizer!r} is not provided by any installed plugin. "
                 "Try: train.optimizer=adamw, or muon"
             )
+        if not isinstance(found, list | tuple):
+            raise self._unexpected("specforge_optimizers", found, "a list of optimizers")
         for optimizer in found:
             self._with("specforge_optimizers", optimizer, "param_groups", "step")
         return found

@@ -9,6 +9,8 @@ from specforge_core import hookimpl
 from specforge_core.errors import CheckpointError
 from specforge_core.types import Draft, Ratio, StepOutput
 import torch
+class Odd(BaseException): ...
+def odd(): raise Odd("mine")
 class Text:
     spec = "text"
     def __call__(self, capture): ...

@@ -138,6 +138,8 @@ def test_a_plugin_s_section_is_a_model(fake_site: FakeSite, returned: str) -> No
         ("conversations", "3", "int, expected an object with '__iter__'"),
         ("draft", "Draft(model=3)", "int, expected an object with 'parameters'"),
         ("draft", "Draft(model=torch.nn.Identity())", "Identity, expected a model with parameters"),
+        ("optimizers", "object()", "object, expected a list of optimizers"),
+        ("optimizers", "step", "function, expected a list of optimizers"),
         ("optimizers", "[3]", "int, expected an object with 'param_groups'"),
         ("verify_capture", "3", "int, expected a list of Problem"),
         ("config", "3", "int, expected a subclass of StrategyConfig"),

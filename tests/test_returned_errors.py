@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from specforge_core import process, stop
+from specforge_core.cli import cli as cli_group
 from specforge_core.errors import PluginError
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import SECONDS, cli, load, write_run
@@ -51,6 +54,22 @@ CALLABLES = {
     "a metric that is no ratio": (
         ("train_step", "", "return out_of(lambda o: replace(o, metrics={'mine': 3}))"),
         "specforge_train_step: returned a mine.num 3, expected a tensor without axes",
+    ),
+    "no metrics at all": (
+        ("train_step", "", "return out_of(lambda o: replace(o, metrics=None))"),
+        "specforge_train_step: returned the metrics None, expected a Ratio by name",
+    ),
+    "a metric whose name is a number": (
+        ("train_step", "", "return named(5)"),
+        "specforge_train_step: returned the metrics {5: Ratio(",
+    ),
+    "a loss of complex numbers": (
+        ("train_step", "", "return out_of(lambda o: replace(o, loss_sum=o.loss_sum * 1j))"),
+        "specforge_train_step: returned a loss_sum of complex numbers, expected a real one",
+    ),
+    "a step that raises what is no Exception": (
+        ("train_step", "", "return lambda draft, batch, ctx: odd()"),
+        "specforge-bad 0.1.0, specforge_train_step: Odd: mine",
     ),
     "a transform that returns a number": (
         ("transform", "", "return lambda sample, generator: 5"),
@@ -139,6 +158,26 @@ def test_what_a_hook_returned_names_its_package_when_it_fails(
     assert message in str(error.value)
 
 
+def test_an_exit_that_no_command_asked_for_is_an_error(
+    fake_site: FakeSite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = """
+from specforge_core.config import StrategyConfig
+from pydantic import model_validator
+class Leaves(StrategyConfig):
+    layers: int = 1
+    @model_validator(mode="after")
+    def leave(self): exit(0)
+@hookimpl
+def specforge_config(): return Leaves
+"""
+    fake_site.strategy("bad", BASE + source)
+    monkeypatch.setattr(stop, "_state", stop._State())
+    monkeypatch.setattr(sys, "argv", ["specforge", "check", "bad", "--deep", "strategy.layers=2"])
+    assert process._run(cli_group) == 1
+    assert "error: SystemExit: 0\nAdd --debug to see where" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "status", "told"),
@@ -158,9 +197,9 @@ def test_the_command_s_status_says_whether_the_run_had_begun(
 ) -> None:
     config = write(fake_site, tmp_path, toy_target, hook)
     env = os.environ | {"PYTHONPATH": str(fake_site.path)}
-    process = cli("train", "-c", str(config), env=env)
-    _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == status
+    started = cli("train", "-c", str(config), env=env)
+    _, err = started.communicate(timeout=SECONDS)
+    assert started.returncode == status
     assert f"error: specforge-bad 0.1.0, {told}" in err
     assert "--debug" not in err
 
@@ -172,9 +211,9 @@ def test_metric_names_that_hang_on_the_rank_end_all_ranks(
     body = "return lambda d, b, ctx: named(f'of_{torch.distributed.get_rank()}')(d, b, ctx)"
     config = write(fake_site, tmp_path, toy_target, ("train_step", "", body))
     env = os.environ | {"PYTHONPATH": str(fake_site.path)}
-    process = cli("train", "-c", str(config), "--nproc", "2", env=env)
-    _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode != 0
+    started = cli("train", "-c", str(config), "--nproc", "2", env=env)
+    _, err = started.communicate(timeout=SECONDS)
+    assert started.returncode != 0
     said = "rank 0 has the metrics ['of_0'], rank 1 ['of_1']"
     assert f"error: specforge-bad 0.1.0, specforge_train_step: {said}" in err
     assert err.count(said) == 1  # one message of all ranks

@@ -18,6 +18,7 @@ from ..errors import PluginError, RunError
 from ..files import append, refusing, write_file
 from ..progress import console
 from ..records import in_message
+from ..stop import Interrupted
 from ..text import cut, said
 from ..types import RESERVED_METRICS, StepOutput, Tracker
 
@@ -98,6 +99,10 @@ class Reduced:
 
 def check_scalars(who: str, output: StepOutput) -> None:
     """Raise PluginError for a StepOutput whose parts are no scalars, or that trains nothing."""
+    if not isinstance(output.metrics, Mapping) or not all(type(n) is str for n in output.metrics):
+        raise PluginError(
+            f"{who}: returned the metrics {output.metrics!r:.80}, expected a Ratio by name"
+        )
     parts: dict[str, object] = {"loss_sum": output.loss_sum, "weight": output.weight}
     for name, ratio in output.metrics.items():
         parts[f"{name}.num"] = getattr(ratio, "num", ratio)
@@ -106,6 +111,8 @@ def check_scalars(who: str, output: StepOutput) -> None:
         if not isinstance(value, Tensor) or value.ndim:
             is_ = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
             raise PluginError(f"{who}: returned a {name} {is_}, expected a tensor without axes")
+        if value.is_complex():
+            raise PluginError(f"{who}: returned a {name} of complex numbers, expected a real one")
     if not output.loss_sum.requires_grad:
         raise PluginError(f"{who}: returned a loss_sum without a gradient. Is it detached?")
 
@@ -242,9 +249,9 @@ class Trackers:
             package, tracker = entry
             try:
                 getattr(tracker, method)(*arguments)
-            except RunError:  # the run's own metrics: where they do not fit, no checkpoint will
-                raise
-            except Exception as exc:
+            except (RunError, KeyboardInterrupt, Interrupted):
+                raise  # RunError: the run's own metrics. Where they do not fit, no checkpoint will
+            except BaseException as exc:  # also SystemExit: it would end the run without a word
                 self.alive.remove(entry)
                 console.print(
                     f"warning: the tracker of {package} failed ({type(exc).__name__}: "

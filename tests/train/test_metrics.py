@@ -95,13 +95,14 @@ def test_a_resumed_run_drops_later_and_torn_lines(tmp_path: Path) -> None:
 class Told:
     """A tracker that remembers, and fails where it is told to."""
 
-    def __init__(self, fails: str = "") -> None:
+    def __init__(self, fails: str = "", raises: BaseException | None = None) -> None:
         self.fails, self.calls = fails, list[str]()
+        self.raises = raises or ConnectionError("no route to host")
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
         if call == self.fails:
-            raise ConnectionError("no route to host")
+            raise self.raises
 
     def start(self, info: Mapping[str, Any]) -> None:
         self._note("start")
@@ -137,6 +138,16 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
     shown = " ".join("".join(capsys.readouterr()).split())
     assert shown.count("warning: ") == 1
     assert "the tracker of specforge-broken 1.0 failed (ConnectionError: no route" in shown
+
+
+@pytest.mark.parametrize("raised", [SystemExit(0), GeneratorExit("mine"), OSError(28, "no room")])
+def test_a_tracker_ends_no_run_whatever_it_raises(
+    raised: BaseException, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trackers = metrics.Trackers([("bad 1.0", Told("log 1", raised)), ("good 1.0", good := Told())])
+    trackers.log(1, {"loss": 1.0})
+    assert good.calls == ["log 1"]
+    assert f"of bad 1.0 failed ({type(raised).__name__}: " in "".join(capsys.readouterr())
 
 
 # ---- a run that was killed or stopped writes what one that went on does ------------
