@@ -11,8 +11,10 @@ from pathlib import Path
 import click
 
 from . import stop
+from .capture.commands import capture
 from .commands import CONFIG_HELP, PATH, Commands, config_option, load_run, overrides_argument
 from .errors import ConfigError
+from .evaluate.commands import plot, watch
 from .process import run
 
 
@@ -148,19 +150,7 @@ def data(config: Path, show: int, as_json: bool, overrides: tuple[str, ...]) -> 
     report.show(show)
 
 
-@cli.command()
-@config_option
-@overrides_argument
-def capture(config: Path, overrides: tuple[str, ...]) -> None:
-    """Store hidden states for offline training; resumes."""
-    run, strategy = load_run(config, overrides)
-    from .capture.job import run_capture
-
-    manifest = run_capture(run, strategy)
-    click.echo(
-        f"{manifest.num_samples} samples, {manifest.num_tokens} tokens, "
-        f"{manifest.num_skipped} skipped in {run.data.capture_dir}"
-    )
+cli.add_command(capture)
 
 
 @cli.command()
@@ -236,6 +226,10 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
         )
     if not report.finished:  # by a signal; another rank's if none came here
         click.get_current_context().exit(128 + (stop.asked() or signal.SIGTERM))
+
+
+cli.add_command(watch)
+cli.add_command(plot)
 
 
 @cli.command("eval")

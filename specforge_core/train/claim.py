@@ -1,19 +1,32 @@
-"""One run at a time in an output directory."""
+"""One run at a time in an output directory, and whether one is there."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
+from ..documents import open_regular
 from ..errors import ConfigError
 from ..files import append, make_folder, open_own, refusing, sweep
 from ..locks import hold
-from .metrics import METRICS
 
-LOCK = ".lock"
+LOCK, METRICS = ".lock", "metrics.jsonl"  # of an output directory
 FILES, FOLDERS = (LOCK, METRICS), ("checkpoints",)
+LOOKS, LOOK_SECONDS = 5, 0.02  # who only looks for a run holds the lock for microseconds
+
+
+def running(output_dir: Path) -> bool:
+    """Say whether a run holds `output_dir` at this moment; of this or another process."""
+    try:
+        number = open_regular(output_dir / LOCK)
+    except OSError:
+        return False
+    with os.fdopen(number, "rb") as lock:
+        return not hold(lock, shared=True)  # two that look do not see each other
 
 
 @contextmanager
@@ -37,7 +50,7 @@ def claim(output_dir: Path) -> Iterator[None]:
         make_folder(output_dir)
         lock = open_own(path)
     with lock:
-        if not hold(lock):
+        if not _take(lock):
             lock.seek(0)
             holder = lock.read().decode(errors="replace").strip() or "unknown"
             raise ConfigError(
@@ -55,3 +68,12 @@ def claim(output_dir: Path) -> Iterator[None]:
                 path.unlink()
                 if not there:
                     output_dir.rmdir()
+
+
+def _take(lock: IO[bytes]) -> bool:
+    """Take the lock of a run; False if another run has it."""
+    for _ in range(LOOKS):
+        if hold(lock):
+            return True
+        time.sleep(LOOK_SECONDS)
+    return False

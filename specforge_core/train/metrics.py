@@ -21,8 +21,8 @@ from ..records import in_message
 from ..stop import Interrupted
 from ..text import cut, said
 from ..types import RESERVED_METRICS, StepOutput, Tracker
+from .claim import METRICS as METRICS
 
-METRICS = "metrics.jsonl"
 RESTART = "The checkpoints before it are whole. Make room there, then start the same command again"
 LARGEST = 1 << 36  # bytes of all lines
 RESERVED_PREFIXES = ("seconds_", "validation/", "eval/")

@@ -1,0 +1,96 @@
+"""`specforge plot`: what runs have logged, side by side in one picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..errors import CheckpointError, RunError
+from ..files import refusing, write_file
+from .curves import PHASE, VIEWS, Curves, is_phase
+
+STYLES = ("-", "--", ":", "-.")
+MANY = 30  # points; fewer are marked
+LEGEND = 12  # lines that a legend still helps with
+
+
+def plot_runs(runs: Sequence[Path], png: Path) -> None:
+    """Draw loss, acceptance, throughput and phases of some runs; a colour each.
+
+    Raises CheckpointError for a run that has logged nothing.
+    """
+    data = draw_runs(runs)
+    with refusing(RunError, "Make room there, then run the same command again"):
+        write_file(png, data)
+
+
+def draw_runs(runs: Sequence[Path]) -> bytes:
+    """Return the picture as PNG.  Raises what `plot_runs` does."""
+    data = io.BytesIO()
+    figure_of(runs).savefig(data, format="png")
+    return data.getvalue()
+
+
+def figure_of(runs: Sequence[Path]) -> Figure:
+    """Return the picture: a panel for each view of which a run has a metric."""
+    found = [Curves.of(run) for run in runs]
+    for curves in found:
+        curves.refresh()
+        if not curves.rows:
+            raise CheckpointError(
+                f"{curves.path} holds no metrics yet. Try: specforge train -c RUN.yaml"
+            )
+    labels = _labels(found)
+    views = [view for view in VIEWS if any(curves.names(view[1]) for curves in found)]
+    phases = any(curves.names(is_phase) for curves in found)
+    figure = Figure(figsize=(7, 3.2 * (len(views) + phases)), dpi=140, layout="constrained")
+    panels = figure.subplots(len(views) + phases, squeeze=False)[:, 0]
+    for axes, (title, chosen) in zip(panels, views, strict=False):
+        for number, (curves, label) in enumerate(zip(found, labels, strict=True)):
+            for style, name in enumerate(curves.names(chosen)):
+                points = curves.series(name)
+                axes.plot(
+                    [step for step, _ in points],
+                    [value for _, value in points],
+                    STYLES[style % len(STYLES)],
+                    color=f"C{number % 10}",
+                    marker="o" if len(points) < MANY else "",
+                    markersize=3,
+                    label=f"{label}: {name}",
+                )
+        axes.set_ylabel(title)
+        axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if phases:
+        _phases(panels[-1], found, labels)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if 0 < len(axes.get_legend_handles_labels()[0]) <= LEGEND:
+            axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _phases(axes: Axes, found: Sequence[Curves], labels: Sequence[str]) -> None:
+    """Draw where the time of each run went, as parts of a bar."""
+    names = list(dict.fromkeys(name for curves in found for name in curves.names(is_phase)))
+    left = [0.0] * len(found)
+    for name in names:
+        totals = [sum(row.get(name, 0.0) for row in curves.rows) for curves in found]
+        axes.barh(labels, totals, left=left, label=name.removeprefix(PHASE))
+        left = [before + more for before, more in zip(left, totals, strict=True)]
+    axes.set_xlabel("seconds in each part of the steps")
+
+
+def _labels(found: Sequence[Curves]) -> list[str]:
+    """Return a name for each run: its folder's, or its path where two have the same."""
+    names = [curves.name for curves in found]
+    paths = [str(curves.path.parent) for curves in found]
+    return [
+        name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)
+    ]

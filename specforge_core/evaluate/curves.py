@@ -1,0 +1,118 @@
+"""What a run has logged so far: the lines of its metrics.jsonl, read while more are written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..documents import open_regular
+from ..errors import CheckpointError
+from ..train.claim import METRICS
+
+PHASE = "seconds_"
+Point = tuple[int, float]  # step, value
+
+
+@dataclass(slots=True)
+class Curves:
+    """A run's numbers by step.  `refresh` reads what was added since."""
+
+    path: Path  # of metrics.jsonl
+    name: str  # of the run
+    rows: list[dict[str, float]] = field(default_factory=list)  # each has "step"
+    _file: tuple[int, int] | None = None  # which file was read: a resumed run writes another
+    _read: int = 0  # bytes of whole lines
+
+    @classmethod
+    def of(cls, run: Path) -> Curves:
+        """Return the curves of an output directory, or of a metrics.jsonl; nothing is read yet."""
+        folder = run.parent if run.name == METRICS else run
+        return cls(folder / METRICS, folder.resolve().name)
+
+    def refresh(self) -> bool:
+        """Read the lines added since; True if there are any, or the run began them anew.
+
+        Raises CheckpointError for what is no file of lines of JSON; a file that is not there yet
+        has no lines.
+        """
+        try:
+            number = open_regular(self.path)
+        except FileNotFoundError:
+            return False
+        except OSError as exc:
+            raise self._unreadable(exc.strerror or str(exc)) from exc
+        with os.fdopen(number, "rb") as file:
+            told = os.fstat(file.fileno())
+            mine = (told.st_dev, told.st_ino)
+            anew = self._file is not None and (mine != self._file or told.st_size < self._read)
+            if self._file is None or anew:
+                self._file, self._read, self.rows = mine, 0, []
+            file.seek(self._read)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]  # a line that is being written has its turn later
+        self._read += len(whole)
+        found = [self._row(line) for line in whole.splitlines()]
+        self.rows += found
+        return anew or bool(found)
+
+    def series(self, name: str) -> list[Point]:
+        """Return one metric's points; what is not finite has none."""
+        return [
+            (int(row["step"]), row[name])
+            for row in self.rows
+            if name in row and math.isfinite(row[name])
+        ]
+
+    def names(self, chosen: Callable[[str], bool]) -> list[str]:
+        """Return the names of the metrics that are chosen, in the order in which they came."""
+        return [name for name in dict.fromkeys(n for row in self.rows for n in row) if chosen(name)]
+
+    def _row(self, line: bytes) -> dict[str, float]:
+        try:
+            told = json.loads(line)
+            int(told["step"])
+            return {name: float(told[name]) for name in told if _is_number(told[name])}
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as exc:
+            raise self._unreadable(f"a line of it is {line[:60]!r}") from exc
+
+    def _unreadable(self, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} cannot be read: {why}. Name the output_dir of a run that "
+            "`specforge train` wrote"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_loss(name: str) -> bool:
+    """Say whether a metric is a loss, of training or held out."""
+    return name.rpartition("/")[2] == "loss"
+
+
+def is_acceptance(name: str) -> bool:
+    """Say whether a metric is an acceptance length, simulated or by decoding."""
+    return name.startswith("acceptance/") or name.rpartition("/")[2] == "acceptance_length"
+
+
+def is_rate(name: str) -> bool:
+    """Say whether a metric is the throughput."""
+    return name == "tokens_per_second"
+
+
+def is_phase(name: str) -> bool:
+    """Say whether a metric is the time of a part of the steps."""
+    return name.startswith(PHASE)
+
+
+# what is looked at: a title, and the metrics that belong there
+VIEWS: tuple[tuple[str, Callable[[str], bool]], ...] = (
+    ("loss", is_loss),
+    ("acceptance length", is_acceptance),
+    ("tokens per second", is_rate),
+)
