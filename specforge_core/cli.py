@@ -188,7 +188,7 @@ def verify(
 
 @cli.command()
 @config_option
-@click.option("--plan", is_flag=True, help="Print what would be done, and do nothing.")
+@click.option("--plan", is_flag=True, help="Measure a few steps, print a plan; write nothing.")
 @click.option(
     "--nproc",
     type=click.IntRange(1, 1024),
@@ -206,7 +206,7 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
     if plan:
         from .train.plan import plan_run
 
-        click.echo(plan_run(run, strategy, nproc))
+        click.echo(plan_run(run, strategy, nproc, measure=True))
         return
     if nproc > 1 and "RANK" not in os.environ:
         from .train.launch import launch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,13 +64,19 @@ class Job:
         return self.strategy.target_engine(target, pick_device(target.device, "target.device"))
 
 
-def run_capture(run: RunConfig, strategy: Strategy) -> CaptureManifest:
+Prepare = Callable[[Job, int, int], None]
+
+
+def run_capture(
+    run: RunConfig, strategy: Strategy, prepare: Prepare | None = None
+) -> CaptureManifest:
     """Capture the run's data into `data.capture_dir`, going on where an earlier run stopped.
 
-    Samples are stored in the order that training first sees them.  Raises a
+    Samples are stored in the order that training first sees them.  `prepare` is called with the
+    number of samples and of tokens that are left, before the target is loaded.  Raises a
     SpecForgeError for anything wrong before the first sample is written.
     """
-    directory = _directory(run)
+    directory = capture_directory(run)
     job = Job.open(run, strategy)
     prompts = job.prompts()
     order = epoch_order(len(prompts), run.train.seed, 0)
@@ -82,6 +88,9 @@ def run_capture(run: RunConfig, strategy: Strategy) -> CaptureManifest:
         with writer:
             if writer.manifest.complete:
                 return writer.manifest
+            if prepare is not None:
+                left = [i for i in order if i not in writer.done]
+                prepare(job, len(left), int(prompts.lengths[left].sum()))
             engine = job.engine()
             try:
                 _fill(job, engine, writer, prompts, order)
@@ -93,7 +102,8 @@ def run_capture(run: RunConfig, strategy: Strategy) -> CaptureManifest:
         raise
 
 
-def _directory(run: RunConfig) -> Path:
+def capture_directory(run: RunConfig) -> Path:
+    """Return where a run's capture goes; ConfigError where it says none, or no data."""
     if run.data.capture_dir is None:
         raise ConfigError("data.capture_dir is not set. Try: data.capture_dir=DIRECTORY")
     if not run.data.train:

@@ -39,6 +39,7 @@ class Feed:
     data: DataInfo
     close: Callable[[], None]
     skipped: Mapping[str, int]  # reason -> rows of data.train that are not trained on
+    num_tokens: int | None  # of an epoch; None while the capture grows
 
 
 def open_feed(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
@@ -92,6 +93,7 @@ def _offline(job: Job, directory: Path, share: Share) -> Feed:
         ),
         close=_nothing,
         skipped={},  # the capture told of them
+        num_tokens=manifest.num_tokens if manifest.complete else None,
     )
 
 
@@ -116,6 +118,7 @@ def _online(job: Job, share: Share) -> Feed:
         ),
         close=engine.close,
         skipped=prompts.skipped,
+        num_tokens=prompts.num_tokens,
     )
 
 

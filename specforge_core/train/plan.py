@@ -1,7 +1,8 @@
-"""`specforge train --plan`: what a run would do, without loading a weight."""
+"""`specforge train --plan`: what a run would do, and how long it would take."""
 
 from __future__ import annotations
 
+from ..capture.estimate import free_bytes, in_units
 from ..capture.manifest import CaptureManifest
 from ..config import RunConfig
 from ..drafts.checkpoint import checkpoints
@@ -13,9 +14,10 @@ from ..yaml_text import dump
 from .machine import choose
 
 
-def plan_run(run: RunConfig, strategy: Strategy, nproc: int) -> str:
+def plan_run(run: RunConfig, strategy: Strategy, nproc: int, *, measure: bool = False) -> str:
     """Return the plan as YAML: the resolved config under what follows from it.
 
+    With `measure` a few steps are done, whose results are forgotten; without, no weight is loaded.
     Raises what the strategy says of a target that it cannot be trained for.
     """
     config = run.train
@@ -40,7 +42,20 @@ def plan_run(run: RunConfig, strategy: Strategy, nproc: int) -> str:
         }
         plan["machine"] = str(choose(run))
         plan["captures"] = {"layers": list(spec.layers), "final": spec.final}
+        if measure:
+            plan["measured"] = _measured(run, strategy, nproc)
     return dump({"plan": plan, "config": recorded(run)})
+
+
+def _measured(run: RunConfig, strategy: Strategy, nproc: int) -> object:
+    from .probe import probe
+
+    try:
+        found = probe(run, strategy).as_plan(run, nproc)
+    except SpecForgeError as exc:
+        return f"nothing: {exc}"
+    found["free_in_output_dir"] = in_units(free_bytes(run.output_dir))
+    return found
 
 
 def _data(run: RunConfig) -> str:

@@ -45,7 +45,7 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
                 console.print(f"training on {machine}", markup=False)
             feed = open_feed(run, strategy, Share(world_.rank, world_.size, config.seed))
             stack.callback(feed.close)
-            trainer = _build(run, strategy, world_, feed, machine)
+            trainer = build(run, strategy, world_, feed, machine)
             stack.callback(trainer.trackers.close)
             trainer.resume()
             with stop.listening():
@@ -56,9 +56,10 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
             raise
 
 
-def _build(
+def build(
     run: RunConfig, strategy: Strategy, world_: World, feed: Feed, machine: Machine
 ) -> Trainer:
+    """Return a run's trainer at its first step: nothing is read from or written to output_dir."""
     config = run.train
     torch.manual_seed(config.seed)
     draft = first_draft(

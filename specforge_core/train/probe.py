@@ -1,0 +1,141 @@
+"""The rate of a training, by a few of its steps: nothing is written."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from .. import stop
+from ..batches.loader import Share
+from ..capture.estimate import Size, in_units, peak_memory
+from ..config import RunConfig
+from ..devices import pick_device
+from ..strategy import Strategy
+from .course import Course
+from .dist import world
+from .feed import open_feed
+from .machine import choose
+from .run import build
+from .supply import Supply
+from .trainer import CLOSE_SECONDS, Trainer
+
+STEPS = 3  # that are measured, after one that is not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What a few steps of one process came to."""
+
+    data_seconds: float  # of a step's samples: read, or captured from the target
+    step_seconds: float  # of the step itself
+    tokens: float  # of a step
+    memory: dict[str, str]
+    checkpoint_bytes: int
+    size: Size
+    samples: int | None  # of an epoch; None while the capture grows
+    total_tokens: int | None  # likewise
+
+    def as_plan(self, run: RunConfig, nproc: int) -> dict[str, object]:
+        """Return what a plan says of the whole run, on `nproc` processes that are as fast each."""
+        course = Course.of(run.train, self.samples, nproc, 0)
+        seconds = self.data_seconds + self.step_seconds
+        hours = course.total_steps * seconds / 3600
+        if run.train.max_minutes is not None:
+            hours = min(hours, run.train.max_minutes / 60)
+        stored = "not known while the capture grows"
+        if self.samples is not None and self.total_tokens is not None:
+            stored = in_units(self.size.total(self.samples, self.total_tokens))
+        return {
+            "measured_on": f"{STEPS} steps of one process",
+            "steps": course.total_steps,
+            "hours": round(hours, 4),  # data and steps overlap: at most
+            "seconds_per_step": {
+                "data": round(self.data_seconds, 4),
+                "training": round(self.step_seconds, 4),
+            },
+            "tokens_per_second": round(nproc * self.tokens / max(seconds, 1e-9), 1),
+            "memory": self.memory,
+            "checkpoint": in_units(self.checkpoint_bytes),
+            "captured_states": {
+                "bytes_per_token": self.size.per_token,
+                "tokens": self.total_tokens,
+                "total": stored,
+            },
+        }
+
+
+def probe(run: RunConfig, strategy: Strategy) -> Probe:
+    """Do the first steps of a run in this process and forget them.
+
+    Raises what `train` does for a run that cannot begin.
+    """
+    device = pick_device(run.train.device, "train.device")
+    machine = choose(run)
+    with ExitStack() as stack:
+        world_ = stack.enter_context(world(device))
+        share = Share(world_.rank, world_.size, run.train.seed)
+        feed = open_feed(run, strategy, share)
+        stack.callback(feed.close)
+        trainer = build(run, strategy, world_, feed, machine)
+        per_step = run.train.batch_size * run.train.accumulate
+        # whole windows: the first sample of one waits for the target to run them all
+        count = math.ceil(per_step / run.capture.window) * run.capture.window
+        started = time.perf_counter()
+        for _ in islice(feed.source.samples(0), count):
+            pass
+        data = (time.perf_counter() - started) * per_step / count
+        seconds, tokens = _steps(trainer)
+        return Probe(
+            data_seconds=data,
+            step_seconds=seconds,
+            tokens=tokens,
+            memory=peak_memory(),
+            checkpoint_bytes=_checkpoint_bytes(trainer),
+            size=Size.of(feed.spec),
+            samples=feed.data.num_samples,
+            total_tokens=feed.num_tokens,
+        )
+
+
+def _steps(trainer: Trainer) -> tuple[float, float]:
+    """Return the seconds and tokens of a step, without the wait for its data."""
+    batches = trainer._batches()
+    supply = Supply(batches, alone=True)
+    spent, tokens = 0.0, 0.0
+    trainer.began = time.monotonic()
+    try:
+        for number in range(1 + STEPS):
+            trainer.log.phases.seconds.clear()
+            started = time.perf_counter()
+            if (launched := trainer._optimizer_step(supply)) is None:
+                raise stop.Interrupted(stop.asked() or 2, "nothing was written")
+            _, told = launched.reduced.read()  # waits for the device
+            trainer.step += 1
+            if number:
+                waited = trainer.log.phases.seconds["data"]
+                spent += time.perf_counter() - started - waited
+                tokens += told[0]
+    finally:
+        trainer.feed.source.close()
+        batches.close(CLOSE_SECONDS)
+    return spent / STEPS, tokens / STEPS
+
+
+def _checkpoint_bytes(trainer: Trainer) -> int:
+    """Return the bytes of a draft's saved weights and its optimizers' states."""
+    draft = trainer.draft
+    weights = [t for name, t in draft.model.state_dict().items() if draft.saved(name)]
+    states = [
+        value
+        for optimizer in trainer.optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+    return sum(t.numel() * torch.empty(0, dtype=t.dtype).itemsize for t in (*weights, *states))

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from specforge_core.capture.estimate import Size, in_units
+from specforge_core.capture.manifest import CaptureManifest
+from specforge_core.cli import cli
+from specforge_core.errors import ConfigError
+from specforge_core.testing.runs import load, write_run
+from specforge_core.train.plan import plan_run
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, toy_target: Path) -> Path:
+    folder = tmp_path_factory.mktemp("estimate")
+    strategy, settings = {"name": "linear"}, {"batch_size": 2, "epochs": 3}
+    return write_run(folder, toy_target, conversations=9, strategy=strategy, train=settings)
+
+
+def capture(config: Path, directory: Path, *more: str) -> Any:
+    arguments = ["capture", "-c", str(config), f"data.capture_dir={directory}", *more]
+    return CliRunner().invoke(cli, arguments, standalone_mode=False)
+
+
+def full(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - free, free))
+
+
+def test_an_estimate_says_what_the_capture_then_takes_and_writes_nothing(
+    config: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "capture"
+    told = yaml.safe_load(capture(config, directory, "--estimate").stdout)["estimate"]
+    assert not directory.exists()
+    assert capture(config, directory).exception is None
+    manifest = CaptureManifest.read(directory)
+    assert (told["samples"], told["tokens"]) == (manifest.num_samples, manifest.num_tokens)
+    size = Size.of(manifest.identity.spec())
+    assert told["bytes_per_token"] == size.per_token
+    total = size.total(manifest.num_samples, manifest.num_tokens)
+    assert told["total"] == in_units(total)
+    headers = 1024 * len(manifest.shards)
+    assert total < sum(shard.num_bytes for shard in manifest.shards) < total + headers
+    assert told["hours"] == pytest.approx(
+        told["tokens"] / told["tokens_per_second"] / 3600, abs=1e-4
+    )
+    assert told["memory"]["host"].endswith("B")
+
+
+def test_what_the_disk_has_no_room_for_needs_a_yes(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "capture"
+    full(monkeypatch, 1000)
+    refused = capture(config, directory)
+    assert isinstance(refused.exception, ConfigError)
+    assert "1 KB are free. Make room, train online, or try" in str(refused.exception)
+    assert "--yes" in str(refused.exception)
+    assert not (directory / "manifest.json").exists()
+
+    questions: list[str] = []
+
+    def confirm(text: str, **options: object) -> None:
+        questions.append(text)
+        raise click.Abort
+
+    with monkeypatch.context() as asking:
+        asking.setattr(click, "confirm", confirm)
+        asking.setattr("specforge_core.capture.commands.on_terminal", lambda: True)
+        assert isinstance(capture(config, directory).exception, click.Abort)
+    assert questions[0].endswith("1 KB are free. Begin all the same?")
+    assert not (directory / "manifest.json").exists()
+    assert capture(config, directory, "--yes").exception is None
+    assert CaptureManifest.read(directory).complete
+    # nothing is left to capture, so nothing is asked
+    assert capture(config, directory).exception is None
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 KB"), (12.3e9, "12.3 GB"), (2e15, "2,000 TB")],
+)
+def test_bytes_are_written_for_readers(count: float, text: str) -> None:
+    assert in_units(count) == text
+
+
+def test_a_plan_measures_some_steps_and_writes_nothing(config: Path) -> None:
+    run, strategy = load(config)
+    plan = yaml.safe_load(plan_run(run, strategy, 2, measure=True))["plan"]
+    told = plan["measured"]
+    assert told["steps"] == 7  # 9 samples, 3 epochs, 4 samples a step
+    seconds = told["seconds_per_step"]
+    assert min(seconds.values()) > 0
+    assert told["hours"] == pytest.approx(7 * sum(seconds.values()) / 3600, abs=1e-3)
+    spec = Size.of(strategy.adapter(run.strategy, _target(run)).spec)
+    assert told["captured_states"]["bytes_per_token"] == spec.per_token
+    assert told["captured_states"]["tokens"] > 9 * 10
+    assert told["checkpoint"].endswith("B")
+    assert not run.output_dir.exists()
+
+
+def test_a_plan_of_what_cannot_be_trained_says_why(config: Path) -> None:
+    run, strategy = load(config, "data.train=[missing.jsonl]")
+    plan = yaml.safe_load(plan_run(run, strategy, 1, measure=True))["plan"]
+    assert plan["measured"].startswith("nothing: ")
+    assert "missing.jsonl" in plan["measured"]
+
+
+def _target(run: Any) -> Any:
+    from specforge_core.target.info import load_target_info
+
+    return load_target_info(run.target)
+
+
+def test_an_answer_can_only_come_from_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from specforge_core.capture.commands import on_terminal
+
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    assert on_terminal()
