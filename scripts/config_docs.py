@@ -30,7 +30,7 @@ the last counts.
 def kind(annotation: Any) -> str:
     """Return a type as a reader writes it."""
     text = str(annotation) if get_args(annotation) else getattr(annotation, "__name__", "?")
-    for noise in ("typing.", "pathlib._local.", "pathlib."):
+    for noise in ("typing.", "specforge_core.config.", "pathlib._local.", "pathlib."):
         text = text.replace(noise, "")
     return text.replace("|", "\\|")
 

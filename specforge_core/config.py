@@ -115,6 +115,13 @@ class DataConfig(Section):
         return self
 
 
+class CacheConfig(Section):
+    """Where states that were captured online are kept, for later epochs and runs."""
+
+    dir: Path = Field(description="Folder; any number of runs and ranks may share it.")
+    max_bytes: int = Field(gt=0, le=2**60, description="It never holds more; the oldest go first.")
+
+
 class CaptureConfig(Section):
     """How the target's states are stored, or handed to the trainer."""
 
@@ -123,6 +130,11 @@ class CaptureConfig(Section):
         32, gt=0, le=4096, description="Prompts whose lengths are grouped together."
     )
     prefetch: int = Field(2, gt=0, le=1024, description="Batches made ready ahead of need.")
+    cache: CacheConfig | None = Field(
+        None,
+        description="`{dir: DIR, max_bytes: N}`: keep what online training captures there, up to "
+        "N bytes (the oldest are removed first), and read it when it is met again.",
+    )
 
 
 class TrainConfig(Section):

@@ -46,20 +46,22 @@ def temporary(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """Open a file beside `path` that takes its place when the block ends without an error.
 
-    Then it is on the disk, and so is its name.  A symbolic link at `path` is replaced, not
-    followed.  Raises OSError that names `path`.
+    With `sync` it is on the disk then, and so is its name.  A symbolic link at `path` is
+    replaced, not followed.  Raises OSError that names `path`.
     """
     beside = temporary(path)
     try:
         with _create(beside) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
             beside.replace(path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except BaseException as exc:
         with suppress(OSError):
             beside.unlink(missing_ok=True)

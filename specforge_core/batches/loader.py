@@ -19,6 +19,7 @@ from typing import Protocol
 
 import torch
 
+from ..capture.cache import StateCache, capture_through
 from ..capture.samples import capture_in_order
 from ..data.order import epoch_order
 from ..errors import DataError
@@ -132,7 +133,7 @@ class StoredSource:
 
 @dataclass(slots=True)
 class OnlineSource:
-    """Samples captured from the target as they are needed, never stored."""
+    """Samples captured from the target as they are needed; kept where there is a cache."""
 
     strategy: Strategy
     engine: TargetEngine
@@ -140,6 +141,7 @@ class OnlineSource:
     prompts: Sequence[Prompt]
     share: Share
     window: int  # prompts grouped by length together
+    cache: StateCache | None = None
 
     def close(self) -> None:
         """Nothing waits here without end: the target answers or fails."""
@@ -161,8 +163,9 @@ class OnlineSource:
                 numbers.append((epoch, order[epoch][within] if epoch else within))
                 place += ranks
             chosen = [self.prompts[first[number]] for _, number in numbers]
-            captured = capture_in_order(
-                self.strategy, self.engine, self.adapter, chosen, self.window
+            how = (self.strategy, self.engine, self.adapter, chosen, self.window)
+            captured = (
+                capture_in_order(*how) if self.cache is None else capture_through(self.cache, *how)
             )
             for (epoch, number), (index, sample) in zip(numbers, captured, strict=True):
                 if done:

@@ -15,6 +15,7 @@ from ..batches.loader import (
     Source,
     StoredSource,
 )
+from ..capture.cache import StateCache
 from ..capture.identity import check_identity
 from ..capture.job import Job
 from ..capture.manifest import MANIFEST, CaptureIdentity, CaptureManifest
@@ -23,9 +24,11 @@ from ..capture.store import read_token_counts
 from ..config import RunConfig
 from ..data.order import epoch_order
 from ..errors import CaptureError, ConfigError
+from ..files import refusing
 from ..progress import console
 from ..strategy import Strategy
 from ..types import CaptureSpec, DataInfo, TargetInfo
+from .machine import choose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +103,7 @@ def _offline(job: Job, directory: Path, share: Share) -> Feed:
 def _online(job: Job, share: Share) -> Feed:
     run, strategy, adapter = job.run, job.strategy, job.adapter
     prompts = job.prompts()
+    cache = _cache(job)  # what cannot be written is said before the target is loaded
     engine = job.engine()
     try:
         order = epoch_order(len(prompts), share.seed, 0)
@@ -109,7 +113,7 @@ def _online(job: Job, share: Share) -> Feed:
         raise
     window = min(run.capture.window, len(prompts))  # none is waited for twice
     return Feed(
-        source=OnlineSource(strategy, engine, adapter, prompts, share, window),
+        source=OnlineSource(strategy, engine, adapter, prompts, share, window, cache),
         spec=adapter.spec,
         target=job.target,
         identity=job.identity,
@@ -120,6 +124,14 @@ def _online(job: Job, share: Share) -> Feed:
         skipped=prompts.skipped,
         num_tokens=prompts.num_tokens,
     )
+
+
+def _cache(job: Job) -> StateCache | None:
+    run, options = job.run, job.run.capture.cache
+    if options is None:
+        return None
+    with refusing(ConfigError, "Try: capture.cache.dir=DIR", options.dir):
+        return StateCache.of(options, job.identity, run.target.engine, choose(run).target_dtype)
 
 
 def _wait_for_manifest(directory: Path) -> None:
