@@ -70,6 +70,14 @@ class DataConfig(Section):
     on_error: Literal["raise", "skip"] = Field(
         "raise", description="What a bad row does; skipped ones are counted by reason."
     )
+    shuffle_window: int | None = Field(
+        None,
+        gt=0,
+        le=MANY,
+        description="Rows that are shuffled together, one such group behind the other. If not "
+        "set: all. With it, and `train.max_steps`, online training begins when the first group is "
+        "tokenized.",
+    )
     limit: int | None = Field(None, gt=0, le=MANY, description="Use only the first conversations.")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the chat template: enable_thinking, ..."

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,7 +21,8 @@ import torch
 
 from ..capture.cache import StateCache, capture_through
 from ..capture.samples import capture_in_order
-from ..data.order import epoch_order
+from ..data.order import Order
+from ..data.stream import Closed as Closed
 from ..errors import DataError
 from ..progress import console
 from ..strategy import Strategy
@@ -50,6 +51,7 @@ class Share:
     rank: int
     world_size: int
     seed: int
+    window: int | None = None  # samples that are shuffled together; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,15 @@ class Micro:
     indices: tuple[int, ...] = ()  # of the samples in it, as `Placed.index`
 
 
-class Closed(Exception):
-    """Raised where a sample is waited for that nobody wants any more."""
+class Prompts(Protocol):
+    """A run's prompts, which may still be read."""
+
+    def wait(self, count: int | None, /) -> int:
+        """Wait for so many prompts, or for all; return how many there are then."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Prompt: ...
+    def stop(self) -> None: ...
 
 
 class Source(Protocol):
@@ -92,7 +101,6 @@ class StoredSource:
     reader: Reader
     share: Share
     wait_note: str = ""
-    _order: dict[int, list[int]] = field(default_factory=dict)
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def close(self) -> None:
@@ -101,22 +109,17 @@ class StoredSource:
 
     def samples(self, position: int) -> Iterator[Placed]:
         place = position + self.share.rank
+        order = Order(self.share.seed, self.share.window, lambda _: len(self.reader))
         while True:
-            epoch, index = self._locate(place)
+            epoch, index = self._locate(place, order)
             yield Placed(epoch, index, index, self.reader[index])
             place += self.share.world_size
 
-    def _locate(self, place: int) -> tuple[int, int]:
+    def _locate(self, place: int, order: Order) -> tuple[int, int]:
         """Return the epoch and the stored index at `place` of the endless sequence."""
         if isinstance(self.reader, GrowingReader) and place >= len(self.reader):
             self._wait(place)
-        total = len(self.reader)
-        epoch, within = divmod(place, total)
-        if epoch == 0:
-            return 0, within
-        if epoch not in self._order:
-            self._order = {epoch: epoch_order(total, self.share.seed, epoch)}
-        return epoch, self._order[epoch][within]
+        return (0, place) if place < len(self.reader) else order.at(place)
 
     def _wait(self, place: int) -> None:
         assert isinstance(self.reader, GrowingReader)
@@ -138,40 +141,43 @@ class OnlineSource:
     strategy: Strategy
     engine: TargetEngine
     adapter: Adapter
-    prompts: Sequence[Prompt]
+    prompts: Prompts
     share: Share
     window: int  # prompts grouped by length together
     cache: StateCache | None = None
 
     def close(self) -> None:
-        """Nothing waits here without end: the target answers or fails."""
+        """End the wait for a prompt in another thread."""
+        self.prompts.stop()
 
     def samples(self, position: int) -> Iterator[Placed]:
-        first = epoch_order(len(self.prompts), self.share.seed, 0)
-        order: dict[int, list[int]] = {}
+        order = Order(self.share.seed, self.share.window, self.prompts.wait)
         ranks = self.share.world_size
         # windows begin at fixed places, so that a resumed run batches as it did: another batch
         # would round differently
         done = position // ranks % self.window if position % ranks == 0 else 0
         place = position - done * ranks + self.share.rank
         while True:
-            numbers: list[tuple[int, int]] = []
-            for _ in range(self.window):
-                epoch, within = divmod(place, len(first))
-                if epoch and epoch not in order:
-                    order = {epoch: epoch_order(len(first), self.share.seed, epoch)}
-                numbers.append((epoch, order[epoch][within] if epoch else within))
-                place += ranks
-            chosen = [self.prompts[first[number]] for _, number in numbers]
+            places = range(place, place + self.window * ranks, ranks)
+            place += self.window * ranks
+            numbers = [self._number(order, at) for at in places]
+            chosen = [self.prompts[first] for _, _, first in numbers]
             how = (self.strategy, self.engine, self.adapter, chosen, self.window)
             captured = (
                 capture_in_order(*how) if self.cache is None else capture_through(self.cache, *how)
             )
-            for (epoch, number), (index, sample) in zip(numbers, captured, strict=True):
+            for (epoch, number, _), (index, sample) in zip(numbers, captured, strict=True):
                 if done:
                     done -= 1
                     continue
                 yield Placed(epoch, number, index, sample)
+
+    def _number(self, order: Order, place: int) -> tuple[int, int, int]:
+        """Return the epoch, the place in the first epoch and the prompt at a place."""
+        epoch, found = order.at(place)
+        if epoch == 0:
+            return 0, place, found
+        return epoch, found, order.shuffled(0, found, self.prompts.wait(None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

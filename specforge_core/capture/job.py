@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
 from ..data.order import epoch_order
-from ..data.prompts import PromptSet, run_prompts
+from ..data.prompts import Asked, PromptSet, run_prompts
 from ..devices import pick_device
 from ..errors import ConfigError
 from ..progress import track
@@ -55,6 +55,10 @@ class Job:
 
     def prompts(self) -> PromptSet:
         """Read and tokenize the run's conversations."""
+        return self.asked().load()
+
+    def asked(self) -> Asked:
+        """Open the run's conversations."""
         fingerprint = self.identity.target_fingerprint
         return run_prompts(self.run, self.strategy, self.target, self.tokenizer, fingerprint)
 
@@ -79,7 +83,7 @@ def run_capture(
     directory = capture_directory(run)
     job = Job.open(run, strategy)
     prompts = job.prompts()
-    order = epoch_order(len(prompts), run.train.seed, 0)
+    order = epoch_order(len(prompts), run.train.seed, 0, run.data.shuffle_window)
     digest = prompts_fingerprint(prompts, order)
     writer = ShardWriter(
         directory, job.identity, run.capture.shard_tokens, prompts=digest, num_prompts=len(prompts)

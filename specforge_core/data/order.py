@@ -1,11 +1,63 @@
-"""The order samples are seen in: one place, so that capture, offline and online agree."""
+"""The order samples are seen in: one place, so that capture, offline and online agree.
+
+A function of the seed, the epoch and the sample alone.  With a window, samples are shuffled in
+groups of that many which follow each other, so that those of the first group are enough to begin.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import torch
 
+KEPT = 4  # groups whose order is remembered
 
-def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
+
+def epoch_order(num_samples: int, seed: int, epoch: int, window: int | None = None) -> list[int]:
     """Return the permutation of 0..num_samples-1 of one epoch, the same on every rank."""
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    return torch.randperm(num_samples, generator=generator).tolist()
+    size = window or num_samples
+    starts = range(0, num_samples, max(size, 1))
+    return [
+        start + place
+        for group, start in enumerate(starts)
+        for place in _shuffled(min(size, num_samples - start), seed, epoch, group)
+    ]
+
+
+def _shuffled(size: int, seed: int, epoch: int, group: int) -> list[int]:
+    first = (seed << 20) + epoch
+    if group:
+        digest = hashlib.blake2b(f"{first}/{group}".encode(), digest_size=7).digest()
+        first = int.from_bytes(digest, "big")
+    return torch.randperm(size, generator=torch.Generator().manual_seed(first)).tolist()
+
+
+@dataclass(slots=True)
+class Order:
+    """The endless sequence of all epochs, of samples whose number may not be known yet."""
+
+    seed: int
+    window: int | None
+    known: Callable[[int | None], int]  # waits for so many samples, or all; says how many there are
+    _groups: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
+
+    def at(self, place: int) -> tuple[int, int]:
+        """Return the epoch and the sample at a place; waits for the samples it is shuffled with."""
+        window = self.window
+        there = self.known(None if window is None else (place // window + 1) * window)
+        epoch, within = divmod(place, there) if place >= there else (0, place)
+        return epoch, self.shuffled(epoch, within, there)
+
+    def shuffled(self, epoch: int, within: int, there: int) -> int:
+        """Return the sample at a place of an epoch; `there` are known, all of its group."""
+        size = self.window or there
+        group, place = divmod(within, size)
+        size = min(size, there - group * size)
+        key = (epoch, group, size)
+        if key not in self._groups:
+            while len(self._groups) >= KEPT:
+                del self._groups[next(iter(self._groups))]
+            self._groups[key] = _shuffled(size, self.seed, epoch, group)
+        return group * (self.window or there) + self._groups[key][place]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import transformers
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import DataConfig, RunConfig
 from ..cpu import available_cores
 from ..errors import DataError
-from ..progress import console, track
+from ..progress import Meter, console, track
 from ..strategy import Strategy
 from ..target.asked import max_positions
 from ..target.tokenizer import (
@@ -28,7 +28,8 @@ from .ends import end_tokens
 from .promptset import PromptSet as PromptSet, Spool, Told
 from .rows import RowMaker
 from .sources import Rows, Skipped, conversations, mixed, nothing_left
-from .tokencache import in_memory, key_of, on_disk
+from .stream import Stream
+from .tokencache import in_memory, kept, key_of, on_disk
 from .tokenrows import Fingerprint
 from .workers import make_rows
 
@@ -41,12 +42,12 @@ def run_prompts(
     target: TargetInfo,
     tokenizer: PreTrainedTokenizerBase,
     fingerprint: str | None = None,
-) -> PromptSet:
-    """Read and tokenize a run's conversations, as `load_prompts` does for its target.
+) -> Asked:
+    """Open a run's conversations, as `open_prompts` does for its target.
 
     `fingerprint` is the target's; None where no weight of it is to be read.
     """
-    return load_prompts(
+    return open_prompts(
         run.data,
         tokenizer,
         target.vocab_size,
@@ -57,7 +58,7 @@ def run_prompts(
     )
 
 
-def load_prompts(
+def open_prompts(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
@@ -66,13 +67,11 @@ def load_prompts(
     positions: int | None = None,
     ends: frozenset[int] = frozenset(),
     target: str | None = None,
-) -> PromptSet:
-    """Read and tokenize `data.train`, with progress; rows that are left out are told of by reason.
+) -> Asked:
+    """Open `data.train`, all sources of it; nothing is tokenized yet.
 
     `positions` are the tokens that the target takes, `ends` those that end its answers, `target`
-    is its fingerprint: tokens that `regenerate` wrote must be of it.  Raises
-    DataError for bad data, for rows longer than `data.max_length` or the target's positions when
-    `data.too_long` is "raise", and for token ids the target does not have.
+    is its fingerprint: tokens that `regenerate` wrote must be of it.  Raises DataError.
     """
     if not data.train:
         raise DataError("data.train names no file. Try: data.train=[FILE.jsonl]")
@@ -91,19 +90,60 @@ def load_prompts(
     )
     known = [rows for _, rows in opened if isinstance(rows, Known)]
     if data.cache is None or len(known) < len(opened) or sum(r.num_bytes for r in known) < SMALL:
-        found = in_memory(fill)
-    else:
-        key = [origin.as_json(), template_fingerprint(tokenizer, options)]
-        made_by = [tokenizer.backend_tokenizer.to_str(), transformers.__version__]
-        choices = data.model_dump(include={"too_long", "on_error", "limit", "mix", "ignore_fields"})
-        bounds = [limit, sorted(ends), vocab_size, choices]
-        found = on_disk(
-            data.cache, key_of([key, made_by, bounds, *(r.fingerprint() for r in known)]), fill
-        )
-    if found.skipped:
-        skipped = Skipped(data.on_error, Counter(found.skipped))
-        console.print(f"data.train: {skipped}", markup=False)
-    return found
+        return Asked(data, fill, None)
+    key = [origin.as_json(), template_fingerprint(tokenizer, options)]
+    made_by = [tokenizer.backend_tokenizer.to_str(), transformers.__version__]
+    choices = data.model_dump(include={"too_long", "on_error", "limit", "mix", "ignore_fields"})
+    bounds = [limit, sorted(ends), vocab_size, choices]
+    return Asked(data, fill, key_of([key, made_by, bounds, *(r.fingerprint() for r in known)]))
+
+
+def load_prompts(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    source_rows: Rows,
+    **options: Any,
+) -> PromptSet:
+    """Read and tokenize `data.train` as `open_prompts` opens it."""
+    return open_prompts(data, tokenizer, vocab_size, source_rows, **options).load()
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Conversations that are open; rows that are left out are told of by reason.
+
+    Reading them raises DataError for bad data, for rows longer than `data.max_length` or the
+    target's positions when `data.too_long` is "raise", and for token ids the target does not have.
+    """
+
+    data: DataConfig
+    fill: Filler
+    key: str | None  # of their tokens in `data.cache`; None: they are not kept
+
+    def load(self) -> PromptSet:
+        """Return all rows, with progress."""
+        if self.data.cache is None or self.key is None:
+            found = in_memory(self.fill)
+        else:
+            found = on_disk(self.data.cache, self.key, self.fill)
+        self._tell(found)
+        return found
+
+    def stream(self) -> PromptSet | Stream:
+        """Return the rows before all of them are tokenized, if they are many and not kept yet."""
+        if self.data.cache is None or self.key is None:
+            return self.load()
+        if (found := kept(self.data.cache, self.key)) is not None:
+            self._tell(found)
+            return found
+        quiet = replace(self.fill, quiet=True)
+        return Stream(self.data.cache, self.key, quiet, self._tell)
+
+    def _tell(self, found: PromptSet) -> None:
+        if found.skipped:
+            skipped = Skipped(self.data.on_error, Counter(found.skipped))
+            console.print(f"data.train: {skipped}", markup=False)
 
 
 @runtime_checkable
@@ -124,6 +164,7 @@ class Filler:
     make: RowMaker
     limit: int  # tokens of a row
     vocab_size: int
+    quiet: bool = False  # beside something else that tells of its progress
 
     def __call__(self, spool: Spool) -> Told:
         """Write all rows.  Raises DataError where there is none."""
@@ -132,7 +173,7 @@ class Filler:
         items = mixed(conversations(self.opened, data, need_answer=True), data.mix)
         workers = available_cores() if data.workers is None else data.workers
         with (
-            track("reading conversations", data.limit) as progress,
+            self._progress() as progress,
             closing(make_rows(items, self.make, workers)) as made,
         ):
             for found, rows in made:
@@ -161,6 +202,11 @@ class Filler:
                 f"{bound_of(data, limit)}. Try: other data, or data.max_length=4096"
             )
         return Told(used.total(), cut, dict(skipped.counts), [used[name] for name in data.train])
+
+    def _progress(self) -> AbstractContextManager[Meter]:
+        if self.quiet:
+            return nullcontext(Meter("", None, None))
+        return track("reading conversations", self.data.limit)
 
 
 def _left_out(row: Row, data: DataConfig, limit: int, where: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, overload
 
@@ -14,6 +14,7 @@ from ..types import Prompt
 from .chat import Row
 
 PIECE = 1 << 22  # tokens that are counted at once
+SHOWN = 64  # rows after which others can read them
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,16 @@ class PromptSet(Sequence[Prompt]):
             loss_mask=self._loss_mask[span].long(),
         )
 
+    def wait(self, count: int | None = None) -> int:
+        """Return how many there are: all of them."""
+        return len(self)
+
+    def stop(self) -> None:
+        """Stop nothing: all of them are there."""
+
+    def close(self) -> None:
+        """Close nothing: memory and mapped files close themselves."""
+
     @property
     def skipped(self) -> dict[str, int]:
         """Reason -> rows left out."""
@@ -83,18 +94,41 @@ class PromptSet(Sequence[Prompt]):
         return counts
 
 
-class Spool:
-    """Takes rows, one behind the other, into two files (which may be in memory)."""
+def _nothing() -> None:
+    """Let it go on."""
 
-    def __init__(self, input_ids: IO[bytes], loss_mask: IO[bytes]) -> None:
-        self._input_ids, self._loss_mask = input_ids, loss_mask
+
+class Spool:
+    """Takes rows, one behind the other, into two files (which may be in memory).
+
+    With `index`, a third file, others can read what is there: it names no row that is not.
+    """
+
+    def __init__(
+        self, input_ids: IO[bytes], loss_mask: IO[bytes], index: IO[bytes] | None = None
+    ) -> None:
+        self._input_ids, self._loss_mask, self._index = input_ids, loss_mask, index
         self.offsets = array("q", [0])
+        self._shown = 0  # offsets in the index
+        self.check: Callable[[], None] = _nothing  # called with every row: it may raise
 
     def add(self, row: Row) -> None:
         """Write a row.  Raises OSError."""
+        self.check()
         self._input_ids.write(array("i", row.input_ids).tobytes())
         self._loss_mask.write(array("b", row.loss_mask).tobytes())
         self.offsets.append(self.num_tokens + len(row.input_ids))
+        if len(self.offsets) - self._shown >= SHOWN:
+            self.show()
+
+    def show(self) -> None:
+        """Let others read all rows so far.  Raises OSError."""
+        if self._index is not None:
+            for file in (self._input_ids, self._loss_mask):
+                file.flush()
+            self._index.write(self.offsets[self._shown :].tobytes())
+            self._index.flush()
+            self._shown = len(self.offsets)
 
     @property
     def num_tokens(self) -> int:

@@ -97,5 +97,5 @@ def report_data(run: RunConfig, strategy: Strategy) -> DataReport:
     """Read and tokenize a run's data as a training would; no weight of the target is read."""
     target = load_target_info(run.target)
     tokenizer = load_tokenizer(run.target)
-    prompts = run_prompts(run, strategy, target, tokenizer)
+    prompts = run_prompts(run, strategy, target, tokenizer).load()
     return DataReport(prompts, run.data.train, tokenizer)

@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ Fill = Callable[[Spool], Told]
 
 DTYPES = {"input_ids": torch.int32, "loss_mask": torch.int8, "offsets": torch.int64}
 TOLD = "told.json"
+GROWING = ".growing"  # ending of the file that names the folder which is being filled
 KEPT_SECONDS = 30 * 24 * 3600  # since it was last used
 POLL_SECONDS = 0.2
 NOTE_SECONDS = 30.0
@@ -44,20 +45,23 @@ def in_memory(fill: Fill) -> PromptSet:
     )
 
 
-def on_disk(folder: Path, key: str, fill: Fill) -> PromptSet:
+def on_disk(
+    folder: Path, key: str, fill: Fill, check: Callable[[], None] | None = None
+) -> PromptSet:
     """Return the prompts of `key`, which one process makes while others wait for it.
 
-    In memory, with a line that says why, where the disk takes nothing.
+    In memory, with a line that says why, where the disk takes nothing.  `check` is called while
+    another process is waited for: it may raise.
     """
     path = folder / key
     try:
         make_folder(folder)
         with open_own(folder / f"{key}.lock") as lock:
-            _wait(lock.fileno(), folder)
+            _wait(lock.fileno(), folder, check)
             found = _read(path)
             if found is None:
                 _make_room(folder)
-                with temporary_folder(path) as beside:
+                with temporary_folder(path) as beside, _growing(path, beside):
                     _write(beside, fill)
                     publish(beside, path)
                 found = _read(path)
@@ -77,9 +81,31 @@ def key_of(values: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
-def _wait(lock: int, folder: Path) -> None:
+@contextmanager
+def _growing(path: Path, beside: Path) -> Iterator[None]:
+    """Let other processes find the rows of `path` that are in `beside` already."""
+    pointer = path.with_name(f"{path.name}{GROWING}")
+    write_file(pointer, beside.name.encode())
+    try:
+        yield
+    finally:
+        pointer.unlink(missing_ok=True)
+
+
+def kept(folder: Path, key: str) -> PromptSet | None:
+    """Return the prompts of `key` if they were made before."""
+    found = _read(folder / key)
+    if found is not None:
+        with suppress(OSError):
+            os.utime(folder / key)
+    return found
+
+
+def _wait(lock: int, folder: Path, check: Callable[[], None] | None) -> None:
     noted = time.monotonic()
     while not hold(lock):
+        if check is not None:
+            check()
         if time.monotonic() - noted > NOTE_SECONDS:
             noted = time.monotonic()
             console.print(f"waiting for another process's tokens in {folder}", markup=False)
@@ -87,13 +113,16 @@ def _wait(lock: int, folder: Path) -> None:
 
 
 def _write(beside: Path, fill: Fill) -> None:
-    with (beside / "input_ids").open("wb") as ids, (beside / "loss_mask").open("wb") as mask:
-        spool = Spool(ids, mask)
+    with (
+        (beside / "input_ids").open("wb") as ids,
+        (beside / "loss_mask").open("wb") as mask,
+        (beside / "offsets").open("wb") as offsets,
+    ):
+        spool = Spool(ids, mask, offsets)
         told = fill(spool)
-        for file in (ids, mask):
-            file.flush()
+        spool.show()
+        for file in (ids, mask, offsets):
             os.fsync(file.fileno())
-    write_file(beside / "offsets", spool.offsets.tobytes())
     files = {
         name: [(beside / name).stat().st_size, file_checksum(beside / name)] for name in DTYPES
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from ..capture.cache import StateCache
 from ..capture.identity import check_identity
 from ..capture.job import Job
 from ..capture.manifest import MANIFEST, CaptureIdentity, CaptureManifest
-from ..capture.samples import check_first
+from ..capture.samples import LOOK_AT_ONCE, LOOKS, check_first
 from ..capture.store import read_token_counts
 from ..config import RunConfig
-from ..data.order import epoch_order
+from ..data.order import Order
+from ..data.prompts import PromptSet
 from ..errors import CaptureError, ConfigError
 from ..files import refusing
 from ..progress import console
@@ -42,7 +44,7 @@ class Feed:
     data: DataInfo
     close: Callable[[], None]
     skipped: Mapping[str, int]  # reason -> rows of data.train that are not trained on
-    num_tokens: int | None  # of an epoch; None while the capture grows
+    num_tokens: int | None  # of an epoch; None while that is not known
 
 
 def open_feed(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
@@ -102,27 +104,35 @@ def _offline(job: Job, directory: Path, share: Share) -> Feed:
 
 def _online(job: Job, share: Share) -> Feed:
     run, strategy, adapter = job.run, job.strategy, job.adapter
-    prompts = job.prompts()
-    cache = _cache(job)  # what cannot be written is said before the target is loaded
-    engine = job.engine()
-    try:
-        order = epoch_order(len(prompts), share.seed, 0)
-        check_first(strategy, run.strategy, engine, adapter, (prompts[i] for i in order))
-    except BaseException:
-        engine.close()
-        raise
-    window = min(run.capture.window, len(prompts))  # none is waited for twice
+    asked = job.asked()
+    # epochs are counted before the first step, so there all rows are waited for
+    early = run.data.shuffle_window is not None and run.train.max_steps is not None
+    prompts = asked.stream() if early else asked.load()
+    with ExitStack() as stack:
+        stack.callback(prompts.close)
+        cache = _cache(job)  # what cannot be written is said before the target is loaded
+        engine = job.engine()
+        stack.callback(engine.close)
+        window = run.capture.window
+        window = min(window, prompts.wait(window))  # none is asked for twice
+        order = Order(share.seed, share.window, prompts.wait)
+        first = range(prompts.wait(LOOKS * LOOK_AT_ONCE))
+        looked = (prompts[order.at(place)[1]] for place in first)
+        check_first(strategy, run.strategy, engine, adapter, looked)
+        close = stack.pop_all().close
+    whole = prompts if isinstance(prompts, PromptSet) else None
     return Feed(
         source=OnlineSource(strategy, engine, adapter, prompts, share, window, cache),
         spec=adapter.spec,
         target=job.target,
         identity=job.identity,
         data=DataInfo(
-            token_counts=prompts.token_counts(job.target.vocab_size), num_samples=len(prompts)
+            token_counts=None if whole is None else whole.token_counts(job.target.vocab_size),
+            num_samples=None if whole is None else len(whole),
         ),
-        close=engine.close,
-        skipped=prompts.skipped,
-        num_tokens=prompts.num_tokens,
+        close=close,
+        skipped={} if whole is None else whole.skipped,
+        num_tokens=None if whole is None else whole.num_tokens,
     )
 
 

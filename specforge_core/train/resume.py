@@ -37,13 +37,22 @@ def check_resumed(
     anew = f"start from its weights: train.init_from={path} output_dir=ANOTHER"
     check_same(path, Made.of_state(state), now, type(run.strategy), otherwise=anew)
     check_optimizer(path, state, run.train)
-    before = TrainConfig.model_validate(state.config["train"]).seed
-    if before != run.train.seed:
-        raise CheckpointError(
-            f"{path} was trained with train.seed={before}, this run has train.seed="
-            f"{run.train.seed}: the order of the samples would be another, some would come twice "
-            f"and some not at all. Try: train.seed={before}, or {anew}"
-        )
+    seed = TrainConfig.model_validate(state.config["train"]).seed
+    window = state.config["data"].get("shuffle_window")  # older checkpoints have none
+    for key, before, value in (
+        ("train.seed", seed, run.train.seed),
+        ("data.shuffle_window", window, run.data.shuffle_window),
+    ):
+        if before != value:
+            raise CheckpointError(
+                f"{path} was trained with {key}={_shown(before)}, this run has {key}="
+                f"{_shown(value)}: the order of the samples would be another, some would come "
+                f"twice and some not at all. Try: {key}={_shown(before)}, or {anew}"
+            )
+
+
+def _shown(value: int | None) -> str:
+    return "null" if value is None else str(value)
 
 
 def check_optimizer(path: Path, state: TrainState, config: TrainConfig) -> None:

@@ -43,7 +43,8 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
             if world_.main:
                 stack.enter_context(claim(run.output_dir))
                 console.print(f"training on {machine}", markup=False)
-            feed = open_feed(run, strategy, Share(world_.rank, world_.size, config.seed))
+            share = Share(world_.rank, world_.size, config.seed, run.data.shuffle_window)
+            feed = open_feed(run, strategy, share)
             stack.callback(feed.close)
             trainer = build(run, strategy, world_, feed, machine)
             stack.callback(trainer.trackers.close)

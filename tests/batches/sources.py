@@ -17,6 +17,7 @@ from specforge_core.batches.loader import (
     Source,
     StoredSource,
 )
+from specforge_core.data.promptset import PromptSet
 from specforge_core.types import (
     CaptureSpec,
     Collate,
@@ -140,8 +141,8 @@ class Ids:
 def online(
     share: Share, engine: Echo | None = None, count: int = 7, skip: Sequence[int] = ()
 ) -> OnlineSource:
-    prompts = [
-        Prompt(index=i, input_ids=torch.full((i + 1,), i), loss_mask=torch.ones(i + 1))
-        for i in range(count)
-    ]
+    counts = torch.arange(count)
+    ids = counts.repeat_interleave(counts + 1).int()  # prompt i holds i + 1 times the value i
+    offsets = torch.cat([torch.zeros(1).long(), (counts + 1).cumsum(0)])
+    prompts = PromptSet(ids, torch.ones_like(ids).char(), offsets)
     return OnlineSource(STRATEGY, engine or Echo(), Ids(skip), prompts, share, window=4)  # type: ignore[arg-type]
