@@ -166,12 +166,14 @@ def _start() -> threading.Thread:
 
 
 def _forget() -> None:
-    """In a fork of this process: its signals are not the parent's."""
+    """In a fork of this process: its signals are not the parent's, nor is what they asked for."""
+    global _state
     if _state.fd >= 0:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             if signal.getsignal(number) is _handle:
                 signal.signal(number, signal.SIG_DFL)
+        _state = _State()
 
 
 os.register_at_fork(after_in_child=_forget)

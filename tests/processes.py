@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from specforge_core.testing.forked import Forked
+
+Process = subprocess.Popen[str] | Forked
 # what is promised is 5; a machine that also runs other tests may take longer to start a thread
 SECONDS = 10.0
 
 
-def wait(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+def wait(process: Process, reached: Callable[[], bool]) -> None:
     """Wait until a running process has come so far."""
     for _ in range(4000):
         if reached():
@@ -21,7 +24,7 @@ def wait(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
     raise AssertionError("it did not happen within two minutes")
 
 
-def end(process: subprocess.Popen[str], *signals: int, apart: float = 0.6) -> tuple[int, str, str]:
+def end(process: Process, *signals: int, apart: float = 0.6) -> tuple[int, str, str]:
     """Send signals; return the status, stdout and stderr of a process that has to end by them."""
     start = time.monotonic()
     for number, signum in enumerate(signals):
@@ -34,6 +37,7 @@ def end(process: subprocess.Popen[str], *signals: int, apart: float = 0.6) -> tu
     print(f"ended {seconds:.1f} s after the first of {len(signals)} signals")
     assert seconds < SECONDS
     assert "Traceback" not in err
+    assert process.returncode is not None
     return process.returncode, out, err
 
 
@@ -52,8 +56,9 @@ def children(process: int) -> dict[int, int]:
     for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
         pairs = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
         environment = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-        if "RANK" in environment:
-            found[int(environment["RANK"])] = int(child)
+        name, _, number = Path(f"/proc/{child}/comm").read_text().strip().partition(" ")
+        if name == "rank" or "RANK" in environment:  # forked, or started with an environment
+            found[int(number or environment["RANK"])] = int(child)
     return found
 
 

@@ -14,6 +14,7 @@ import yaml
 from ..config import RunConfig
 from ..load import load_config
 from ..strategy import Strategy
+from .forked import Forked
 from .toy import write_conversations
 
 SECONDS = 240  # of a process that ends by itself
@@ -65,7 +66,7 @@ def cli(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **options)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: subprocess.Popen[str] | Forked) -> str:
     """Wait for a process that must succeed; return what it printed."""
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err

@@ -16,8 +16,10 @@ import torch
 from specforge_core.capture.job import run_capture
 from specforge_core.drafts import checkpoint
 from specforge_core.errors import CaptureError
+from specforge_core.testing import runs
 from specforge_core.testing.close import close
-from specforge_core.testing.runs import SECONDS, cli, finish, lines, load, losses
+from specforge_core.testing.forked import cli
+from specforge_core.testing.runs import SECONDS, finish, lines, load, losses
 from specforge_core.train.run import train
 
 from ..runs import linear_run
@@ -36,7 +38,9 @@ def test_two_ranks_give_the_losses_of_one(config: Path, tmp_path: Path) -> None:
     common = ("train.max_steps=14", "train.batch_size=1")
     train(*load(config, *common, "train.accumulate=4"))
     two = f"output_dir={tmp_path / 'two'}"
-    finish(cli("train", "-c", str(config), "--nproc", "2", *common, "train.accumulate=2", two))
+    # in processes that start Python, as everybody's do
+    command = ("train", "-c", str(config), "--nproc", "2", *common, "train.accumulate=2", two)
+    finish(runs.cli(*command))
     # 14 steps of sums over 32 and 260; AdamW's division by small moments widens a difference
     close(
         losses(tmp_path / "two"),
@@ -272,7 +276,8 @@ def test_a_thread_that_still_runs_does_not_make_the_end_an_abort(
     )
     environment = os.environ | {"PYTHONPATH": str(env.path)}
     options = ("strategy.name=restless", "train.max_steps=2", "train.log_every=2")
-    out = finish(cli("train", "-c", str(config), *options, env=environment))
+    # its own end of Python is what this is about
+    out = finish(runs.cli("train", "-c", str(config), *options, env=environment))
     assert "finished at step 2/2" in out
     assert (tmp_path / "run" / "ended").exists()  # what was registered is still called
 

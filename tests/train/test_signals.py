@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,12 @@ import torch
 from specforge_core.capture.job import run_capture
 from specforge_core.capture.manifest import MANIFEST
 from specforge_core.drafts import checkpoint
-from specforge_core.testing.runs import SECONDS, cli, finish, lines, load, losses
+from specforge_core.testing import runs
+from specforge_core.testing.forked import cli
+from specforge_core.testing.runs import SECONDS, finish, lines, load, losses
 from specforge_core.train.run import train
 
-from ..processes import alive, children, end, listening, wait
+from ..processes import Process, alive, children, end, listening, wait
 from ..runs import linear_run
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
@@ -36,11 +39,20 @@ def config(tmp_path: Path, toy_target: Path) -> Path:
     return linear_run(tmp_path, toy_target)
 
 
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory, toy_target: Path) -> Path:
+    """A capture of 20 samples."""
+    folder = tmp_path_factory.mktemp("captured")
+    config = linear_run(folder, toy_target)
+    run_capture(*load(config, f"data.capture_dir={folder / 'capture'}"))
+    return folder / "capture"
+
+
 @pytest.fixture
-def dead_capture(config: Path, tmp_path: Path) -> str:
-    """A capture of 20 samples whose writer is gone before it is complete."""
+def dead_capture(captured: Path, tmp_path: Path) -> str:
+    """A capture whose writer is gone before it is complete."""
     directory = tmp_path / "capture"
-    run_capture(*load(config, f"data.capture_dir={directory}"))
+    shutil.copytree(captured, directory)
     path = directory / MANIFEST
     text = path.read_text()
     assert '"complete": true' in text
@@ -48,8 +60,16 @@ def dead_capture(config: Path, tmp_path: Path) -> str:
     return f"data.capture_dir={directory}"
 
 
-def start(config: Path, ranks: int, *options: str, **kwargs: Any) -> subprocess.Popen[str]:
-    return cli("train", "-c", str(config), "--nproc", str(ranks), *options, **kwargs)
+def start(
+    config: Path, ranks: int, *options: str, env: Any = None, imports: bool = False
+) -> Process:
+    """Start training; with `imports` in processes that start Python, as everybody's do."""
+    begin: Any = runs.cli if imports else cli
+    process: Process = begin(
+        *("train", "-c", str(config), "--nproc", str(ranks), *options),
+        env=env,
+    )
+    return process
 
 
 def num_lines(tmp_path: Path) -> int:
@@ -99,7 +119,7 @@ def test_ranks_that_have_unequal_data_left_stop_at_one_step(
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_at_the_start_ends_with_one_line(config: Path, tmp_path: Path, ranks: int) -> None:
     absent = f"data.capture_dir={tmp_path / 'absent'}"
-    process = start(config, ranks, absent, "data.follow=true")
+    process = start(config, ranks, absent, "data.follow=true", imports=ranks == 2)
     wait(process, lambda: (tmp_path / "run" / ".lock").exists())
     status, out, err = end(process, signal.SIGINT)
     assert (status, out) == (130, "")
@@ -131,8 +151,12 @@ def test_an_error_of_the_ranks_is_said_as_one_process_says_it(config: Path, tmp_
     alone, both = start(config, 1, absent), start(config, 2, absent)
     said = [process.communicate(timeout=SECONDS) for process in (alone, both)]
     assert (alone.returncode, both.returncode) == (2, 2)
-    assert said[0] == said[1]
-    assert said[0][1].splitlines()[-1].startswith("error: ")
+    (alone_out, alone_err), (both_out, both_err) = said
+    assert alone_out == both_out == ""
+    # the line before says how many threads a process has
+    assert alone_err.splitlines()[1:] == both_err.splitlines()[1:]
+    assert len(both_err.splitlines()) == 2
+    assert both_err.splitlines()[1].startswith("error: ")
 
 
 def test_a_killed_rank_ends_the_others_and_is_named_first(config: Path, tmp_path: Path) -> None:
@@ -228,7 +252,7 @@ TWO_GPUS = [
 DEVICES = ["cpu", pytest.param("cuda", marks=TWO_GPUS)]
 
 
-def kill_launcher(process: subprocess.Popen[str], seconds: float) -> None:
+def kill_launcher(process: Process, seconds: float) -> None:
     """Kill a launcher, and see that its ranks end by themselves."""
     ranks = children(process.pid)
     assert sorted(ranks) == [0, 1]
@@ -244,7 +268,7 @@ def kill_launcher(process: subprocess.Popen[str], seconds: float) -> None:
 def test_ranks_save_and_end_when_their_launcher_is_killed(
     config: Path, tmp_path: Path, device: str
 ) -> None:
-    process = start(config, 2, *LONG, f"train.device={device}")
+    process = start(config, 2, *LONG, f"train.device={device}", imports=True)
     wait(process, lambda: num_lines(tmp_path) > 3)
     kill_launcher(process, 20)
     state = checkpoint.read_state(checkpoint.find(tmp_path / "run"))
