@@ -6,32 +6,31 @@ Each kind's command runs undisturbed once, then under SIGKILLs after a random pa
 up to four a run, until it ends by itself.  Then every sample is there once and byte-equal, weights
 and optimizer are equal, so are the lines of metrics.jsonl (but for times), and no other file is
 left.  Prints a table; exits 1 on a difference, and when the kills were not done in time.  Processes
-come from a fork server that has imported torch, so that kills hit the work and not the imports;
-`ranks` are whole commands, of which a random process is killed: the launcher or a rank.  With
-`--jobs` parts of the campaign run side by side, each in a directory of its own.
+come from a fork server that has imported torch, so that kills hit the work and not the imports.  Of
+`ranks` a random process is killed: the launcher or one of its two.  With `--jobs` parts of the
+campaign run side by side, each in a directory of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from kills_compare import same_capture, same_run
 
+from specforge_core.testing.forked import cli
 from specforge_core.testing.runs import write_run
 from specforge_core.testing.toy import save_toy_target
 
@@ -41,69 +40,45 @@ STEPS, CONVERSATIONS = 40, 60
 LONGEST = 180.0  # seconds of one process, on a busy machine
 EACH = 4  # kills of one run, at most
 PART = 3 * EACH  # kills of one part of the campaign
-CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def command(arguments: list[str], log: str) -> None:
-    """Be `specforge` with these arguments, its output in `log`."""
-    with Path(log).open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = ["specforge", *arguments]
-    from specforge_core.cli import main
+class Command:
+    """`specforge` with some arguments, in processes that a server forks."""
 
-    main()
-
-
-def forked(arguments: list[str], log: Path) -> Any:
-    process = CONTEXT.Process(target=command, args=(arguments, str(log)))
-    process.start()
-    return process
-
-
-class Ranks:
-    """`specforge train --nproc 2` in a process group of its own, as a Process behaves."""
-
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    def __init__(self, arguments: list[str], ranks: int = 1) -> None:
         self.draw = random.Random(" ".join(arguments))
-        line = [sys.executable, "-m", "specforge_core.cli", *arguments, "--nproc", "2"]
-        with log.open("ab") as file:
-            self.popen = subprocess.Popen(line, stdout=file, stderr=file, start_new_session=True)
+        self.ranks = ranks
+        self.process = cli(*arguments, *(["--nproc", str(ranks)] if ranks > 1 else []))
 
-    def join(self, timeout: float) -> None:
-        try:
-            self.popen.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return
-
-    @property
-    def exitcode(self) -> int | None:
-        return self.popen.poll()
-
-    def members(self) -> list[int]:
-        return [
-            int(entry.name)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and _session(entry) == self.popen.pid
-        ]
+    def join(self, timeout: float) -> int | None:
+        """Wait for its end; return the exit status, None after `timeout` seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(timeout)
+        return None
 
     def kill(self) -> None:
-        """Kill one of the processes, and wait until the others have noticed."""
-        os.kill(self.draw.choice(self.members() or [self.popen.pid]), signal.SIGKILL)
+        """Kill it, or one of its ranks, and wait until the others have noticed."""
+        members = [self.process.pid]
+        if self.ranks > 1:
+            with suppress(OSError):  # it ended just now
+                task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+                members += map(int, task.read_text().split())
+        with suppress(ProcessLookupError):
+            os.kill(self.draw.choice(members), signal.SIGKILL)
         ends = time.monotonic() + LONGEST
-        while self.popen.poll() is None or self.members():
+        while self.process.poll() is None or any(map(runs, members)):
             if time.monotonic() > ends:
-                raise SystemExit(f"processes {self.members()} outlive the one that was killed")
-            time.sleep(0.1)
+                raise SystemExit(f"processes {members} outlive the one that was killed")
+            time.sleep(0.02)
 
 
-def _session(entry: Path) -> int | None:
-    """Return the session of a process that runs, None of one that is gone."""
+def runs(process: int) -> bool:
+    """Say whether a process runs; one that nobody has waited for yet does not."""
     try:
-        after_name = (entry / "stat").read_text().rpartition(")")[2].split()
+        text = Path(f"/proc/{process}/stat").read_text()
     except OSError:
-        return None
-    return None if after_name[0] == "Z" else int(after_name[3])
+        return False
+    return text.rpartition(")")[2].split()[0] != "Z"
 
 
 class Campaign:
@@ -112,7 +87,6 @@ class Campaign:
     def __init__(self, kind: str, root: Path, target: Path) -> None:
         self.kind, self.root = kind, root
         root.mkdir()
-        self.log = root / "log"
         train = {"max_steps": STEPS, "batch_size": 2, "learning_rate": 0.05, "keep": 2}
         self.config = write_run(
             root,
@@ -125,7 +99,7 @@ class Campaign:
         )
         self.seconds: dict[str, float] = {}
 
-    def starters(self, name: str, trial: int) -> list[Callable[[], Any]]:
+    def starters(self, name: str, trial: int) -> list[Callable[[], Command]]:
         """Return what starts each process of a run, for the first time or again."""
         log_every, save_every = WINDOWS[trial % len(WINDOWS)]
         train = ["train", "-c", str(self.config), f"output_dir={self.root / name}"]
@@ -140,8 +114,8 @@ class Campaign:
             "follow": [capture, [*offline, "data.follow=true"]],
             "ranks": [train],
         }[self.kind]
-        start = Ranks if self.kind == "ranks" else forked
-        return [partial(start, each, self.log) for each in arguments]
+        ranks = 2 if self.kind == "ranks" else 1
+        return [partial(Command, each, ranks) for each in arguments]
 
     def quiet(self, trial: int) -> str:
         """Run undisturbed, once for each pair of windows; return the run's name."""
@@ -150,19 +124,17 @@ class Campaign:
             return name
         if self.kind == "offline" and not self.seconds:
             arguments = ["capture", "-c", str(self.config)]
-            stored = forked([*arguments, f"data.capture_dir={self.root / 'stored'}"], self.log)
-            self._wait([stored])
+            self._wait([Command([*arguments, f"data.capture_dir={self.root / 'stored'}"])])
         begun = time.monotonic()
         self._wait([start() for start in self.starters(name, trial)])
         self.seconds[name] = time.monotonic() - begun
         return name
 
-    def _wait(self, processes: list[Any]) -> None:
-        for process in processes:
-            process.join(LONGEST)
-            if process.exitcode != 0:
-                tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-                raise SystemExit(f"{self.kind}: exit status {process.exitcode}:\n{tail}")
+    def _wait(self, commands: list[Command]) -> None:
+        for command in commands:
+            if (status := command.join(LONGEST)) != 0:
+                told = "" if status is None else command.process.communicate()[1][-2000:]
+                raise SystemExit(f"{self.kind}: exit status {status}:\n{told}")
 
     def trial(self, trial: int, kills: int, draw: random.Random) -> tuple[int, list[str]]:
         """Kill at most `kills` times, let it end, compare; return the kills and what differs."""
@@ -172,12 +144,10 @@ class Campaign:
         processes = [start() for start in starters]
         while killed < kills:
             victim = draw.randrange(len(processes))
-            processes[victim].join(draw.uniform(0.02, 0.9) * self.seconds[quiet])
-            if processes[victim].exitcode is not None:
+            if processes[victim].join(draw.uniform(0.02, 0.9) * self.seconds[quiet]) is not None:
                 break
             processes[victim].kill()
-            processes[victim].join(LONGEST)
-            killed += processes[victim].exitcode != 0
+            killed += processes[victim].process.returncode != 0
             processes[victim] = starters[victim]()
         self._wait(processes)
         directory, other = self.root / quiet, self.root / name
@@ -232,7 +202,7 @@ def campaign(arguments: argparse.Namespace, folder: Path) -> list[Part]:
     """Do all parts, `arguments.jobs` of them at a time; say what differs at once."""
     ends = time.time() + 60 * arguments.minutes
     done: list[Part] = []
-    with ProcessPoolExecutor(arguments.jobs, mp_context=CONTEXT) as pool:
+    with ThreadPoolExecutor(arguments.jobs) as pool:
         asked = list(parts(arguments.kinds, arguments.kills, arguments.seed))
         asked.sort(key=lambda part: part.kind != "ranks")  # whole commands take longest
         for future in as_completed([pool.submit(work, part, folder, ends) for part in asked]):
@@ -251,18 +221,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    CONTEXT.set_forkserver_preload(
-        [
-            "specforge_core.cli",
-            "specforge_core.train.run",
-            "specforge_core.capture.job",
-            "specforge_linear",
-            "transformers.models.llama.modeling_llama",
-        ]
-    )
-    first = CONTEXT.Process(target=int)  # the server starts, and imports, before any is timed
-    first.start()
-    first.join()
+    cli("--version").wait()  # the server starts, and imports, before any is timed
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="specforge-kills-") as folder:
         save_toy_target(Path(folder) / "target")
