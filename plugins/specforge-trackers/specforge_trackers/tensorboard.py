@@ -1,8 +1,8 @@
-"""TensorBoard: every number a scalar, the config and the checkpoints as text."""
+"""TensorBoard: every number a scalar, config and events as text, the curves as a picture."""
 
 from __future__ import annotations
 
-import json
+import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +13,8 @@ from pydantic import Field
 from specforge_core import hookimpl
 from specforge_core.config import RunConfig, Section
 from specforge_core.types import Tracker
+
+from .common import about, as_text, picture
 
 NAME = "tensorboard"
 
@@ -35,21 +37,24 @@ class TensorboardTracker:
         self.directory = directory
         self.flush_seconds = flush_seconds
         self.writer: Any = None  # opened by `start`
+        self.output_dir: Path | None = None
+        self.step = 0
 
     def start(self, info: Mapping[str, Any]) -> None:
         """Open the file; what an earlier start wrote after this step is no longer shown."""
         from torch.utils.tensorboard import SummaryWriter
 
-        step = int(info["step"])
+        self.step = step = int(info["step"])
+        self.output_dir = Path(info["output_dir"])
         _wait_for_a_later_name(self.directory)
         self.writer = SummaryWriter(
             str(self.directory), purge_step=step + 1, flush_secs=self.flush_seconds
         )
-        about = {key: info[key] for key in ("strategy", "target", "versions", "config")}
-        self._text("config", about, step)
+        self._text("config", about(info), step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add each number as a scalar."""
+        self.step = step
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
 
@@ -58,12 +63,21 @@ class TensorboardTracker:
         self._text(f"event/{name}", values, int(values.get("step", 0)))
 
     def close(self) -> None:
-        """Write what is left."""
-        if self.writer is not None:
+        """Add the picture of the run's curves, and write what is left."""
+        if self.writer is None or self.output_dir is None:
+            return
+        try:
+            if (png := picture(self.output_dir)) is not None:
+                from matplotlib.image import imread
+
+                self.writer.add_image(
+                    "curves", imread(io.BytesIO(png)), self.step, dataformats="HWC"
+                )
+        finally:
             self.writer.close()
 
     def _text(self, name: str, values: Mapping[str, Any], step: int) -> None:
-        shown = json.dumps(values, indent=2, ensure_ascii=False, default=str)
+        shown = as_text(values)
         # Markdown shows a line that begins with four spaces as it is
         self.writer.add_text(name, "\n".join(f"    {line}" for line in shown.splitlines()), step)
 

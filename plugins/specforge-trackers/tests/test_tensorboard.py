@@ -67,6 +67,9 @@ def test_every_number_the_config_and_the_checkpoints_are_read_back(
     assert '"strategy": "linear"' in text
     assert [step for step, _ in texts(found, "event/checkpoint")] == [2, 4]
     assert "step-00000004" in texts(found, "event/checkpoint")[1][1]
+    (curves,) = found.Images("curves")
+    assert (curves.step, curves.width) == (4, 980)
+    assert curves.encoded_image_string.startswith(b"\x89PNG")
 
 
 def test_a_resumed_run_shows_every_step_once(config: Path, tmp_path: Path) -> None:
@@ -140,6 +143,7 @@ def test_a_start_in_the_same_second_writes_a_file_that_is_read_after_the_others(
     (tmp_path / f"events.out.tfevents.{int(time.time())}.zzz.999999.9").touch()
     tracker = TensorboardTracker(tmp_path, 1.0)
     about = dict.fromkeys(("strategy", "target", "versions", "config"), "x")
+    about["output_dir"] = str(tmp_path)
     tracker.start({"step": 2, **about})
     tracker.close()
     assert "zzz" in min(path.name for path in tmp_path.iterdir())
