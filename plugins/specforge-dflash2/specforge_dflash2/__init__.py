@@ -1,0 +1,102 @@
+"""DFlash 2: DFlash with convolutions in its blocks, and a selector over its likeliest tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import specforge_dflash
+from specforge_dflash import (  # noqa: F401  # a hook is found by its name
+    specforge_adapter,
+    specforge_transform,
+    specforge_verify_capture,
+)
+from specforge_dflash.collate import DFlashCollate
+from specforge_dflash.model import DFlashModel, Frozen
+
+from specforge_core.hookspecs import hookimpl
+from specforge_core.types import (
+    CaptureSpec,
+    Collate,
+    Draft,
+    Export,
+    Proposer,
+    TargetInfo,
+    TrainStep,
+)
+
+from .collate import DFlash2Collate
+from .config import DFlash2Config
+from .export import extend_export, load_export
+from .model import DFlash2Model
+from .proposer import DFlash2Proposer
+from .step import DFlash2Step
+
+
+@hookimpl
+def specforge_config() -> type[DFlash2Config]:
+    """DFlash's options, those of convolutions and selector, and the published block."""
+    return DFlash2Config
+
+
+@hookimpl
+def specforge_collate(config: DFlash2Config, spec: CaptureSpec, draft: Draft) -> Collate:
+    """Make DFlash's batches, and add the token before each slot."""
+    assert isinstance(draft.model, DFlash2Model)
+    mask = draft.model.backbone.shape.mask_token_id
+    return DFlash2Collate(DFlashCollate(config, spec, mask))
+
+
+@hookimpl
+def specforge_draft(config: DFlash2Config, target: TargetInfo) -> Draft:
+    """Build the draft around the target's own embedding and head."""
+    config.check(target)
+    return extend(config, specforge_dflash.specforge_draft(config=config, target=target))
+
+
+def extend(config: DFlash2Config, plain: Draft) -> Draft:
+    """Return a DFlash draft, as `specforge_dflash.build_draft` makes it, with what this adds."""
+    assert isinstance(plain.model, DFlashModel)
+    model = DFlash2Model(config, plain.model)
+    layers = tuple(plain.model.layers)
+    return replace(
+        plain,
+        model=model,
+        # the selector's tables are a fifth of the weights: gathered apart, and no hidden layers
+        shard=(*layers, model.candidate_selector),
+        compile=layers,
+        # without its kernels a layer is shut off: they start at the identity, not at 0
+        decayed=lambda name: not name.endswith("base_kernel"),
+    )
+
+
+@hookimpl
+def specforge_train_step(config: DFlash2Config) -> TrainStep:
+    """Fill blocks at random anchors, and pick each slot's token behind the true one before."""
+    return DFlash2Step(config)
+
+
+@hookimpl
+def specforge_proposer(config: DFlash2Config, draft: Draft) -> Proposer:
+    """Draft one block at a time, with the context's keys and values cached."""
+    assert isinstance(draft.model, DFlash2Model)
+    assert isinstance(draft.frozen, Frozen)
+    return DFlash2Proposer(config, draft.model, draft.frozen)
+
+
+@hookimpl
+def specforge_export(
+    config: DFlash2Config, draft: Draft, target: TargetInfo, format: str
+) -> Export | None:
+    """Write the published layout: formats hf, sglang, vllm."""
+    assert isinstance(draft.model, DFlash2Model)
+    backbone = replace(draft, model=draft.model.backbone)
+    plain: Export | None = specforge_dflash.specforge_export(
+        config=config, draft=backbone, target=target, format=format
+    )
+    return None if plain is None else extend_export(config, draft.model, plain, format)
+
+
+@hookimpl
+def specforge_import(config: DFlash2Config, draft: Draft, export: Export) -> bool:
+    """Read the published layout back, refusing what was made for another draft."""
+    return load_export(config, draft.model, export)
