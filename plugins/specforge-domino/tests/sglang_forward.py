@@ -1,9 +1,9 @@
 """Runs where SGLang is installed: its own classes draft from an export of Domino, on a CPU.
 
-python sglang_forward.py HELPERS TARGET REQUEST.json PORT OUTPUT EXPORT...
+python sglang_forward.py TARGET REQUEST.json PORT OUTPUT EXPORT...
 
-HELPERS is the directory of specforge-sglang's export_forward.py, which runs target and backbone;
-the chain is drafted by SGLang's own rollout.  Writes OUTPUT/NAME.safetensors for each export.
+specforge-sglang's export_forward.py, on PYTHONPATH, runs target and backbone; the chain is
+drafted by SGLang's own rollout.  Writes OUTPUT/NAME.safetensors for each export.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from export_forward import dflash, load
+from export_keys import prepare
 from safetensors.torch import save_file
 from sglang.srt.speculative.domino_utils import domino_greedy_rollout
 from torch import Tensor
@@ -41,11 +43,7 @@ def rollout(draft: Any, target: Any, states: Tensor, last: int) -> dict[str, Ten
     return {"tokens": tokens[0], "corrections": torch.cat(corrections)}
 
 
-def main(helpers: str, path: str, request: str, port: str, output: str, *exports: str) -> None:
-    sys.path.insert(0, helpers)
-    from export_forward import dflash, load
-    from export_keys import prepare
-
+def main(path: str, request: str, port: str, output: str, *exports: str) -> None:
     prepare(path, port)
     target = load(path)
     asked = json.loads(Path(request).read_text())

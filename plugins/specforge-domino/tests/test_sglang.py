@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specforge_core.config import TargetConfig
@@ -29,7 +21,6 @@ from specforge_core.types import CaptureSpec, Prompt, Sampling
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
-HELPERS = HERE.parents[1] / "specforge-sglang" / "tests"
 IDS, LAST = [int(i) for i in torch.arange(23) * 37 % 250], 101
 TERMS = 2 * (6 * 32 + 64) + 6 * (32 + 20) + 64  # two layers, six steps of the GRU, the correction
 OPTIONS = {"name": "domino", "layers": [1, 3], "num_layers": 2, "block_size": 6}
@@ -58,20 +49,6 @@ MISTAKES = (shift_label, gate_order, input_order)
 
 
 @pytest.fixture(scope="module")
-def python() -> str:
-    """Return the interpreter of an environment with SGLang 0.5.23, made as specforge-sglang's."""
-    spec = importlib.util.spec_from_file_location("sglang_conftest", HELPERS / "conftest.py")
-    if spec is None or spec.loader is None or not HELPERS.exists():
-        pytest.skip("specforge-sglang's tests are not beside these")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look
-    spec.loader.exec_module(module)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specforge"
-    found: str = module.locate("0.5.23", cache)
-    return found
-
-
-@pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> TargetConfig:
     path = tmp_path_factory.mktemp("target") / "model"
     save_toy_target(path, tie_word_embeddings=False)
@@ -79,12 +56,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> TargetConfig:
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("exports")
-
-
-@pytest.fixture(scope="module")
-def references(target: TargetConfig, exports: Path) -> dict[str, Tensors]:
+def references(target: TargetConfig, exports: Any) -> dict[str, Tensors]:
     """Export drafts, some with mistakes; return what the drafts compute here."""
     ids = torch.tensor(IDS)
     engine = TransformersEngine.load(target, torch.device("cpu"))
@@ -105,15 +77,12 @@ def references(target: TargetConfig, exports: Path) -> dict[str, Tensors]:
             elif "backbone" not in name:  # a correction that decides about tokens
                 size = 0.5 if "embed_proj" in name else 3.0
                 weight.data = size * torch.randn(weight.shape, generator=draw)
-        write_export(strategy.export(run.strategy, draft, info, "sglang"), exports / layout, {})
+        write_export(
+            strategy.export(run.strategy, draft, info, "sglang"), exports.folder / layout, {}
+        )
         found[layout] = reference(draft, strategy.proposer(run.strategy, draft, info), prefix)
     for mistake in MISTAKES:
-        path = shutil.copytree(exports / LAYOUTS[0], exports / mistake.__name__)
-        config = json.loads((path / "config.json").read_text())
-        weights = load_file(path / "model.safetensors")
-        mistake(config, weights)
-        (path / "config.json").write_text(json.dumps(config))
-        save_file(weights, path / "model.safetensors")
+        exports.plant(LAYOUTS[0], mistake)
     return found
 
 
@@ -134,27 +103,19 @@ def reference(draft: Any, proposer: Any, prefix: Any) -> Tensors:
 
 @pytest.fixture(scope="module")
 def engine(
-    python: str,
+    find_sglang: Any,
+    cache: Path,
     target: TargetConfig,
     references: dict[str, Tensors],
-    exports: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    exports: Any,
 ) -> Callable[[str], Tensors]:
     """Return what SGLang computes from each export, all in one process."""
     assert references
-    out = tmp_path_factory.mktemp("computed")
-    (out / "request.json").write_text(json.dumps({"ids": IDS, "last": LAST}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [python, str(HERE / "sglang_forward.py"), str(HELPERS), target.path]
-    command += [str(out / "request.json"), str(port), str(out)]
-    command += map(str, sorted(exports.iterdir()))
-    env = os.environ | {"SGLANG_USE_CPU_ENGINE": "1"}
-    env.pop("PYTHONPATH", None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return lambda name: load_file(out / f"{name}.safetensors")
+    script, python = HERE / "sglang_forward.py", find_sglang("0.5.23", cache)
+    found: Callable[[str], Tensors] = exports.compute(
+        python, script, target.path, ids=IDS, last=LAST
+    )
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -177,5 +138,5 @@ def test_a_mistake_in_an_export_is_seen(
     references: dict[str, Tensors],
     mistake: Callable[[dict[str, Any], Tensors], None],
 ) -> None:
-    found, want = (x["corrections"] for x in (engine(mistake.__name__), references[LAYOUTS[0]]))
-    assert float((found - want).abs().max()) > 1e-2
+    found = engine(f"{LAYOUTS[0]}-{mistake.__name__}-wrong")["corrections"]
+    assert float((found - references[LAYOUTS[0]]["corrections"]).abs().max()) > 1e-2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -153,35 +152,6 @@ def prompts() -> Callable[..., list[Prompt]]:
     return make
 
 
-def locate(version: str, cache: Path) -> str:
-    """Return the interpreter of an environment with SGLang; it is made once, in `cache`.
-
-    Skips the test where it cannot be made, and fails it where `SPECFORGE_REQUIRE_SGLANG` is 1.
-    """
-    if named := os.environ.get("SPECFORGE_SGLANG_PYTHON"):
-        return named
-    cache.mkdir(parents=True, exist_ok=True)
-    venv = cache / f"sglang-venv-{version}"
-    ready = venv / ".ready"
-    with (cache / f"{venv.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another test run may be making it
-        if not ready.exists():
-            made = subprocess.run(
-                [str(HERE / "install_cpu.sh"), str(venv), version],
-                env={**os.environ, "PYTHON": sys.executable},
-                capture_output=True,
-                text=True,
-            )
-            if made.returncode != 0:
-                lines = made.stderr.strip().splitlines() or ["no reason given"]
-                reason = f"SGLang {version} cannot be installed here: {lines[-1]}"
-                if os.environ.get("SPECFORGE_REQUIRE_SGLANG") == "1":
-                    pytest.fail(reason, pytrace=False)
-                pytest.skip(reason)
-            ready.touch()
-    return str(venv / "bin" / "python")
-
-
 @pytest.fixture(scope="session")
 def same() -> Callable[[list[TargetCapture], list[TargetCapture]], None]:
     """Return a function that asserts that captures of the same prompts hold equal states."""
@@ -208,19 +178,9 @@ def same() -> Callable[[list[TargetCapture], list[TargetCapture]], None]:
 
 
 @pytest.fixture(scope="session")
-def cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specforge"
-
-
-@pytest.fixture
-def find_sglang() -> Callable[[str, Path], str]:
-    return locate
-
-
-@pytest.fixture(scope="session")
-def newest_sglang_python(cache: Path) -> str:
+def newest_sglang_python(cache: Path, find_sglang: Any) -> str:
     """Return the interpreter of the newest version, for what is the same in all."""
-    return locate(VERSIONS[-1], cache)
+    return str(find_sglang(VERSIONS[-1], cache))
 
 
 @pytest.fixture(scope="session", params=VERSIONS)
@@ -229,15 +189,15 @@ def sglang_version(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def sglang_python(sglang_version: str, cache: Path) -> str:
+def sglang_python(sglang_version: str, cache: Path, find_sglang: Any) -> str:
     """Return the interpreter of each version in turn."""
-    return locate(sglang_version, cache)
+    return str(find_sglang(sglang_version, cache))
 
 
 @pytest.fixture(scope="session")
-def oldest_sglang_python(cache: Path) -> str:
+def oldest_sglang_python(cache: Path, find_sglang: Any) -> str:
     """Return the interpreter of the oldest version, for what is the same in all."""
-    return locate(VERSIONS[0], cache)
+    return str(find_sglang(VERSIONS[0], cache))
 
 
 @dataclass

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from specforge_sglang.child import free_port
 from torch import Tensor
 
 from specforge_core.config import TargetConfig
@@ -187,12 +181,7 @@ def dflash_reference(draft: Any, proposer: Any, prefix: TargetCapture) -> Tensor
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("exports")
-
-
-@pytest.fixture(scope="module")
-def references(target: TargetConfig, prefix: TargetCapture, exports: Path) -> dict[str, Tensors]:
+def references(target: TargetConfig, prefix: TargetCapture, exports: Any) -> dict[str, Tensors]:
     """Make and export all drafts, some with mistakes; return what the drafts compute here."""
     pytest.importorskip("specforge_eagle3", reason="specforge-eagle3 is not installed")
     pytest.importorskip("specforge_dflash", reason="specforge-dflash is not installed")
@@ -208,38 +197,25 @@ def references(target: TargetConfig, prefix: TargetCapture, exports: Path) -> di
             if "norm" in key:  # norms of ones would hide their order
                 weight.data = 1 + 0.3 * torch.randn(weight.shape, generator=draw)
         export = strategy.export(run.strategy, draft, info, "sglang")
-        write_export(export, exports / name, {})
+        write_export(export, exports.folder / name, {})
         reference = eagle3_reference if name.startswith("eagle3") else dflash_reference
         found[name] = reference(draft, strategy.proposer(run.strategy, draft, info), prefix)
     for name, mistake in PLANTED:
-        path = shutil.copytree(exports / name, exports / f"{name}-{mistake.__name__}-wrong")
-        config = json.loads((path / "config.json").read_text())
-        weights = load_file(path / "model.safetensors")
-        mistake(config, weights)
-        (path / "config.json").write_text(json.dumps(config))
-        save_file(weights, path / "model.safetensors")
+        exports.plant(name, mistake)
     return found
 
 
 @pytest.fixture(scope="module")
 def engine(
-    sglang_python: str,
-    target: TargetConfig,
-    references: dict[str, Tensors],
-    exports: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    sglang_python: str, target: TargetConfig, references: dict[str, Tensors], exports: Any
 ) -> Callable[[str], Tensors]:
     """Return what SGLang computes from each export, all in one process."""
-    out = tmp_path_factory.mktemp("computed")
-    (out / "request.json").write_text(json.dumps({"ids": IDS, "last": LAST, "steps": STEPS}))
-    command = [sglang_python, str(HERE / "export_forward.py"), target.path]
-    command += [str(out / "request.json"), str(free_port()), str(out)]
-    command += map(str, sorted(exports.iterdir()))
-    env = os.environ | {"SGLANG_USE_CPU_ENGINE": "1"}
-    env.pop("PYTHONPATH", None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return lambda name: load_file(out / f"{name}.safetensors")
+    assert references
+    script = HERE / "export_forward.py"
+    found: Callable[[str], Tensors] = exports.compute(
+        sglang_python, script, target.path, ids=IDS, last=LAST, steps=STEPS
+    )
+    return found
 
 
 def apart(found: Tensors, want: Tensors) -> float:
