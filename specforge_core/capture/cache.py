@@ -70,7 +70,8 @@ class StateCache:
         path = self._path(prompt)
         try:
             found = self._read(path) if path.exists() else None
-        except (CaptureError, KeyError, ValueError, RuntimeError):  # damaged, or just removed
+        except (CaptureError, OSError, LookupError, ValueError, TypeError, RuntimeError):
+            # damaged, not ours to read, or just removed
             found = None
             self._remove(path)
         self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
@@ -105,7 +106,7 @@ class StateCache:
         return self.directory / f"{digest.hexdigest()}{SUFFIX}"
 
     def _read(self, path: Path) -> Sample:
-        """Read a file; CaptureError, KeyError or ValueError where it is not as it was written."""
+        """Read a file, and raise what comes where it is not as it was written."""
         file = OpenFile(path)
         entries = read_header(file)
         told = entries.pop(CHECKSUM).rows(file, 0, 1)

@@ -124,7 +124,14 @@ def other(path: Path) -> None:
     save_file({"else": torch.zeros(3)}, path)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, empty, other])
+def scalars(path: Path) -> None:
+    from safetensors.torch import save_file
+
+    names = {*SPEC.fields, "_checksum"}
+    save_file({name: torch.tensor(1) for name in names}, path)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, other, scalars])
 def test_a_damaged_file_is_not_found_and_makes_place_for_a_new_one(
     tmp_path: Path, damage: Any
 ) -> None:
