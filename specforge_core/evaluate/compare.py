@@ -66,13 +66,14 @@ def figure_of(runs: Sequence[Path]) -> Figure:
         axes.set_ylabel(title)
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if 0 < len(axes.lines) <= LEGEND:
+            axes.legend(frameon=False, fontsize="small")
     if phases:
         _phases(panels[-1], found, labels)
     for axes in panels:
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        if 0 < len(axes.get_legend_handles_labels()[0]) <= LEGEND:
-            axes.legend(frameon=False, fontsize="small")
     return figure
 
 
@@ -82,9 +83,16 @@ def _phases(axes: Axes, found: Sequence[Curves], labels: Sequence[str]) -> None:
     left = [0.0] * len(found)
     for name in names:
         totals = [sum(row.get(name, 0.0) for row in curves.rows) for curves in found]
-        axes.barh(labels, totals, left=left, label=name.removeprefix(PHASE))
+        axes.barh(labels, totals, 0.6, left, label=name.removeprefix(PHASE))
         left = [before + more for before, more in zip(left, totals, strict=True)]
     axes.set_xlabel("seconds in each part of the steps")
+    axes.legend(  # above: bars may fill the panel
+        frameon=False,
+        fontsize="small",
+        ncols=min(len(names), 5),
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+    )
 
 
 def _labels(found: Sequence[Curves]) -> list[str]:
