@@ -136,7 +136,7 @@ def _work(
     for number, name in enumerate(outputs, start=1):
         with Path(name).open("ab") as file:
             os.dup2(file.fileno(), number)
-    launch.subprocess = SimpleNamespace(Popen=_Rank)  # type: ignore[attr-defined]
+    vars(launch)["subprocess"] = SimpleNamespace(Popen=_Rank)
     _be(arguments, environment)
 
 
