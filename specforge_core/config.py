@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from .regeneration import RegenerateConfig as RegenerateConfig
 from .section import (
     MANY,
     SEEDS,
@@ -19,6 +20,7 @@ from .section import (
     expand,
     fits,
 )
+from .watched import Watched, a_part, check_watched
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -54,6 +56,11 @@ class DataConfig(Section):
         (),
         description="The sources' weights, one for each of `train`: conversations are taken in "
         "this proportion until a source ends. If not set: all, one source behind the other.",
+    )
+    validation: float | tuple[str, ...] = Field(
+        (),
+        description="Never trained on: conversations of their own (as `train`), or the part of "
+        "`train` that is held out, between 0 and 1.",
     )
     capture_dir: Path | None = Field(None, description="Where `capture` writes and `train` reads.")
     follow: bool = Field(False, description="Train while `capture_dir` is still being written.")
@@ -101,14 +108,16 @@ class DataConfig(Section):
         (), description="Fields of rows and messages that mean nothing for the training."
     )
 
-    @field_validator("train", mode="before")
+    @field_validator("train", "validation", mode="before")
     @classmethod
     def _one_is_enough(cls, train: object) -> object:
         return (train,) if isinstance(train, str) else train
 
-    @field_validator("train")
+    @field_validator("train", "validation")
     @classmethod
-    def _files_fit(cls, train: tuple[str, ...]) -> tuple[str, ...]:
+    def _files_fit(cls, train: float | tuple[str, ...]) -> float | tuple[str, ...]:
+        if isinstance(train, float):
+            return a_part(train)
         return tuple(fits(expand(path)) for path in train)
 
     @model_validator(mode="after")
@@ -145,7 +154,7 @@ class CaptureConfig(Section):
     )
 
 
-class TrainConfig(Section):
+class TrainConfig(Watched):
     """The optimizer, its schedule, and when to save."""
 
     init_from: Path | None = Field(
@@ -217,7 +226,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """What `specforge eval` measures."""
+    """What `specforge eval`, and training every `train.eval_every` steps, measure."""
 
     prompts: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
@@ -230,6 +239,11 @@ class EvalConfig(Section):
     )
     temperature: Temperature = Field(0.0, ge=0, le=100)
     dtype: Dtype = Field("float32", description="Of target and draft; float32 is exact.")
+    device: str | None = Field(
+        None,
+        description="Where; if not set: target.device. Set, an evaluation in training is a process "
+        "of its own on this device, and training goes on meanwhile.",
+    )
     compare: bool = Field(True, description="Also run the target alone: lossless check, speed-up.")
     seed: int = Field(0, ge=0, le=SEEDS)
 
@@ -244,31 +258,6 @@ class EvalConfig(Section):
             name: (str(found),) if isinstance(found, str | Path) else found
             for name, found in prompts.items()
         }
-
-
-class RegenerateConfig(Section):
-    """How the target answers prompts itself."""
-
-    prompts: tuple[Path, ...] = Field((), description="Files of prompts, as `data.train`.")
-    batch_size: int = Field(16, gt=0, le=4096, description="Answers at once, over all servers.")
-    max_new_tokens: int = Field(512, gt=0, le=10**6)
-    temperature: Temperature = Field(0.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
-    keep_unfinished: bool = Field(False, description="Keep answers cut off by max_new_tokens.")
-    seed: int = Field(0, ge=0, le=SEEDS)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _urls_moved(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or "urls" not in raw:
-            return raw
-        if raw["urls"]:
-            raise ValueError(
-                "urls is not a key any more: servers are an engine, which specforge-openai brings. "
-                "Take it out, and for servers try: target.engine=openai "
-                f"target.options.urls=[{','.join(map(str, raw['urls']))}]"
-            )
-        return {key: value for key, value in raw.items() if key != "urls"}  # as 0.1 stored it
 
 
 class RunConfig(Section):
@@ -287,7 +276,9 @@ class RunConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _follow_needs_a_directory(self) -> RunConfig:
+    def _the_sections_agree(self) -> RunConfig:
         if self.data.follow and self.data.capture_dir is None:
             raise ValueError("data.follow needs data.capture_dir, the directory to follow")
+        validation, prompts = self.data.validation != (), bool(self.eval.prompts)
+        check_watched(self.train, validation=validation, prompts=prompts)
         return self

@@ -109,13 +109,14 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 def _explain(
     exc: ValidationError, origin: str, model: type[BaseModel], prefix: tuple[str, ...] = ()
 ) -> str:
-    lines = []
+    lines: list[str] = []
     errors = exc.errors(include_url=False, include_context=False)
     for error in errors[:MAX_ERRORS]:
         where = ".".join(cut(str(part)) for part in (*prefix, *error["loc"]))
         if error["type"] == "extra_forbidden":
             hint = _similar(model, error["loc"])
-            lines.append(f"{where}: unknown key{hint}")
+            told = any(hint in line for line in lines)  # a section's keys are listed once
+            lines.append(f"{where}: unknown key{'' if told else hint}")
         elif error["type"] == "missing":
             lines.append(f"{where}: required, and missing")
         else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from .identity import capture_identity
 from .manifest import CaptureIdentity, CaptureManifest
 from .samples import capture_in_order, check_first, to_host
 from .writer import ShardWriter
+
+VALIDATION = "validation"  # the folder in a capture for what is held out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +57,20 @@ class Job:
             identity=capture_identity(run, strategy, target, adapter.spec, tokenizer),
         )
 
-    def prompts(self) -> PromptSet:
-        """Read and tokenize the run's conversations."""
-        return self.asked().load()
+    def prompts(self, *, validation: bool = False) -> PromptSet:
+        """Read and tokenize the run's conversations; with `validation` those held out."""
+        return self.asked(validation=validation).load()
 
-    def asked(self) -> Asked:
-        """Open the run's conversations."""
-        fingerprint = self.identity.target_fingerprint
-        return run_prompts(self.run, self.strategy, self.target, self.tokenizer, fingerprint)
+    def asked(self, *, validation: bool = False) -> Asked:
+        """Open the run's conversations; with `validation` those held out."""
+        return run_prompts(
+            self.run,
+            self.strategy,
+            self.target,
+            self.tokenizer,
+            self.identity.target_fingerprint,
+            validation=validation,
+        )
 
     def engine(self) -> TargetEngine:
         """Load the target."""
@@ -76,6 +86,7 @@ def run_capture(
 ) -> CaptureManifest:
     """Capture the run's data into `data.capture_dir`, going on where an earlier run stopped.
 
+    What `data.validation` holds out is captured first, into the folder `validation` there.
     Samples are stored in the order that training first sees them.  `prepare` is called with the
     number of samples and of tokens that are left, before the target is loaded.  Raises a
     SpecForgeError for anything wrong before the first sample is written.
@@ -83,23 +94,47 @@ def run_capture(
     directory = capture_directory(run)
     job = Job.open(run, strategy)
     prompts = job.prompts()
-    order = epoch_order(len(prompts), run.train.seed, 0, run.data.shuffle_window)
+    with ExitStack() as stack:
+
+        @functools.cache
+        def engine() -> TargetEngine:
+            loaded = job.engine()
+            stack.callback(loaded.close)
+            return loaded
+
+        def held_out() -> None:
+            if run.data.validation != ():
+                _capture(job, engine, directory / VALIDATION, job.prompts(validation=True))
+
+        return _capture(job, engine, directory, prompts, prepare=prepare, first=held_out)
+
+
+def _capture(
+    job: Job,
+    engine: Callable[[], TargetEngine],
+    directory: Path,
+    prompts: PromptSet,
+    *,
+    prepare: Prepare | None = None,
+    first: Callable[[], None] | None = None,
+) -> CaptureManifest:
+    """Capture prompts into a directory; what comes `first` only if they belong there."""
+    order = epoch_order(len(prompts), job.run.train.seed, 0, job.run.data.shuffle_window)
     digest = prompts_fingerprint(prompts, order)
+    shard_tokens = job.run.capture.shard_tokens
     writer = ShardWriter(
-        directory, job.identity, run.capture.shard_tokens, prompts=digest, num_prompts=len(prompts)
+        directory, job.identity, shard_tokens, prompts=digest, num_prompts=len(prompts)
     )
     try:
         with writer:
-            if writer.manifest.complete:
-                return writer.manifest
-            if prepare is not None:
+            if prepare is not None and not writer.manifest.complete:
                 left = [i for i in order if i not in writer.done]
                 prepare(job, len(left), int(prompts.lengths[left].sum()))
-            engine = job.engine()
-            try:
-                _fill(job, engine, writer, prompts, order)
-            finally:
-                engine.close()
+            if first is not None:
+                first()
+            if writer.manifest.complete:
+                return writer.manifest
+            _fill(job, engine(), writer, prompts, order)
             return writer.close()
     except Interrupted as exc:
         exc.kept = f"{writer.manifest.num_samples} of {len(prompts)} samples are in {directory}"

@@ -28,6 +28,7 @@ from .ends import end_tokens
 from .promptset import PromptSet as PromptSet, Spool, Told
 from .rows import RowMaker
 from .sources import Rows, Skipped, conversations, mixed, nothing_left
+from .split import Side, one_sided, training_side, validation_side
 from .stream import Stream
 from .tokencache import in_memory, kept, key_of, on_disk
 from .tokenrows import Fingerprint
@@ -42,16 +43,25 @@ def run_prompts(
     target: TargetInfo,
     tokenizer: PreTrainedTokenizerBase,
     fingerprint: str | None = None,
+    *,
+    validation: bool = False,
 ) -> Asked:
     """Open a run's conversations, as `open_prompts` does for its target.
 
-    `fingerprint` is the target's; None where no weight of it is to be read.
+    `fingerprint` is the target's; None where no weight of it is to be read.  With `validation`
+    those that are held out, without it those that are trained on.
     """
+    data, rows = run.data, strategy.conversations
+    if validation:
+        data, side = validation_side(data)
+    else:
+        side = training_side(data, rows)
     return open_prompts(
-        run.data,
+        data,
         tokenizer,
         target.vocab_size,
-        strategy.conversations,
+        rows,
+        side=side,
         positions=max_positions(target),
         ends=end_tokens(target, tokenizer, template_options(run.data)),
         target=fingerprint,
@@ -64,14 +74,16 @@ def open_prompts(
     vocab_size: int,
     source_rows: Rows,
     *,
+    side: Side | None = None,
     positions: int | None = None,
     ends: frozenset[int] = frozenset(),
     target: str | None = None,
 ) -> Asked:
     """Open `data.train`, all sources of it; nothing is tokenized yet.
 
-    `positions` are the tokens that the target takes, `ends` those that end its answers, `target`
-    is its fingerprint: tokens that `regenerate` wrote must be of it.  Raises DataError.
+    Of a `side` only its conversations.  `positions` are the tokens that the target takes, `ends`
+    those that end its answers, `target` is its fingerprint: tokens that `regenerate` wrote must be
+    of it.  Raises DataError.
     """
     if not data.train:
         raise DataError("data.train names no file. Try: data.train=[FILE.jsonl]")
@@ -87,6 +99,7 @@ def open_prompts(
         make=RowMaker(Encoder(tokenizer, options, limit, ends), origin),
         limit=limit,
         vocab_size=vocab_size,
+        side=side,
     )
     known = [rows for _, rows in opened if isinstance(rows, Known)]
     if data.cache is None or len(known) < len(opened) or sum(r.num_bytes for r in known) < SMALL:
@@ -94,7 +107,7 @@ def open_prompts(
     key = [origin.as_json(), template_fingerprint(tokenizer, options)]
     made_by = [tokenizer.backend_tokenizer.to_str(), transformers.__version__]
     choices = data.model_dump(include={"too_long", "on_error", "limit", "mix", "ignore_fields"})
-    bounds = [limit, sorted(ends), vocab_size, choices]
+    bounds = [limit, sorted(ends), vocab_size, choices, side and side.key]
     return Asked(data, fill, key_of([key, made_by, bounds, *(r.fingerprint() for r in known)]))
 
 
@@ -165,12 +178,15 @@ class Filler:
     limit: int  # tokens of a row
     vocab_size: int
     quiet: bool = False  # beside something else that tells of its progress
+    side: Side | None = None
 
     def __call__(self, spool: Spool) -> Told:
         """Write all rows.  Raises DataError where there is none."""
         data, limit = self.data, self.limit
         skipped, used, cut = Skipped(data.on_error), Counter[str](), 0
         items = mixed(conversations(self.opened, data, need_answer=True), data.mix)
+        if self.side is not None:
+            items = self.side.only(items, data.limit)
         workers = available_cores() if data.workers is None else data.workers
         with (
             self._progress() as progress,
@@ -195,6 +211,8 @@ class Filler:
                 if used.total() == data.limit:
                     break
         if not used:
+            if self.side is not None and self.side.others:
+                raise one_sided(self.side, data)
             raise nothing_left(data.train, skipped.first)
         if not spool.num_tokens:
             raise DataError(
