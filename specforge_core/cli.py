@@ -234,7 +234,7 @@ cli.add_command(plot)
 
 @cli.command("eval")
 @config_option
-@click.option("--draft", type=PATH, required=True, help="Run, checkpoint or export.")
+@click.option("--draft", type=PATH, required=True, help="Run, RUN@best, checkpoint or export.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @overrides_argument
 def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
@@ -255,7 +255,7 @@ def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...
 
 @cli.command()
 @click.option("-c", "--config", type=PATH, help=f"{CONFIG_HELP} Else as the checkpoint says.")
-@click.option("--checkpoint", type=PATH, required=True, help="Checkpoint or run directory.")
+@click.option("--checkpoint", type=PATH, required=True, help="Checkpoint, run or RUN@best.")
 @click.option("--format", "format_", default="hf", show_default=True, help="hf, sglang, vllm ...")
 @click.option("-o", "--output", type=PATH, required=True, help="Directory to write.")
 @click.option("--force", is_flag=True, help="Replace an earlier export.")

@@ -19,7 +19,7 @@ SOURCES = sorted(CORE.rglob("*.py"))
 
 # A folder imports from itself and those before it.  `target` stands before `data` here, though a
 # sample meets them the other way round (test_walk.py): rows are made of the target's tokens.
-FOLDERS = ("types", "target", "data", "capture", "batches", "drafts", "train", "evaluate")
+FOLDERS = ("types", "target", "data", "capture", "batches", "drafts", "evaluate", "train")
 BESIDE = ("nn", "testing", "templates")  # for packages; no folder of the core imports them
 # of the modules at the root, these put the folders together; the others know none but types
 ON_TOP = {"cli", "commands", "defaults"}

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -145,6 +145,8 @@ class OnlineSource:
     share: Share
     window: int  # prompts grouped by length together
     cache: StateCache | None = None
+    # where others call the engine, too: held over each window, which then is captured whole
+    lock: threading.Lock | None = None
 
     def close(self) -> None:
         """End the wait for a prompt in another thread."""
@@ -163,9 +165,12 @@ class OnlineSource:
             numbers = [self._number(order, at) for at in places]
             chosen = [self.prompts[first] for _, _, first in numbers]
             how = (self.strategy, self.engine, self.adapter, chosen, self.window)
-            captured = (
+            captured: Iterable[tuple[int, Sample | None]] = (
                 capture_in_order(*how) if self.cache is None else capture_through(self.cache, *how)
             )
+            if self.lock is not None:
+                with self.lock:
+                    captured = list(captured)
             for (epoch, number, _), (index, sample) in zip(numbers, captured, strict=True):
                 if done:
                     done -= 1

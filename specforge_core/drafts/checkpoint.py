@@ -20,6 +20,7 @@ from ..documents import read_document
 from ..errors import CheckpointError
 from ..files import write_file
 from ..types import Draft
+from .links import follow
 from .state import (
     STATE as STATE,
     TrainState as TrainState,
@@ -66,7 +67,11 @@ def check_files(path: Path) -> bool:
 
 
 def find(path: Path) -> Path:
-    """Return a checkpoint directory: `path` itself, or the newest one of a run at `path`."""
+    """Return a checkpoint directory: `path` itself, or the newest one of a run at `path`.
+
+    RUN@best is the one that `train.keep_best` kept.  Raises CheckpointError where there is none.
+    """
+    path = follow(path)
     if (path / STATE).exists():
         return path
     found = checkpoints(path)

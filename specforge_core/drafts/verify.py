@@ -12,6 +12,7 @@ from ..documents import open_regular
 from ..errors import CheckpointError
 from .checkpoint import STATE, check_files, checkpoints
 from .export import PROVENANCE, check_export
+from .links import follow
 from .tensors import DAMAGE
 
 
@@ -20,6 +21,7 @@ def verify_draft(directory: Path) -> str | None:
 
     Raises CheckpointError for the first file that is damaged, missing or left over.
     """
+    directory = follow(directory)
     if (directory / PROVENANCE).is_file():
         return _told(directory, 1, int(_check(directory, check_export)), "export")
     found = [directory] if (directory / STATE).is_file() else checkpoints(directory)

@@ -76,6 +76,7 @@ class Bench:
     limits: Limits
     max_draft_tokens: int
     options: EvalConfig
+    quiet: bool = False  # show no progress
 
     def run_sets(self, sets: Mapping[str, list[EvalPrompt]]) -> dict[str, list[PromptResult]]:
         """Answer every prompt; every desk first answers one for warm-up that does not count."""
@@ -96,7 +97,7 @@ class Bench:
             finally:
                 free.put(desk)
 
-        with track("eval", len(jobs)) as tracker, self._workers() as pool:
+        with track("eval", len(jobs), quiet=self.quiet) as tracker, self._workers() as pool:
             running = {pool.submit(work, *job): job for job in jobs}
             for future in as_completed(running):
                 found[running[future]] = future.result()

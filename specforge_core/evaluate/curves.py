@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..claim import METRICS
 from ..documents import open_regular
 from ..errors import CheckpointError
-from ..train.claim import METRICS
 
 PHASE = "seconds_"
 Point = tuple[int, float]  # step, value

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..documents import read_document
 from ..errors import CheckpointError, RunError
-from ..files import refusing, write_file
+from ..files import make_folder, refusing, write_file
 from .report import EvalReport, SetReport
 
 MARKERS = "osD^vPX"
@@ -58,11 +59,51 @@ def plot_loss(metrics: Path, png: Path) -> None:
     _save(figure, png)
 
 
-def _losses(metrics: Path) -> tuple[list[int], list[float]]:
+# by name in metrics.jsonl: what the curve is called
+LENGTHS = {
+    "acceptance_length": "simulated, on what is trained on",
+    "validation/acceptance_length": "simulated, on data.validation",
+    "acceptance/length": "real, decoding eval.prompts",
+}
+
+
+def plot_progress(metrics: Path, png: Path) -> bool:
+    """Draw the simulated and the real acceptance lengths of a run over its steps.
+
+    Returns False where metrics.jsonl has none.  Raises CheckpointError when it cannot be read.
+    """
+    rows = _rows(metrics)
+    figure, axes = _figure()
+    for number, (name, label) in enumerate(LENGTHS.items()):
+        found = sorted((int(row["step"]), float(row[name])) for row in rows if name in row)
+        if found:
+            marker = MARKERS[number] if len(found) < 30 else ""
+            axes.plot(*zip(*found, strict=True), marker=marker, markersize=5, label=label)
+    if not axes.lines:
+        return False
+    axes.set_title("acceptance length in training")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("tokens per verification")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    _save(figure, png)
+    return True
+
+
+def _rows(metrics: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in read_document(metrics).splitlines()]
-        found = [(int(row["step"]), float(row["loss"])) for row in rows if "loss" in row]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
+        if not all(isinstance(row, dict) and "step" in row for row in rows):
+            raise ValueError("a line has no step")
+    except (OSError, ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{metrics} cannot be read: {exc}. Try: specforge train") from exc
+    return rows
+
+
+def _losses(metrics: Path) -> tuple[list[int], list[float]]:
+    try:
+        found = [(int(row["step"]), float(row["loss"])) for row in _rows(metrics) if "loss" in row]
+    except (ValueError, TypeError) as exc:
         raise CheckpointError(f"{metrics} cannot be read: {exc}. Try: specforge train") from exc
     if not found:
         raise CheckpointError(f"{metrics} holds no losses yet. Try: specforge train")
@@ -81,4 +122,5 @@ def _save(figure: Figure, png: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, format="png")
     with refusing(RunError, "Make room there, then run the same command again"):
+        make_folder(png.parent)
         write_file(png, data.getvalue())

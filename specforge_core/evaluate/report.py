@@ -92,6 +92,17 @@ def summarize(setup: Setup, results: Mapping[str, Sequence[PromptResult]]) -> Ev
     )
 
 
+def as_metrics(report: EvalReport) -> dict[str, float]:
+    """Return what a training logs of an evaluation; sets without a verification have no length."""
+    found = {"eval/verifications": float(report.verifications)}
+    if report.acceptance_length is not None:
+        found["acceptance/length"] = report.acceptance_length
+    for name, part in report.per_set.items():
+        if part.acceptance_length is not None:
+            found[f"acceptance/length/{name}"] = part.acceptance_length
+    return found
+
+
 def render(report: EvalReport) -> Group:
     """Return a table of the report for `rich.console.Console.print`."""
     sampling = f"temperature {report.temperature:g}" if report.temperature else "greedy"

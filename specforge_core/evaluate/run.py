@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -54,34 +54,50 @@ def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
     info = load_target_info(run.target)
     sets = load_prompt_sets(run, strategy, load_tokenizer(run.target), info)
     make_directory(run.output_dir / Path(REPORT).parent)
-    options = run.eval
-    with open_target(run, strategy) as (engine, spec, limits_):
-        desks = open_desks(
-            engine.model,
-            draft,
-            lambda draft: ready_proposer(run, strategy, draft, engine),
-            sum(map(len, sets.values())),
-        )
-        longest = desks[0].proposer.max_tokens
-        most = min(longest, options.max_draft_tokens or longest)
-        results = Bench(desks, spec, limits_, most, options).run_sets(sets)
-        dtype = str(engine.model.dtype).removeprefix("torch.")
-        device = _device_name(engine.model.device)
-    setup = Setup(
-        strategy=strategy.name,
-        target=run.target.path,
-        temperature=options.temperature,
-        dtype=dtype,
-        device=device,
-        max_new_tokens=options.max_new_tokens,
-        max_draft_tokens=most,
-        at_once=len(desks),
-    )
-    report = summarize(setup, results)
+    with open_target(run, strategy) as (engine, spec, limits):
+        report = measure(run, strategy, draft, sets, engine, spec, limits)
     with refusing(RunError, "Make room there, then run the same command again"):
         write_file(run.output_dir / REPORT, report.to_json().encode())
     plot_acceptance(report, run.output_dir / PLOT)
     return report
+
+
+def measure(
+    run: RunConfig,
+    strategy: Strategy,
+    draft: Draft,
+    sets: Mapping[str, list[EvalPrompt]],
+    engine: TransformersEngine,
+    spec: CaptureSpec,
+    limits: Limits,
+    *,
+    quiet: bool = False,
+) -> EvalReport:
+    """Decode prompt sets with a draft, which is moved to the target's device and dtype, in place.
+
+    `quiet` shows no progress.
+    """
+    options = run.eval
+    desks = open_desks(
+        engine.model,
+        draft,
+        lambda draft: ready_proposer(run, strategy, draft, engine),
+        sum(map(len, sets.values())),
+    )
+    longest = desks[0].proposer.max_tokens
+    most = min(longest, options.max_draft_tokens or longest)
+    results = Bench(desks, spec, limits, most, options, quiet).run_sets(sets)
+    setup = Setup(
+        strategy=strategy.name,
+        target=run.target.path,
+        temperature=options.temperature,
+        dtype=str(engine.model.dtype).removeprefix("torch."),
+        device=_device_name(engine.model.device),
+        max_new_tokens=options.max_new_tokens,
+        max_draft_tokens=most,
+        at_once=len(desks),
+    )
+    return summarize(setup, results)
 
 
 def load_prompt_sets(
@@ -162,17 +178,28 @@ def open_target(
     run: RunConfig, strategy: Strategy
 ) -> Iterator[tuple[TransformersEngine, CaptureSpec, Limits]]:
     """Load the target in `eval.dtype`, to verify drafts with; drop it again, whatever happens."""
-    device = pick_device(run.target.device, "target.device")
+    own = run.eval.device
+    device = pick_device(own or run.target.device, "eval.device" if own else "target.device")
     exact = run.target.model_copy(update={"dtype": run.eval.dtype})
     engine = TransformersEngine.load(exact, device)
     try:
-        abilities(engine.model)  # refuses what cannot be decoded, before anything is
-        spec = strategy.adapter(run.strategy, engine.info).spec
-        tokenizer = load_tokenizer(run.target)
-        ends = end_tokens(engine.info, tokenizer, template_options(run.data))
-        yield engine, spec, Limits(run.eval.max_new_tokens, ends)
+        yield engine, *what_to_decode(run, strategy, engine)
     finally:
         engine.close()
+
+
+def what_to_decode(
+    run: RunConfig, strategy: Strategy, engine: TransformersEngine
+) -> tuple[CaptureSpec, Limits]:
+    """Return what a proposer is given, and where answers end.
+
+    Raises a SpecForgeError where the target cannot be decoded.
+    """
+    abilities(engine.model)  # refuses what cannot be decoded, before anything is
+    spec = strategy.adapter(run.strategy, engine.info).spec
+    tokenizer = load_tokenizer(run.target)
+    ends = end_tokens(engine.info, tokenizer, template_options(run.data))
+    return spec, Limits(run.eval.max_new_tokens, ends)
 
 
 def ready_proposer(

@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from ..claim import running
 from ..errors import CheckpointError
 from ..stop import Interrupted
-from ..train.claim import running
 from .curves import PHASE, VIEWS, Curves, Point, is_phase
 
 POLL_SECONDS = 0.5  # between two looks, whether the run goes on

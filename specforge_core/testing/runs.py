@@ -49,14 +49,14 @@ def load(config: Path, *overrides: str) -> tuple[RunConfig, Strategy]:
 
 
 def lines(output_dir: Path) -> list[dict[str, Any]]:
-    """Return a run's logged steps."""
+    """Return a run's logged steps, and its measurements."""
     text = (output_dir / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
 def losses(output_dir: Path) -> list[float]:
     """Return the loss of every logged step."""
-    return [row["loss"] for row in lines(output_dir)]
+    return [row["loss"] for row in lines(output_dir) if "loss" in row]
 
 
 def cli(*arguments: str, **options: Any) -> subprocess.Popen[str]:

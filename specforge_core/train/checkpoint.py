@@ -6,8 +6,10 @@ whole, so `step-000100` either is complete or is not there.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,26 @@ from ..drafts.checkpoint import (
     under,
     write_checksums,
 )
+from ..drafts.links import BEST, LATEST, link
 from ..errors import RunError
 from ..files import cannot_write, publish, remove_folder, system_error, temporary_folder, write_file
 from ..types import Draft
 
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # file systems without symbolic links
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Which checkpoints stay."""
+
+    newest: int
+    best: int | None = None  # the step of the one that `best` leads to
+    others: frozenset[int] = frozenset()  # steps of those that something still reads
+
+
 def save(
-    output_dir: Path, draft: Draft, optimizers: list[Optimizer], state: TrainState, keep: int
+    output_dir: Path, draft: Draft, optimizers: list[Optimizer], state: TrainState, kept: Kept
 ) -> Path:
     """Write one checkpoint from all ranks; rank 0 renames it into place and drops old ones.
 
@@ -55,7 +68,7 @@ def save(
     """
     tensors = {k: v for k, v in _collect(draft, optimizers).items() if isinstance(v, Tensor)}
     check_finite(tensors, state.step)
-    final = output_dir / "checkpoints" / f"step-{state.step:08d}"
+    final = place_of(output_dir, state.step)
     with ExitStack() as stack, _refusing(final):
         beside = _on_main_rank(lambda: str(stack.enter_context(temporary_folder(final))))
         storage = HuggingFaceStorageWriter(beside, save_distributed=True)
@@ -66,12 +79,39 @@ def save(
             write_checksums(path)
             write_file(path / STATE, state.model_dump_json(indent=1).encode() + b"\n")
             publish(path, final)
-            for old in checkpoints(output_dir)[:-keep]:
-                remove_folder(old)
+            tidy(output_dir, kept)
             return beside
 
         _on_main_rank(finish)
     return final
+
+
+def tidy(output_dir: Path, kept: Kept) -> None:
+    """Let `latest` and `best` lead to their checkpoints, and drop those that do not stay.
+
+    Raises OSError.
+    """
+    found = checkpoints(output_dir)
+    for name, path in ((LATEST, found[-1]), (BEST, place_of(output_dir, kept.best))):
+        if path in found:
+            _link(output_dir, name, path)
+    stay = {place_of(output_dir, step) for step in (kept.best, *kept.others)}
+    for old in found[: -kept.newest]:
+        if old not in stay:
+            remove_folder(old)
+
+
+def place_of(output_dir: Path, step: int | None) -> Path:
+    """Return where the checkpoint of a step is, or would be."""
+    return output_dir / "checkpoints" / f"step-{step or 0:08d}"
+
+
+def _link(output_dir: Path, name: str, path: Path) -> None:
+    try:
+        link(output_dir, name, path)
+    except OSError as exc:
+        if exc.errno not in NO_LINKS:
+            raise
 
 
 def _on_main_rank(work: Callable[[], str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -12,13 +13,14 @@ from ..batches.loader import (
     NOTE_SECONDS,
     POLL_SECONDS,
     OnlineSource,
+    Prompts,
     Share,
     Source,
     StoredSource,
 )
 from ..capture.cache import StateCache
 from ..capture.identity import check_identity
-from ..capture.job import Job
+from ..capture.job import VALIDATION, Job
 from ..capture.manifest import MANIFEST, CaptureIdentity, CaptureManifest
 from ..capture.samples import LOOK_AT_ONCE, LOOKS, check_first
 from ..capture.store import read_token_counts
@@ -29,8 +31,16 @@ from ..errors import CaptureError, ConfigError
 from ..files import refusing
 from ..progress import console
 from ..strategy import Strategy
-from ..types import CaptureSpec, DataInfo, TargetInfo
+from ..types import CaptureSpec, DataInfo, TargetEngine, TargetInfo
 from .machine import choose
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """One rank's samples of `data.validation`."""
+
+    source: Source
+    num_samples: int  # of all ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +55,10 @@ class Feed:
     close: Callable[[], None]
     skipped: Mapping[str, int]  # reason -> rows of data.train that are not trained on
     num_tokens: int | None  # of an epoch; None while that is not known
+    held_out: HeldOut | None = None
+    engine: TargetEngine | None = None  # online
+    # held by whoever calls the engine; None where only the source of the training does
+    lock: threading.Lock | None = None
 
 
 def open_feed(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
@@ -99,7 +113,24 @@ def _offline(job: Job, directory: Path, share: Share) -> Feed:
         close=_nothing,
         skipped={},  # the capture told of them
         num_tokens=manifest.num_tokens if manifest.complete else None,
+        held_out=_held_out_offline(job, directory, share) if run.data.validation != () else None,
     )
+
+
+def _held_out_offline(job: Job, directory: Path, share: Share) -> HeldOut:
+    """Read what `specforge capture` stored of `data.validation`."""
+    place = directory / VALIDATION
+    again = "Capture it with the same config: specforge capture -c RUN.yaml"
+    if not (place / MANIFEST).exists():
+        raise CaptureError(f"data.validation is not captured: {place} is not there. {again}")
+    manifest = CaptureManifest.read(place)
+    check_identity(manifest.identity, job.identity, place)
+    if not manifest.complete:
+        raise CaptureError(f"the capture in {place} is not complete. {again}")
+    reader = job.strategy.reader(job.run.strategy, job.adapter.spec, job.target, place)
+    if len(reader) == 0:
+        raise CaptureError(f"the capture in {place} has no samples. Check data.validation")
+    return HeldOut(source=StoredSource(reader, share), num_samples=len(reader))
 
 
 def _online(job: Job, share: Share) -> Feed:
@@ -110,19 +141,27 @@ def _online(job: Job, share: Share) -> Feed:
     prompts = asked.stream() if early else asked.load()
     with ExitStack() as stack:
         stack.callback(prompts.close)
+        held_out = job.prompts(validation=True) if run.data.validation != () else None
+        # the target runs for the training, for validations and for evaluations: one at a time
+        shared = held_out is not None or run.train.eval_every is not None
+        lock = threading.Lock() if shared else None
         cache = _cache(job)  # what cannot be written is said before the target is loaded
         engine = job.engine()
         stack.callback(engine.close)
-        window = run.capture.window
-        window = min(window, prompts.wait(window))  # none is asked for twice
         order = Order(share.seed, share.window, prompts.wait)
         first = range(prompts.wait(LOOKS * LOOK_AT_ONCE))
         looked = (prompts[order.at(place)[1]] for place in first)
         check_first(strategy, run.strategy, engine, adapter, looked)
         close = stack.pop_all().close
     whole = prompts if isinstance(prompts, PromptSet) else None
+
+    def source(prompts: Prompts) -> OnlineSource:
+        window = run.capture.window
+        window = min(window, prompts.wait(window))  # none is asked for twice
+        return OnlineSource(strategy, engine, adapter, prompts, share, window, cache, lock)
+
     return Feed(
-        source=OnlineSource(strategy, engine, adapter, prompts, share, window, cache),
+        source=source(prompts),
         spec=adapter.spec,
         target=job.target,
         identity=job.identity,
@@ -133,6 +172,11 @@ def _online(job: Job, share: Share) -> Feed:
         close=close,
         skipped={} if whole is None else whole.skipped,
         num_tokens=None if whole is None else whole.num_tokens,
+        held_out=None
+        if held_out is None
+        else HeldOut(source=source(held_out), num_samples=len(held_out)),
+        engine=engine,
+        lock=lock,
     )
 
 

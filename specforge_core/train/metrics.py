@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..claim import METRICS as METRICS
 from ..documents import read_document
 from ..errors import PluginError, RunError
 from ..files import append, refusing, write_file
@@ -21,11 +22,11 @@ from ..records import in_message
 from ..stop import Interrupted
 from ..text import cut, said
 from ..types import RESERVED_METRICS, StepOutput, Tracker
-from .claim import METRICS as METRICS
 
 RESTART = "The checkpoints before it are whole. Make room there, then start the same command again"
 LARGEST = 1 << 36  # bytes of all lines
-RESERVED_PREFIXES = ("seconds_", "validation/", "eval/")
+RESERVED_PREFIXES = ("seconds_", "validation/", "acceptance/", "eval/")
+MEASURED = ("validation/", "acceptance/", "eval/")  # lines of measurements hold these and the step
 
 
 @dataclass(slots=True)
@@ -97,7 +98,7 @@ class Reduced:
         return sums, [next(found[kind]) for kind in self._kinds]
 
 
-def check_scalars(who: str, output: StepOutput) -> None:
+def check_scalars(who: str, output: StepOutput, *, training: bool = True) -> None:
     """Raise PluginError for a StepOutput whose parts are no scalars, or that trains nothing."""
     if not isinstance(output.metrics, Mapping) or not all(type(n) is str for n in output.metrics):
         raise PluginError(
@@ -113,7 +114,7 @@ def check_scalars(who: str, output: StepOutput) -> None:
             raise PluginError(f"{who}: returned a {name} {is_}, expected a tensor without axes")
         if value.is_complex():
             raise PluginError(f"{who}: returned a {name} of complex numbers, expected a real one")
-    if not output.loss_sum.requires_grad:
+    if training and not output.loss_sum.requires_grad:
         raise PluginError(f"{who}: returned a loss_sum without a gradient. Is it detached?")
 
 
@@ -192,7 +193,7 @@ class MetricsFile:
     def start(self, info: Mapping[str, Any]) -> None:
         """Drop the lines that the run will write again: it goes on from `info["logged"]`."""
         with refusing(RunError, RESTART, self.path):
-            rewind(self.path, int(info["logged"]))
+            rewind(self.path, int(info["logged"]), int(info["step"]))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add one line, all of it or nothing."""
@@ -207,20 +208,30 @@ class MetricsFile:
         """Close nothing: every line is written whole."""
 
 
-def rewind(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a line torn by a kill."""
+def rewind(path: Path, logged: int, step: int) -> None:
+    """Drop the lines after step `logged`, and a line torn by a kill.
+
+    Measurements stand until `step`, where the run goes on: they are in no window of steps, and
+    one that was made beside the training comes behind later lines.
+    """
     if not path.exists():
         return
     kept = []
     text = read_document(path, LARGEST).decode(errors="replace")
     for line in text.splitlines():
         try:
-            if json.loads(line)["step"] > step:
-                break
+            row = json.loads(line)
+            if row["step"] > (step if is_measurement(row) else logged):
+                continue
         except (ValueError, TypeError, KeyError, RecursionError):
             break
         kept.append(line + "\n")
     write_file(path, "".join(kept).encode())
+
+
+def is_measurement(row: Mapping[str, Any]) -> bool:
+    """Say whether a line is a validation's or an evaluation's, not the training's own."""
+    return all(name == "step" or name.startswith(MEASURED) for name in row)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ import torch
 
 from .. import stop
 from ..batches.loader import Share
+from ..claim import claim
 from ..config import RunConfig
 from ..cpu import DTYPES
 from ..devices import pick_device
@@ -16,20 +17,24 @@ from ..drafts.load import first_draft
 from ..process import describe, report
 from ..progress import console
 from ..strategy import Strategy
+from .acceptance import Acceptance
 from .bad_steps import BadSteps
-from .claim import claim
+from .best import Best
 from .compile import compile_units
 from .course import Course
 from .dist import World, world
 from .feed import Feed, open_feed
+from .forward import Forward
 from .fsdp import shard
 from .log import Log, Phases
 from .machine import Machine, choose
 from .metrics import Reducer, Trackers
+from .milestones import Milestones
 from .optim import remember_peaks
 from .report import TrainReport
 from .trainer import Trainer
 from .update import Update
+from .validation import Validation
 
 
 def train(run: RunConfig, strategy: Strategy) -> TrainReport:
@@ -48,6 +53,8 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
             stack.callback(feed.close)
             trainer = build(run, strategy, world_, feed, machine)
             stack.callback(trainer.trackers.close)
+            if trainer.milestones.acceptance is not None:
+                stack.callback(trainer.milestones.acceptance.close)
             trainer.resume()
             with stop.listening():
                 return trainer.loop()
@@ -81,8 +88,13 @@ def build(
     optimizers = strategy.optimizers(config, draft)
     remember_peaks(optimizers)
     schedule = strategy.schedule(config)
-    step_function = strategy.train_step(run.strategy)
+    forward = Forward(run, strategy, strategy.train_step(run.strategy), draft, world_)
     trackers = Trackers(strategy.trackers(run) if world_.main else [])
+    validation = None
+    if feed.held_out is not None:
+        own = Reducer(strategy.package, world_.device)  # its metrics may be others
+        validation = Validation(forward, feed.spec, feed.held_out, own)
+    acceptance = Acceptance.open(run, strategy, world_, feed, draft)
     return Trainer(
         run=run,
         strategy=strategy,
@@ -93,12 +105,13 @@ def build(
         model=model,
         optimizers=optimizers,
         schedule=schedule,
-        step_function=step_function,
+        forward=forward,
         reducer=Reducer(strategy.package, world_.device),
         update=Update(optimizers, config.max_grad_norm, world_.size),
         trackers=trackers,
         log=Log(config.log_every, trackers if world_.main else None, Phases(config.profile)),
         bad_steps=BadSteps(world_, trackers, config.max_bad_steps),
+        milestones=Milestones(run, world_, trackers, validation, acceptance, Best.of(config)),
         course=Course.of(config, feed.data.num_samples, world_.size, steps_ahead(world_.device)),
     )
 

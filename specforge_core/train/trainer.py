@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from .. import stop
-from ..batches.loader import Batches, Micro, Share
+from ..batches.loader import Micro
 from ..batches.prefetch import Prefetcher
 from ..config import RunConfig
 from ..drafts.checkpoint import TrainState, checkpoints, find, read_state, remove_incomplete
@@ -25,14 +25,16 @@ from ..drafts.identity import resolved
 from ..progress import console, track
 from ..records import recorded
 from ..strategy import Strategy
-from ..types import Draft, Ratio, StepContext, StepOutput, TrainStep
+from ..types import Draft, StepOutput
 from . import checkpoint, metrics
 from .bad_steps import BadSteps
 from .course import Course
 from .dist import World
 from .feed import Feed
+from .forward import Forward
 from .log import Log
 from .machine import Machine
+from .milestones import Milestones
 from .optim import local_gradients, lr_factor, set_learning_rate, square_norm
 from .report import Launched, TrainReport
 from .resume import check_resumed, learning_rate_change
@@ -55,13 +57,14 @@ class Trainer:
     model: FSDPModule
     optimizers: list[Optimizer]
     schedule: Callable[[float], float]
-    step_function: TrainStep
+    forward: Forward
     reducer: metrics.Reducer
     update: Update
     trackers: metrics.Trackers
     log: Log
     course: Course
     bad_steps: BadSteps
+    milestones: Milestones
     step: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
@@ -84,6 +87,7 @@ class Trainer:
         self.course.resume(self.step, self.position, self.seconds)
         self.log.tokens = self.num_tokens
         self.log.logged, self.log.window = self.step, metrics.Sums(dict(state.window))
+        self.milestones.resume(self.step, ended=self._ended())
         if state.logged is not None and not self._ended():
             self.log.logged = state.logged
         if self.world.main:
@@ -99,6 +103,7 @@ class Trainer:
         """
         config = self.run.train
         self.trackers.start(self._info())
+        self.milestones.again()
         batches = self._batches()
         supply = Supply(batches, alone=self.world.size == 1)
         launched: deque[Launched] = deque()
@@ -120,12 +125,14 @@ class Trainer:
                         held.enter_context(stop.keeping())
                     self.step += 1
                     self.seconds = time.monotonic() - self.began
-                    due = self.step % config.save_every == 0
+                    save = self.step % config.save_every == 0
+                    due = save or self.milestones.due(self.step)
                     while launched and (len(launched) > self.course.lag or due or self._ended()):
                         self._settle(launched)
                     rate = self.log.rate(self.num_tokens)
                     progress.advance(1, f"loss {self.log.loss:.3f}  {rate:,.0f} tokens/s")
-                    if due and self.step == one.step and not self.bad_steps.in_a_row:
+                    good = self.step == one.step and not self.bad_steps.in_a_row
+                    if due and good and (self._measure() or save):
                         self._save()
                         saved = self.step
                 while launched:
@@ -134,8 +141,12 @@ class Trainer:
                     self.log.rest(self.step)
                 if not self.stopping:
                     self.bad_steps.check_last(self.step)
+                    if self.step not in (begun, self.milestones.measured):
+                        self._measure()
                 if saved != self.step:
                     self._save()
+                if not self.stopping:
+                    self.milestones.finish()
         finally:
             self.feed.source.close()
             batches.close(CLOSE_SECONDS if stop.asked() is not None else math.inf)
@@ -150,26 +161,27 @@ class Trainer:
             num_tokens=self.num_tokens,
             seconds=self.seconds,
             checkpoint=find(self.run.output_dir),
-            finished=self.step >= self.course.total_steps or self.course.time_up,
+            finished=self._complete(),
         )
 
     def _ended(self) -> bool:
-        return self.step >= self.course.total_steps or self.stopping or self.course.time_up
+        return self.stopping or self._complete()
+
+    def _complete(self) -> bool:
+        done = self.step >= self.course.total_steps
+        return done or self.course.time_up or self.milestones.over
+
+    def _measure(self) -> bool:
+        """Measure what is due after this step; say whether it has to be saved."""
+        before = self.milestones.seconds
+        save = self.milestones.reach(self.step, self.course.total_steps, last=self._complete())
+        self.log.since += self.milestones.seconds - before  # a rate is of training alone
+        return save
 
     def _batches(self) -> Prefetcher[Micro]:
-        run, strategy, spec = self.run, self.strategy, self.feed.spec
-        batches = Batches(
-            strategy=strategy,
-            spec=spec,
-            transform=strategy.transform(run.strategy, spec, run.data.max_length),
-            collate=strategy.collate(run.strategy, spec, self.draft),
-            share=Share(self.world.rank, self.world.size, run.train.seed),
-            batch_size=run.train.batch_size,
-            device=self.world.device,
-            end=self.course.length,
-        )
+        batches = self.forward.batches(self.feed.spec, self.course.length)
         stream = batches.micro_batches(self.feed.source, self.position)
-        return Prefetcher(stream, run.capture.prefetch)
+        return Prefetcher(stream, self.run.capture.prefetch)
 
     def _optimizer_step(self, supply: Supply) -> Launched | None:
         """Launch one step; None where a signal came before this process's own data.
@@ -235,26 +247,9 @@ class Trainer:
         self.log.line(launched.step, values)
 
     def _forward(self, micro: Micro, progress: float) -> StepOutput:
-        generator = torch.Generator()
-        seed = (self.run.train.seed * 1_000_003 + self.step) * 65_537 + self.world.rank
-        generator.manual_seed(seed % 2**63)
-        context = StepContext(
-            step=self.step,
-            total_steps=self.course.total_steps,
-            generator=generator,
-            training=True,
-            mesh=self.world.mesh,
-            progress=progress,
+        return self.forward(
+            micro, self.forward.context(self.step, self.course.total_steps, progress)
         )
-        hook = "specforge_train_step"
-        with self.strategy.guard(hook):
-            output = self.step_function(self.draft, micro.batch, context)
-        self.strategy.check_returned(hook, output, StepOutput, "StepOutput")
-        metrics.check_scalars(f"{self.strategy.package}, {hook}", output)
-        if micro.num_samples:
-            return output
-        nothing = {n: Ratio(num=r.num * 0, den=r.den * 0) for n, r in output.metrics.items()}
-        return StepOutput(loss_sum=output.loss_sum * 0, weight=output.weight * 0, metrics=nothing)
 
     def _info(self) -> dict[str, object]:
         """Return what trackers are told of the run."""
@@ -288,9 +283,10 @@ class Trainer:
             window=dict(self.log.window.values),
         )
         saved = checkpoint.save(
-            self.run.output_dir, self.draft, self.optimizers, state, self.run.train.keep
+            self.run.output_dir, self.draft, self.optimizers, state, self.milestones.kept
         )
         self.trackers.event("checkpoint", step=self.step, path=str(saved))
+        self.milestones.saved(self.step)
         return saved
 
 

@@ -138,7 +138,7 @@ RESERVED_METRICS = frozenset(
         "seconds",
         "tokens_per_second",
     }
-)  # and all that begins with "seconds_", "validation/" or "eval/"
+)  # and all that begins with "seconds_", "validation/", "acceptance/" or "eval/"
 
 
 class TrainStep(Protocol):

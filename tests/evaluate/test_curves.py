@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from specforge_core.claim import claim, running
 from specforge_core.cli import cli
 from specforge_core.errors import CheckpointError
 from specforge_core.evaluate import watch
@@ -18,7 +19,6 @@ from specforge_core.evaluate.compare import figure_of
 from specforge_core.evaluate.curves import Curves
 from specforge_core.evaluate.watch import chart, line
 from specforge_core.stop import Interrupted
-from specforge_core.train.claim import claim, running
 from specforge_core.train.metrics import MetricsFile
 
 ROW = {"loss": 2.0, "acceptance_length": 1.5, "tokens_per_second": 1234.0}

@@ -11,7 +11,7 @@ from specforge_core.commands import PATH, config_option, load_run, overrides_arg
 
 @click.command()
 @config_option
-@click.option("--draft", type=PATH, required=True, help="Run or checkpoint.")
+@click.option("--draft", type=PATH, required=True, help="Run, RUN@best or checkpoint.")
 @click.option("--export", type=PATH, required=True, help="What was exported of it.")
 @click.option("--format", "format_", help="Format of the export, if it does not say.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

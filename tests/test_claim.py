@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from specforge_core.claim import claim
 from specforge_core.errors import ConfigError
-from specforge_core.train.claim import claim
 
 HOLD = """
 import sys, time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from specforge_core.train.claim import claim
+from specforge_core.claim import claim
 with claim(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

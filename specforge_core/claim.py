@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ..documents import open_regular
-from ..errors import ConfigError
-from ..files import append, make_folder, open_own, refusing, sweep
-from ..locks import hold
+from .documents import open_regular
+from .errors import ConfigError
+from .files import append, make_folder, open_own, refusing, sweep
+from .locks import hold
 
 LOCK, METRICS = ".lock", "metrics.jsonl"  # of an output directory
 FILES, FOLDERS = (LOCK, METRICS), ("checkpoints",)

@@ -1,0 +1,176 @@
+"""What is measured in a run, when, and what follows: the best checkpoint, an early end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from ..config import RunConfig
+from ..documents import read_document
+from ..drafts.checkpoint import checkpoints
+from ..drafts.state import step_of
+from ..evaluate.beside import Outcome
+from ..evaluate.plot import plot_progress
+from ..progress import console
+from .acceptance import Acceptance
+from .best import Best
+from .checkpoint import Kept, place_of, tidy
+from .dist import World
+from .metrics import LARGEST, METRICS, Trackers, is_measurement
+from .validation import Validation
+
+PLOT = "eval/progress.png"
+
+
+@dataclass(slots=True)
+class Milestones:
+    """Nothing happens, and no rank waits for another, in a run that measures nothing."""
+
+    run: RunConfig
+    world: World
+    trackers: Trackers
+    validation: Validation | None
+    acceptance: Acceptance | None
+    best: Best | None
+    measured: int = -1  # the last step that was
+    wanted: int | None = None  # whose checkpoint is to be evaluated beside, once it is there
+    lost: int | None = None  # the step of a checkpoint whose evaluation was cut off
+    seconds: float = 0.0  # spent here, of which nothing is training
+
+    def due(self, step: int) -> bool:
+        """Say whether something is measured after `step`."""
+        return self._validates(step) or self._evaluates(step)
+
+    def _validates(self, step: int) -> bool:
+        config = self.run.train
+        every = config.validate_every or config.save_every
+        return self.validation is not None and step % every == 0
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.run.train.eval_every
+        return self.acceptance is not None and every is not None and step % every == 0
+
+    def reach(self, step: int, total_steps: int, *, last: bool) -> bool:
+        """Measure what is due after `step`, all at the `last` one; say whether to save it.
+
+        Called on all ranks at once.
+        """
+        began = time.monotonic()
+        self.measured = step
+        save = False
+        if self.validation is not None and (last or self._validates(step)):
+            values = self.validation.run(step, total_steps)
+            if values is not None:
+                save |= self._take(step, values)
+        if self.acceptance is not None and (last or self._evaluates(step)):
+            save |= self._hear(self.acceptance.now(step), step)
+            if not self.acceptance.inside:
+                self.wanted, save = step, True
+        self.seconds += time.monotonic() - began
+        return save
+
+    def saved(self, step: int) -> None:
+        """Begin with what reads a checkpoint, once that of `step` is there."""
+        if self.wanted == step:
+            self._begin(step)
+
+    def finish(self) -> None:
+        """Wait for what is still measured, and draw all of it.  On all ranks at once."""
+        best = self.best
+        if best is not None and best.over:
+            self._say(
+                f"train.patience={best.patience}: no better {best.metric} since step {best.step} "
+                f"({best.value:.4g}), so the training ends"
+            )
+        if self.acceptance is None:
+            return
+        self._hear(self.acceptance.rest(), None)
+        metrics = self.run.output_dir / METRICS
+        if self.world.main and metrics.exists():
+            plot_progress(metrics, self.run.output_dir / PLOT)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run ends before its last step, since nothing gets better."""
+        return self.best is not None and self.best.over
+
+    @property
+    def kept(self) -> Kept:
+        """Which checkpoints stay."""
+        best = None if self.best is None else self.best.step
+        reading = frozenset[int]() if self.acceptance is None else self.acceptance.reading
+        return Kept(self.run.train.keep, best, reading)
+
+    def resume(self, step: int, *, ended: bool) -> None:
+        """Learn what was measured before the run goes on after `step`.  On all ranks at once."""
+        if self.best is None and self.acceptance is None:
+            return
+        told: list[Any] = [self._rows(step) if self.world.main else None]
+        if self.world.size > 1:
+            dist.broadcast_object_list(told)
+        rows: list[dict[str, Any]] = told[0]
+        there = {step_of(path) for path in checkpoints(self.run.output_dir)}
+        for row in rows:
+            if self.best is not None:
+                self.best.take(row["step"], row, usable=row["step"] in there)
+        heard = {row["step"] for row in rows if "eval/verifications" in row}
+        cut_off = step not in heard and (ended or self._evaluates(step))
+        self.lost = step if cut_off else None
+
+    def again(self) -> None:
+        """Begin anew with an evaluation beside that ended with the process of its training."""
+        if self.lost is not None and self.acceptance is not None:
+            self._begin(self.lost)
+
+    def _begin(self, step: int) -> None:
+        assert self.acceptance is not None
+        why = self.acceptance.begin(step, place_of(self.run.output_dir, step))
+        if why:
+            self._say(f"acceptance of step {step} is not measured: {why}")
+
+    def _rows(self, step: int) -> list[dict[str, Any]]:
+        """Return the measurements in metrics.jsonl up to a step, in the order of steps."""
+        rows = []
+        path = self.run.output_dir / METRICS
+        text = read_document(path, LARGEST).decode(errors="replace") if path.exists() else ""
+        for line in text.splitlines():
+            try:
+                row = json.loads(line)
+                if is_measurement(row) and row["step"] <= step:
+                    rows.append(row)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue  # torn by a kill; what reads the file next drops it
+        return sorted(rows, key=lambda row: int(row["step"]))
+
+    def _hear(self, outcomes: list[Outcome], now: int | None) -> bool:
+        """Log what evaluations found; say whether the weights of this moment are the best."""
+        save = False
+        for outcome in outcomes:
+            if outcome.failure:
+                self._say(
+                    f"warning: acceptance of step {outcome.step} was not measured: "
+                    f"{outcome.failure}"
+                )
+                continue
+            if self._take(outcome.step, outcome.metrics):
+                if outcome.step == now:
+                    save = True
+                elif self.world.main:  # its checkpoint is there already
+                    tidy(self.run.output_dir, self.kept)
+        return save
+
+    def _take(self, step: int, values: Mapping[str, float]) -> bool:
+        self.trackers.log(step, values)
+        if self.best is None or not self.best.take(step, values):
+            return False
+        self.trackers.event("best", step=step, **{self.best.metric: self.best.value})
+        return True
+
+    def _say(self, line: str) -> None:
+        if self.world.main:
+            console.print(line, markup=False)
