@@ -22,6 +22,7 @@ from typing import Any
 HERE = Path(__file__).parent
 CONFIG = HERE / "run.yaml"
 TARGET = Path("~/.cache/specforge/smollm2-135m-instruct").expanduser()
+FEW = ("eval.limit=1", "eval.max_new_tokens=48")  # decoded while training, to find the best
 SHORT = ("train.max_steps=3", "eval.limit=1", "eval.max_new_tokens=16")
 
 
@@ -39,9 +40,10 @@ def specforge(title: str, *arguments: str) -> str:
 
 
 def loss_curve(output: Path) -> list[dict[str, float]]:
-    """Return step, tokens, loss and seconds of every logged step."""
+    """Return step, tokens, loss and seconds of every logged step; not of measurements."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: row[k] for k in ("step", "tokens", "loss", "seconds")} for row in rows]
+    keys = ("step", "tokens", "loss", "seconds")
+    return [{key: row[key] for key in keys} for row in rows if "loss" in row]
 
 
 def report(output: Path, evaluated: dict[str, Any], started: float) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def report(output: Path, evaluated: dict[str, Any], started: float) -> dict[str,
         "train_tokens": int(curve[-1]["tokens"]),
         "tokens_per_second": round(curve[-1]["tokens"] / curve[-1]["seconds"], 1),
         "computed": read_state(find(output)).machine,
+        "best_step": read_state(find(Path(f"{output}@best"))).step,
         "total_seconds": round(time.monotonic() - started, 1),
         "loss_curve": curve,
         "evaluation": evaluated,
@@ -77,6 +80,7 @@ def show(found: dict[str, Any], output: Path) -> None:
         f"\n== report ({output / 'report.json'})\n"
         f"   trained on        {found['train_tokens']:,} tokens in {found['train_seconds']:.0f} s, "
         f"{found['tokens_per_second']:.0f} tokens/s\n"
+        f"   best checkpoint   step {found['best_step']}, by acceptance while training\n"
         f"   computed on       {Machine(**found['computed'])}\n"
         f"   loss              {losses} (step)\n"
         f"   acceptance length {found['acceptance_length']:.3f}   ({sets})\n"
@@ -94,16 +98,17 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.monotonic()
     output: Path = arguments.output
-    run = ["-c", str(CONFIG), f"output_dir={output}", *(SHORT if arguments.short else ())]
-    run += arguments.overrides
+    run = ["-c", str(CONFIG), f"output_dir={output}"]
+    more = [*(SHORT if arguments.short else ()), *arguments.overrides]
+    best = Path(f"{output}@best")
 
     if not (TARGET / "config.json").exists():
         step("the target", sys.executable, str(HERE / "target.py"), str(TARGET))
-    print(specforge("train", "train", *run), end="")
+    print(specforge("train", "train", *run, *FEW, *more), end="")
     printed = specforge(
-        "evaluate on held-out prompts", "eval", *run, "--draft", str(output), "--json"
+        "evaluate on held-out prompts", "eval", *run, *more, "--draft", str(best), "--json"
     )
-    export = ("--checkpoint", str(output), "--format", "sglang", "-o", str(output / "export"))
+    export = ("--checkpoint", str(best), "--format", "sglang", "-o", str(output / "export"))
     print(specforge("export", "export", *export, "--force"), end="")
 
     from specforge_core.evaluate.plot import plot_loss

@@ -21,10 +21,11 @@ def load(path: Path) -> Any:
 
 
 def curve(run: Path) -> list[dict[str, float]]:
-    """Return a run's logged steps; a line that is being written is left out."""
+    """Return a run's logged steps, no measurements; a line that is being written is left out."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if "loss" in row]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -100,11 +100,12 @@ class Recipe:
 
     def train(self, draft: str) -> str:
         data = ",".join(str(self.out / name) for name in ANSWERS)
-        options = [f"data.train=[{data}]", f"output_dir={self.out / draft}", *self.overrides]
+        few = ["eval.limit=4", "eval.max_new_tokens=64"]  # decoded while training waits
+        options = [f"data.train=[{data}]", f"output_dir={self.out / draft}", *few, *self.overrides]
         return self.call(self.command("train", draft, *options))
 
     def _eval(self, draft: str, name: str, *options: str) -> list[str]:
-        where = ("--draft", str(self.out / draft), f"output_dir={self.out / name}")
+        where = ("--draft", f"{self.out / draft}@best", f"output_dir={self.out / name}")
         return self.command("eval", draft, *where, *options, *self.overrides)
 
     def eval(self) -> str:
@@ -123,7 +124,12 @@ class Recipe:
     def export(self) -> str:
         said = ""
         for draft in DRAFTS:
-            where = ["--checkpoint", str(self.out / draft), "-o", str(self.out / f"{draft}-sglang")]
+            where = [
+                "--checkpoint",
+                f"{self.out / draft}@best",
+                "-o",
+                str(self.out / f"{draft}-sglang"),
+            ]
             said += self.call([*SPECFORGE, "export", *where, "--format", "sglang", "--force"])
         return said
 
