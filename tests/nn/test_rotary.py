@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -65,3 +67,42 @@ def test_what_is_not_one_table_of_a_whole_head_becomes_plain_rope_of_its_theta(k
     assert draft_rope({"rope_scaling": {"type": kind, **factors}, "rope_theta": 7}) == plain
     given = {"rope_type": kind, "rope_theta": 7.0, "partial_rotary_factor": 0.25}
     assert draft_rope({"rope_parameters": {"full_attention": given}}) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "module", "rotary"),
+    [
+        (
+            "Qwen2_5_VLTextConfig",
+            "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+            "Qwen2_5_VLRotaryEmbedding",
+        ),
+        (
+            "Qwen3VLTextConfig",
+            "transformers.models.qwen3_vl.modeling_qwen3_vl",
+            "Qwen3VLTextRotaryEmbedding",
+        ),
+    ],
+)
+def test_multimodal_rope_on_text_is_the_plain_one_that_a_draft_takes(
+    text: str, module: str, rotary: str
+) -> None:
+    """The three positions of a token of text are one, and no engine reads sections of a draft."""
+    sections = {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 500.0}
+    config = getattr(transformers, text)(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=256,
+        rope_parameters=sections,
+    )
+    rope = draft_rope(config.to_dict())
+    assert rope == {"rope_type": "default", "rope_theta": 500.0}
+    positions = torch.arange(0, 256, 25)
+    theirs = getattr(import_module(module), rotary)(config)
+    cos, sin = theirs(torch.zeros(1), positions.expand(3, 1, -1))
+    for ours, wanted in zip(Rotary(rope, 16, 256)(positions), (cos, sin), strict=True):
+        want = wanted.reshape(-1, len(positions), 16)  # one for each axis, or all in one
+        for axis in want:
+            close(ours, axis[:, :8], terms=1, factor=256)

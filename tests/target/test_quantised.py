@@ -19,6 +19,8 @@ from specforge_core.target.engine import TransformersEngine
 from specforge_core.testing.close import close
 from specforge_core.types import CaptureSpec, Prompt
 
+from .. import families
+
 CPU = torch.device("cpu")
 SIZE = 256
 FP8 = torch.float8_e4m3fn
@@ -160,3 +162,40 @@ def test_what_cannot_be_read_is_refused_by_name(
     with pytest.raises(ConfigError, match=message) as error:
         states(path)
     assert "hf auth login" not in str(error.value)
+
+
+def four_bits(weight: Tensor, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random blocks and scales of MXFP4 for experts [E, in, out], and what they mean."""
+    experts, inputs, outputs = weight.shape
+    shape = (experts, outputs, inputs // 32)
+    blocks = torch.randint(256, (*shape, 16), generator=gen).byte()
+    scales = torch.randint(120, 124, shape, generator=gen).byte()
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([values, -values])
+    pairs = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], -1)
+    meant = pairs.flatten(-2) * 2.0 ** (scales.float() - 127)[..., None]
+    return blocks, scales, meant.flatten(-2).transpose(1, 2).contiguous()
+
+
+def test_experts_of_four_bits_are_read_back(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = families.build("gpt_oss")
+    gen = torch.Generator().manual_seed(0)
+    stored: dict[str, Tensor] = {}
+    for name, weight in model.state_dict().items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            stored[name] = weight.clone()
+            continue
+        blocks, scales, meant = four_bits(weight, gen)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        weight.copy_(meant)
+    model.save_pretrained(tmp_path / "plain")
+    (tmp_path / "mxfp4").mkdir()
+    save_file(stored, tmp_path / "mxfp4" / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["self_attn", "mlp.router", "embed_tokens", "lm_head"],
+    }
+    (tmp_path / "mxfp4" / "config.json").write_text(json.dumps(config))
+    close(states(tmp_path / "mxfp4"), states(tmp_path / "plain"), terms=8 * SIZE)
