@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..capture.manifest import CaptureIdentity
 from ..config import RunConfig
+from ..data.ends import end_tokens
 from ..errors import ConfigError
 from ..load import apply_override, validate
 from ..records import masked
 from ..strategy import Strategy
 from ..target.info import load_target_info
+from ..target.tokenizer import load_tokenizer, template_options
 from ..types import DataInfo, Draft, TargetInfo
 from .checkpoint import TrainState, check_strategy, checkpoints, find, load_model, read_state
 from .export import read_export, read_provenance, write_export
@@ -121,7 +123,8 @@ def export_checkpoint(
     state = read_state(checkpoint)
     run, strategy = asked or stored_run(checkpoint, state, overrides)
     restored = restore(run, strategy, checkpoint)
-    export = strategy.export(run.strategy, restored.draft, restored.target, format)
+    target = _with_ends(run, restored.target)
+    export = strategy.export(run.strategy, restored.draft, target, format)
     provenance: dict[str, Any] = {
         "strategy": state.strategy,
         "format": format,
@@ -134,6 +137,15 @@ def export_checkpoint(
     }
     write_export(export, output, provenance=provenance, force=force)
     return output
+
+
+def _with_ends(run: RunConfig, target: TargetInfo) -> TargetInfo:
+    """Return a target whose config names every token that ends its answers, whoever knows it."""
+    ends = sorted(end_tokens(target, load_tokenizer(run.target), template_options(run.data)))
+    if not ends:
+        return target
+    named = ends if len(ends) > 1 else ends[0]
+    return replace(target, config={**target.config, "eos_token_id": named})
 
 
 def stored_run(

@@ -23,6 +23,7 @@ USUAL = (
     "max_position_embeddings",
     "vocab_size",
 )
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # what every language model has, and more than any does: building so many layers would not end
 LARGEST = {"hidden_size": 10**6, "num_hidden_layers": 10**4, "vocab_size": 10**8}
@@ -49,6 +50,9 @@ def load_target_info(target: TargetConfig) -> TargetInfo:
     # a multimodal config says outside of its text section whether the head is tied
     as_dict["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", False))
     as_dict |= {name: getattr(text, name) for name in USUAL if hasattr(text, name)}
+    for name in SPECIAL:  # nor need that section name them
+        if as_dict.get(name) is None:
+            as_dict[name] = getattr(config, name, None)
     hidden_size, said, vocab_size = (
         _size(text, name, most, target.path) for name, most in LARGEST.items()
     )

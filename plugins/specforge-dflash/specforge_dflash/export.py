@@ -130,6 +130,8 @@ def export_config(config: DFlashConfig, shape: DraftShape, target: TargetInfo) -
         **decoder_config(shape),
         "dtype": config.export_dtype,
     }
+    special = {n: target.config.get(n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    out |= {name: value for name, value in special.items() if value is not None}
     if shape.softcap is not None:
         out["final_logit_softcapping"] = shape.softcap
     return out
