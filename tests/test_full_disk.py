@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from specforge_core.evaluate.plot import plot_loss
 from specforge_core.evaluate.run import evaluate
 from specforge_core.files import TEMPORARY
 from specforge_core.new import write_package
-from specforge_core.testing.runs import lines, load
+from specforge_core.testing.forked import cli
+from specforge_core.testing.runs import SECONDS, finish, lines, load
 from specforge_core.train.metrics import MetricsFile
 from specforge_core.train.run import train
 from specforge_core.types import Export
@@ -119,6 +121,31 @@ def test_a_run_that_cannot_go_on_keeps_its_last_checkpoint(
     train(*load(config, *options))
     assert [path.name for path in checkpoints(run)] == ["step-00000003", "step-00000006"]
     assert [row["step"] for row in lines(run)] == [1, 2, 3, 4, 5, 6]
+    assert "2 checkpoints are as they were written" in str(verify_draft(run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pages", "what"), [(0, "metrics.jsonl"), (6, "step-00000006")])
+def test_ranks_that_cannot_go_on_say_it_once(
+    disk: Path, tmp_path: Path, toy_target: Path, pages: int, what: str
+) -> None:
+    config, run = linear_run(tmp_path, toy_target), disk / "run"
+    options = (f"output_dir={run}", "train.keep=9")
+    train(*load(config, *options, "train.max_steps=3"))
+    before = state(run)
+    filler = fill(disk, pages)
+    two = ("train", "-c", str(config), "--nproc", "2", *options)
+    process = cli(*two)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert err.count("error") == 1
+    assert re.search(f"error: (checkpoint )?{run}.*{what} {NO_ROOM}", err)
+    after = state(run)
+    assert before.pop("metrics.jsonl")
+    assert after.pop("metrics.jsonl")
+    assert after == before
+    filler.unlink()
+    assert "finished at step 6/6" in finish(cli(*two))
     assert "2 checkpoints are as they were written" in str(verify_draft(run))
 
 
