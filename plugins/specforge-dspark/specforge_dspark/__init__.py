@@ -1,0 +1,99 @@
+"""DSpark: DFlash's blocks, drafted token by token through a Markov head, with a confidence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import specforge_dflash
+from specforge_dflash import (  # noqa: F401  # a hook is found by its name
+    specforge_transform,
+    specforge_verify_capture,
+)
+from specforge_dflash.collate import DFlashCollate
+from specforge_dflash.model import DFlashModel, Frozen
+
+from specforge_core.hookspecs import hookimpl
+from specforge_core.target.head import head_scale
+from specforge_core.target.measure import HeadScale
+from specforge_core.types import (
+    Adapter,
+    CaptureSpec,
+    Collate,
+    Draft,
+    Export,
+    Proposer,
+    TargetInfo,
+    TrainStep,
+)
+
+from .capture import DSparkAdapter
+from .collate import DSparkCollate
+from .config import DSparkConfig
+from .export import export_draft, load_export
+from .model import DSparkModel, Target
+from .proposer import DSparkProposer
+from .step import DSparkStep
+
+
+@hookimpl
+def specforge_config() -> type[DSparkConfig]:
+    """Block, heads, objective and shape of the draft."""
+    return DSparkConfig
+
+
+@hookimpl
+def specforge_adapter(config: DSparkConfig, target: TargetInfo) -> Adapter:
+    """Capture the chosen layers' outputs side by side, and the final state."""
+    return DSparkAdapter.build(config, target)
+
+
+@hookimpl
+def specforge_collate(config: DSparkConfig, spec: CaptureSpec, draft: Draft) -> Collate:
+    """Make DFlash's batches; leave out the slots behind a block's first gap."""
+    assert isinstance(draft.model, DSparkModel)
+    mask_token_id = draft.model.backbone.shape.mask_token_id
+    return DSparkCollate(DFlashCollate(config, spec, mask_token_id))
+
+
+@hookimpl
+def specforge_draft(config: DSparkConfig, target: TargetInfo) -> Draft:
+    """Build DFlash's draft around the target's embedding and head, and the two heads."""
+    plain = specforge_dflash.specforge_draft(config=config, target=target)
+    return with_heads(config, plain, head_scale(target))
+
+
+def with_heads(config: DSparkConfig, draft: Draft, beside: HeadScale) -> Draft:
+    """Return a DSpark draft around a DFlash draft; `beside` is what the target does to logits."""
+    assert isinstance(draft.model, DFlashModel)
+    assert isinstance(draft.frozen, Frozen)
+    model, frozen = DSparkModel(draft.model, config), Target(draft.frozen, beside)
+    return replace(draft, model=model, frozen=frozen)
+
+
+@hookimpl
+def specforge_train_step(config: DSparkConfig) -> TrainStep:
+    """Fill blocks at random anchors: the data's tokens, the target's distribution, confidence."""
+    return DSparkStep(config)
+
+
+@hookimpl
+def specforge_proposer(config: DSparkConfig, draft: Draft) -> Proposer:
+    """Draft one block at a time, token by token."""
+    assert isinstance(draft.model, DSparkModel)
+    assert isinstance(draft.frozen, Target)
+    return DSparkProposer(config, draft.model, draft.frozen)
+
+
+@hookimpl
+def specforge_export(
+    config: DSparkConfig, draft: Draft, target: TargetInfo, format: str
+) -> Export | None:
+    """Write the published layout: formats hf, sglang, vllm."""
+    return export_draft(config, draft, target, format)
+
+
+@hookimpl
+def specforge_import(config: DSparkConfig, draft: Draft, export: Export) -> bool:
+    """Read the published layout back, refusing what was made for another draft."""
+    assert isinstance(draft.model, DSparkModel)
+    return load_export(config, draft.model, export)

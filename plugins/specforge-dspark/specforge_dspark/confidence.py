@@ -1,0 +1,123 @@
+"""What drafts' confidences came to: recorded in eval, and calibrated by them.
+
+Shapes: N drafts, D tokens of a draft.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specforge_core.errors import DataError
+
+BINS = 15
+TEMPERATURES = torch.logspace(-1, 1, 41, dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Confidences of whole drafts, and how many of their tokens were accepted."""
+
+    logits: Tensor  # [N, D] float64
+    accepted: Tensor  # [N] int64
+
+    @staticmethod
+    def append(path: Path, logits: list[float], accepted: int) -> None:
+        """Add one draft to a file, in one write: several may write at once."""
+        line = json.dumps({"logits": logits, "accepted": accepted}) + "\n"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as exc:
+            raise DataError(
+                f"cannot write to strategy.record_confidence={path}: {exc.strerror}"
+            ) from exc
+
+    @classmethod
+    def read(cls, path: Path, draft_tokens: int) -> Record:
+        """Read a file.  Raises DataError where it is not one, of drafts of that many tokens."""
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines]
+            logits = torch.tensor([row["logits"] for row in rows], dtype=torch.float64)
+            accepted = torch.tensor([row["accepted"] for row in rows], dtype=torch.int64)
+        except (OSError, ValueError, TypeError, LookupError) as exc:
+            raise DataError(
+                f"strategy.calibration={path} cannot be read: {exc}. Try: specforge eval ... "
+                "strategy.record_confidence=FILE, with a file that does not exist yet"
+            ) from exc
+        if logits.shape != (len(rows), draft_tokens) or not rows or not logits.isfinite().all():
+            raise DataError(
+                f"strategy.calibration={path} holds {len(rows)} drafts of shape "
+                f"{list(logits.shape[1:])}, where drafts of {draft_tokens} finite numbers are "
+                "needed. Record it with this draft"
+            )
+        return cls(logits, accepted)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """One temperature for each place of a draft, and the errors without and with them."""
+
+    temperatures: tuple[float, ...]
+    drafts: int
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+    def to_json(self) -> str:
+        """Return what SGLang reads as --speculative-dspark-confidence-sts-path."""
+        return json.dumps(
+            {
+                "temperatures": self.temperatures,
+                "num_samples": self.drafts,
+                "ece_before": self.before,
+                "ece_after": self.after,
+            },
+            indent=2,
+        )
+
+
+def calibrate(record: Record) -> Calibration:
+    """Fit temperatures place by place: sequential temperature scaling.
+
+    The probability that the first k tokens of a draft are all kept is taken for the product of
+    sigmoid(logit / temperature) over them.  At each place the temperature of `TEMPERATURES` is
+    chosen that makes that product's expected calibration error least, those before it fixed.
+    """
+    ones = torch.ones(len(record.logits), dtype=torch.float64)
+    plain, fitted = ones, ones
+    chosen: list[float] = []
+    before: list[float] = []
+    after: list[float] = []
+    for place, logits in enumerate(record.logits.unbind(1)):
+        kept = (record.accepted > place).double()
+        plain = plain * torch.sigmoid(logits)
+        tried = [fitted * torch.sigmoid(logits / t) for t in TEMPERATURES]
+        errors = [calibration_error(survival, kept) for survival in tried]
+        best = min(range(len(errors)), key=errors.__getitem__)
+        fitted = tried[best]
+        chosen.append(float(TEMPERATURES[best]))
+        before.append(calibration_error(plain, kept))
+        after.append(errors[best])
+    return Calibration(tuple(chosen), len(ones), tuple(before), tuple(after))
+
+
+def calibration_error(probabilities: Tensor, happened: Tensor) -> float:
+    """Return the expected calibration error of `probabilities` [N], in `BINS` equal bins.
+
+    The difference of mean probability and frequency in each bin, weighted by its share of N.
+    """
+    bins = (probabilities * BINS).long().clamp(0, BINS - 1)
+    apart = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, probabilities - happened)
+    return float(apart.abs().sum()) / len(probabilities)
+
+
+def survives(logits: Iterable[float], temperatures: Iterable[float]) -> float:
+    """Return the probability that all tokens with these confidences are kept."""
+    scaled = [x / t for x, t in zip(logits, temperatures, strict=True)]
+    return float(torch.sigmoid(torch.tensor(scaled, dtype=torch.float64)).prod())

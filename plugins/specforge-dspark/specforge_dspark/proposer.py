@@ -1,0 +1,78 @@
+"""Drafts one block after the verified tokens, each token from the one drafted before it."""
+
+from __future__ import annotations
+
+import torch
+from specforge_dflash.proposer import DFlashProposer
+from torch import Tensor
+
+from specforge_core.types import Proposal, Sampling, TargetCapture
+
+from .confidence import Record, calibrate, survives
+from .config import DSparkConfig
+from .model import DSparkModel, Target, draft_logits
+
+
+class DSparkProposer(DFlashProposer):
+    """Runs the backbone once a draft, and walks through its slots with the Markov head.
+
+    With `confidence_threshold` a draft ends before the first token with which the probability
+    that all are kept falls below it.  That is decided before this token is drawn, so what is
+    emitted still follows the target's distribution.  At least one token is drafted.
+    """
+
+    def __init__(self, config: DSparkConfig, model: DSparkModel, frozen: Target) -> None:
+        super().__init__(config, model.backbone, frozen)
+        self._options, self._draft, self._target = config, model, frozen
+        self._confidence: list[float] = []  # logits of the draft that is being verified
+        self._temperatures = (1.0,) * self.max_tokens
+        if config.calibration is not None:
+            record = Record.read(config.calibration, self.max_tokens)
+            self._temperatures = calibrate(record).temperatures
+
+    def start(self, prefix: TargetCapture, /) -> None:
+        self._confidence = []
+        super().start(prefix)
+
+    def accept(self, accepted: TargetCapture, /) -> None:
+        record = self._options.record_confidence
+        if record is not None and len(self._confidence) == self.max_tokens:
+            # the token that was known stands before those that were kept
+            Record.append(record, self._confidence, len(accepted.input_ids) - 1)
+        self._confidence = []
+        super().accept(accepted)
+
+    @torch.no_grad()
+    def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
+        markov = self._draft.markov_head
+        hidden = self.block_states(last_token)[:max_tokens]
+        token = torch.tensor(last_token, device=hidden.device)
+        state = markov.first_state(1, hidden)[0]
+        tokens: list[Tensor] = []
+        probs: list[Tensor] = []
+        self._confidence = []
+        for slot in hidden:
+            embedding = markov.markov_w1(token)
+            if self._ends(slot, embedding, first=not tokens):
+                break
+            latent, state = markov.step(embedding, slot, state)
+            logits = draft_logits(slot, latent, self._target, markov.markov_w2.weight)
+            if sampling.temperature == 0:
+                token = logits.argmax()
+            else:
+                probs.append(torch.softmax(logits / sampling.temperature, dim=-1))
+                drawn = torch.multinomial(probs[-1].cpu(), 1, generator=sampling.generator)
+                token = drawn[0].to(hidden.device)
+            tokens.append(token)
+        return Proposal(tokens=torch.stack(tokens), probs=torch.stack(probs) if probs else None)
+
+    def _ends(self, slot: Tensor, embedding: Tensor, *, first: bool) -> bool:
+        """Note the confidence of the next token; say whether the draft ends before it."""
+        config, head = self._options, self._draft.confidence_head
+        if head is None or (config.record_confidence is None and not config.confidence_threshold):
+            return False
+        self._confidence.append(float(head(slot, embedding)))
+        if first or config.record_confidence is not None:  # whole drafts are recorded
+            return False
+        temperatures = self._temperatures[: len(self._confidence)]
+        return survives(self._confidence, temperatures) < config.confidence_threshold

@@ -1,0 +1,85 @@
+"""The training objective: token, distribution and confidence of every slot of a block.
+
+Shapes: M blocks, D slots of a block that draft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from specforge_dflash.step import SLOTS_SHOWN, by_slot, slot_weights
+from torch import Tensor
+
+from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
+
+from .config import DSparkConfig
+from .model import DSparkModel, Slots, Target
+
+
+@dataclass(frozen=True, slots=True)
+class DSparkStep:
+    """Loss and metrics of one micro-batch.
+
+    A slot's loss is ce_weight * cross-entropy + tv_weight * sum_v |p_v - q_v| +
+    confidence_weight * binary cross-entropy of its confidence against a, where
+    a = 1 - sum_v |p_v - q_v| / 2 is the probability that a token drawn from q is accepted,
+    taken as constant.
+    """
+
+    config: DSparkConfig
+
+    @property
+    def draft_tokens(self) -> int:
+        return self.config.num_draft_tokens
+
+    def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
+        model, frozen, config = draft.model, draft.frozen, self.config
+        assert isinstance(model, DSparkModel)
+        assert isinstance(frozen, Target)
+        found = model(batch, frozen)
+        slots = Slots(*(by_slot(batch, x)[:, config.first_slot :] for x in found))
+        valid = batch["valid"].flatten(0, 1)[:, config.first_slot :]
+        losses = config.ce_weight * slots.cross_entropy + config.tv_weight * slots.variation
+        accepted = (1 - slots.variation.detach() / 2).clamp(0, 1)
+        if config.confidence_head:
+            misjudged = F.binary_cross_entropy_with_logits(
+                slots.confidence, accepted, reduction="none"
+            )
+            losses = losses + config.confidence_weight * misjudged
+        weights, total = slot_weights(config, slots.cross_entropy.detach(), valid)
+        return StepOutput(
+            loss_sum=(weights * losses).sum(),
+            weight=total,
+            metrics=self._metrics(slots, accepted, valid),
+        )
+
+    def _metrics(self, slots: Slots, accepted: Tensor, valid: Tensor) -> dict[str, Ratio]:
+        """Return what the draft gets right, and would get accepted.
+
+        acceptance_rate: mean of a over trained slots.  acceptance_length counts the verified
+        token too: 1 + the hits before the first miss, over the blocks that have a trained slot;
+        expected_acceptance_length is 1 + a_1 + a_1 a_2 + ..., what drawing at temperature 1
+        gets on the data.  confidence_error: mean |confidence - a|.
+        """
+        count, blocks = valid.sum().float(), valid.any(1).sum().float()
+        hits, kept = slots.hits & valid, accepted * valid
+        right, shown = hits.sum(0).float(), valid.sum(0).float()
+
+        def length(each: Tensor) -> Ratio:
+            return Ratio(num=each.cumprod(dim=1).sum().float() + blocks, den=blocks)
+
+        metrics = {
+            "cross_entropy": Ratio(num=slots.cross_entropy.detach().sum(), den=count),
+            "accuracy": Ratio(num=right.sum(), den=count),
+            "acceptance_rate": Ratio(num=kept.sum(), den=count),
+            "acceptance_length": length(hits),
+            "expected_acceptance_length": length(kept),
+        }
+        if self.config.confidence_head:
+            error = (torch.sigmoid(slots.confidence.detach()) - accepted).abs() * valid
+            metrics["confidence_error"] = Ratio(num=error.sum(), den=count)
+        for k in range(min(SLOTS_SHOWN, valid.shape[1])):
+            metrics[f"accuracy_{k + 1}"] = Ratio(num=right[k], den=shown[k])
+        return metrics
