@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto import modeling_auto
 
 from ..errors import CaptureError
@@ -174,3 +176,21 @@ def best_match(name: str, keys: Iterable[str]) -> list[str]:
 
     found = [key for key in keys if key.split(".")[-2:] == wanted[-2:]]
     return sorted(found, key=lambda key: (likeness(key), -len(key)), reverse=True)
+
+
+def stored_as(name: str, keys: Iterable[str], target: TargetInfo) -> list[str]:
+    """Return the checkpoint's keys that transformers loads under a parameter's name.
+
+    It renames those of families whose published checkpoints have a name of their own: GPT-NeoX.
+    """
+    model = skeleton(target)
+    ways = [] if model is None else get_model_conversion_mapping(model)
+    found = []
+    for key in keys:
+        now = key
+        for way in ways:
+            if isinstance(way, WeightRenaming):
+                now = way.rename_source_key(now)[0]
+        if now == name:
+            found.append(key)
+    return found

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..documents import read_document
 from ..errors import CaptureError
 from ..types import TargetInfo
-from .skeleton import best_match, is_tied, parameter_names
+from .skeleton import best_match, is_tied, parameter_names, stored_as
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -211,7 +211,7 @@ def _key(name: str | None, files: Mapping[str, str], target: TargetInfo) -> str 
     """Return the key that holds a parameter; where several may, one whose rows are states."""
     if name is None:
         return None
-    found = best_match(name, files)
+    found = best_match(name, files) or stored_as(name, files, target)
     if len(found) > 1 and found[0] != name:
         found = [
             key for key in found if _shape(target, files[key], key)[-1:] == [target.hidden_size]

@@ -65,6 +65,17 @@ def test_tensors_are_those_of_the_loaded_model(family: str, tied: bool, tmp_path
     assert torch.equal(found["embed_tokens"], found["lm_head"]) == tied
 
 
+def test_a_head_is_found_under_the_name_that_published_checkpoints_have(tmp_path: Path):
+    info = save(tmp_path, "GPTNeoX", tie_word_embeddings=False)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    head = tensors.pop("embed_out.weight" if "embed_out.weight" in tensors else "lm_head.weight")
+    save_file({**tensors, "embed_out.weight": head}, file, {"format": "pt"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(load_target_tensors(info, ["lm_head"])["lm_head"], head)
+    assert torch.equal(model.get_output_embeddings().weight, head)
+
+
 def test_a_sharded_checkpoint_is_read_through_its_index(tmp_path: Path):
     whole = save(tmp_path / "whole", "Llama", tie_word_embeddings=False)
     parts = save(tmp_path / "parts", "Llama", tie_word_embeddings=False, shard="20KB")
