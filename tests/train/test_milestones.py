@@ -111,6 +111,7 @@ def test_the_checkpoint_whose_acceptance_is_best_is_kept(config: Path, tmp_path:
     assert json.loads((written / "provenance.json").read_text())["step"] == best
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_of_the_training(config: Path, tmp_path: Path) -> None:
     train(*load(config, *BY_ACCEPTANCE, "train.max_steps=3"))
     other = f"output_dir={tmp_path / 'other'}"
@@ -134,6 +135,7 @@ def test_patience_ends_a_run_that_gets_no_better(config: Path, tmp_path: Path) -
     assert find(Path(f"{tmp_path / 'run'}@best")).name == f"step-{best:08d}"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_best_one(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
