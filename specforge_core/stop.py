@@ -124,8 +124,8 @@ def listen(telling: Tell, launcher: int | None = None) -> None:
 
     `telling` gets what is to be said when a signal ended the command.  Called in the main thread.
     """
+    _state.tell, _state.launcher = telling, launcher  # first: a signal may come while it starts
     _start()
-    _state.tell, _state.launcher = telling, launcher
     os.write(_state.fd, b"\0")  # the thread looks for the launcher from now on
 
 
