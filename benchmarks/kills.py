@@ -36,7 +36,7 @@ from specforge_core.testing.toy import save_toy_target
 
 KINDS = ("capture", "offline", "online", "follow", "ranks")
 WINDOWS = ((1, 3), (4, 3), (3, 5), (7, 4))  # log_every and save_every, by trial
-STEPS, CONVERSATIONS = 40, 60
+STEPS, CONVERSATIONS = 24, 40
 LONGEST = 180.0  # seconds of one process, on a busy machine
 EACH = 4  # kills of one run, at most
 PART = 3 * EACH  # kills of one part of the campaign
