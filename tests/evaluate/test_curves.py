@@ -52,7 +52,7 @@ def test_lines_are_read_as_they_come_and_anew_after_a_resume(tmp_path: Path) -> 
         file.write('ss": 0.5}\n')
     assert curves.refresh()
     assert curves.series("loss")[-1] == (4, 0.5)
-    MetricsFile(tmp_path / "run").start({"logged": 2})  # the run goes on from step 2
+    MetricsFile(tmp_path / "run").start({"logged": 2, "step": 2})  # the run goes on from step 2
     write(tmp_path / "run", {"loss": 0.1}, first=3)
     assert curves.refresh()
     assert curves.series("loss") == [(1, 3.0), (3, 0.1)]
