@@ -259,6 +259,11 @@ class EvalConfig(Section):
             for name, found in prompts.items()
         }
 
+    @field_validator("prompts")
+    @classmethod
+    def _files_fit(cls, prompts: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        return {name: tuple(fits(expand(x)) for x in found) for name, found in prompts.items()}
+
 
 class RunConfig(Section):
     """One run, complete and validated before anything is built."""
