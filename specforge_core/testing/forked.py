@@ -27,7 +27,6 @@ _SERVER.set_forkserver_preload(
     [
         "specforge_core.train.run",
         "specforge_core.capture.job",
-        "specforge_linear",
         "transformers.models.llama.modeling_llama",
         "torch.distributed.fsdp",
         __name__,
