@@ -36,6 +36,8 @@ from specforge_core.testing.runs import load, write_run
 from specforge_core.train.run import train
 
 SECONDS = 8  # of one input, on a busy machine
+# inputs of each file at the slow level; said by the environment, they are drawn anew every time
+MANY = int(os.environ.get("SPECFORGE_FUZZ", "200"))
 DEEP = b"[" * 100_000
 HUGE = b"9" * 5000
 OVERRIDE_KEYS = (
@@ -264,7 +266,7 @@ def fuzz(run: Path, name: str, examples: int) -> None:
     @settings(
         max_examples=examples,
         deadline=None,
-        derandomize=True,
+        derandomize="SPECFORGE_FUZZ" not in os.environ,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
@@ -287,7 +289,7 @@ def test_a_file_with_something_changed(run: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_with_something_changed_many_times(run: Path, name: str) -> None:
-    fuzz(run, name, 600)
+    fuzz(run, name, MANY)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
