@@ -9,22 +9,24 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from typing import TYPE_CHECKING, Any
 
 from ..documents import read_document
 from ..errors import CheckpointError, RunError
 from ..files import make_folder, refusing, write_file
 from .report import EvalReport, SetReport
 
+if TYPE_CHECKING:  # every training imports this module, and few draw
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 MARKERS = "osD^vPX"
 
 
 def plot_acceptance(report: EvalReport, png: Path) -> None:
     """Draw the part of the drafted tokens accepted at each position, a line per prompt set."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
     figure, axes = _figure()
     sets: Mapping[str, SetReport] = report.per_set
     for number, (name, found) in enumerate(sets.items()):
@@ -49,6 +51,8 @@ def plot_loss(metrics: Path, png: Path) -> None:
 
     Raises CheckpointError when the file is missing or holds no losses.
     """
+    from matplotlib.ticker import MaxNLocator
+
     steps, losses = _losses(metrics)
     figure, axes = _figure()
     axes.plot(steps, losses, marker="o" if len(steps) < 30 else "", markersize=3)
@@ -72,6 +76,8 @@ def plot_progress(metrics: Path, png: Path) -> bool:
 
     Returns False where metrics.jsonl has none.  Raises CheckpointError when it cannot be read.
     """
+    from matplotlib.ticker import MaxNLocator
+
     rows = _rows(metrics)
     figure, axes = _figure()
     for number, (name, label) in enumerate(LENGTHS.items()):
@@ -111,6 +117,8 @@ def _losses(metrics: Path) -> tuple[list[int], list[float]]:
 
 
 def _figure() -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.2), dpi=140, layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.3)

@@ -30,7 +30,9 @@ from ..types import Draft
 from .dist import World
 from .feed import Feed
 
-MOST_SECONDS = 500.0  # NCCL ends processes that wait for 600
+# that ranks wait for the first one: NCCL ends them after 600, gloo after 1,800
+MOST_SECONDS = {"cuda": 500.0, "cpu": 1500.0}
+ROUND_SECONDS = 60.0  # after which all ranks hear that what runs beside still runs
 POLL_SECONDS = 0.2  # between two looks whether a stop is asked for
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -86,10 +88,22 @@ class Acceptance:
     def rest(self) -> list[Outcome]:
         """Wait for what is measured beside, no longer than it may take; on all ranks at once."""
         found: list[Outcome] = []
-        while self.beside is not None and self.beside.step is not None and stop.asked() is None:
-            if (outcome := self.beside.poll(POLL_SECONDS)) is not None:
-                found.append(outcome)
-        return self._told(found)
+        while True:
+            heard: list[Outcome] = []
+            until = time.monotonic() + ROUND_SECONDS
+            while self._runs() and not heard and time.monotonic() < until:
+                outcome = self.beside.poll(POLL_SECONDS) if self.beside is not None else None
+                heard += [outcome] if outcome is not None else []
+            told: list[Any] = [(heard, self._runs())]
+            if self.world.size > 1:
+                dist.broadcast_object_list(told)
+            found += told[0][0]
+            if not told[0][1]:
+                return found
+
+    def _runs(self) -> bool:
+        """Say whether something is measured beside that is still waited for."""
+        return self.beside is not None and self.beside.step is not None and stop.asked() is None
 
     def begin(self, step: int, checkpoint: Path) -> str:
         """Measure a checkpoint beside; return why not, where the one before still runs."""
@@ -141,11 +155,11 @@ class Acceptance:
 
 def _check_patience(seconds: float, world: World) -> None:
     """Raise ConfigError where the other ranks would give up before the first one does."""
-    if world.size > 1 and world.device.type == "cuda" and seconds > MOST_SECONDS:
+    most = MOST_SECONDS["cuda" if world.device.type == "cuda" else "cpu"]
+    if world.size > 1 and seconds > most:
         raise ConfigError(
-            f"train.eval_seconds={seconds:g}: other GPUs wait no longer than {MOST_SECONDS:g} "
-            f"seconds. Try: train.eval_seconds={MOST_SECONDS:g}, or eval.device=DEVICE, beside "
-            "the training"
+            f"train.eval_seconds={seconds:g}: the other ranks wait no longer than {most:g} "
+            f"seconds. Try: train.eval_seconds={most:g}, or eval.device=DEVICE, beside the training"
         )
 
 
@@ -162,8 +176,12 @@ def other_device(run: RunConfig, device: torch.device) -> str:
     if device.type != "cuda":
         return "cpu"
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.cuda.device_count() > ranks:
-        return f"cuda:{ranks}"
+    taken = {f"cuda:{n}" for n in range(ranks)} if ranks > 1 else {f"cuda:{device.index or 0}"}
+    if run.data.capture_dir is None:
+        taken.add(run.target.device)
+    for number in range(torch.cuda.device_count()):
+        if f"cuda:{number}" not in taken:
+            return f"cuda:{number}"
     raise ConfigError(
         "train.eval_every needs a device for evaluations, since the target is not in the process "
         f"of the training, and all {ranks} GPU(s) train. Try: eval.device=cuda:0 (which they "

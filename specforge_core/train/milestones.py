@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,10 @@ from ..config import RunConfig
 from ..documents import read_document
 from ..drafts.checkpoint import checkpoints
 from ..drafts.state import step_of
+from ..errors import SpecForgeError
 from ..evaluate.beside import Outcome
 from ..evaluate.plot import plot_progress
+from ..process import describe
 from ..progress import console
 from .acceptance import Acceptance
 from .best import Best
@@ -67,8 +70,11 @@ class Milestones:
             values = self.validation.run(step, total_steps)
             if values is not None:
                 save |= self._take(step, values)
+        last |= self.over  # behind the validation: nothing comes after this step
         if self.acceptance is not None and (last or self._evaluates(step)):
             save |= self._hear(self.acceptance.now(step), step)
+            if last:  # what still runs beside makes place for this one
+                save |= self._hear(self.acceptance.rest(), step)
             if not self.acceptance.inside:
                 self.wanted, save = step, True
         self.seconds += time.monotonic() - began
@@ -77,22 +83,29 @@ class Milestones:
     def saved(self, step: int) -> None:
         """Begin with what reads a checkpoint, once that of `step` is there."""
         if self.wanted == step:
-            self._begin(step)
+            self.wanted = None
+            with self._warning("acceptance"):
+                self._begin(step)
 
-    def finish(self) -> None:
-        """Wait for what is still measured, and draw all of it.  On all ranks at once."""
+    def finish(self, step: int) -> None:
+        """Wait for what is still measured, and draw all of it.  On all ranks at once.
+
+        The checkpoint of `step`, the last one, is there.
+        """
+        self._tidy()
+        self.saved(step)
+        if self.acceptance is not None:
+            self._hear(self.acceptance.rest(), None)
         best = self.best
         if best is not None and best.over:
             self._say(
                 f"train.patience={best.patience}: no better {best.metric} since step {best.step} "
-                f"({best.value:.4g}), so the training ends"
+                f"({best.value:.4g}), so the training ended"
             )
-        if self.acceptance is None:
-            return
-        self._hear(self.acceptance.rest(), None)
         metrics = self.run.output_dir / METRICS
-        if self.world.main and metrics.exists():
-            plot_progress(metrics, self.run.output_dir / PLOT)
+        if self.acceptance is not None and self.world.main and metrics.exists():
+            with self._warning(PLOT):
+                plot_progress(metrics, self.run.output_dir / PLOT)
 
     @property
     def over(self) -> bool:
@@ -119,13 +132,19 @@ class Milestones:
             if self.best is not None:
                 self.best.take(row["step"], row, usable=row["step"] in there)
         heard = {row["step"] for row in rows if "eval/verifications" in row}
-        cut_off = step not in heard and (ended or self._evaluates(step))
-        self.lost = step if cut_off else None
+        owed = [
+            at
+            for at in there
+            if at is not None and at <= step and at not in heard
+            if self._evaluates(at) or (ended and at == step)
+        ]
+        self.lost = max(owed, default=None)
 
     def again(self) -> None:
-        """Begin anew with an evaluation beside that ended with the process of its training."""
+        """Begin anew with the newest evaluation beside that ended with its training's process."""
         if self.lost is not None and self.acceptance is not None:
-            self._begin(self.lost)
+            with self._warning("acceptance"):
+                self._begin(self.lost)
 
     def _begin(self, step: int) -> None:
         assert self.acceptance is not None
@@ -160,9 +179,22 @@ class Milestones:
             if self._take(outcome.step, outcome.metrics):
                 if outcome.step == now:
                     save = True
-                elif self.world.main:  # its checkpoint is there already
-                    tidy(self.run.output_dir, self.kept)
+                else:  # its checkpoint is there already
+                    self._tidy()
         return save
+
+    def _tidy(self) -> None:
+        if self.world.main and (self.best is not None or self.acceptance is not None):
+            with self._warning("train.keep_best"):
+                tidy(self.run.output_dir, self.kept)
+
+    @contextmanager
+    def _warning(self, what: str) -> Iterator[None]:
+        """Go on where something fails that the training does not need."""
+        try:
+            yield
+        except (SpecForgeError, OSError) as exc:
+            self._say(f"warning: {what}: {describe(exc)[0]}")
 
     def _take(self, step: int, values: Mapping[str, float]) -> bool:
         self.trackers.log(step, values)

@@ -132,7 +132,8 @@ class Trainer:
                     rate = self.log.rate(self.num_tokens)
                     progress.advance(1, f"loss {self.log.loss:.3f}  {rate:,.0f} tokens/s")
                     good = self.step == one.step and not self.bad_steps.in_a_row
-                    if due and good and (self._measure() or save):
+                    # the last step is saved first: whatever measures it may take long, or fail
+                    if due and good and not self._complete() and (self._measure() or save):
                         self._save()
                         saved = self.step
                 while launched:
@@ -141,18 +142,19 @@ class Trainer:
                     self.log.rest(self.step)
                 if not self.stopping:
                     self.bad_steps.check_last(self.step)
-                    if self.step not in (begun, self.milestones.measured):
-                        self._measure()
                 if saved != self.step:
                     self._save()
+                finished = self._complete()
                 if not self.stopping:
-                    self.milestones.finish()
+                    if self.step not in (begun, self.milestones.measured):
+                        self._measure()
+                    self.milestones.finish(self.step)
         finally:
             self.feed.source.close()
             batches.close(CLOSE_SECONDS if stop.asked() is not None else math.inf)
-        return self._report()
+        return self._report(finished)
 
-    def _report(self) -> TrainReport:
+    def _report(self, finished: bool) -> TrainReport:
         if self.step == 0:
             raise stop.Interrupted(stop.asked() or signal.SIGTERM, "no step was done")
         return TrainReport(
@@ -161,7 +163,7 @@ class Trainer:
             num_tokens=self.num_tokens,
             seconds=self.seconds,
             checkpoint=find(self.run.output_dir),
-            finished=self._complete(),
+            finished=finished,
         )
 
     def _ended(self) -> bool:

@@ -23,8 +23,8 @@ PREFIX = "validation/"
 class Validation:
     """Runs the step over all of `data.validation`, on all ranks, without gradients.
 
-    Each sample is taken once, with the same draws every time and on any number of ranks, and
-    sums are divided once, so that two validations compare.
+    Each sample is taken once, what its transform draws is the same every time and on any number
+    of ranks, and sums are divided once, so that two validations compare.
     """
 
     forward: Forward
