@@ -7,6 +7,7 @@ from ..capture.manifest import CaptureManifest
 from ..config import RunConfig
 from ..drafts.checkpoint import checkpoints
 from ..errors import SpecForgeError
+from ..process import describe
 from ..records import recorded
 from ..strategy import Strategy
 from ..target.info import load_target_info
@@ -52,8 +53,8 @@ def _measured(run: RunConfig, strategy: Strategy, nproc: int) -> object:
 
     try:
         found = probe(run, strategy).as_plan(run, nproc)
-    except SpecForgeError as exc:
-        return f"nothing: {exc}"
+    except Exception as exc:  # too little memory, too: that is what a plan is for
+        return f"nothing: {describe(exc)[0]}"
     found["free_in_output_dir"] = in_units(free_bytes(run.output_dir))
     return found
 

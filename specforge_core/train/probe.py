@@ -1,4 +1,4 @@
-"""The rate of a training, by a few of its steps: nothing is written."""
+"""The rate of a training, by a few of its steps: nothing is written but `data.cache`."""
 
 from __future__ import annotations
 
@@ -77,9 +77,11 @@ def probe(run: RunConfig, strategy: Strategy) -> Probe:
     """
     device = pick_device(run.train.device, "train.device")
     machine = choose(run)
+    # what is measured is the target, and what a run has kept of it stays as it is
+    run = run.model_copy(update={"capture": run.capture.model_copy(update={"cache": None})})
     with ExitStack() as stack:
         world_ = stack.enter_context(world(device))
-        share = Share(world_.rank, world_.size, run.train.seed)
+        share = Share(world_.rank, world_.size, run.train.seed, run.data.shuffle_window)
         feed = open_feed(run, strategy, share)
         stack.callback(feed.close)
         trainer = build(run, strategy, world_, feed, machine)
