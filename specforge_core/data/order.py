@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 KEPT = 4  # groups whose order is remembered
 
@@ -22,16 +23,16 @@ def epoch_order(num_samples: int, seed: int, epoch: int, window: int | None = No
     return [
         start + place
         for group, start in enumerate(starts)
-        for place in _shuffled(min(size, num_samples - start), seed, epoch, group)
+        for place in _shuffled(min(size, num_samples - start), seed, epoch, group).tolist()
     ]
 
 
-def _shuffled(size: int, seed: int, epoch: int, group: int) -> list[int]:
+def _shuffled(size: int, seed: int, epoch: int, group: int) -> Tensor:
     first = (seed << 20) + epoch
     if group:
         digest = hashlib.blake2b(f"{first}/{group}".encode(), digest_size=7).digest()
         first = int.from_bytes(digest, "big")
-    return torch.randperm(size, generator=torch.Generator().manual_seed(first)).tolist()
+    return torch.randperm(size, generator=torch.Generator().manual_seed(first))
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ class Order:
     seed: int
     window: int | None
     known: Callable[[int | None], int]  # waits for so many samples, or all; says how many there are
-    _groups: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
+    _groups: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def at(self, place: int) -> tuple[int, int]:
         """Return the epoch and the sample at a place; waits for the samples it is shuffled with."""
@@ -60,4 +61,4 @@ class Order:
             while len(self._groups) >= KEPT:
                 del self._groups[next(iter(self._groups))]
             self._groups[key] = _shuffled(size, self.seed, epoch, group)
-        return group * (self.window or there) + self._groups[key][place]
+        return group * (self.window or there) + int(self._groups[key][place])
