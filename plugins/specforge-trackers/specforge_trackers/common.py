@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from specforge_core import stop
 from specforge_core.errors import CheckpointError, ConfigError
 
 ABOUT = ("strategy", "target", "versions", "config")  # of what `start` is told
@@ -33,7 +34,9 @@ def as_text(values: Mapping[str, Any]) -> str:
 
 
 def picture(output_dir: Path) -> bytes | None:
-    """Return the run's curves as PNG; None where nothing was logged."""
+    """Return the run's curves as PNG; None where nothing was logged, or a signal ends the run."""
+    if stop.asked() is not None:  # seconds are left, for what was logged
+        return None
     from specforge_core.evaluate.compare import draw_runs
 
     try:

@@ -66,6 +66,7 @@ class TensorboardTracker:
         """Add the picture of the run's curves, and write what is left."""
         if self.writer is None or self.output_dir is None:
             return
+        self.writer.flush()  # before what takes long: a signal leaves seconds
         try:
             if (png := picture(self.output_dir)) is not None:
                 from matplotlib.image import imread
