@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,7 @@ class Exports:
         It can import specforge-sglang's export_forward.py and export_keys.py, and writes
         OUTPUT/NAME.safetensors for each export.  Returns a function that reads these.
         """
-        out = self.folder.with_name(f"{self.folder.name}-computed")
-        out.mkdir()
+        out = Path(tempfile.mkdtemp(prefix="computed-", dir=self.folder.parent))
         (out / "request.json").write_text(json.dumps(request))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

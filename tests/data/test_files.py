@@ -289,7 +289,7 @@ def test_the_home_folder_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         }
     )
     found = [run.target.path, *run.data.train, run.data.capture_dir, run.train.init_from]
-    found += [run.eval.prompts["a"], run.regenerate.prompts[0], run.output_dir]
+    found += [*run.eval.prompts["a"], run.regenerate.prompts[0], run.output_dir]
     assert [str(path) for path in found] == [f"{tmp_path}/{name}" for name in ["t", "d.jsonl"]] + [
         f"{tmp_path}/{name}" for name in "crepo"
     ]
