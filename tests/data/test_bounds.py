@@ -19,6 +19,9 @@ from specforge_core.data.prompts import load_prompts
 from specforge_core.data.sources import BadRow
 from specforge_core.testing.toy import TEMPLATE, toy_tokenizer
 
+# the end of time or of memory may meet a callback of the garbage collector: Python says so and goes
+# on, and the next allocation, or the next second, raises it again
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLE = (
     "{% set n = namespace(s='xx') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}"
