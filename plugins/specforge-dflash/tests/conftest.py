@@ -13,12 +13,13 @@ from specforge_dflash import DFlashConfig, build_draft
 from specforge_dflash.adapter import capture_spec
 from specforge_dflash.anchors import DFlashTransform
 from specforge_dflash.collate import DFlashCollate
+from specforge_dflash.export import export_draft
 from specforge_dflash.model import DFlashModel, Frozen
 from torch import Tensor
 
 from specforge_core.batches.loader import sample_generator
 from specforge_core.target.head import Head
-from specforge_core.types import Batch, Draft, Sample, StepContext, TargetInfo
+from specforge_core.types import Batch, Draft, Export, Sample, StepContext, TargetInfo
 
 VOCAB, HIDDEN, LAYERS = 41, 24, 8
 MASK = 40
@@ -186,6 +187,12 @@ def weights64(tiny: Tiny) -> dict[str, Tensor]:
     return {k: v.detach().double().requires_grad_() for k, v in tiny.model.named_parameters()}
 
 
+def export_of(tiny: Tiny, format: str = "hf") -> Export:
+    made = export_draft(tiny.config, tiny.draft, tiny.target, format)
+    assert made is not None
+    return made
+
+
 @dataclass(frozen=True)
 class Kit:
     """The functions above, for tests."""
@@ -198,6 +205,7 @@ class Kit:
     context: Callable[..., StepContext] = make_context
     logits64: Callable[..., Tensor] = block_logits
     weights64: Callable[[Tiny], dict[str, Tensor]] = weights64
+    export: Callable[..., Export] = export_of
 
 
 @pytest.fixture(scope="session")

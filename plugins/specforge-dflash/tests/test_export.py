@@ -10,18 +10,12 @@ import pytest
 import torch
 from specforge_dflash.export import export_draft, load_export
 
-from specforge_core.errors import CheckpointError, ConfigError
+from specforge_core.errors import CheckpointError
 from specforge_core.types import Export
 
 
-def export(tiny: Any, format: str = "hf") -> Export:
-    made = export_draft(tiny.config, tiny.draft, tiny.target, format)
-    assert made is not None
-    return made
-
-
 def test_config_of_a_full_attention_draft(kit: Any) -> None:
-    made = export(kit.tiny(), "sglang")
+    made = kit.export(kit.tiny(), "sglang")
     assert made.config == {
         "architectures": ["DFlashDraftModel"],
         "model_type": "qwen3",
@@ -64,7 +58,7 @@ def test_config_of_a_full_attention_draft(kit: Any) -> None:
 
 def test_config_of_a_sliding_draft(kit: Any) -> None:
     types = ["full_attention", "sliding_attention"]
-    made = export(kit.tiny(sliding_window=6, layer_types=types, softcap=30.0)).config
+    made = kit.export(kit.tiny(sliding_window=6, layer_types=types, softcap=30.0)).config
     assert made["layer_types"] == types
     assert (made["sliding_window"], made["use_sliding_window"]) == (6, True)
     assert made["max_window_layers"] == 1
@@ -74,13 +68,13 @@ def test_config_of_a_sliding_draft(kit: Any) -> None:
 def test_transformers_reads_the_config_as_a_qwen3(kit: Any) -> None:
     from transformers import Qwen3Config
 
-    found = Qwen3Config(**export(kit.tiny()).config)
+    found = Qwen3Config(**kit.export(kit.tiny()).config)
     assert (found.head_dim, found.rope_parameters["rope_theta"]) == (8, 1000.0)
     assert found.dflash_config["target_layer_ids"] == [1, 5]
 
 
 def test_tensors_are_the_published_ones(kit: Any) -> None:
-    weights = export(kit.tiny()).weights
+    weights = kit.export(kit.tiny()).weights
     layer = {
         "self_attn.q_proj.weight": (32, 24),
         "self_attn.k_proj.weight": (16, 24),
@@ -103,7 +97,7 @@ def test_tensors_are_the_published_ones(kit: Any) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_reloading_reproduces_the_logits_bit_for_bit(kit: Any, dtype: str) -> None:
     tiny = kit.tiny(export_dtype=dtype)
-    made = export(tiny)
+    made = kit.export(tiny)
     other = kit.tiny(export_dtype=dtype, seed=9)
     batch = kit.batch(tiny.config, kit.samples((19,)))
     slots = tiny.frozen.embed(batch["block_ids"].flatten(1))
@@ -118,80 +112,13 @@ def test_reloading_reproduces_the_logits_bit_for_bit(kit: Any, dtype: str) -> No
     assert load_export(other.config, other.model, made)
     assert torch.equal(logits(other.model), logits(tiny.model))
     assert not torch.equal(before, logits(other.model))
-    again = export(other)
+    again = kit.export(other)
     assert again.config == made.config
     assert all(torch.equal(again.weights[name], value) for name, value in made.weights.items())
 
 
-@pytest.mark.parametrize("format", ["sglang", "vllm"])
-def test_engines_that_read_slots_by_position_refuse_the_shifted_layout(
-    kit: Any, format: str
-) -> None:
-    tiny = kit.tiny(label_layout="next_token")
-    with pytest.raises(ConfigError, match=rf"{format} serves .*label_layout 'next_token': nothing"):
-        export(tiny, format)
-    nested = export(tiny).config["dflash_config"]
-    assert (nested["label_layout"], nested["sample_from_anchor"]) == ("next_token", True)
-    assert nested["num_draft_tokens"] == 4
-
-
-@pytest.mark.parametrize(
-    ("options", "refused"),
-    [
-        ({"bias": True}, ("sglang", "vllm")),
-        ({"scale": 3.0, "model_type": "gemma2"}, ("sglang", "vllm")),
-        ({"scale": 12.0, "model_type": "granite"}, ("sglang", "vllm")),
-        ({"scale": 3.0, "model_type": "gemma3_text"}, ("vllm",)),
-        ({"scale": 3.0, "model_type": "gemma4_text"}, ()),
-    ],
-)
-def test_engines_that_leave_out_what_a_target_adds_refuse(
-    kit: Any, options: dict[str, Any], refused: tuple[str, ...]
-) -> None:
-    """What they draft with is the target's bare embedding and head, in most targets."""
-    tiny = kit.tiny(**options)
-    kind, scale = options.get("model_type"), options.get("scale", 1.0)
-    why = "has one" if "bias" in options else f"embeddings by {scale:g}, .* of {kind} without"
-    for engine in refused:
-        with pytest.raises(ConfigError, match=rf"{why}.* Try: --format hf"):
-            export(tiny, engine)
-    assert export(tiny).serve.keys() == {"sglang", "vllm"} - set(refused)
-
-
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 6}])
-def test_vllm_gets_the_published_layout_and_nothing_that_it_reads_otherwise(
-    kit: Any, options: dict[str, Any]
-) -> None:
-    """Checked against what vLLM's loader is known to read; vLLM is not run."""
-    tiny = kit.tiny(**options)
-    made, published = export(tiny, "vllm"), export(tiny)
-    assert made.config == published.config
-    assert made.weights.keys() == published.weights.keys()
-    nested = made.config["dflash_config"]
-    # it adds 1 to these itself; a top-level field of its own would be taken as it is, and first
-    assert nested["target_layer_ids"] == [1, 5]
-    assert not {"eagle_aux_hidden_state_layer_ids", "target_layer_ids"} & made.config.keys()
-    # either would make all layers causal, or none; without them those that slide are
-    assert "is_causal" not in made.config
-    assert not {"causal", "use_swa", "swa_window_size", "attention_sink_bias"} & nested.keys()
-    # it would rotate a part of each head, scale logits, or draft from fewer tokens
-    assert "partial_rotary_factor" not in made.config["rope_parameters"]
-    assert not {"logit_scale", "draft_vocab_size", "is_neox_style"} & made.config.keys()
-    assert "mask_hidden" not in made.weights  # an error there
-
-
-@pytest.mark.parametrize("format", ["hf", "sglang", "vllm"])
-def test_an_export_says_how_engines_serve_it(kit: Any, format: str) -> None:
-    made = export(kit.tiny(), format)
-    assert made.serve == {
-        "sglang": {"speculative_algorithm": "DFLASH"},  # the block's length is in config.json
-        "vllm": {"method": "dflash", "num_speculative_tokens": 3},
-    }
-    assert export(kit.tiny(label_layout="next_token")).serve == {}
-
-
 def test_every_key_of_the_methods_own_has_a_cause(kit: Any) -> None:
-    made = export(kit.tiny())
+    made = kit.export(kit.tiny())
     assert made.causes.keys() == made.config["dflash_config"].keys()
     assert made.causes["sample_from_anchor"] == made.causes["label_layout"]
 
@@ -219,7 +146,7 @@ def test_an_unknown_format_is_left_to_the_core(kit: Any) -> None:
 def test_exports_of_another_draft_are_refused(
     kit: Any, options: dict[str, Any], message: str
 ) -> None:
-    made, other = export(kit.tiny()), kit.tiny(**options)
+    made, other = kit.export(kit.tiny()), kit.tiny(**options)
     before = {name: value.clone() for name, value in other.model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message):
         load_export(other.config, other.model, made)
@@ -227,7 +154,7 @@ def test_exports_of_another_draft_are_refused(
 
 
 def test_another_window_is_refused(kit: Any) -> None:
-    made, other = export(kit.tiny(sliding_window=6)), kit.tiny(sliding_window=4)
+    made, other = kit.export(kit.tiny(sliding_window=6)), kit.tiny(sliding_window=4)
     with pytest.raises(CheckpointError, match="has sliding_window 6, this run 4"):
         load_export(other.config, other.model, made)
 
@@ -252,14 +179,14 @@ def test_a_config_that_was_edited_is_refused(
     kit: Any, change: dict[str, Any], message: str
 ) -> None:
     tiny = kit.tiny()
-    made = export(tiny)
+    made = kit.export(tiny)
     with pytest.raises(CheckpointError, match=message):
         load_export(tiny.config, tiny.model, replace(made, config={**made.config, **change}))
 
 
 def test_quantised_tensors_are_refused(kit: Any) -> None:
     tiny = kit.tiny()
-    made = export(tiny)
+    made = kit.export(tiny)
     weights = {**made.weights, "norm.weight": made.weights["norm.weight"].to(torch.int8)}
     with pytest.raises(CheckpointError, match=r"'norm\.weight' has dtype int8, this draft needs"):
         load_export(tiny.config, tiny.model, replace(made, weights=weights))
@@ -269,7 +196,7 @@ def test_quantised_tensors_are_refused(kit: Any) -> None:
 
 def test_another_mask_token_is_refused(kit: Any) -> None:
     tiny = kit.tiny()
-    made = export(tiny)
+    made = kit.export(tiny)
     nested = {**made.config["dflash_config"], "mask_token_id": 39}
     with pytest.raises(CheckpointError, match=r"mask_token_id 39, this run 40. Try: strategy.mask"):
         load_export(
@@ -279,7 +206,7 @@ def test_another_mask_token_is_refused(kit: Any) -> None:
 
 def test_missing_and_unknown_tensors_are_refused(kit: Any) -> None:
     tiny = kit.tiny()
-    made = export(tiny)
+    made = kit.export(tiny)
     fewer = {k: v for k, v in made.weights.items() if k != "norm.weight"}
     with pytest.raises(CheckpointError, match=r"'norm.weight' has shape none.* needs \(24,\)"):
         load_export(tiny.config, tiny.model, replace(made, weights=fewer))
@@ -291,7 +218,7 @@ def test_missing_and_unknown_tensors_are_refused(kit: Any) -> None:
 def test_fc_of_other_layers_is_refused(kit: Any) -> None:
     """The one mismatch engines notice themselves."""
     tiny = kit.tiny()
-    made = export(tiny)
+    made = kit.export(tiny)
     weights = {**made.weights, "fc.weight": torch.zeros(24, 72)}
     with pytest.raises(CheckpointError, match=r"'fc.weight' has shape \(24, 72\)"):
         load_export(tiny.config, tiny.model, replace(made, weights=weights))
@@ -300,7 +227,7 @@ def test_fc_of_other_layers_is_refused(kit: Any) -> None:
 def test_the_oldest_published_layout_is_read(kit: Any) -> None:
     """Block size and layers at the top level, rope_theta alone, no layout flag."""
     tiny = kit.tiny()
-    made = export(tiny)
+    made = kit.export(tiny)
     old = {k: v for k, v in made.config.items() if k not in ("rope_parameters", "layer_types")}
     old["dflash_config"] = {"mask_token_id": 40}
     old["target_layer_ids"] = [1, 5]
