@@ -19,6 +19,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specforge_core.config import TargetConfig
+
 SGLANG = Path(__file__).parent / "specforge-sglang" / "tests"
 Tensors = dict[str, Tensor]
 
@@ -104,3 +106,22 @@ class Exports:
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """Return a place for exports, empty at first."""
     return Exports(tmp_path_factory.mktemp("exports"))
+
+
+@pytest.fixture(scope="module")
+def engine(
+    request: pytest.FixtureRequest,
+    cache: Path,
+    target: TargetConfig,
+    references: dict[str, Tensors],
+    exports: Exports,
+) -> Callable[[str], Tensors]:
+    """Return what SGLang 0.5.23 computes from each of a module's exports, all in one process.
+
+    The module has `references`, which writes the exports, the tokens IDS and LAST, and beside it
+    sglang_forward.py.
+    """
+    assert references
+    script, python = request.path.with_name("sglang_forward.py"), locate("0.5.23", cache)
+    module = request.module
+    return exports.compute(python, script, target.path, ids=module.IDS, last=module.LAST)

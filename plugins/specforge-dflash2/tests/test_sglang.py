@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from specforge_core.testing.toy import save_toy_target
 from specforge_core.types import CaptureSpec, Prompt, Sampling
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
 IDS, LAST = [int(i) for i in torch.arange(23) * 37 % 250], 101
 TERMS = 2 * (6 * 32 + 64 + 4 * 34) + 32 + 12  # two layers, their convolutions, the selector
 OPTIONS = {"name": "dflash2", "layers": [1, 3], "num_layers": 2, "export_dtype": "float32"}
@@ -121,23 +119,6 @@ def reference(draft: Any, proposer: Any, prefix: Any) -> Tensors:
     told = {"features": features, "states": block[0], "candidates": ids}
     told["scores"] = torch.stack(scores)
     return told | {"tokens": proposer.propose(LAST, 99, greedy).tokens}
-
-
-@pytest.fixture(scope="module")
-def engine(
-    find_sglang: Any,
-    cache: Path,
-    target: TargetConfig,
-    references: dict[str, Tensors],
-    exports: Any,
-) -> Callable[[str], Tensors]:
-    """Return what SGLang computes from each export, all in one process."""
-    assert references
-    script, python = HERE / "sglang_forward.py", find_sglang("0.5.23", cache)
-    found: Callable[[str], Tensors] = exports.compute(
-        python, script, target.path, ids=IDS, last=LAST
-    )
-    return found
 
 
 @pytest.mark.parametrize("name", DRAFTS)

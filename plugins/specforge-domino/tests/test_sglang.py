@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from specforge_core.testing.toy import save_toy_target
 from specforge_core.types import CaptureSpec, Prompt, Sampling
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
 IDS, LAST = [int(i) for i in torch.arange(23) * 37 % 250], 101
 TERMS = 2 * (6 * 32 + 64) + 6 * (32 + 20) + 64  # two layers, six steps of the GRU, the correction
 OPTIONS = {"name": "domino", "layers": [1, 3], "num_layers": 2, "block_size": 6}
@@ -99,23 +97,6 @@ def reference(draft: Any, proposer: Any, prefix: Any) -> Tensors:
     tokens = proposer.propose(LAST, 99, greedy).tokens
     told = {"features": features, "states": states[0], "tokens": tokens}
     return told | {"corrections": torch.stack(corrections)}
-
-
-@pytest.fixture(scope="module")
-def engine(
-    find_sglang: Any,
-    cache: Path,
-    target: TargetConfig,
-    references: dict[str, Tensors],
-    exports: Any,
-) -> Callable[[str], Tensors]:
-    """Return what SGLang computes from each export, all in one process."""
-    assert references
-    script, python = HERE / "sglang_forward.py", find_sglang("0.5.23", cache)
-    found: Callable[[str], Tensors] = exports.compute(
-        python, script, target.path, ids=IDS, last=LAST
-    )
-    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

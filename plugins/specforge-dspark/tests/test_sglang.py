@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from specforge_core.testing.toy import save_toy_target
 from specforge_core.types import CaptureSpec, Prompt, Sampling
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
 IDS, LAST = [int(i) for i in torch.arange(23) * 37 % 250], 101
 TERMS = 2 * (6 * 32 + 64) + 6 * (32 + 2 * 12) + 12 + 32  # two layers, six recurrent steps, heads
 OPTIONS = {"name": "dspark", "layers": [1, 3], "num_layers": 2, "export_dtype": "float32"}
@@ -117,23 +115,6 @@ def reference(draft: Any, proposer: Any, prefix: Any, temperatures: Tensor) -> T
     told = {"features": features, "states": block[0], "tokens": tokens, "logits": logits}
     told["confidences"] = torch.sigmoid(raw / temperatures)
     return {name: value.detach() for name, value in told.items()}
-
-
-@pytest.fixture(scope="module")
-def engine(
-    find_sglang: Any,
-    cache: Path,
-    target: TargetConfig,
-    references: dict[str, Tensors],
-    exports: Any,
-) -> Callable[[str], Tensors]:
-    """Return what SGLang computes from each export, all in one process."""
-    assert references
-    script, python = HERE / "sglang_forward.py", find_sglang("0.5.23", cache)
-    found: Callable[[str], Tensors] = exports.compute(
-        python, script, target.path, ids=IDS, last=LAST
-    )
-    return found
 
 
 @pytest.mark.parametrize("name", DRAFTS)
