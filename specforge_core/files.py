@@ -20,7 +20,7 @@ from typing import IO, BinaryIO
 
 from .errors import SpecForgeError
 from .locks import hold
-from .text import cut
+from .text import cut, scaled
 
 TEMPORARY = re.compile(r"\..*\.specforge-[0-9a-f]{16}\.tmp", re.DOTALL)
 NAME_BYTES = 200  # of the name it is for: file systems allow 255 in all
@@ -286,10 +286,6 @@ def _room(place: Path | None) -> str:
         return ""
     for folder in place.absolute().parents:
         with suppress(OSError):
-            free: float = shutil.disk_usage(folder).free
-            for unit in ("bytes", "KB", "MB", "GB"):
-                if free < 1000:
-                    return f" ({free:.1f} {unit} free there)"
-                free /= 1000
-            return f" ({free:.1f} TB free there)"
+            free, unit = scaled(shutil.disk_usage(folder).free)
+            return f" ({free:.1f} {unit} free there)"
     return ""

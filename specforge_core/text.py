@@ -48,3 +48,12 @@ def _escape(char: str) -> str:
     code = f"{ord(char):x}"
     letter, digits = next(kind for kind in (("x", 2), ("u", 4), ("U", 8)) if len(code) <= kind[1])
     return f"\\{letter}{code:>0{digits}}"
+
+
+def scaled(count: float) -> tuple[float, str]:
+    """Return a number of bytes in the unit it is read in, of 1000s, as disks are sold."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return count, unit
+        count /= 1000
+    return count, "TB"

@@ -15,6 +15,7 @@ import torch
 from ..config import RunConfig
 from ..data.order import epoch_order
 from ..strategy import Strategy
+from ..text import scaled
 from ..types import CaptureSpec, Prompt
 from .job import Job, capture_directory
 from .layout import is_ragged
@@ -125,9 +126,8 @@ def peak_memory() -> dict[str, str]:
 
 
 def in_units(count: float) -> str:
-    """Return a number of bytes as a reader writes it: of 1000s, as disks are sold."""
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
-        count /= 1000
-    return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"
+    """Return a number of bytes as a reader writes it."""
+    shown, unit = scaled(count)
+    if unit == "bytes" or shown >= 1000:
+        return f"{shown:,.0f} {unit}"
+    return f"{shown:.3g} {unit}"
