@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from .. import stop
@@ -24,7 +23,6 @@ from ..evaluate.run import load_prompt_sets
 from ..process import describe
 from ..strategy import Strategy
 from ..target.engine import TransformersEngine
-from ..target.info import load_target_info
 from ..target.tokenizer import load_tokenizer
 from ..types import Draft
 from .dist import World
@@ -58,8 +56,7 @@ class Acceptance:
         """
         if run.train.eval_every is None:
             return None
-        tokenizer, info = load_tokenizer(run.target), load_target_info(run.target)
-        sets = load_prompt_sets(run, strategy, tokenizer, info)
+        sets = load_prompt_sets(run, strategy, load_tokenizer(run.target), feed.target)
         engine, lock = feed.engine, feed.lock
         if isinstance(engine, TransformersEngine) and run.eval.device is None:
             assert lock is not None
@@ -83,7 +80,7 @@ class Acceptance:
                 found = self._inside(self.live, step, whole)
         elif self.beside is not None and (outcome := self.beside.poll()) is not None:
             found = [outcome]
-        return self._told(found)
+        return self.world.from_first(found)
 
     def rest(self) -> list[Outcome]:
         """Wait for what is measured beside, no longer than it may take; on all ranks at once."""
@@ -94,11 +91,9 @@ class Acceptance:
             while self._runs() and not heard and time.monotonic() < until:
                 outcome = self.beside.poll(POLL_SECONDS) if self.beside is not None else None
                 heard += [outcome] if outcome is not None else []
-            told: list[Any] = [(heard, self._runs())]
-            if self.world.size > 1:
-                dist.broadcast_object_list(told)
-            found += told[0][0]
-            if not told[0][1]:
+            heard, goes_on = self.world.from_first((heard, self._runs()))
+            found += heard
+            if not goes_on:
                 return found
 
     def _runs(self) -> bool:
@@ -144,13 +139,6 @@ class Acceptance:
             return [Outcome(step, failure=describe(exc)[0])]
         seconds = {"eval/seconds": time.monotonic() - began}
         return [Outcome(step, as_metrics(report) | seconds)]
-
-    def _told(self, found: list[Outcome]) -> list[Outcome]:
-        told: list[Any] = [found]
-        if self.world.size > 1:
-            dist.broadcast_object_list(told)
-        outcomes: list[Outcome] = told[0]
-        return outcomes
 
 
 def _check_patience(seconds: float, world: World) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..process import PRIVATE
 from .launch import INTERFACES, LOOPBACK
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,14 @@ class World:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def from_first(self, value: T) -> T:
+        """Return on every rank what the first one was called with; on all ranks at once."""
+        told: list[Any] = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(told)
+        found: T = told[0]
+        return found
 
 
 @contextmanager

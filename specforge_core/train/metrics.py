@@ -25,8 +25,8 @@ from ..types import RESERVED_METRICS, StepOutput, Tracker
 
 RESTART = "The checkpoints before it are whole. Make room there, then start the same command again"
 LARGEST = 1 << 36  # bytes of all lines
-RESERVED_PREFIXES = ("seconds_", "validation/", "acceptance/", "eval/")
 MEASURED = ("validation/", "acceptance/", "eval/")  # lines of measurements hold these and the step
+RESERVED_PREFIXES = ("seconds_", *MEASURED)
 
 
 @dataclass(slots=True)

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from ..config import RunConfig
 from ..documents import read_document
 from ..drafts.checkpoint import checkpoints
@@ -123,10 +121,7 @@ class Milestones:
         """Learn what was measured before the run goes on after `step`.  On all ranks at once."""
         if self.best is None and self.acceptance is None:
             return
-        told: list[Any] = [self._rows(step) if self.world.main else None]
-        if self.world.size > 1:
-            dist.broadcast_object_list(told)
-        rows: list[dict[str, Any]] = told[0]
+        rows = self.world.from_first(self._rows(step) if self.world.main else [])
         there = {step_of(path) for path in checkpoints(self.run.output_dir)}
         for row in rows:
             if self.best is not None:
