@@ -42,7 +42,7 @@ def _capped(x, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
     return CAP * (2 * tl.sigmoid(2 * x / CAP) - 1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=("labels",))  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     logits,  # triton reads annotations itself, and knows no types of ours
     labels,

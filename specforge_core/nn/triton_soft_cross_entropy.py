@@ -85,7 +85,7 @@ def _load(base, cols, vocab, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.where(cols < vocab, x, float("-inf"))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=("logsumexp",))  # type: ignore[untyped-decorator]
 def _teacher(  # type: ignore[no-untyped-def]
     logits,  # triton reads annotations itself, and knows no types of ours
     logsumexp,
@@ -147,7 +147,7 @@ def _totals(base, t_base, t_lse, vocab, CAP: tl.constexpr, BLOCK: tl.constexpr):
     return lse, tl.sum(cross, 0), token
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=("weights",))  # type: ignore[untyped-decorator]
 def _student(  # type: ignore[no-untyped-def]
     logits,
     teacher,

@@ -15,16 +15,20 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's own variable; a user's is left as i
 def compile_units(units: Iterable[nn.Module], backend: str | Any = "inductor") -> None:
     """Compile modules in place, at their first call.
 
-    All lengths are symbols from the start, and no kernel is chosen by comparing them with a
-    number: so batches of any length share a graph, and ranks whose batches differ in length do
-    not compile in turn.  What a backward pass can make again from what is kept anyway, in the
-    pass that reads it, is not kept: an MLP's inner product and normed states.
+    All lengths are symbols from the start, two that happen to be equal stay two, and no kernel is
+    chosen by comparing them with a number: so batches of any length share a graph, and ranks
+    whose batches differ in length do not compile in turn.  What a backward pass can make again
+    from what is kept anyway, in the pass that reads it, is not kept: an MLP's inner product and
+    normed states.
     """
     os.environ.setdefault(CACHE, str(Path.home() / ".cache" / "specforge" / "compile"))
     import torch._functorch.config as partitioner
+    import torch.fx.experimental._config as symbols
 
     if hasattr(partitioner, "ban_recompute_materialized_backward"):
         partitioner.ban_recompute_materialized_backward = False
+    if hasattr(symbols, "use_duck_shape"):
+        symbols.use_duck_shape = False
     options = _options() if backend == "inductor" else None
     for unit in units:
         unit.compile(backend=backend, dynamic=True, options=options)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_attention import load_rows, own_seen, partly_seen, stretch
+from .triton_attention import LENGTHS, load_rows, own_seen, partly_seen, stretch
 
 _FAR = tl.constexpr(2**30)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=LENGTHS)  # type: ignore[untyped-decorator]
 def queries(  # type: ignore[no-untyped-def]
     d_out,
     q,
@@ -136,7 +136,7 @@ def queries(  # type: ignore[no-untyped-def]
     tl.store(d_q + place, (acc * factor).to(d_q.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=(*LENGTHS, "entries"))  # type: ignore[untyped-decorator]
 def keys(  # type: ignore[no-untyped-def]
     d_out,
     q,

@@ -207,6 +207,7 @@ def test_a_step_on_a_gpu_computes_the_same_and_never_waits(kit: Any, weighting: 
     samples = kit.samples()
     want = run(kit, tiny, samples)
     exact = gradients(tiny.model, want.loss_sum)
+    tiny.model.zero_grad()
     tiny.model.cuda()
     tiny.frozen.cuda()
     batch = {name: value.cuda() for name, value in kit.batch(tiny.config, samples).items()}

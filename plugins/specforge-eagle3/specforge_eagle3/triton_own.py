@@ -21,8 +21,7 @@ def merge(
     group = q.shape[1] // kv_heads
     with torch.cuda.device(q.device):
         _merge[(n, kv_heads)](
-            *(q, out, lse, keys, values, merged, total, n, d**-0.5),
-            TERMS=terms,
+            *(q, out, lse, keys, values, merged, total, n, terms, d**-0.5),
             KV=kv_heads,
             G=group,
             GP=triton.next_power_of_2(group),
@@ -48,8 +47,7 @@ def merge_backward(
     d_q, d_keys, d_values = d_q.contiguous(), torch.empty_like(keys), torch.empty_like(values)
     with torch.cuda.device(q.device):
         _merge_backward[(n, kv_heads)](
-            *(d_q, d_out, q, out, lse, keys, values, d_keys, d_values, n, d**-0.5),
-            TERMS=terms,
+            *(d_q, d_out, q, out, lse, keys, values, d_keys, d_values, n, terms, d**-0.5),
             KV=kv_heads,
             G=group,
             GP=triton.next_power_of_2(group),
@@ -60,7 +58,7 @@ def merge_backward(
     return d_q, d_keys, d_values
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("n", "terms"))  # type: ignore[untyped-decorator]
 def _merge(  # type: ignore[no-untyped-def]
     q,  # triton reads annotations itself, and knows no types of ours
     out,
@@ -69,9 +67,9 @@ def _merge(  # type: ignore[no-untyped-def]
     values,
     merged,
     total,
-    n,
+    n,  # of any length, and any number of terms: each kernel is compiled once
+    terms,
     scale,
-    TERMS: tl.constexpr,
     KV: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
@@ -88,7 +86,7 @@ def _merge(  # type: ignore[no-untyped-def]
     sums = (kv * G + g) * n + row
     top = tl.load(lse + sums, mask=g < G, other=0.0)
     norm = tl.full([GP], 1.0, tl.float32)
-    for i in tl.static_range(TERMS):
+    for i in range(terms):
         own = ((i * n + row) * KV + kv) * D + lane
         k = tl.load(keys + own, mask=lane < D, other=0.0).to(tl.float32)
         v = tl.load(values + own, mask=lane < D, other=0.0).to(tl.float32)
@@ -102,7 +100,7 @@ def _merge(  # type: ignore[no-untyped-def]
     tl.store(total + sums, top + tl.log(norm), mask=g < G)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("n", "terms"))  # type: ignore[untyped-decorator]
 def _merge_backward(  # type: ignore[no-untyped-def]
     d_q,
     d_out,
@@ -113,9 +111,9 @@ def _merge_backward(  # type: ignore[no-untyped-def]
     values,
     d_keys,
     d_values,
-    n,
+    n,  # of any length, and any number of terms: each kernel is compiled once
+    terms,
     scale,
-    TERMS: tl.constexpr,
     KV: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
@@ -132,7 +130,7 @@ def _merge_backward(  # type: ignore[no-untyped-def]
     drop = tl.sum(slope * tl.load(out + place, mask=mask, other=0.0).to(tl.float32), 1)
     total = tl.load(lse + (kv * G + g) * n + row, mask=g < G, other=0.0)
     acc = tl.load(d_q + place, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(TERMS):
+    for i in range(terms):
         own = ((i * n + row) * KV + kv) * D + lane
         k = tl.load(keys + own, mask=lane < D, other=0.0).to(tl.float32)
         v = tl.load(values + own, mask=lane < D, other=0.0).to(tl.float32)
