@@ -5,14 +5,27 @@ Shapes: T tokens of a sample, B samples, S the longest of them or the sum.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..capture.layout import is_ragged
 from ..types import DOCUMENT_IDS, POSITION_IDS, Batch, CaptureSpec, Sample
+
+_PIN: ContextVar[bool] = ContextVar("pinned", default=False)
+
+
+@contextmanager
+def pinned(wanted: bool) -> Iterator[None]:
+    """Have `pack` and `pad` write a batch into pinned memory, from where a GPU copies it."""
+    token = _PIN.set(wanted)
+    try:
+        yield
+    finally:
+        _PIN.reset(token)
 
 
 def token_fields(spec: CaptureSpec) -> frozenset[str]:
@@ -28,7 +41,7 @@ def pack(samples: Sequence[Sample], ragged: Collection[str]) -> Batch:
     lengths = [_length(sample, ragged) for sample in samples]
     numbers = torch.arange(1, len(samples) + 1)
     batch = {
-        name: torch.cat([s[name] for s in samples])[None]
+        name: _joined([s[name] for s in samples])[None]
         if name in ragged
         else torch.stack([s[name] for s in samples])
         for name in samples[0]
@@ -43,7 +56,7 @@ def pad(samples: Sequence[Sample], ragged: Collection[str]) -> Batch:
     """Put one sample in each row [B, longest]; padding is zero and in no document."""
     lengths = torch.tensor([_length(sample, ragged) for sample in samples])
     batch = {
-        name: pad_sequence([s[name] for s in samples], batch_first=True)
+        name: _padded([s[name] for s in samples])
         if name in ragged
         else torch.stack([s[name] for s in samples])
         for name in samples[0]
@@ -57,6 +70,24 @@ def pad(samples: Sequence[Sample], ragged: Collection[str]) -> Batch:
 def truncate(sample: Sample, ragged: Collection[str], max_length: int) -> Sample:
     """Keep the first `max_length` tokens of every field that has a token axis."""
     return {name: x[:max_length] if name in ragged else x for name, x in sample.items()}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    out = _empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0])
+    return torch.cat(list(parts), out=out)
+
+
+def _padded(parts: Sequence[Tensor]) -> Tensor:
+    out = _empty((len(parts), max(map(len, parts)), *parts[0].shape[1:]), parts[0])
+    for row, part in zip(out, parts, strict=True):
+        row[: len(part)] = part
+        row[len(part) :] = 0
+    return out
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    pin = _PIN.get() and like.device.type == "cpu"
+    return torch.empty(shape, dtype=like.dtype, device=like.device, pin_memory=pin)
 
 
 def _length(sample: Sample, ragged: Collection[str]) -> int:

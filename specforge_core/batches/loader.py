@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,8 +39,10 @@ from ..types import (
     TargetEngine,
     Transform,
 )
-from .collate import num_tokens
+from .collate import num_tokens, pinned
 
+READERS = 4  # threads that read samples of a capture, each a copy out of the page cache
+AHEAD = 8  # samples that are read before they are asked for
 POLL_SECONDS = 0.2  # between two looks at a capture that is still being written
 NOTE_SECONDS = 30.0  # between two lines that say so
 
@@ -110,10 +113,22 @@ class StoredSource:
     def samples(self, position: int) -> Iterator[Placed]:
         place = position + self.share.rank
         order = Order(self.share.seed, self.share.window, lambda _: len(self.reader))
-        while True:
-            epoch, index = self._locate(place, order)
-            yield Placed(epoch, index, index, self.reader[index])
-            place += self.share.world_size
+        asked: deque[tuple[int, int, Future[Sample]]] = deque()
+        pool = ThreadPoolExecutor(READERS, thread_name_prefix="specforge-read")
+        try:
+            while True:
+                # of a capture that grows, what is there already; only the next one is waited for
+                while not asked or (len(asked) < AHEAD and self._is_there(place)):
+                    epoch, index = self._locate(place, order)
+                    asked.append((epoch, index, pool.submit(self.reader.__getitem__, index)))
+                    place += self.share.world_size
+                epoch, index, read = asked.popleft()
+                yield Placed(epoch, index, index, read.result())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _is_there(self, place: int) -> bool:
+        return place < len(self.reader) or not isinstance(self.reader, GrowingReader)
 
     def _locate(self, place: int, order: Order) -> tuple[int, int]:
         """Return the epoch and the stored index at `place` of the endless sequence."""
@@ -218,7 +233,7 @@ class Batches:
             if not kept and not stand_in:
                 stand_in = [self._look_ahead(samples, ahead)]
             tokens = sum(num_tokens(sample, self.spec) for sample in kept)
-            with self.strategy.guard("specforge_collate"):
+            with self.strategy.guard("specforge_collate"), pinned(self.device.type == "cuda"):
                 batch = self.collate(kept or stand_in)
             self.strategy.check_returned(
                 "specforge_collate", batch, dict, "Batch, a dict of tensors"
@@ -268,12 +283,12 @@ def sample_generator(seed: int, epoch: int, number: int) -> torch.Generator:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch to the device, wherever its tensors are: states may be on the target's.
 
-    From the host to a GPU through pinned memory.
+    From the host to a GPU through pinned memory, in which `pack` and `pad` put them at once.
     """
     if device.type == "cpu":
         return {name: tensor.to(device) for name, tensor in batch.items()}  # waits for a GPU's
     moved = {}
     for name, tensor in batch.items():
-        pinned = tensor.pin_memory() if tensor.device.type == "cpu" else tensor
-        moved[name] = pinned.to(device, non_blocking=True)
+        far = tensor.device.type != "cpu" or tensor.is_pinned()
+        moved[name] = (tensor if far else tensor.pin_memory()).to(device, non_blocking=True)
     return moved

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from specforge_core.batches.collate import pack, pad, pinned
 from specforge_core.batches.loader import to_device
 from specforge_core.load import load_config
 from specforge_core.train.run import train
@@ -22,6 +24,22 @@ def test_a_batch_leaves_the_targets_device_for_a_draft_on_the_cpu() -> None:
     there = torch.empty(3, device="meta")
     with pytest.raises(NotImplementedError, match="meta"):
         to_device({"input_ids": here, "states": there}, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("arrange", [pack, pad])
+def test_a_batch_for_a_gpu_is_made_where_the_gpu_copies_it_from(arrange: Any) -> None:
+    samples = [{"states": torch.randn(n, 5).bfloat16()} for n in (3, 1, 7)]
+    with pinned(True):
+        batch = arrange(samples, {"states"})
+    assert batch["states"].is_pinned()
+    moved = to_device(batch, torch.device("cuda"))
+    want = arrange(samples, {"states"})
+    assert not want["states"].is_pinned()
+    assert {n: x.cpu().tolist() for n, x in moved.items()} == {
+        n: x.tolist() for n, x in want.items()
+    }
 
 
 @pytest.mark.gpu
