@@ -1,0 +1,243 @@
+"""Tokens/s of the installed `specforge train` on 1, 2, 4 ... GPUs, and where the time goes.
+
+python benchmarks/scale.py --work /dev/shm/scale --gpus 1,2,4
+python benchmarks/scale.py --work /tmp/scale --gpus 1,2 --small       on a CPU, to try the code
+
+Qwen3-8B's shapes with random weights, conversations of 100 to 2,000 random tokens: nothing is
+downloaded.  What is there of target, data and capture from a run before is used again.  Each
+row of the table is one real run, ended once it has logged enough steps: tokens/s and the share
+of time that rank 0 waited for data over the steps after the first quarter, the longest step
+after the third, and seconds from the command to its first line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from specforge_core.testing.toy import toy_tokenizer
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": False,
+}
+SMALL = SIZES | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 1000,
+}
+LENGTHS = (100, 2000)
+EAGLE3 = {"name": "eagle3", "draft_vocab_size": 32000}
+DFLASH = {"name": "dflash", "block_size": 16, "num_layers": 5, "num_anchors": 512}
+FEWER = {
+    "eagle3": {"draft_vocab_size": 500, "steps": 3, "layers": [0, 2, 4]},
+    "dflash": {"num_anchors": 16, "num_capture_layers": 3},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table, for every number of GPUs."""
+
+    strategy: dict[str, Any]
+    batch_size: int
+    offline: bool
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "eagle3-offline": Case(EAGLE3, 4, True),
+    "eagle3-online": Case(EAGLE3, 4, False),
+    "dflash-offline": Case(DFLASH, 2, True),
+    "dflash-online": Case(DFLASH, 2, False),
+}
+
+
+def make_target(path: Path, sizes: dict[str, Any]) -> None:
+    """Save a random model, in bfloat16."""
+    if (path / "config.json").exists():
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = toy_tokenizer()
+    config = Qwen3Config(**sizes, eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = Qwen3ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(path, max_shard_size="4GB")
+    tokenizer.save_pretrained(path)
+
+
+def make_data(path: Path, count: int, vocab: int, lengths: tuple[int, int]) -> None:
+    """Write conversations as token rows: about a third is the prompt."""
+    if path.exists():
+        return
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(count):
+            length = draw.randint(*lengths)
+            prompt = draw.randint(length // 5, length // 2)
+            ids = [draw.randrange(300, vocab - 300) for _ in range(length)]
+            mask = [0] * prompt + [1] * (length - prompt)
+            file.write(json.dumps({"input_ids": ids, "loss_mask": mask}) + "\n")
+
+
+def write_config(path: Path, work: Path, case: Case, *, small: bool, steps: int) -> None:
+    strategy = case.strategy | (FEWER[case.strategy["name"]] if small else {})
+    if case.strategy["name"] == "dflash":  # random tokens, so that one has to be spared
+        strategy = strategy | {"mask_token_id": (SMALL if small else SIZES)["vocab_size"] - 1}
+    train = {
+        "max_steps": steps + 10_000,
+        "batch_size": case.batch_size,
+        "schedule": "constant",
+        "save_every": 10**6,
+        "log_every": 1,
+    }
+    config = {
+        "target": {"path": str(work / "target"), "dtype": "bfloat16", "batch_tokens": 16384},
+        "strategy": strategy,
+        "data": {"train": [str(work / "data.jsonl")], "max_length": 2048},
+        "output_dir": str(path.with_suffix("")),
+        "train": train | case.options,
+    }
+    if case.offline:
+        config["data"]["capture_dir"] = str(work / f"capture-{case.strategy['name']}")
+    path.write_text(json.dumps(config))  # JSON is YAML
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "specforge_core.cli", *arguments]
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a run and its ranks, which are in groups of their own: a checkpoint takes seconds."""
+    for pid in [*_children(process.pid), process.pid]:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    process.wait()
+
+
+def _children(parent: int) -> Iterator[int]:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                yield int(stat.parent.name)
+
+
+def measure(config: Path, gpus: int, steps: int, seconds: float) -> Iterator[str]:
+    """Yield the cells of a row."""
+    output = config.with_suffix("")
+    shutil.rmtree(output, ignore_errors=True)
+    began = time.monotonic()
+    log = config.with_suffix(".log")
+    with log.open("w") as told:
+        asked = command("train", "-c", str(config), "--nproc", str(gpus), "--debug")
+        process = subprocess.Popen(asked, stdout=told, stderr=told, start_new_session=True)
+        first = None
+        try:
+            while time.monotonic() - began < seconds and process.poll() is None:
+                rows = lines(output / "metrics.jsonl")
+                if rows and first is None:
+                    first = time.monotonic() - began
+                if len(rows) >= steps:
+                    break
+                time.sleep(0.1)
+        finally:
+            end(process)
+    rows = lines(output / "metrics.jsonl")[:steps]
+    if len(rows) < 8 or first is None:
+        yield f"only {len(rows)} steps in {seconds:.0f} s: {log.read_text()[-1500:]}"
+        return
+    steady = rows[len(rows) // 4 :]
+    spent = steady[-1]["seconds"] - steady[0]["seconds"]
+    tokens = steady[-1]["tokens"] - steady[0]["tokens"]
+    times = [b["seconds"] - a["seconds"] for a, b in pairwise(rows)]
+    waited = sum(row["seconds_data"] for row in steady[1:])
+    yield f"{tokens / spent:10,.0f}"
+    yield f"{1e3 * median(times[len(times) // 4 :]):9.1f}"
+    yield f"{100 * waited / spent:8.1f}"
+    longest = max(range(3, len(times)), key=lambda i: times[i])
+    yield f"{times[longest]:8.2f} @{longest + 2:<4}"
+    yield f"{first:8.1f}"
+    yield f"{len(rows):6}"
+    yield f"{sum(row['loss'] for row in steady) / len(steady):8.3f}"
+
+
+def main() -> None:
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--work", type=Path, required=True, help="target, data, captures (30 GB)")
+    parser.add_argument("--gpus", default="1", help="as 1,2,4")
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=300, help="a run, at most")
+    parser.add_argument("--conversations", type=int, default=300)
+    parser.add_argument("--small", action="store_true", help="tiny shapes, to try the code")
+    arguments = parser.parse_args()
+    work, small = arguments.work, arguments.small
+    work.mkdir(parents=True, exist_ok=True)
+    sizes = SMALL if small else SIZES
+    lengths = (20, 100) if small else LENGTHS
+    make_target(work / "target", sizes)
+    make_data(work / "data.jsonl", arguments.conversations, sizes["vocab_size"], lengths)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    torch.cuda.empty_cache()
+    print(f"{device}, torch {torch.__version__}")
+    print(
+        f"{'':16}{'GPUs':>5}{'tokens/s':>11}{'ms a step':>10}{'% data':>9}{'longest s':>15}"
+        f"{'first s':>9}{'steps':>7}{'loss':>9}",
+        flush=True,
+    )
+    for name in filter(None, arguments.cases.split(",")):
+        case = CASES[name]
+        config = work / f"{name}.json"
+        write_config(config, work, case, small=small, steps=arguments.steps)
+        directory = work / f"capture-{case.strategy['name']}"
+        if case.offline and not (directory / "manifest.json").exists():
+            done = subprocess.run(command("capture", "-c", str(config)), capture_output=True)
+            if done.returncode:
+                sys.exit(done.stderr.decode())
+        for gpus in map(int, arguments.gpus.split(",")):
+            row = measure(config, gpus, arguments.steps, arguments.seconds)
+            print(f"{name:16}{gpus:5} " + " ".join(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
