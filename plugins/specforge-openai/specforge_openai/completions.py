@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -53,8 +54,10 @@ class Client:
         try:
             card = answer["data"][0]
             names = {str(card[key]): None for key in ("id", "root") if card.get(key)}
-            positions = card.get("max_model_len")
-            return Served(str(card["id"]), tuple(names), int(positions) if positions else None)
+            positions = card.get("max_model_len") or None
+            if positions is not None and (positions is True or index(positions) < 1):
+                raise ValueError("max_model_len is no number of tokens")
+            return Served(str(card["id"]), tuple(names), positions)
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as exc:
             raise Refused(f"its /v1/models names no model: {str(answer)[:200]}") from exc
 
@@ -69,13 +72,15 @@ class Client:
             end = choice.get("stop_reason", choice.get("matched_stop"))  # vLLM's, SGLang's
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as exc:
             raise ServerDown(f"no completion: {str(answer)[:200]}") from exc
-        if not isinstance(text, str) or reason not in ("stop", "length"):
+        if not isinstance(text, str):
+            raise ServerDown(f"no completion, its text is {text!r:.40}")
+        if reason not in ("stop", "length"):
             raise ServerDown(f"an answer that ended with {reason!r:.40}, not with stop or length")
         try:
             text.encode()
         except UnicodeEncodeError as exc:  # half a surrogate pair, which JSON can spell
             raise ServerDown(f"an answer that is not valid Unicode ({exc})") from exc
-        return Completion(text, reason, tokens, end if isinstance(end, int) else None)
+        return Completion(text, reason, tokens, end if type(end) is int else None)
 
     def _request(self, path: str, body: Mapping[str, Any] | None, timeout: float) -> Any:
         return request_json(self.url, path, body, timeout=timeout, api_key=api_key())
@@ -126,6 +131,9 @@ def _same_start(text: str, start: str) -> bool:
 
 def model_name(path: str) -> str:
     """Return the last part of a Hugging Face id or directory; of a cache's, its model."""
-    parts: Sequence[str] = (Path(path).resolve() if Path(path).is_dir() else Path(path)).parts
+    found = Path(path)
+    with suppress(OSError):  # a name that no file can have
+        found = found.resolve() if found.is_dir() else found
+    parts: Sequence[str] = found.parts or ("",)
     cached = [part for part in parts if part.startswith("models--")]
     return (cached[-1].rpartition("--")[2] if cached else parts[-1]).lower()

@@ -54,20 +54,20 @@ def request_json(
             status, raw = response.status, response.read(MAX_BYTES + 1)
             if response.length and len(raw) <= MAX_BYTES:  # it ended before its length
                 raise http.client.IncompleteRead(raw, response.length)
-    except (OSError, http.client.HTTPException) as exc:
-        raise ServerDown(f"{type(exc).__name__}: {exc}") from exc
+    except (OSError, http.client.HTTPException, ValueError) as exc:  # ValueError: of a bad chunk
+        raise ServerDown(_told(f"{type(exc).__name__}: {exc}", api_key)) from exc
     finally:
         connection.close()
     if len(raw) > MAX_BYTES:
         raise ServerDown(f"an answer of more than {MAX_BYTES:,} bytes")
-    told = raw.replace(api_key.encode(), b"(key)") if api_key else raw  # servers may echo it
     if 400 <= status < 500 and status != TOO_MANY_REQUESTS:
-        raise Refused(f"HTTP {status}: {_reason(told)}")
+        raise Refused(f"HTTP {status}: {_told(_reason(raw), api_key)}")
     if status != 200:
-        raise ServerDown(f"HTTP {status}: {_reason(told)}")
+        raise ServerDown(f"HTTP {status}: {_told(_reason(raw), api_key)}")
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as exc:
+        told = raw.replace(api_key.encode(), b"(key)") if api_key else raw
         raise Refused(f"{path} is not JSON: {told[:80]!r}") from exc
 
 
@@ -80,6 +80,11 @@ class _Response(http.client.HTTPResponse):
         self.fp = io.BufferedReader(TimedReader(sock, until))
 
 
+def _told(text: str, key: str | None) -> str:
+    """Return what a server said in one line, without the key, which it may repeat."""
+    return " ".join((text.replace(key, "(key)") if key else text).split())[:300]
+
+
 def _reason(raw: bytes) -> str:
     try:
         error = json.loads(raw)
@@ -87,4 +92,4 @@ def _reason(raw: bytes) -> str:
         error = error.get("message", error) if isinstance(error, dict) else error
     except (ValueError, RecursionError):
         error = raw.decode("utf-8", "replace")
-    return " ".join(str(error).split())[:300] or "no reason given"
+    return str(error).strip() or "no reason given"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -10,23 +11,33 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from specforge_core.config import Section, TargetConfig
 from specforge_core.errors import ConfigError
+from specforge_core.text import cut
 
 API_KEY_ENV = "SPECFORGE_API_KEY"
 
 Options = TypeVar("Options", bound="Addresses")
 
 
+# scheme, host of labels or an IPv6 address, port, path: as the libraries take them
+LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,62})"
+ADDRESS = re.compile(
+    rf"https?://(?:{LABEL}(?:\.{LABEL})*\.?|\[[0-9A-Fa-f:.]+\])(?::0*([0-9]{{1,5}}))?"
+    r"(?:/[A-Za-z0-9._~!$&'()*+,;=:%/-]*)?"
+)
+
+
 def _addresses(urls: tuple[str, ...]) -> tuple[str, ...]:
     for url in urls:
-        if not url.startswith(("http://", "https://")):
-            shown = url.rpartition("@")[2].partition("?")[0]  # no user, password or key
-            raise ValueError(f"{shown!r} is no address of a server, such as http://127.0.0.1:30000")
         parts = urlsplit(url)
-        if "@" in parts.netloc or parts.query:
+        if parts.scheme in ("http", "https") and ("@" in parts.netloc or parts.query):
             raise ValueError(
                 f"the address of {parts.hostname} holds a user, a password or a query, and configs "
                 f"are stored and shown. Try: export {API_KEY_ENV}=KEY"
             )
+        found = ADDRESS.fullmatch(url)
+        if found is None or not 0 < int(found[1] or 1) <= 65535:
+            shown = cut(url.rpartition("@")[2].partition("?")[0])  # no user, password or key
+            raise ValueError(f"{shown!r} is no address of a server, such as http://127.0.0.1:30000")
     if len(set(urls)) != len(urls):
         raise ValueError("a url is listed twice")
     return tuple(url.rstrip("/").removesuffix("/v1") for url in urls)

@@ -15,6 +15,8 @@ from typing import Generic, Protocol, TypeVar
 
 from specforge_core.errors import CaptureError, RunError
 from specforge_core.progress import console
+from specforge_core.records import in_message
+from specforge_core.text import harmless
 
 from .http_json import ServerDown
 
@@ -91,7 +93,8 @@ class Pool(Generic[C]):
             server.retry_at = time.monotonic() + RETRY_SECONDS
             self._changed.notify_all()
         if first and not self.closed:
-            console.print(f"{server.client.url} failed ({reason}); going on without", markup=False)
+            why = harmless(in_message(reason))
+            console.print(f"{server.client.url} failed ({why}); going on without", markup=False)
 
     def _take_due(self) -> Server[C] | None:
         """Return a retired server that it is time to look at; no one else gets it meanwhile."""

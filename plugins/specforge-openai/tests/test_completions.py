@@ -56,7 +56,9 @@ def test_key_is_sent(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ((503, b""), ServerDown, "HTTP 503: no reason given"),
         ((200, b"<html>"), Refused, "/v1/completions is not JSON: b'<html>'"),
         ((200, {"choices": []}), ServerDown, "no completion"),
-        ((200, {"choices": [{"text": None, "finish_reason": "stop"}]}), ServerDown, "ended with"),
+        ((200, {"choices": [{"text": None, "finish_reason": "stop"}]}), ServerDown, "text is None"),
+        ((200, {"choices": [{"text": 5, "finish_reason": "stop"}]}), ServerDown, "text is 5"),
+        ((200, {"choices": [{"text": "a", "finish_reason": ["stop"]}]}), ServerDown, "ended with"),
         ((200, {"choices": [{"text": "a", "finish_reason": "abort"}]}), ServerDown, "'abort'"),
         (
             (200, b'{"choices": [{"text": "\\ud800", "finish_reason": "stop"}]}'),
@@ -122,7 +124,13 @@ def test_prompts_of_token_ids_are_refused(server: Any, toy_target: Path) -> None
     assert "target.engine=transformers" in message
 
 
-@pytest.mark.parametrize("models", [{}, [], "x", {"id": "x", "max_model_len": float("inf")}])
+@pytest.mark.parametrize(
+    "models",
+    [
+        *({}, [], "x", None),
+        *({"id": "x", "max_model_len": n} for n in (float("inf"), -5, True, "512", 512.5, [512])),
+    ],
+)
 def test_no_model_is_named(server: Any, toy_target: Path, models: Any) -> None:
     server.model = models
     assert "does not speak OpenAI's API (its /v1/models names no model" in refusal(
@@ -135,4 +143,5 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "Toy-1B").mkdir()
     assert model_name("Qwen/Qwen3-8B") == "qwen3-8b"
     assert model_name("./Toy-1B/") == "toy-1b"
+    assert model_name("Y" * 5000) == "y" * 5000  # no file can have that name
     assert model_name("/hub/models--Qwen--Qwen3-8B/snapshots/abc") == "qwen3-8b"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from specforge_openai import engine as engine_module
 from specforge_openai.engine import OpenAIEngine
+from specforge_openai.options import OpenAIOptions, read_options
 
 from specforge_core.config import (
     DataConfig,
@@ -178,6 +179,19 @@ def test_it_only_generates(start: Any, toy_target: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "url",
+    [
+        *("http://h", "https://h:443/v1/", "http://a.b-c_d.:65535", "http://127.0.0.1:00080"),
+        *("http://[::1]:1", "http://h/a/%7Eb/v1"),
+    ],
+)
+def test_addresses(toy_target: Path, url: str) -> None:
+    target = Target(path=str(toy_target), engine="openai", options={"urls": [url]})
+    (found,) = read_options(target, OpenAIOptions).urls
+    assert url.startswith(found)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({}, r"target\.options\.urls: required, and missing\. Try: target\.options\.urls="),
@@ -185,6 +199,22 @@ def test_it_only_generates(start: Any, toy_target: Path) -> None:
         ({"urls": ["host:1"]}, "'host:1' is no address of a server"),
         ({"urls": ["ftp://me:pass@a:1/?key=abc"]}, "'a:1/' is no address of a server"),
         ({"urls": ["me:pass@a"]}, "'a' is no address of a server"),
+        *(
+            ({"urls": [url]}, "is no address of a server, such as http://127.0.0.1:30000")
+            for url in (
+                *("http://", "http://:80", "http:///x", "http://h:abc", "http://h:1;x"),
+                *(
+                    "http://h:0",
+                    "http://h:-1",
+                    "http://h:65536",
+                    "http://h:99999",
+                    "http://h:\u0663",
+                ),
+                *("http://a b", "http://a\nb", "http://a..b", f"http://{'a' * 64}", "http://\xe9"),
+                *("http://\ud800", "http://*", "http://h/\xe9", "http://h/a b", "http://h/#x"),
+                *("http://h/\0", "http://h\\x", "HTTP://h", "x" * 10_000),
+            )
+        ),
         ({"urls": ["http://a"], "python": "x"}, r"python: unknown key .* 'target.options=\{urls"),
         ({"urls": ["http://me:pass@a:1"]}, "the address of a holds a user, a password or a query"),
         ({"url": "https://a/?token=abc"}, "Try: export SPECFORGE_API_KEY=KEY"),

@@ -111,6 +111,19 @@ def deep(sock: socket.socket) -> None:
     sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"[" * 100_000)
 
 
+def chunk_of_less_than_nothing(sock: socket.socket) -> None:
+    sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n")
+
+
+def no_http(sock: socket.socket) -> None:
+    sock.sendall(b"Bearer a/key\x1b[2J\r\n\r\n")
+
+
+def repeats_the_key(sock: socket.socket) -> None:
+    body = b'{"error": "no a\\/key"}'
+    sock.sendall(b"HTTP/1.1 500 a/key\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+
 def in_chunks(sock: socket.socket) -> None:
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     sock.sendall(head + b"2\r\n[1\r\n1\r\n]\r\n0\r\n\r\n")
@@ -123,6 +136,9 @@ def in_chunks(sock: socket.socket) -> None:
         (trickle_in_the_head, ServerDown, "TimeoutError: timed out"),
         (endless, ServerDown, "an answer of more than 100,000 bytes"),
         (deep, Refused, "/x is not JSON: b'[[["),
+        (chunk_of_less_than_nothing, ServerDown, "ValueError: "),
+        (no_http, ServerDown, "BadStatusLine: Bearer (key)"),
+        (repeats_the_key, ServerDown, "HTTP 500: no (key)"),
         (in_chunks, None, None),
     ],
 )
@@ -149,7 +165,8 @@ def test_an_answer_ends_in_time_and_in_bounds(
             assert request_json(url, "/x", timeout=5) == [1]
         else:
             with pytest.raises(error) as found:
-                request_json(url, "/x", timeout=1)
+                request_json(url, "/x", timeout=1, api_key="a/key")
             assert str(message) in str(found.value)
+            assert "a/key" not in str(found.value)
         assert time.monotonic() < began + 4
         thread.join()
