@@ -25,6 +25,7 @@ from .tokenrows import add_turn
 
 BATCHES = 16  # asked for together: a conversation is in the file once its own turns are answered
 TOO_LONG = "too long"
+RETOKENIZED = 4  # tokens that a text may have for each that was generated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,13 +113,8 @@ class Rules:
                 )
             chat.dropped = "refused by the engine"
             return
+        self._check(chat, answer)
         tokens = answer.tokens
-        if not all(0 <= token < self.info.vocab_size for token in tokens):
-            raise CaptureError(
-                f"{chat.task.where}: target.engine={self.run.target.engine} answered with tokens "
-                f"beyond the target's vocabulary of {self.info.vocab_size}. Does it run "
-                f"{self.info.name_or_path}?"
-            )
         if tokens and answer.finished and tokens[-1] in self.encoder.ends:
             tokens = tokens[:-1]
         text = str(self.encoder.tokenizer.decode(list(tokens)))
@@ -132,6 +128,22 @@ class Rules:
             chat.finish_reasons.append("stop" if answer.finished else "length")
             chat.retokenized |= answer.retokenized
             add_turn(chat.token_rows, prompt.input_ids.tolist(), answer.tokens)
+
+    def _check(self, chat: Chat, answer: Generated) -> None:
+        """Raise CaptureError for tokens that were not asked for, or that there are not."""
+        engine, asked = self.run.target.engine, self.run.regenerate.max_new_tokens
+        most = asked + 1  # the end may come behind them
+        if len(answer.tokens) > (RETOKENIZED * most if answer.retokenized else most):
+            raise CaptureError(
+                f"{chat.task.where}: target.engine={engine} answered with {len(answer.tokens):,} "
+                f"tokens, and was asked for {asked} at most. What answers passes over max_tokens"
+            )
+        if not all(0 <= token < self.info.vocab_size for token in answer.tokens):
+            raise CaptureError(
+                f"{chat.task.where}: target.engine={engine} answered with tokens beyond the "
+                f"target's vocabulary of {self.info.vocab_size}. Does it run "
+                f"{self.info.name_or_path}?"
+            )
 
 
 class Answerer:

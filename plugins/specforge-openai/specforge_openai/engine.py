@@ -32,6 +32,7 @@ from .pool import Pool, Server, each
 from .sampling import plain_sampling, request_seed
 
 TRIES = 3  # of one request, on servers that are up
+TOKEN_CHARACTERS = 1024  # in one token; the longest of real vocabularies are runs of 512 spaces
 PAUSE_SECONDS = 0.5  # before the second try, and twice that before the third
 
 
@@ -100,10 +101,16 @@ class OpenAIEngine:
         return each(prompts, partial(self._answer, options=options), options.batch_size)
 
     def _answer(self, prompt: Prompt, options: GenerateOptions) -> Generated:
+        body = self._body(prompt, options)
         try:
-            found = self._complete(self._body(prompt, options))
+            found = self._complete(body)
         except Refused as exc:
             return Generated(index=prompt.index, tokens=(), finished=False, refused=str(exc))
+        if len(found.text) > TOKEN_CHARACTERS * (body["max_tokens"] + 1):
+            raise CaptureError(
+                f"a server answered {len(found.text):,} characters, and was asked for "
+                f"{body['max_tokens']} tokens at most. Check target.options.urls"
+            )
         stopped = found.finish_reason == "stop"
         return Generated(
             index=prompt.index,

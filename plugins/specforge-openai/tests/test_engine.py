@@ -399,3 +399,14 @@ def test_a_server_of_another_model_is_refused_beside_a_right_one(
     wrong.model["id"] = "other"
     with pytest.raises(ConfigError, match=f"{wrong.url} serves 'other', the target is"):
         OpenAIEngine.load(served(toy_target, right, wrong))
+
+
+@pytest.mark.parametrize("more", [{}, {"token_ids": [65] * 50}])
+def test_more_than_was_asked_for(
+    start: Any, toy_target: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    server = start(lambda body: server.said("a" * (10 if more else 100_000), **more))
+    prompts = (write(tmp_path / "p.jsonl", 1),)
+    with pytest.raises(CaptureError, match=r"and was asked for 24( tokens)? at most"):
+        regenerate(make_run(toy_target, server, prompts=prompts), tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
