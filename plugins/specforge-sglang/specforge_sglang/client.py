@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ class Client:
             "stream": False,
         }
         answer = self._request("/generate", body)
-        cached = answer.get("meta_info", {}).get("cached_tokens")
+        with understood(answer, self.url):
+            cached = answer.get("meta_info", {}).get("cached_tokens")
         if cached:
             raise Refused(f"{cached} of its tokens came from the radix cache")
 
@@ -51,6 +53,18 @@ class Client:
         return answer
 
 
+@contextmanager
+def understood(answer: object, where: str) -> Iterator[None]:
+    """Raise CaptureError where something in an answer is of another kind than SGLang's."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as exc:
+        raise CaptureError(
+            f"the server at {where} gives an answer that is not SGLang's: {str(answer)[:200]!r}. "
+            "Check target.options.urls"
+        ) from exc
+
+
 def check_server(client: Client) -> None:
     """Raise CaptureError when a server's version or flags cannot give correct states."""
     try:
@@ -60,11 +74,16 @@ def check_server(client: Client) -> None:
             f"{client.url} is no SGLang server that can be used ({exc}). Check target.options.urls"
             f" and {API_KEY_ENV} in the environment"
         ) from exc
+    with understood(info, client.url):
+        _check_info(client.url, info)
+
+
+def _check_info(url: str, info: Mapping[str, Any]) -> None:
     found = str(info.get("version", "0"))
     if parse_version(found) < MIN_VERSION:
         wanted = ".".join(map(str, MIN_VERSION))
         raise CaptureError(
-            f"the server at {client.url} is SGLang {found}, which is older than {wanted}. "
+            f"the server at {url} is SGLang {found}, which is older than {wanted}. "
             f"Try: pip install 'sglang>={wanted}' where it runs"
         )
     wrong = [
@@ -83,7 +102,7 @@ def check_server(client: Client) -> None:
     ]
     if wrong:
         raise CaptureError(
-            f"the server at {client.url} would give wrong or no states; it needs: "
+            f"the server at {url} would give wrong or no states; it needs: "
             f"{', '.join(wrong)}. Try: {START}, which adds what is needed"
         )
 

@@ -28,7 +28,7 @@ from specforge_core.target.info import load_target_info
 from specforge_core.types import DraftServer, NotServed, ServedAnswer
 
 from .child import PLAIN, ChildServer, server_flags, uses_cpu
-from .client import Client
+from .client import Client, understood
 from .options import Flag, SGLangOptions, read_options
 
 STEPS, TOKENS = "speculative_num_steps", "speculative_num_draft_tokens"  # the last verified too
@@ -149,6 +149,11 @@ class SGLangServer:
 
 def counted(found: Mapping[str, Any], engine: str) -> ServedAnswer:
     """Return an answer of /generate in this package's counts; see the module's docstring."""
+    with understood(found, engine):
+        return _counted(found, engine)
+
+
+def _counted(found: Mapping[str, Any], engine: str) -> ServedAnswer:
     tokens = tuple(found.get("output_ids") or ())
     meta: Mapping[str, Any] = found.get("meta_info") or {}
     verifications = int(meta.get("spec_verify_ct") or 0)

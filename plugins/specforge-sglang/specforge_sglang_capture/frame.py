@@ -89,6 +89,14 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(raw)
 
 
+def _count(header: dict[str, Any], name: str) -> int:
+    """Return a number of the header.  A frame without states has no width, none is empty."""
+    value = header.get(name)
+    if type(value) is not int or value < (name == "tokens"):
+        raise FrameError(f"its header has {name} {value!r:.40}")
+    return value
+
+
 def unpack(buffer: Any) -> Frame:
     """Return the frame that a writable buffer begins with; its tensors share the buffer's memory.
 
@@ -102,12 +110,17 @@ def unpack(buffer: Any) -> Frame:
     start = 16 + int.from_bytes(view[8:16], "little")
     try:
         header = json.loads(bytes(view[16:start]))
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise FrameError("its header is torn") from exc
+    if not isinstance(header, dict):
+        raise FrameError("its header is no object")
     if "error" in header:
         return Frame(header)
-    tokens, width, count = header["tokens"], header["width"], header["states"]
-    dtype, head = getattr(torch, header["dtype"]), header.get("head", [])
+    tokens, width, count = (_count(header, name) for name in ("tokens", "width", "states"))
+    dtype, head = getattr(torch, str(header.get("dtype")), None), header.get("head", [])
+    if not isinstance(dtype, torch.dtype) or not isinstance(head, list) or (count and not width):
+        told = {name: header.get(name) for name in ("dtype", "head", "states", "width")}
+        raise FrameError(f"its header has {told!r:.200}")
     each = tokens * width * dtype.itemsize
     extra = (8 * tokens if "next_tokens" in head else 0) + (
         4 * tokens + _gap(tokens) if "logsumexp" in head else 0

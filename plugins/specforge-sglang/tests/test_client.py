@@ -41,6 +41,27 @@ def test_something_else_at_the_url_is_no_server(shared: Any) -> None:
         check_server(Client(shared(info={"version": "0.4.1.post2"}).url, 5.0))
 
 
+@pytest.mark.parametrize(
+    "info",
+    [
+        *({"version": value} for value in ("0.5.\u00b2", "x" * 10_000, None, [])),
+        *({"chunked_prefill_size": value} for value in ("x", [1], {"a": 1})),
+        *({"pp_size": value} for value in ("x", [2])),
+    ],
+)
+def test_a_server_that_tells_of_itself_in_another_way(shared: Any, info: dict[str, Any]) -> None:
+    with pytest.raises(CaptureError) as error:
+        check_server(Client(shared(info=info).url, 5.0))
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("meta", [None, [], "x", 5])
+def test_an_answer_whose_meta_info_is_another(monkeypatch: pytest.MonkeyPatch, meta: Any) -> None:
+    monkeypatch.setattr(Client, "_request", lambda *_: {"meta_info": meta})
+    with pytest.raises(CaptureError, match=r"that is not SGLang's: .*Check target\.options\.urls"):
+        Client("http://here", 5.0).prefill([1], "x")
+
+
 def test_a_cpu_server_needs_no_flag_about_graphs(shared: Any) -> None:
     server = shared(info={"device": "cpu", "disable_cuda_graph": False})
     check_server(Client(server.url, 5.0))

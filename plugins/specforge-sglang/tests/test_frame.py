@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from specforge_sglang_capture.frame import FrameError, pack, pack_error, unpack
@@ -57,6 +59,7 @@ def test_an_error_is_a_frame_too() -> None:
         (lambda raw: raw[:40], "header is torn"),
         (lambda raw: b"X" + raw[1:], "does not begin as a capture"),
         (lambda raw: b"", "does not begin as a capture"),
+        (lambda raw: raw[:8] + (100_000).to_bytes(8, "little") + b"[" * 100_000, "header is torn"),
     ],
 )
 def test_damage_is_noticed(damage: object, message: str) -> None:
@@ -64,6 +67,26 @@ def test_damage_is_noticed(damage: object, message: str) -> None:
     assert callable(damage)
     with pytest.raises(FrameError, match=message):
         unpack(bytearray(damage(bytes(joined(pack({}, ids, states))))))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"tokens": value} for value in (None, "5", -1, 0, 5.0, True, 10**30, [5])),
+        *({"width": value} for value in (None, "5", -1, 0, 10**30)),
+        *({"states": value} for value in (None, -1, 10**30)),
+        *({"dtype": value} for value in (None, 5, "nn", "Q99", "__name__", "a\0")),
+        *({"head": value} for value in (None, 5, "next_tokens")),
+        *([], [5], None, 5, "x"),
+    ],
+)
+def test_a_header_that_nobody_packed_is_noticed(change: object) -> None:
+    raw = bytes(joined(pack({}, *example(torch.bfloat16))))
+    size = int.from_bytes(raw[8:16], "little")
+    header = json.loads(raw[16 : 16 + size])
+    text = json.dumps(header | change if isinstance(change, dict) else change).encode()
+    with pytest.raises(FrameError):
+        unpack(bytearray(raw[:8] + len(text).to_bytes(8, "little") + text + raw[16 + size :]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

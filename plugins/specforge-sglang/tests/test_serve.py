@@ -16,7 +16,7 @@ import specforge_sglang_capture
 import torch
 from specforge_sglang import specforge_serve
 from specforge_sglang.options import read_options
-from specforge_sglang.serve import SGLangServer, counted, drafting_flags, serve
+from specforge_sglang.serve import ACCEPTED, SGLangServer, counted, drafting_flags, serve
 
 from specforge_core.config import TargetConfig
 from specforge_core.drafts.export import write_export
@@ -235,3 +235,20 @@ def test_an_answer_that_does_not_say_what_was_drafted_is_an_error(meta: dict[str
     body = {"output_ids": [1] * 5, "meta_info": {"completion_tokens": 5, **meta}}
     with pytest.raises(RunError, match="SGLang 1 does not say how much it drafted"):
         counted(body, "SGLang 1")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"output_ids": 5},
+        {"output_ids": [1] * 5, "meta_info": [1]},
+        {"output_ids": [1] * 5, "meta_info": {"completion_tokens": "x"}},
+        {"output_ids": [1] * 5, "meta_info": {"spec_verify_ct": float("inf")}},
+        {"output_ids": [1] * 5, "meta_info": {"spec_verify_ct": 3, "finish_reason": "stop"}},
+    ],
+)
+def test_an_answer_of_other_kinds_is_an_error(answer: dict[str, Any]) -> None:
+    if isinstance(meta := answer.get("meta_info"), dict):
+        meta.setdefault(ACCEPTED[0], 3)
+    with pytest.raises(CaptureError, match="SGLang 1 gives an answer that is not SGLang's"):
+        counted(answer, "SGLang 1")
