@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import click
 from . import stop
 from .errors import LONGEST, SpecForgeError
 from .files import CANNOT_WRITE, cannot_write, write_file
-from .text import cut, said
+from .text import cut, harmless, said
 
 PRIVATE = "SPECFORGE_PRIVATE"  # our own launcher's directory, in the environment of its ranks
 LAUNCHER = "SPECFORGE_LAUNCHER"  # its process id
@@ -88,7 +89,10 @@ def _failed(exc: BaseException, debug: bool, own: bool) -> int:
             _say(str(exc.code), 1)
         return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
     if debug:
-        raise exc
+        from .records import in_message
+
+        click.echo(in_message("".join(traceback.format_exception(exc))), nl=False, err=True)
+        return 1
     message, status = describe(exc)
     _say(message, status)
     return status
@@ -99,7 +103,7 @@ def describe(exc: BaseException) -> tuple[str, int]:
     from .records import in_message  # not before there is something to say
 
     message, status = _described(exc)
-    return in_message(message), status
+    return harmless(in_message(message)), status
 
 
 def _described(exc: BaseException) -> tuple[str, int]:

@@ -7,6 +7,7 @@ is masked before a config is stored, printed or told to a tracker.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from .config import RunConfig
 
 MASK = "**********"
 SHORTEST = 6  # characters of a secret that is taken out wherever it stands
+ENVIRONMENT = ("_API_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "_SECRET_KEY", "_ACCESS_KEY")
 # parts of a name, between dashes, underscores and capitals, that only secrets have
 SECRET_WORDS = {
     *("token", "key", "apikey", "secret", "secrets", "password", "passwd", "passphrase", "pwd"),
@@ -103,9 +105,19 @@ def remember_secrets(run: RunConfig) -> None:
         _known.update(text for text in secret_values(value) if len(text) >= SHORTEST)
 
 
+def _of_environment() -> set[str]:
+    """Return the keys that servers, trackers and hubs read from the environment."""
+    return {
+        value
+        for name, value in os.environ.items()
+        if name.endswith(ENVIRONMENT) and len(value) > SHORTEST and not value.startswith("/")
+    }
+
+
 def in_message(text: str) -> str:
     """Return a message without the secrets that are known, and what looks like one."""
-    for secret in sorted(_known, key=len, reverse=True):  # one may be a part of another
+    known = _known | _of_environment()
+    for secret in sorted(known, key=len, reverse=True):  # one may be a part of another
         text = text.replace(secret, MASK)
     return str(without_secrets(text))
 

@@ -15,8 +15,9 @@ from specforge_core.errors import ConfigError, RunError
 from specforge_core.load import apply_override
 from specforge_core.process import describe
 from specforge_core.records import MASK, masked, secret_values
+from specforge_core.testing.forked import cli
 from specforge_core.testing.plugin import FakeSite
-from specforge_core.testing.runs import SECONDS, cli
+from specforge_core.testing.runs import SECONDS
 
 from .runs import linear_run
 
@@ -33,6 +34,7 @@ from pydantic import SecretStr
 from specforge_core import hookimpl
 from specforge_core.config import Section
 from specforge_core.defaults import specforge_target_engine as default
+from specforge_core.errors import CaptureError
 
 class Config(Section):
     api_key: str
@@ -62,6 +64,10 @@ class Tracker:
 @hookimpl
 def specforge_tracker(run):
     return Tracker(run)
+
+@hookimpl
+def specforge_serve(target):
+    raise CaptureError(f"no engine for {target.options}")
 
 @hookimpl
 def specforge_target_engine(target, device):
@@ -101,6 +107,8 @@ def config(tmp_path: Path, toy_target: Path, env: FakeSite) -> Path:
 def test_a_runs_files_and_lines_hold_no_secret(config: Path, tmp_path: Path, env: FakeSite) -> None:
     site = {**os.environ, "PYTHONPATH": str(env.path)}
     said = []
+    elsewhere = ("target.options.fail=true", f"data.capture_dir={tmp_path / 'x'}")
+    of_export = ("--draft", str(tmp_path / "run"), "--export", str(tmp_path / "run/export"))
     for arguments in (
         ["train", "-c", str(config), "--plan"],
         ["train", "-c", str(config)],
@@ -114,20 +122,20 @@ def test_a_runs_files_and_lines_hold_no_secret(config: Path, tmp_path: Path, env
         ["capture", "-c", str(config), f"data.capture_dir={tmp_path / 'run/capture'}"],
         ["verify", str(tmp_path / "run/capture"), "-c", str(config), "--recapture", "1"],
         ["regenerate", "-c", str(config), "-o", str(tmp_path / "run/answers.jsonl"), *ASKED],
-        [
-            "capture",
-            "-c",
-            str(config),
-            "target.options.fail=true",
-            f"data.capture_dir={tmp_path / 'x'}",
-        ],
+        ["data", "-c", str(config), "--show", "1"],
+        ["check", "service"],
+        ["doctor", "-c", str(config), *of_export, *ASKED, "eval.limit=2"],
+        ["--debug", "capture", "-c", str(config), *elsewhere],
+        ["capture", "-c", str(config), *elsewhere],
     ):
         said.append("".join(cli(*arguments, env=site).communicate(timeout=SECONDS)))
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     names = {path.name for path in files}
     written = {"state.json", "provenance.json", "metrics.jsonl", "told.txt", "report.json"}
     assert written | {"manifest.json", "answers.jsonl"} <= names, said
-    assert "a server said no to " in said[-1]
+    assert "Traceback" in said[-2]
+    assert all("a server said no to " in text for text in said[-2:])
+    assert "no engine for {'api_key': '**" in (tmp_path / "run/doctor/report.json").read_text()
     assert "no such service" in said[1]
     assert "strategy.layer: -2 in it" in said[3]
     assert "Input should be a valid string" in said[5]
@@ -191,6 +199,22 @@ def test_what_is_said_of_an_error_holds_no_secret(error: Exception) -> None:
     message, _ = describe(error)
     assert "verysecret" not in message
     assert MASK in message
+
+
+def test_keys_of_the_environment_are_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SPECFORGE_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, f"verysecret of {name}")
+    monkeypatch.setenv("KEYBOARD_TOKEN", "/a/path/is/none")
+    text = "verysecret of HF_TOKEN, verysecret of AWS_SECRET_ACCESS_KEY: /a/path/is/none"
+    assert describe(RunError(text))[0] == f"{MASK}, {MASK}: /a/path/is/none"
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\rb", "\ud800", "\x07\x9b", "\u202eabc"])
+def test_what_a_terminal_would_obey_is_shown_escaped(text: str) -> None:
+    message, _ = describe(RunError(f"HTTP 400: {text}\nnext line"))
+    assert message.isascii()
+    assert message.endswith("\nnext line")
+    assert all(char.isprintable() or char == "\n" for char in message)
 
 
 def test_plain_words_of_an_error_are_kept() -> None:

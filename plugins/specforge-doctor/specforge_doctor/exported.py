@@ -10,6 +10,7 @@ from pathlib import Path
 from specforge_core.drafts.export import write_export
 from specforge_core.errors import CheckpointError, SpecForgeError
 from specforge_core.progress import console
+from specforge_core.records import in_message
 from specforge_core.types import Export, NotServed
 
 from .causes import TEMPLATE, Difference, repair
@@ -33,7 +34,7 @@ def reloaded(reference: Reference, export: Export) -> Measurement:
     try:
         inputs.strategy.load_export(config, draft, inputs.target, export)
     except CheckpointError as exc:
-        return Measurement(EXPORT, (), refused=str(exc))
+        return Measurement(EXPORT, (), refused=in_message(str(exc)))
     return reference.loop(EXPORT, reference.proposer(draft))[0]
 
 
@@ -67,7 +68,7 @@ def serve(
         finally:
             server.close()
     except SpecForgeError as exc:  # a bad export may be why, so the walk goes on
-        return Served(engine, Measurement(ENGINE, (), refused=str(exc)), 0)
+        return Served(engine, Measurement(ENGINE, (), refused=in_message(str(exc))), 0)
     tallies = tuple(Tally(answer.emitted, answer.verifications) for answer in found)
     same = sum(a.tokens == tuple(b) for a, b in zip(found, answers, strict=True))
     return Served(engine, Measurement(ENGINE, tallies), same)

@@ -16,6 +16,7 @@ from specforge_core.errors import ConfigError, PluginError, RunError
 from specforge_core.evaluate.run import make_directory
 from specforge_core.files import refusing, write_file
 from specforge_core.load import validate
+from specforge_core.records import in_message
 from specforge_core.strategy import Strategy
 from specforge_core.target.info import load_target_info
 from specforge_core.target.tokenizer import (
@@ -198,7 +199,7 @@ def _in_reference(inputs: Inputs, case: Case, evidence: Evidence) -> Task:
         try:
             evidence.exported = reloaded(reference, case.found)
         except PluginError as exc:
-            evidence.notes.append(f"the export was not read back: {exc}")
+            evidence.notes.append(in_message(f"the export was not read back: {exc}"))
             return task
         if evidence.differs(evidence.exported):
             evidence.explained = explain(
