@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from specforge_core.capture.verify import verify_directory
 from specforge_core.drafts.checkpoint import checkpoints
 from specforge_core.drafts.verify import verify_draft
+from specforge_core.files import TEMPORARY
 from specforge_core.testing import runs
 from specforge_core.testing.forked import cli
 from specforge_core.testing.runs import finish, lines
@@ -94,3 +97,63 @@ def test_while_it_imports_they_end_it(
     assert err.count("stopped by SIGTERM: what is finished is kept") == 1
     assert len(err.splitlines()) <= 2  # and on what it trains
     assert not (tmp_path / "run").exists()
+
+
+# once some shards or answers are there, the next one takes a minute
+SLOW_WORK = """
+    import os, time
+    from pathlib import Path
+    from specforge_core.capture import writer
+    from specforge_core.target.engine import TransformersEngine
+    from specforge_linear import (
+        specforge_adapter, specforge_config, specforge_draft, specforge_train_step)
+
+    def busy():
+        if "BUSY" in os.environ:
+            Path(os.environ["BUSY"]).touch()
+            time.sleep(60)
+
+    write, answers = writer.write_shard, TransformersEngine.generate
+
+    def slow_shard(path, *arguments):
+        if "00002" in path.name:
+            busy()
+        return write(path, *arguments)
+
+    def slow_answers(*arguments):
+        for number, answer in enumerate(answers(*arguments)):
+            yield answer
+            if number == 1:
+                busy()
+
+    writer.write_shard, TransformersEngine.generate = slow_shard, slow_answers
+    """
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.2])
+@pytest.mark.parametrize("what", ["capture", "regenerate"])
+def test_in_other_commands_they_leave_what_was_finished(
+    config: Path, tmp_path: Path, env: Any, what: str, apart: float
+) -> None:
+    env.strategy("slow", SLOW_WORK)
+    environment = os.environ | {"PYTHONPATH": str(env.path)}
+    busy, capture, answers = (tmp_path / name for name in ("busy", "capture", "answers.jsonl"))
+    options = ["strategy.name=slow", f"regenerate.prompts=[{tmp_path / 'train.jsonl'}]"]
+    options += ["regenerate.max_new_tokens=2", "regenerate.keep_unfinished=true"]
+    options += [f"data.capture_dir={capture}", "capture.shard_tokens=200", "data.limit=12"]
+    to = ["-o", str(answers)] if what == "regenerate" else []
+    command = (what, "-c", str(config), *to, *options)
+    process = cli(*command, env=environment | {"BUSY": str(busy)})
+    wait(process, busy.exists)
+    status, out, err = end(process, signal.SIGINT, signal.SIGTERM, apart=apart)
+    assert (status, out) == (130, "")
+    assert err.startswith("stopped by SIGINT: ")
+    assert err.endswith(". Start the same command again to go on\n")
+    assert err.count("\n") == 1
+    finish(cli(*command, env=environment))
+    if what == "regenerate":
+        rows = [json.loads(line) for line in answers.read_text().splitlines()]
+        assert len({row["id"] for row in rows}) == len(rows) == 12
+    else:
+        assert "12 samples are as they should be" in str(verify_directory(capture, None, None, 0))
+    assert not [path for path in tmp_path.rglob("*") if TEMPORARY.fullmatch(path.name)]
