@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.store import ShardReader
-from specforge_core.drafts.checkpoint import find
+from specforge_core.drafts.checkpoint import checkpoints, find
+from specforge_core.drafts.verify import verify_draft
 from specforge_core.testing.runs import lines
 
 
@@ -53,7 +54,14 @@ def same_run(one: Path, other: Path) -> list[str]:
     ]
     if steady[0] != steady[1]:
         problems.append("metrics.jsonl differs")
+    verify_draft(other)
+    steps = [[path.name for path in checkpoints(run)] for run in (one, other)]
+    if len(steps[0]) != len(steps[1]) or steps[0][-1] != steps[1][-1]:
+        problems.append(f"checkpoints {steps[1]}, not {steps[0]}")
+    # ranks whose launcher is killed save where they are, so the older ones may be of other steps
     expected = {str(path.relative_to(one)) for path in one.rglob("*")}
+    newest = {name for name in expected if steps[0][-1] in name}
+    expected |= {name.replace(steps[0][-1], step) for name in newest for step in steps[1]}
     return problems + _left_over(other, expected)
 
 
