@@ -283,7 +283,8 @@ def _ids(journal: Journal, origin: Mapping[str, Any], max_length: int = 0) -> se
                     f"{str(journal.path)!r} was written with {key} {row.get(key)!r}, this run has "
                     f"{value!r}. Set it back, or try: -o OTHER.jsonl"
                 )
-        if row.get("reason") == TOO_LONG and int(row.get("max_length") or max_length) < max_length:
+        before = row.get("max_length", max_length)
+        if row.get("reason") == TOO_LONG and isinstance(before, int) and before < max_length:
             continue
         ids.add(str(row["id"]))
     return ids

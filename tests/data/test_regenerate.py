@@ -295,3 +295,15 @@ def test_a_foreign_file_in_the_place_of_the_dropped_is_left_alone(
     with pytest.raises(DataError, match="is no row of this command"):
         regenerate(make_run(talker, prompts), tmp_path / "out.jsonl")
     assert notes.read_text() == "dear diary\n"
+
+
+@pytest.mark.parametrize("change", [{"max_length": value} for value in ("x", None, [], 1e999, {})])
+def test_a_row_of_the_dropped_with_another_bound_is_done(
+    talker: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    prompts = write(tmp_path / "p.jsonl", ask("a", "x" * 100))
+    output, dropped = tmp_path / "out.jsonl", tmp_path / "out.jsonl.dropped"
+    run = make_run(talker, prompts, data={"max_length": 90})
+    regenerate(run, output)
+    write(dropped, json.loads(dropped.read_text()) | change)
+    assert regenerate(run, output).num_before == 1
