@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from specforge_core.config import DataConfig, StrategyConfig, TrainConfig
+from specforge_core.config import DataConfig, StrategyConfig, TargetConfig, TrainConfig
 from specforge_core.errors import CheckpointError, PluginError
 from specforge_core.strategy import Strategy
 from specforge_core.testing.plugin import FakeSite
@@ -33,6 +33,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "config": (),
     "conversations": ("a.jsonl", DataConfig()),
     "adapter": (CONFIG, TARGET),
+    "target_engine": (TargetConfig(path="x"), torch.device("cpu")),
     "verify_capture": (CONFIG, TARGET, SPEC, {}, None),
     "reader": (CONFIG, SPEC, TARGET, Path("here")),
     "transform": (CONFIG, SPEC, 8),
@@ -145,6 +146,7 @@ def test_a_plugin_s_section_is_a_model(fake_site: FakeSite, returned: str) -> No
         ("config", "3", "int, expected a subclass of StrategyConfig"),
         ("config", "dict", "type, expected a subclass of StrategyConfig"),
         ("adapter", "'text'", "str, expected an object with 'spec'"),
+        ("target_engine", "3", "int, expected an object with 'info'"),
         ("reader", "3", "int, expected an object with '__len__'"),
         ("transform", "3", "int, expected a function"),
         ("collate", "[]", "list, expected a function"),

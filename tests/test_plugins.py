@@ -202,6 +202,8 @@ def test_whatever_ends_an_import_is_an_error_of_the_package(
         Strategy.load("ends")
     assert kind in str(error.value)
     assert len(str(error.value)) < 1000
+    with pytest.raises(PluginError, match="could not be imported from 'specforge_ends'"):
+        list(check_strategy("ends"))
 
 
 def test_a_cross_cutting_plugin_wraps_a_strategy_hook_and_can_be_disabled(

@@ -111,6 +111,7 @@ def test_a_manifest_of_0_1_0_is_read_and_fits_a_spec_that_asks_no_more(tmp_path:
         ({"shards": {}}, "shards: Input should be a valid"),
         ({"format_version": "3"}, "format_version: Input should be a valid integer"),
         ({"shards.num_samples": 0}, r"shards\.0\.num_samples: Input should be greater than 0"),
+        ({"shards.num_samples": -1}, r"shards\.0\.num_samples: Input should be greater than 0"),
         ({"shards.num_samples": "2"}, r"shards\.0\.num_samples: Input should be a valid integer"),
         ({"shards.file": "../outside.safetensors"}, r"shards\.0\.file: String should match"),
         ({"shards.file": "/etc/hosts"}, r"shards\.0\.file: String should match"),

@@ -120,17 +120,18 @@ def test_counts_that_were_changed_are_found(directory: Path) -> None:
         verify_directory(directory, None, None, 0)
 
 
-def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Change the first shard, and make it and the manifest those of a time without checksums."""
-    path = directory / FIRST
+def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], object], which: int = 0) -> None:
+    """Change a shard, and make it and the manifest those of a time without checksums."""
+    manifest = CaptureManifest.read(directory)
+    shards = list(manifest.shards)
+    path = directory / shards[which].file
     columns = load_file(path)
     del columns[CHECKSUMS]
     change(columns)
     save_file(columns, path)
-    manifest = CaptureManifest.read(directory)
     update = {"num_bytes": path.stat().st_size, "checksum": None, "table_checksum": None}
-    first = manifest.shards[0].model_copy(update=update)
-    manifest.model_copy(update={"shards": (first, *manifest.shards[1:])}).write(directory)
+    shards[which] = shards[which].model_copy(update=update)
+    manifest.model_copy(update={"shards": tuple(shards)}).write(directory)
 
 
 def test_a_capture_without_checksums_is_read_and_verify_says_so(directory: Path) -> None:
@@ -171,6 +172,12 @@ def test_a_row_table_that_does_not_agree_is_found_without_checksums(
         read_all(directory)
     with pytest.raises(CaptureError, match=message):
         verify_directory(directory, None, None, 0)
+
+
+def test_another_dtype_of_a_later_shard_is_found_without_checksums(directory: Path) -> None:
+    rewrite(directory, lambda columns: columns.update(hidden=columns["hidden"].float()), which=1)
+    with pytest.raises(CaptureError, match=r"00001.*'hidden' is F32, the manifest says bfloat16"):
+        read_all(directory)
 
 
 @pytest.mark.parametrize(

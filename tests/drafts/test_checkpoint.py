@@ -150,6 +150,16 @@ def test_a_state_that_no_run_wrote_is_refused_by_its_field(
         assert len(str(found.value)) < 600
 
 
+@pytest.mark.parametrize("generators", [[], [[1, 2, 3]], 5, None])
+def test_generators_of_0_1_are_not_read(trained: Path, tmp_path: Path, generators: object) -> None:
+    """What is random is drawn by seed and sample."""
+    state = json.loads((trained / STATE).read_text())
+    position = state.pop("position")
+    old = {"positions": [position], "world_size": 1, "generators": generators}
+    (tmp_path / STATE).write_text(json.dumps(state | old))
+    assert read_state(tmp_path).position == position
+
+
 @pytest.mark.parametrize("section", ["train", "strategy", "target", "data"])
 def test_a_stored_config_without_a_section_is_refused(copy: Path, section: str) -> None:
     path = newest(copy) / STATE

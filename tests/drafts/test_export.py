@@ -194,6 +194,22 @@ def test_what_cannot_serve_or_be_saved_is_refused(tmp_path: Path) -> None:
     assert listing(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("x" * 300, "File name too long"),
+        ("x/" * 3000, "File name too long"),
+        ("file/below", "Not a directory"),
+    ],
+)
+def test_a_place_that_there_cannot_be_is_one_message(tmp_path: Path, name: str, why: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=f"cannot be written: {why}") as error:
+        write_export(export(), tmp_path / name, {})
+    assert len(str(error.value)) < 1000
+    assert listing(tmp_path) == ["file"]
+
+
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     out = tmp_path / "draft"

@@ -92,6 +92,17 @@ def test_a_resumed_run_drops_later_and_torn_lines(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [10, 20, 25]
 
 
+@pytest.mark.parametrize(
+    "text", [b'{"a": 1}\n', b"[1]\n", b"\xff\n", b'{"step": "x"}\n', b"3\n", b"[" * 100_000 + b"\n"]
+)
+def test_lines_that_no_run_wrote_are_dropped_with_what_follows(tmp_path: Path, text: bytes) -> None:
+    good = b'{"step": 1, "loss": 1.0}\n'
+    file = metrics.MetricsFile(tmp_path)
+    file.path.write_bytes(good + text + good)
+    file.start({"step": 20, "logged": 20})
+    assert file.path.read_bytes() == good
+
+
 class Told:
     """A tracker that remembers, and fails where it is told to."""
 
