@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,7 +22,7 @@ from ..errors import CheckpointError, PluginError
 from ..files import publish, refusing, sweep, system_error, temporary_folder, write_file
 from ..types import Export
 from .serve_options import PLAIN_NAME, found_options, stored_options
-from .tensors import check_finite
+from .tensors import check_finite, is_finite
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -174,7 +173,7 @@ def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise CheckpointError(
                 f"tensor {name!r} holds values that are not finite: this draft cannot serve. "
                 "Export an earlier checkpoint"
@@ -278,6 +277,6 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         found: dict[str, Tensor] = load_file(path)
     except FileNotFoundError as exc:
         raise CheckpointError(f"{path} is missing. Export again") from exc
-    except (OSError, SafetensorError) as exc:
-        raise CheckpointError(f"{path} is damaged: {exc}. Export again") from exc
+    except (OSError, ValueError, SafetensorError) as exc:  # ValueError: no file has such a name
+        raise CheckpointError(f"{str(path)!r:.300} is damaged: {exc}. Export again") from exc
     return found

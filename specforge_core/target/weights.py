@@ -103,7 +103,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise ValueError("it has no weight_map")
         for name in files.values():
             parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-            if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+            if not parts or parts[0] == "/" or ".." in parts or not name.isprintable():
                 raise ValueError(f"{name!r:.80} is no file beside it")
     except (OSError, ValueError, RecursionError) as exc:
         raise CaptureError(f"{index} is damaged: {exc}. Download it again") from exc

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 from collections.abc import Iterator
@@ -257,6 +258,31 @@ def test_an_index_that_does_not_agree_is_an_error(written: Path) -> None:
     edit_index(written, weight_map=None)
     with pytest.raises(CheckpointError, match=r"has no weight_map"):
         read_export(written)
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\0b", "x" * 5000])
+def test_a_name_in_an_index_that_no_file_can_have(written: Path, name: str) -> None:
+    edit_index(written, weight_map={"a.weight": name})
+    with pytest.raises(CheckpointError, match=r"(is damaged|is missing)") as error:
+        read_export(written)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("bad", [None, math.nan])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_values_of_every_dtype_are_looked_at(
+    tmp_path: Path, dtype: torch.dtype, bad: float | None
+) -> None:
+    weights = {"w": torch.tensor([1.0, 2.0 if bad is None else bad]).to(dtype)}
+    if bad is None:
+        write_export(Export(config={}, weights=weights), tmp_path / "new", {})
+    (tmp_path / "config.json").write_text("{}")
+    save_file(weights, tmp_path / "model.safetensors")
+    if bad is None:
+        assert torch.equal(read_export(tmp_path).weights["w"].float(), weights["w"].float())
+    else:
+        with pytest.raises(CheckpointError, match=r"'w' .* holds values that are not finite"):
+            read_export(tmp_path)
 
 
 def test_an_index_cannot_lead_out_of_the_directory(written: Path) -> None:

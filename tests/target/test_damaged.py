@@ -125,6 +125,7 @@ def test_sizes_that_no_model_has(target: Path, name: str, size: int) -> None:
         ('{"weight_map": {"a": "b/../../a"}}', "is no file beside it"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "'/etc/passwd' is no file beside it"),
         ('{"weight_map": {"a": "a\\u0000"}}', "is no file beside it"),
+        ('{"weight_map": {"a": "\\ud800"}}', "is no file beside it"),
         ("{", "Expecting property name"),
         ("", "Expecting value"),
         (DEEP, "maximum recursion depth"),

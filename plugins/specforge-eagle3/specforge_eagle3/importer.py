@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specforge_core.drafts.dialects import from_layer_inputs
-from specforge_core.drafts.tensors import check_given, readable_config
+from specforge_core.drafts.tensors import FLOATS, check_given, readable_config
 from specforge_core.errors import CheckpointError
 from specforge_core.nn.rotary import stored_rope
 from specforge_core.types import Draft, Export
@@ -73,7 +73,7 @@ def published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_embedding(given: Tensor, own: Tensor) -> None:
     """Refuse an embedding that was trained away from the target's, which engines share."""
-    same = given.shape[1:] == own.shape[1:] and len(given) >= len(own)
+    same = given.shape[1:] == own.shape[1:] and len(given) >= len(own) and given.dtype in FLOATS
     if same:
         theirs, ours = given[: len(own)].to("cpu"), own.detach().to("cpu", given.dtype)
         same = bool(torch.equal(theirs, ours))

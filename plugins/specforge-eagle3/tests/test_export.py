@@ -271,6 +271,15 @@ def test_tensors_that_do_not_fit_are_named(kit: Any) -> None:
         load_export(tiny.draft, Export(config=export.config, weights=missing))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float64, torch.float8_e4m3fn])
+def test_an_embedding_that_no_engine_loads_is_refused(kit: Any, dtype: torch.dtype) -> None:
+    tiny, export = exported(kit, "hf")
+    own = tiny.frozen.embed_tokens
+    weights = {**export.weights, "embed_tokens.weight": own.detach().to(dtype)}
+    with pytest.raises(CheckpointError, match="has an embedding of its own"):
+        load_export(tiny.draft, Export(config=export.config, weights=weights))
+
+
 def test_an_embedding_of_its_own_is_refused(kit: Any) -> None:
     tiny, export = exported(kit, "hf")
     weights = dict(export.weights)
