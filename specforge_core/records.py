@@ -18,7 +18,7 @@ from .config import RunConfig
 
 MASK = "**********"
 SHORTEST = 6  # characters of a secret that is taken out wherever it stands
-ENVIRONMENT = ("_API_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "_SECRET_KEY", "_ACCESS_KEY")
+ENVIRONMENT = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")  # ends of names there
 # parts of a name, between dashes, underscores and capitals, that only secrets have
 SECRET_WORDS = {
     *("token", "key", "apikey", "secret", "secrets", "password", "passwd", "passphrase", "pwd"),
