@@ -1,16 +1,21 @@
 """Every family that transformers can build goes the whole way, or is refused for a true reason.
 
 Captured, compared with the model's own states, trained, evaluated losslessly, exported and read
-back.  Here a sample of the families; all of them with SPECFORGE_ALL_FAMILIES=1.
+back.  Here a sample of the families; all of them with SPECFORGE_ALL_FAMILIES=1.  Each chain is a
+test of its own and needs no other, so that they can run in as many processes as there are cores.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from specforge_core.errors import CaptureError, SpecForgeError
 
@@ -19,6 +24,7 @@ from .chain import STRATEGIES, whole_chain
 
 SAMPLE = ("gemma4_text", "gpt2", "granite", "lfm2", "llava", "longcat_flash", "phi", "qwen3_next")
 ALL = bool(os.environ.get("SPECFORGE_ALL_FAMILIES"))
+OUT = os.environ.get("SPECFORGE_FAMILIES_OUT")  # a file that gets a line of JSON for each chain
 # what cannot be trained for: four states side by side per layer, of which no engine gives one
 REFUSED = {"gemma3n_text": "a decoder layer put out"}
 # what transformers builds only with a package that this project does not need
@@ -33,6 +39,14 @@ def table() -> Iterator[list[str]]:
     print("\n" + "\n".join(lines))
 
 
+def tell(**values: object) -> None:
+    """Add a line to the file that all processes write, also where the run is broken off later."""
+    if OUT is not None:
+        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+        with Path(OUT).open("ab", buffering=0) as file:  # one write: lines stay whole
+            file.write(json.dumps({**values, **versions}).encode() + b"\n")
+
+
 def test_at_least_105_families_are_right() -> None:
     assert len(families.NAMES) - len(REFUSED) - len(NEEDS) >= 105
 
@@ -44,20 +58,32 @@ def test_at_least_105_families_are_right() -> None:
 def test_a_family_goes_the_whole_way(
     family: str, strategy: str, tmp_path: Path, table: list[str]
 ) -> None:
+    started = time.perf_counter()
+    result, why = "failed", ""
+    try:
+        result, why = outcome(family, strategy, tmp_path)
+    except SpecForgeError as exc:
+        why = str(exc)
+        pytest.fail(f"{family}, {strategy}: {exc}")
+    except BaseException as exc:
+        why = f"{type(exc).__name__}: {exc}"
+        raise
+    finally:
+        table.append(f"{family:18} {strategy:7} {result} {why}")
+        seconds = round(time.perf_counter() - started, 1)
+        tell(family=family, strategy=strategy, result=result, why=why[:2000], seconds=seconds)
+
+
+def outcome(family: str, strategy: str, folder: Path) -> tuple[str, str]:
+    """Return right (and what formats refused it), refused or needs; raises where it is wrong."""
     if family in NEEDS:
         with pytest.raises(ImportError, match=NEEDS[family]):
             families.build(family)
-        table.append(f"{family:18} {strategy:7} needs {NEEDS[family]}")
-        return
-    families.save(family, tmp_path / "target")
+        return "needs", NEEDS[family]
+    families.save(family, folder / "target")
     model = families.build(family)
     if family in REFUSED:
         with pytest.raises(CaptureError, match=REFUSED[family]) as refused:
-            whole_chain(strategy, tmp_path / "target", tmp_path / "run", model)
-        table.append(f"{family:18} {strategy:7} {refused.value}")
-        return
-    try:
-        formats = whole_chain(strategy, tmp_path / "target", tmp_path / "run", model)
-    except SpecForgeError as exc:
-        pytest.fail(f"{family}, {strategy}: {exc}")
-    table.append(f"{family:18} {strategy:7} right {formats}")
+            whole_chain(strategy, folder / "target", folder / "run", model)
+        return "refused", str(refused.value)
+    return "right", whole_chain(strategy, folder / "target", folder / "run", model)
