@@ -55,6 +55,7 @@ class Share:
     world_size: int
     seed: int
     window: int | None = None  # samples that are shuffled together; None: all
+    first: int | None = None  # the same in the first epoch, where it is another
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,8 @@ class OnlineSource:
         self.prompts.stop()
 
     def samples(self, position: int) -> Iterator[Placed]:
-        order = Order(self.share.seed, self.share.window, self.prompts.wait)
+        share = self.share
+        order = Order(share.seed, share.window, self.prompts.wait, share.first)
         ranks = self.share.world_size
         # windows begin at fixed places, so that a resumed run batches as it did: another batch
         # would round differently

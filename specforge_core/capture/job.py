@@ -93,7 +93,8 @@ def run_capture(
     """
     directory = capture_directory(run)
     job = Job.open(run, strategy)
-    prompts = job.prompts()
+    asked = job.asked()
+    prompts = asked.load()
     with ExitStack() as stack:
 
         @functools.cache
@@ -104,9 +105,13 @@ def run_capture(
 
         def held_out() -> None:
             if run.data.validation != ():
-                _capture(job, engine, directory / VALIDATION, job.prompts(validation=True))
+                window = run.data.shuffle_window
+                held = job.prompts(validation=True)
+                _capture(job, engine, directory / VALIDATION, held, window)
 
-        return _capture(job, engine, directory, prompts, prepare=prepare, first=held_out)
+        return _capture(
+            job, engine, directory, prompts, asked.window, prepare=prepare, first=held_out
+        )
 
 
 def _capture(
@@ -114,12 +119,13 @@ def _capture(
     engine: Callable[[], TargetEngine],
     directory: Path,
     prompts: PromptSet,
+    window: int | None,
     *,
     prepare: Prepare | None = None,
     first: Callable[[], None] | None = None,
 ) -> CaptureManifest:
     """Capture prompts into a directory; what comes `first` only if they belong there."""
-    order = epoch_order(len(prompts), job.run.train.seed, 0, job.run.data.shuffle_window)
+    order = epoch_order(len(prompts), job.run.train.seed, 0, window)
     digest = prompts_fingerprint(prompts, order)
     shard_tokens = job.run.capture.shard_tokens
     writer = ShardWriter(

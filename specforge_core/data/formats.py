@@ -11,6 +11,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,7 @@ ENDINGS = (
     *(f".{kind}.{packed}" for kind in ("jsonl", "json") for packed in ("gz", "zst", "bz2", "xz")),
 )
 PIECE = 1 << 16  # packed bytes that are unpacked at once
+BOM = b"\xef\xbb\xbf"
 HEAD = 512  # bytes that tell what a file is
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -109,12 +111,25 @@ BY_ENDING = {
 
 def read_file(path: Path, name: str) -> Iterator[Line | DataError]:
     """Yield a file's rows, called `name`:1 and so on.  Raises DataError for what is none."""
+    with open_data(path) as file:
+        yield from _rows(file, path, name)
+
+
+@contextmanager
+def open_data(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file; what is wrong with it while it is read is a DataError with its name."""
     try:
         with path.open("rb") as file:
-            yield from _rows(file, path, name)
+            yield file
     except DAMAGED as exc:
         reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
         raise DataError(f"data file {str(path)!r} cannot be read: {reason}") from exc
+
+
+def is_lines(path: Path) -> bool:
+    """Say whether `read_file` reads a file as lines that are not packed."""
+    with open_data(path) as file:
+        return _peek(file).removeprefix(BOM).lstrip()[:1] == b"{"
 
 
 def _rows(file: IO[bytes], path: Path, name: str) -> Iterator[Line | DataError]:
@@ -143,7 +158,7 @@ def _of(head: bytes, table: dict[bytes, Any]) -> Any:
 
 
 def _text(stream: IO[bytes], head: bytes, path: Path, name: str) -> Iterator[Line | DataError]:
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    start = head.removeprefix(BOM).lstrip()
     known = _of(start, OTHERS) or _of(head, OTHERS)
     if known is None and start[:1] not in (b"{", b"["):
         known = BY_ENDING.get(path.suffix.lower())

@@ -1,7 +1,8 @@
 """The order samples are seen in: one place, so that capture, offline and online agree.
 
 A function of the seed, the epoch and the sample alone.  With a window, samples are shuffled in
-groups of that many which follow each other, so that those of the first group are enough to begin.
+groups of that many which follow each other, so that those of the first group are enough to begin;
+the first epoch may have one of its own, as later ones find all samples there.
 """
 
 from __future__ import annotations
@@ -42,23 +43,28 @@ class Order:
     seed: int
     window: int | None
     known: Callable[[int | None], int]  # waits for so many samples, or all; says how many there are
+    first: int | None = None  # the window of the first epoch, if it has one of its own
     _groups: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def at(self, place: int) -> tuple[int, int]:
         """Return the epoch and the sample at a place; waits for the samples it is shuffled with."""
-        window = self.window
+        window = self._window(0)
         there = self.known(None if window is None else (place // window + 1) * window)
         epoch, within = divmod(place, there) if place >= there else (0, place)
         return epoch, self.shuffled(epoch, within, there)
 
     def shuffled(self, epoch: int, within: int, there: int) -> int:
         """Return the sample at a place of an epoch; `there` are known, all of its group."""
-        size = self.window or there
-        group, place = divmod(within, size)
-        size = min(size, there - group * size)
+        whole = self._window(epoch) or there
+        group, place = divmod(within, whole)
+        size = min(whole, there - group * whole)
         key = (epoch, group, size)
-        if key not in self._groups:
+        if (found := self._groups.pop(key, None)) is None:
             while len(self._groups) >= KEPT:
-                del self._groups[next(iter(self._groups))]
-            self._groups[key] = _shuffled(size, self.seed, epoch, group)
-        return group * (self.window or there) + int(self._groups[key][place])
+                del self._groups[next(iter(self._groups))]  # unused for the longest time
+            found = _shuffled(size, self.seed, epoch, group)
+        self._groups[key] = found
+        return group * whole + int(found[place])
+
+    def _window(self, epoch: int) -> int | None:
+        return self.window if epoch or self.first is None else self.first

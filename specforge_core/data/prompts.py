@@ -27,6 +27,7 @@ from .chat import Encoder, Row
 from .ends import end_tokens
 from .promptset import PromptSet as PromptSet, Spool, Told
 from .rows import RowMaker
+from .scatter import GROUP, can_scatter, scattered
 from .sources import Rows, Skipped, conversations, mixed, nothing_left
 from .split import Side, one_sided, training_side, validation_side
 from .stream import Stream
@@ -100,6 +101,7 @@ def open_prompts(
         limit=limit,
         vocab_size=vocab_size,
         side=side,
+        mixed=can_scatter(opened, data, SMALL),
     )
     known = [rows for _, rows in opened if isinstance(rows, Known)]
     if data.cache is None or len(known) < len(opened) or sum(r.num_bytes for r in known) < SMALL:
@@ -107,7 +109,7 @@ def open_prompts(
     key = [origin.as_json(), template_fingerprint(tokenizer, options)]
     made_by = [tokenizer.backend_tokenizer.to_str(), transformers.__version__]
     choices = data.model_dump(include={"too_long", "on_error", "limit", "mix", "ignore_fields"})
-    bounds = [limit, sorted(ends), vocab_size, choices, side and side.key]
+    bounds = [limit, sorted(ends), vocab_size, choices, side and side.key, fill.mixed]
     return Asked(data, fill, key_of([key, made_by, bounds, *(r.fingerprint() for r in known)]))
 
 
@@ -133,6 +135,11 @@ class Asked:
     data: DataConfig
     fill: Filler
     key: str | None  # of their tokens in `data.cache`; None: they are not kept
+
+    @property
+    def window(self) -> int | None:
+        """The samples that are shuffled together in the first epoch; None: all of them."""
+        return GROUP if self.fill.mixed else self.data.shuffle_window
 
     def load(self) -> PromptSet:
         """Return all rows, with progress."""
@@ -179,12 +186,16 @@ class Filler:
     vocab_size: int
     quiet: bool = False  # beside something else that tells of its progress
     side: Side | None = None
+    mixed: bool = False  # rows are read in a mixed order
 
     def __call__(self, spool: Spool) -> Told:
         """Write all rows.  Raises DataError where there is none."""
         data, limit = self.data, self.limit
         skipped, used, cut = Skipped(data.on_error), Counter[str](), 0
-        items = mixed(conversations(self.opened, data, need_answer=True), data.mix)
+        if self.mixed:
+            items = scattered(self.opened, data)
+        else:
+            items = mixed(conversations(self.opened, data, need_answer=True), data.mix)
         if self.side is not None:
             items = self.side.only(items, data.limit)
         workers = available_cores() if data.workers is None else data.workers

@@ -181,17 +181,24 @@ class Line(dict[str, Any]):
         self.where = where
 
 
-def read_lines(file: IO[bytes], name: str) -> Iterator[Line | DataError]:
-    """Yield the rows of JSON lines; the file is called `name`."""
-    number = 0
-    while line := file.readline(MAX_LINE + 1):
-        number += 1
+def read_lines(file: IO[bytes], name: str, first: int = 1) -> Iterator[Line | DataError]:
+    """Yield the rows of JSON lines; the file is called `name`, its next line is number `first`."""
+    for line, number in lines_of(file, first):
         where = f"{name}:{number}"
         if len(line) > MAX_LINE:
-            _pass_over(line, file)
             yield BadRow(f"{where} is longer than {MAX_LINE:,} bytes. {_SKIP}", "too long")
-        elif line.strip():
+        else:
             yield _parse(line, where)
+
+
+def lines_of(file: IO[bytes], number: int = 1) -> Iterator[tuple[bytes, int]]:
+    """Yield the lines that are rows, of very long ones the beginning, with their numbers."""
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            _pass_over(line, file)
+        if len(line) > MAX_LINE or line.strip():
+            yield line, number
+        number += 1
 
 
 def read_array(file: IO[bytes], name: str) -> Iterator[Line | DataError]:

@@ -103,6 +103,12 @@ class Stream:
             loss_mask=_read(loss_mask, torch.int8, start, end).long(),
         )
 
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """Return how often each token is supervised, [V] int64; waits for all rows."""
+        self.wait()
+        assert self._all is not None
+        return self._all.token_counts(vocab_size)
+
     def stop(self) -> None:
         """Stop tokenizing; a wait in another thread raises Closed."""
         self._closed.set()

@@ -6,8 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+
+from torch import Tensor
 
 from ..batches.loader import (
     NOTE_SECONDS,
@@ -27,6 +30,7 @@ from ..capture.store import read_token_counts
 from ..config import RunConfig
 from ..data.order import Order
 from ..data.prompts import PromptSet
+from ..data.stream import Stream
 from ..errors import CaptureError, ConfigError
 from ..files import refusing
 from ..progress import console
@@ -61,15 +65,32 @@ class Feed:
     lock: threading.Lock | None = None
 
 
-def open_feed(run: RunConfig, strategy: Strategy, share: Share) -> Feed:
-    """Return the feed that the config's data section asks for.
+class Counted(DataInfo):
+    """What is known of rows that are still tokenized: who asks for their tokens waits for all."""
+
+    _prompts: PromptSet | Stream
+    _vocab_size: int
+
+    def __init__(self, prompts: PromptSet | Stream, vocab_size: int) -> None:
+        known = len(prompts) if isinstance(prompts, PromptSet) else None
+        values = {"num_samples": known, "_prompts": prompts, "_vocab_size": vocab_size}
+        for name, value in values.items():  # it is frozen
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def token_counts(self) -> Tensor:
+        return self._prompts.token_counts(self._vocab_size)
+
+
+def open_feed(run: RunConfig, strategy: Strategy, share: Share, *, whole: bool = False) -> Feed:
+    """Return the feed that the config's data section asks for; `whole` when all rows are known.
 
     Raises ConfigError when it asks for none, CaptureError when a capture does not fit.
     """
     if run.data.capture_dir is not None:
         return _offline(Job.open(run, strategy), run.data.capture_dir, share)
     if run.data.train:
-        return _online(Job.open(run, strategy), share)
+        return _online(Job.open(run, strategy), share, whole=whole)
     raise ConfigError(
         "nothing to train on: give data.train=[FILE.jsonl] for online training, or "
         "data.capture_dir=DIR for a capture made with `specforge capture`"
@@ -133,11 +154,11 @@ def _held_out_offline(job: Job, directory: Path, share: Share) -> HeldOut:
     return HeldOut(source=StoredSource(reader, share), num_samples=len(reader))
 
 
-def _online(job: Job, share: Share) -> Feed:
+def _online(job: Job, share: Share, *, whole: bool) -> Feed:
     run, strategy, adapter = job.run, job.strategy, job.adapter
     asked = job.asked()
     # epochs are counted before the first step, so there all rows are waited for
-    early = run.data.shuffle_window is not None and run.train.max_steps is not None
+    early = not whole and asked.window is not None and run.train.max_steps is not None
     prompts = asked.stream() if early else asked.load()
     with ExitStack() as stack:
         stack.callback(prompts.close)
@@ -148,33 +169,31 @@ def _online(job: Job, share: Share) -> Feed:
         cache = _cache(job)  # what cannot be written is said before the target is loaded
         engine = job.engine()
         stack.callback(engine.close)
-        order = Order(share.seed, share.window, prompts.wait)
+        ordered = replace(share, first=asked.window)
+        order = Order(share.seed, share.window, prompts.wait, ordered.first)
         first = range(prompts.wait(LOOKS * LOOK_AT_ONCE))
         looked = (prompts[order.at(place)[1]] for place in first)
         check_first(strategy, run.strategy, engine, adapter, looked)
         close = stack.pop_all().close
-    whole = prompts if isinstance(prompts, PromptSet) else None
+    known = prompts if isinstance(prompts, PromptSet) else None
 
-    def source(prompts: Prompts) -> OnlineSource:
+    def source(prompts: Prompts, share: Share) -> OnlineSource:
         window = run.capture.window
         window = min(window, prompts.wait(window))  # none is asked for twice
         return OnlineSource(strategy, engine, adapter, prompts, share, window, cache, lock)
 
     return Feed(
-        source=source(prompts),
+        source=source(prompts, ordered),
         spec=adapter.spec,
         target=job.target,
         identity=job.identity,
-        data=DataInfo(
-            token_counts=None if whole is None else whole.token_counts(job.target.vocab_size),
-            num_samples=None if whole is None else len(whole),
-        ),
+        data=Counted(prompts, job.target.vocab_size),
         close=close,
-        skipped={} if whole is None else whole.skipped,
-        num_tokens=None if whole is None else whole.num_tokens,
+        skipped={} if known is None else known.skipped,
+        num_tokens=None if known is None else known.num_tokens,
         held_out=None
         if held_out is None
-        else HeldOut(source=source(held_out), num_samples=len(held_out)),
+        else HeldOut(source=source(held_out, share), num_samples=len(held_out)),
         engine=engine,
         lock=lock,
     )

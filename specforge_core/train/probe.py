@@ -82,7 +82,7 @@ def probe(run: RunConfig, strategy: Strategy) -> Probe:
     with ExitStack() as stack:
         world_ = stack.enter_context(world(device))
         share = Share(world_.rank, world_.size, run.train.seed, run.data.shuffle_window)
-        feed = open_feed(run, strategy, share)
+        feed = open_feed(run, strategy, share, whole=True)
         stack.callback(feed.close)
         trainer = build(run, strategy, world_, feed, machine)
         per_step = run.train.batch_size * run.train.accumulate

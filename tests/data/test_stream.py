@@ -181,15 +181,17 @@ def test_the_order_is_known_from_the_samples_so_far(count: int, window: int | No
         assert set(epoch_order(count, 3, 0, window)[:window]) == set(range(window))
 
 
+@pytest.mark.parametrize("window", [8, None])
 def test_a_run_trains_the_same_whether_its_tokens_are_kept(
-    tmp_path: Path, toy_target: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, toy_target: Path, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prompts, "GROUP", 8)
     config = write_run(
         tmp_path,
         toy_target,
         conversations=20,
         strategy={"name": "linear"},
-        data={"cache": str(tmp_path / "cache"), "shuffle_window": 8, "workers": 0},
+        data={"cache": str(tmp_path / "cache"), "shuffle_window": window, "workers": 0},
         train={"batch_size": 2, "schedule": "constant", "warmup_ratio": 0.0},
     )
     streams: list[Asked] = []
@@ -208,5 +210,5 @@ def test_a_run_trains_the_same_whether_its_tokens_are_kept(
             train(*load(config, place, f"train.max_steps={steps}"))
         assert len(streams) == 1
     assert losses(tmp_path / "streamed") == losses(tmp_path / "kept")
-    with pytest.raises(CheckpointError, match=r"data\.shuffle_window=8, .*=null: the order"):
-        train(*load(config, place, "train.max_steps=14", "data.shuffle_window=null"))
+    with pytest.raises(CheckpointError, match=r"data\.shuffle_window=.*: the order"):
+        train(*load(config, place, "train.max_steps=14", "data.shuffle_window=9"))

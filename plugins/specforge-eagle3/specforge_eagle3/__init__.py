@@ -91,8 +91,7 @@ def draft_map(config: Eagle3Config, shape: DraftShape, token_counts: Tensor | No
     if token_counts is None:
         raise ConfigError(
             "the draft vocabulary is chosen by how often tokens are supervised, and this capture "
-            "is still growing, or its data is still read. Finish the capture first (or read the "
-            "data: specforge data -c RUN.yaml), or give strategy.vocab_map=FILE or "
+            "is still growing. Finish the capture first, or give strategy.vocab_map=FILE or "
             "strategy.draft_vocab_size=full"
         )
     return offsets(frequent_tokens(token_counts, shape.draft_vocab_size))
