@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from specforge_core.batches.loader import Batches
 from specforge_core.capture.job import Job
 from specforge_core.config import DataConfig, RunConfig
 from specforge_core.data.harmony import as_message
@@ -19,7 +20,9 @@ from specforge_core.errors import DataError
 from specforge_core.load import validate
 from specforge_core.strategy import Strategy
 from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.runs import losses
 from specforge_core.testing.toy import save_toy_target, toy_tokenizer
+from specforge_core.train.run import train
 from specforge_core.types import Prompt
 
 from .templates import STYLES, Style
@@ -185,6 +188,46 @@ def test_the_trained_tokens_are_the_generated_ones(
     assert by_id["1"]["finish_reason"] == ["stop", "stop", "length"]
     said = [m["content"] for m in by_id["1"]["messages"] if m["role"] == "assistant"]
     assert all(SAID.strip() in text for text in said[:2])
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize("name", ["qwen3 thinking", "r1", "harmony", "glm45"])
+def test_training_reads_what_the_target_wrote(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the prompts to the batches of a training, whose draft sees no other token."""
+    style = STYLES[name]
+    tokenizer = save(style, tmp_path / "target")
+    text = style.writes.format(thought=THOUGHT, said=SAID)
+    written = [{"tokens": write_out(tokenizer, text + style.end, spelled=True), "finished": True}]
+    run = run_of(tmp_path / "target", tmp_path, style)
+    script = {str(i): written * len(chat) for i, chat in enumerate(QUESTIONS)}
+    answer(run, tmp_path, script, *QUESTIONS)
+    seen: list[Prompt] = []
+    micro_batches = Batches.micro_batches
+
+    def watched(self: Batches, source: Any, position: int) -> Iterator[Any]:
+        for micro in micro_batches(self, source, position):
+            if micro.num_samples:
+                ids, mask = micro.batch["input_ids"][0], micro.batch["loss_mask"][0]
+                seen.append(Prompt(index=len(seen), input_ids=ids, loss_mask=mask))
+            yield micro
+
+    monkeypatch.setattr(Batches, "micro_batches", watched)
+    raw = run.model_dump()
+    raw["target"] |= {"engine": "transformers", "options": {}}
+    raw |= {"output_dir": str(tmp_path / "run")}
+    raw["train"] |= {
+        "batch_size": 1,
+        "epochs": 1,
+        "log_every": 1,
+        "device": "cpu",
+        "compute_dtype": "float32",
+    }
+    train(*validate(raw, "the test"))
+    epoch = seen[: len(trained(run))]
+    assert len(losses(tmp_path / "run")) == len(epoch) > 1
+    assert sorted(supervised(epoch)) == sorted(asked(tmp_path))
 
 
 def toy_answers(tmp_path: Path, **data: Any) -> RunConfig:
