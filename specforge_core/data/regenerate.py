@@ -23,11 +23,12 @@ from ..target.info import load_target_info
 from ..target.tokenizer import CLOCK, chat_template, load_tokenizer, template_options
 from .chat import Encoder
 from .journal import Journal
-from .respond import TOO_LONG, Answerer, Chat, Task
+from .messages import OnlyRead
+from .respond import TOO_LONG, Answerer, Chat, Task, asked_turns
+from .rows import encoder_for
 from .sources import (
     BadRow,
     Conversation,
-    Message,
     Rows,
     Skipped,
     nothing_left,
@@ -130,7 +131,10 @@ def _row(chat: Chat, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is written of an answered conversation."""
     return {
         "id": chat.task.id,
-        "messages": chat.messages,
+        "messages": [
+            {**message, "train": False} if isinstance(message, OnlyRead) else message
+            for message in chat.messages
+        ],
         **chat.task.metadata,
         **origin,
         FINISH: chat.finish_reasons,
@@ -196,26 +200,9 @@ TURNS = (
 
 
 def _task(found: Conversation, name: str, place: int, encoder: Encoder) -> Task:
-    if found.tools:
-        raise BadRow(
-            "tools are not offered where answers are regenerated. Leave them out: "
-            "data.ignore_fields=[tools], or set data.on_error=skip",
-            "with tools",
-        )
-    turns: list[tuple[Message, ...]] = []
-    asked: list[Message] = []
-    for message in found.messages:
-        if message["role"] == "tool":
-            raise BadRow(
-                "a tool's answer cannot be regenerated. "
-                "Take the line out, or set data.on_error=skip",
-                "with a tool's answer",
-            )
-        if message["role"] != "assistant":  # the target writes its own
-            asked.append(message)
-        if message["role"] == "user":
-            turns.append(tuple(asked))
-            asked = []
+    turns = asked_turns(found)
+    if found.tools or any(isinstance(message, OnlyRead) for message in turns[0]):
+        encoder = encoder_for(encoder, turns[0], found.tools)
     metadata = {k: v for k, v in found.row.items() if k not in TURNS}
     try:
         json.dumps(metadata)
@@ -232,6 +219,7 @@ def _task(found: Conversation, name: str, place: int, encoder: Encoder) -> Task:
         turns=tuple(turns),
         metadata=metadata,
         length=len(encoder.prompt(turns[0])),
+        tools=found.tools,
     )
 
 

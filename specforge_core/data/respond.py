@@ -19,9 +19,12 @@ from ..types import Generated, GenerateOptions, Prompt, TargetEngine, TargetInfo
 from .chat import Encoder
 from .ends import end_tokens
 from .harmony import as_message
+from .messages import OnlyRead
 from .prompts import bound_of, check_ids
-from .sources import BadRow, Message
+from .rows import offering
+from .sources import BadRow, Conversation, Message
 from .tokenrows import add_turn
+from .tools import Tool
 
 BATCHES = 16  # asked for together: a conversation is in the file once its own turns are answered
 TOO_LONG = "too long"
@@ -35,9 +38,36 @@ class Task:
     id: str
     where: str
     place: int  # among all tasks, done or not: with the turn and the seed it decides the draws
-    turns: tuple[tuple[Message, ...], ...]  # each ends in a user's message
+    turns: tuple[tuple[Message, ...], ...]  # each ends in a user's message, or a tool's
     metadata: Mapping[str, Any]
     length: int  # of the first prompt, in tokens
+    tools: tuple[Tool, ...] = ()  # that the target may call
+
+
+def asked_turns(found: Conversation) -> tuple[tuple[Message, ...], ...]:
+    """Return what is asked turn by turn, without the answers: the target writes its own.
+
+    Where tools are called, their results follow from the calls that stand there.  So these are
+    read as they are, and the one answer behind the last message of a user or a tool is written.
+    """
+    messages = found.messages
+    if found.tools or any(message["role"] == "tool" for message in messages):
+        last = max(n for n, message in enumerate(messages) if message["role"] in ("user", "tool"))
+        return (
+            tuple(
+                OnlyRead(message) if message["role"] == "assistant" else message
+                for message in messages[: last + 1]
+            ),
+        )
+    turns: list[tuple[Message, ...]] = []
+    asked: list[Message] = []
+    for message in messages:
+        if message["role"] != "assistant":
+            asked.append(message)
+        if message["role"] == "user":
+            turns.append(tuple(asked))
+            asked = []
+    return tuple(turns)
 
 
 @dataclass(slots=True)
@@ -81,7 +111,7 @@ class Rules:
         """Tokenize what the target reads next; None, and the reason noted, where it cannot."""
         data = self.run.data
         try:
-            ids = self.encoder.prompt(chat.asked())
+            ids = offering(self.encoder, chat.task.tools).prompt(chat.asked())
         except BadRow as exc:
             if data.on_error == "raise":
                 raise exc.at(chat.task.where) from exc

@@ -47,6 +47,12 @@ def encoder_for(
             f"To train without: data.ignore_fields=[{name}]; or data.on_error=skip",
             "not written by the chat template",
         )
+    return offering(encoder, tools)
+
+
+def offering(encoder: Encoder, tools: Sequence[Tool]) -> Encoder:
+    """Return the encoder that gives the chat template these tools."""
     if not tools:
         return encoder
+    offered = [dict(tool) for tool in tools]
     return replace(encoder, template_kwargs={**encoder.template_kwargs, "tools": offered})

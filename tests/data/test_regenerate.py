@@ -188,10 +188,10 @@ def test_output_of_another_run_is_refused(talker: Path, tmp_path: Path) -> None:
 
 def test_bad_prompts(talker: Path, tmp_path: Path) -> None:
     path, output = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
-    tool = {"messages": [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "4"}]}
+    tool = {**ask("t", "Hi"), "tools": [{"type": "function", "function": {"name": "look"}}]}
     cases: list[tuple[list[dict[str, Any] | str], str]] = [
         (["{"], "p.jsonl:1 is not a line of JSON"),
-        ([tool], "p.jsonl:1: a tool's answer cannot be regenerated"),
+        ([tool], "p.jsonl:1: the conversation has 'tools', which the target's chat template"),
         ([ask("a", "x"), ask("a", "y")], "p.jsonl:2 has the id 'a' of p.jsonl:1"),
         ([""], "no conversations in"),
     ]
@@ -209,7 +209,7 @@ def test_bad_prompts(talker: Path, tmp_path: Path) -> None:
     data = {"on_error": "skip", "limit": 2}
     report = regenerate(make_run(talker, path, data=data, keep_unfinished=True), output)
     assert (report.num_prompts, report.num_skipped) == (2, 2)
-    assert "2 bad lines skipped (1 not JSON, 1 with a tool's answer)" in str(report)
+    assert "2 bad lines skipped (1 not JSON, 1 not written by the chat template)" in str(report)
     assert [json.loads(line)["id"] for line in lines(output)] == ["a", "b"]
 
 

@@ -230,6 +230,57 @@ def test_training_reads_what_the_target_wrote(
     assert sorted(supervised(epoch)) == sorted(asked(tmp_path))
 
 
+TOOLS = """{%- if tools -%}{{ '<|im_start|>tools\n' + tools|tojson + '<|im_end|>\n' }}{%- endif -%}
+{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' + m.content }}
+{%- for call in m.tool_calls or [] -%}
+{{ '<call>' + call.function.name + call.function.arguments|tojson + '</call>' }}
+{%- endfor -%}{{ '<|im_end|>\n' }}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
+
+
+@pytest.mark.usefixtures("scripted")
+def test_with_tools_the_answer_behind_the_last_result_is_written(tmp_path: Path) -> None:
+    """Earlier calls stand as they are: the results that follow are theirs."""
+    style = Style(TOOLS, "{said}", "<|im_end|>", ("<|im_start|>",))
+    tokenizer = save(style, tmp_path / "target")
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+    user = {"role": "user", "content": "Look!"}
+    called = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    called += [{"role": "tool", "content": "a cat"}]
+    rows = [
+        {"id": "asks", "messages": [user, {"role": "assistant", "content": "ANOTHER"}]},
+        {"id": "reads", "messages": [*called, {"role": "assistant", "content": "ANOTHER"}]},
+    ]
+    run = run_of(tmp_path / "target", tmp_path, style)
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({**row, "tools": [tool]}) + "\n" for row in rows)
+    )
+    texts = ['<call>look{"at": "it"}</call>', "It is a cat."]
+    script = {
+        str(i): [{"tokens": write_out(tokenizer, f"{t}<|im_end|>", spelled=True), "finished": True}]
+        for i, t in enumerate(texts)
+    }
+    (tmp_path / "script.json").write_text(json.dumps(script))
+    report = regenerate(run, Strategy.load("linear"), tmp_path / "answers.jsonl")
+    assert (report.num_prompts, report.num_written) == (2, 2)
+
+    expected = asked(tmp_path)
+    for read, _ in expected:
+        assert "<|im_start|>tools\n[{" in tokenizer.decode(read)
+    assert "a cat<|im_end|>\n<|im_start|>assistant\n" in max(
+        (tokenizer.decode(read) for read, _ in expected), key=len
+    )
+    assert sorted(supervised(trained(run))) == sorted(expected)
+    # and as text: calls that were only read are not trained on
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert "ANOTHER" not in str(lines)
+    plain = [{k: v for k, v in line.items() if k != "token_rows"} for line in lines]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
+    said = [tokenizer.decode(written) for _, written in supervised(trained(run))]
+    assert sorted(said) == sorted(f"{text}<|im_end|>" for text in texts)
+
+
 def toy_answers(tmp_path: Path, **data: Any) -> RunConfig:
     """Answer one prompt of the toy target; return the run that trains on it."""
     style = Style(str(toy_tokenizer().chat_template), "{said}", "<|im_end|>")
