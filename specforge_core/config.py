@@ -20,7 +20,7 @@ from .section import (
     expand,
     fits,
 )
-from .watched import Watched, a_part, check_watched
+from .watched import Watched, a_part, check_grows, check_watched
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -287,4 +287,10 @@ class RunConfig(Section):
             raise ValueError("data.follow needs data.capture_dir, the directory to follow")
         validation, prompts = self.data.validation != (), bool(self.eval.prompts)
         check_watched(self.train, validation=validation, prompts=prompts)
+        check_grows(
+            self.train,
+            online=self.data.capture_dir is None,
+            steps=self.train.max_steps is not None,
+            prompts=bool(self.regenerate.prompts),
+        )
         return self

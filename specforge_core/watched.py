@@ -1,4 +1,4 @@
-"""The options by which a training watches itself: what is measured, and what follows from it."""
+"""The options by which a training watches itself: what is measured, answered, and follows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .section import MANY, Section
 
 
 class Watched(Section):
-    """The part of `train` that says when a run is measured."""
+    """The part of `train` that says when a run is measured, and when its data grows."""
 
     validate_every: int | None = Field(
         None,
@@ -42,6 +42,16 @@ class Watched(Section):
         description="The training ends after as many measurements for `keep_best` without a "
         "better one.",
     )
+    regenerate_every: int | None = Field(
+        None,
+        gt=0,
+        le=MANY,
+        description="Steps after which the target begins to answer a share of "
+        "`regenerate.prompts` while training goes on; the next epoch has these rows, too.",
+    )
+    regenerate_prompts: int = Field(
+        256, gt=0, le=MANY, description="Prompts in such a share. Each is answered once."
+    )
 
 
 def a_part(value: float) -> float:
@@ -70,4 +80,28 @@ def check_watched(train: Watched, *, validation: bool, prompts: bool) -> None:
         raise ValueError(
             "train.patience counts measurements for train.keep_best. "
             "Try: train.keep_best=validation_loss, or acceptance"
+        )
+
+
+def check_grows(train: Watched, *, online: bool, steps: bool, prompts: bool) -> None:
+    """Raise ValueError for a training whose data cannot grow as `regenerate_every` asks.
+
+    `online`: the target is there; `steps`, `prompts`: `train.max_steps`, `regenerate.prompts` are.
+    """
+    if train.regenerate_every is None:
+        return
+    if not online:
+        raise ValueError(
+            "train.regenerate_every needs the target, which is not run with data.capture_dir. "
+            "Take data.capture_dir out, or answer before: specforge regenerate"
+        )
+    if not prompts:
+        raise ValueError(
+            "train.regenerate_every needs regenerate.prompts. "
+            "Try: regenerate.prompts=[PROMPTS.jsonl]"
+        )
+    if not steps:
+        raise ValueError(
+            "train.regenerate_every needs train.max_steps, since epochs grow. "
+            "Try: train.max_steps=10000"
         )

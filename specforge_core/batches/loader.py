@@ -163,6 +163,7 @@ class OnlineSource:
     cache: StateCache | None = None
     # where others call the engine, too: held over each window, which then is captured whole
     lock: threading.Lock | None = None
+    end: int | None = None  # place where a window ends in any case: nothing is read behind it
 
     def close(self) -> None:
         """End the wait for a prompt in another thread."""
@@ -177,8 +178,11 @@ class OnlineSource:
         done = position // ranks % self.window if position % ranks == 0 else 0
         place = position - done * ranks + self.share.rank
         while True:
-            places = range(place, place + self.window * ranks, ranks)
-            place += self.window * ranks
+            last = place + self.window * ranks
+            if self.end is not None and place < self.end < last:
+                last = self.end
+            places = range(place, last, ranks)
+            place += len(places) * ranks
             numbers = [self._number(order, at) for at in places]
             chosen = [self.prompts[first] for _, _, first in numbers]
             how = (self.strategy, self.engine, self.adapter, chosen, self.window)
@@ -226,10 +230,10 @@ class Batches:
         ahead: deque[Placed] = deque()
         stand_in: list[Sample] = []
         while True:
-            taken = [ahead.popleft() if ahead else next(samples) for _ in range(self.batch_size)]
-            left = self._left(position)
+            left = min(self.batch_size, self._left(position))  # none is asked for that has no use
+            taken = [ahead.popleft() if ahead else next(samples) for _ in range(left)]
             position += self.batch_size * self.share.world_size
-            ready = [(placed.index, self._ready(placed)) for placed in taken[:left]]
+            ready = [(placed.index, self._ready(placed)) for placed in taken]
             kept = [sample for _, sample in ready if sample is not None]
             indices = tuple(index for index, sample in ready if sample is not None)
             if not kept and not stand_in:

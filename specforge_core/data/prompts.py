@@ -212,7 +212,7 @@ class Filler:
                     continue
                 used[found.source] += 1
                 for row in rows:
-                    if (reason := _left_out(row, data, limit, found.where)) is not None:
+                    if (reason := left_out(row, data, limit, found.where)) is not None:
                         skipped.counts[reason] += 1
                         continue
                     check_ids(row.input_ids, self.vocab_size, found.where)
@@ -238,7 +238,7 @@ class Filler:
         return track("reading conversations", self.data.limit)
 
 
-def _left_out(row: Row, data: DataConfig, limit: int, where: str) -> str | None:
+def left_out(row: Row, data: DataConfig, limit: int, where: str) -> str | None:
     """Return why a row is not trained on, if it is not; `data.too_long` may make it an error."""
     if row.length > limit and data.too_long == "raise":
         raise DataError(_too_long(row, data, limit, where))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, overload
 
 import torch
@@ -92,6 +93,34 @@ class PromptSet(Sequence[Prompt]):
             ids = self._input_ids[span][self._loss_mask[span].bool()]
             counts += torch.bincount(ids, minlength=vocab_size)
         return counts
+
+
+class Joined:
+    """Several sets of prompts, one behind the other.  Prompt i has index i."""
+
+    def __init__(self, first: PromptSet) -> None:
+        self._parts = [first]
+        self._ends = [len(first)]
+
+    def add(self, part: PromptSet) -> None:
+        """Put a set behind the others."""
+        self._parts.append(part)
+        self._ends.append(self._ends[-1] + len(part))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Prompt:
+        part = bisect_right(self._ends, index)
+        within = index - (self._ends[part - 1] if part else 0)
+        return replace(self._parts[part][within], index=index)
+
+    def wait(self, count: int | None = None) -> int:
+        """Return how many there are: all of them."""
+        return len(self)
+
+    def stop(self) -> None:
+        """Stop nothing: all of them are there."""
 
 
 def _nothing() -> None:

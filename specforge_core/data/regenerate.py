@@ -35,6 +35,7 @@ from .sources import (
     read_conversations,
     told,
 )
+from .split import Side
 from .tokenrows import FIELDS, FINISH, ORIGIN, RETOKENIZED, ROWS, Fingerprint
 
 IN_PROCESS = "transformers"  # the engine that has the weights here
@@ -86,7 +87,7 @@ def regenerate(run: RunConfig, strategy: Strategy, output: Path) -> RegenerateRe
     start = time.perf_counter()
     tokenizer = load_tokenizer(run.target)
     tasks, skipped = read_tasks(run, tokenizer, strategy.conversations)
-    origin = _origin(run, tokenizer)
+    origin = origin_of(run, tokenizer)
     dropped = Counter[str]()
     written = num_tokens = retokenized = 0
     with (
@@ -112,7 +113,7 @@ def regenerate(run: RunConfig, strategy: Strategy, output: Path) -> RegenerateRe
             for chat in stack.enter_context(closing(answerer.answer(left))):
                 task = chat.task
                 if chat.messages:
-                    answers.append([_row(chat, origin)])
+                    answers.append([answered(chat, origin)])
                     written += 1
                     retokenized += chat.retokenized
                 else:
@@ -127,7 +128,7 @@ def regenerate(run: RunConfig, strategy: Strategy, output: Path) -> RegenerateRe
     )
 
 
-def _row(chat: Chat, origin: Mapping[str, Any]) -> dict[str, Any]:
+def answered(chat: Chat, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is written of an answered conversation."""
     return {
         "id": chat.task.id,
@@ -144,9 +145,9 @@ def _row(chat: Chat, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_tasks(
-    run: RunConfig, tokenizer: PreTrainedTokenizerBase, source_rows: Rows
+    run: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: Rows, side: Side | None = None
 ) -> tuple[list[Task], Mapping[str, int]]:
-    """Read all prompts, and count the bad lines skipped by reason."""
+    """Read all prompts, of a `side` only its own; count the bad lines skipped by reason."""
     chat_template(tokenizer)
     files = tuple(map(str, run.regenerate.prompts))
     if not files:
@@ -155,9 +156,9 @@ def read_tasks(
     tasks: dict[str, Task] = {}
     sources: dict[str, str] = {}  # of each id
     skipped = Skipped(run.data.on_error)
-    for found in read_conversations(
-        files, run.data, source_rows, need_answer=False, skipped=skipped
-    ):
+    for found in read_conversations(files, run.data, rows, need_answer=False, skipped=skipped):
+        if side is not None and not side.takes(found):
+            continue
         name = _name(found, sources)
         if name in tasks:
             skipped.add(
@@ -227,7 +228,7 @@ class OtherOrigin(DataError):
     """A file holds answers of another model or sampling."""
 
 
-def _origin(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def origin_of(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what every row says about where its answers come from."""
     options = template_options(run.data)
     if CLOCK not in chat_template(tokenizer):

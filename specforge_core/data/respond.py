@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ from ..config import RunConfig
 from ..errors import CaptureError, DataError
 from ..target.asked import max_positions
 from ..target.tokenizer import template_options
-from ..types import Generated, GenerateOptions, Prompt, TargetEngine, TargetInfo
+from ..types import Generated, GenerateOptions, Prompt, TargetInfo
 from .chat import Encoder
 from .ends import end_tokens
 from .harmony import as_message
@@ -176,11 +176,21 @@ class Rules:
             )
 
 
+class Generates(Protocol):
+    """The part of a target engine that answers."""
+
+    @property
+    def info(self) -> TargetInfo: ...
+    def generate(
+        self, prompts: Sequence[Prompt], options: GenerateOptions, /
+    ) -> Iterator[Generated]: ...
+
+
 class Answerer:
     """Asks a target engine for the answers, one turn of many conversations at a time."""
 
     def __init__(
-        self, run: RunConfig, tokenizer: PreTrainedTokenizerBase, engine: TargetEngine
+        self, run: RunConfig, tokenizer: PreTrainedTokenizerBase, engine: Generates
     ) -> None:
         self._settings, self._engine = run.regenerate, engine
         self._rules = Rules.of(run, tokenizer, engine.info)

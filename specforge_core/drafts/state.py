@@ -30,6 +30,22 @@ Positive = Annotated[int, Field(strict=True, ge=1, le=MOST)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
+Share = Annotated[str, Field(strict=True, pattern=r"^[0-9]{8,12}-[0-9]{8,12}\.jsonl$")]
+
+
+class Grown(BaseModel):
+    """How far the data of a run has grown that has `train.regenerate_every`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epoch: Count  # that is trained on
+    begin: Count  # the position at which it began
+    files: dict[Share, StrictStr]  # name of each file of answers in it -> its checksum
+    taken: Count  # prompts that are answered, or are being answered
+    asked: Annotated[list[tuple[Count, Count]], Field(max_length=10**6)]  # not in it yet
+    asked_at: Count  # the last step after which answers were asked for
+
+
 class TrainState(BaseModel):
     """Everything a resumed run needs that is no tensor."""
 
@@ -49,6 +65,7 @@ class TrainState(BaseModel):
     length: Positive | None = None  # samples that the schedule is over; None: total_steps
     logged: Count | None = None  # last step whose line of metrics ended a window; None: step
     window: dict[str, tuple[Finite, Finite]] = {}  # sums since then
+    grown: Grown | None = None
 
     @field_validator("config")
     @classmethod

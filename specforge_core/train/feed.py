@@ -158,13 +158,14 @@ def _online(job: Job, share: Share, *, whole: bool) -> Feed:
     run, strategy, adapter = job.run, job.strategy, job.adapter
     asked = job.asked()
     # epochs are counted before the first step, so there all rows are waited for
-    early = not whole and asked.window is not None and run.train.max_steps is not None
+    steps, grows = run.train.max_steps is not None, run.train.regenerate_every is not None
+    early = asked.window is not None and steps and not whole and not grows
     prompts = asked.stream() if early else asked.load()
     with ExitStack() as stack:
         stack.callback(prompts.close)
         held_out = job.prompts(validation=True) if run.data.validation != () else None
-        # the target runs for the training, for validations and for evaluations: one at a time
-        shared = held_out is not None or run.train.eval_every is not None
+        # the target runs for the training and for all that watches it: one at a time
+        shared = held_out is not None or run.train.eval_every is not None or grows
         lock = threading.Lock() if shared else None
         cache = _cache(job)  # what cannot be written is said before the target is loaded
         engine = job.engine()

@@ -49,6 +49,14 @@ def check_resumed(
                 f"{_shown(value)}: the order of the samples would be another, some would come "
                 f"twice and some not at all. Try: {key}={_shown(before)}, or {anew}"
             )
+    grew = state.config["train"].get("regenerate_every")
+    every = run.train.regenerate_every
+    if (state.grown is None) != (every is None):
+        raise CheckpointError(
+            f"{path} was trained with train.regenerate_every={_shown(grew)}, this run has "
+            f"train.regenerate_every={_shown(every)}: its epochs would be others. Try: "
+            f"train.regenerate_every={_shown(grew)}, or {anew}"
+        )
 
 
 def _shown(value: int | None) -> str:

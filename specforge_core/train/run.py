@@ -26,6 +26,7 @@ from .dist import World, world
 from .feed import Feed, open_feed
 from .forward import Forward
 from .fsdp import shard
+from .growth import Growth
 from .log import Log, Phases
 from .machine import Machine, choose
 from .metrics import Reducer, Trackers
@@ -53,6 +54,8 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
             stack.callback(feed.close)
             trainer = build(run, strategy, world_, feed, machine)
             stack.callback(trainer.trackers.close)
+            if trainer.growth is not None:
+                stack.callback(trainer.growth.close)
             if trainer.milestones.acceptance is not None:
                 stack.callback(trainer.milestones.acceptance.close)
             trainer.resume()
@@ -112,6 +115,7 @@ def build(
         log=Log(config.log_every, trackers if world_.main else None, Phases(config.profile)),
         bad_steps=BadSteps(world_, trackers, config.max_bad_steps),
         milestones=Milestones(run, world_, trackers, validation, acceptance, Best.of(config)),
+        growth=Growth.open(run, strategy, world_, feed),
         course=Course.of(config, feed.data.num_samples, world_.size, steps_ahead(world_.device)),
     )
 

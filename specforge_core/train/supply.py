@@ -38,6 +38,15 @@ class Supply:
             return self._stand_in()
         return self._latest
 
+    def renew(self, batches: Prefetcher[Micro]) -> None:
+        """Go on with other micro-batches; those made ready so far are not used."""
+        self._batches.close()
+        self._batches = batches
+
+    def close(self, seconds: float) -> None:
+        """End what makes them, no longer than `seconds`."""
+        self._batches.close(seconds)
+
     def _stand_in(self) -> Micro:
         assert self._latest is not None
         return replace(self._latest, num_samples=0, num_tokens=0, indices=())

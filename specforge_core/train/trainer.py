@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -32,6 +31,8 @@ from .course import Course
 from .dist import World
 from .feed import Feed
 from .forward import Forward
+from .growth import Growth
+from .info import run_info, versions
 from .log import Log
 from .machine import Machine
 from .milestones import Milestones
@@ -65,6 +66,7 @@ class Trainer:
     course: Course
     bad_steps: BadSteps
     milestones: Milestones
+    growth: Growth | None  # where the data grows
     step: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
@@ -84,6 +86,8 @@ class Trainer:
         checkpoint.load(found[-1], self.draft, self.optimizers)
         self.step, self.num_tokens, self.seconds = state.step, state.num_tokens, state.seconds
         self.position = state.position
+        if self.growth is not None and state.grown is not None:
+            self.growth.resume(state.grown)
         self.course.resume(self.step, self.position, self.seconds)
         self.log.tokens = self.num_tokens
         self.log.logged, self.log.window = self.step, metrics.Sums(dict(state.window))
@@ -102,13 +106,14 @@ class Trainer:
         Raises Interrupted where the signal comes before there is anything to save.
         """
         config = self.run.train
-        self.trackers.start(self._info())
+        info = (self.run, self.strategy, self.feed, self.course, self.step, self.log.logged)
+        self.trackers.start(run_info(*info))
         self.milestones.again()
-        batches = self._batches()
-        supply = Supply(batches, alone=self.world.size == 1)
-        launched: deque[Launched] = deque()
         self.log.since = time.monotonic()
         self.began = self.log.since - self.seconds
+        self._grow()
+        supply = Supply(self._batches(), alone=self.world.size == 1)
+        launched: deque[Launched] = deque()
         begun = saved = self.step
         label = f"training {self.strategy.name}"
         try:
@@ -126,12 +131,15 @@ class Trainer:
                     self.step += 1
                     self.seconds = time.monotonic() - self.began
                     save = self.step % config.save_every == 0
-                    due = save or self.milestones.due(self.step)
+                    grows = self.growth is not None and self.growth.due(self.step, self.position)
+                    due = save or grows or self.milestones.due(self.step)
                     while launched and (len(launched) > self.course.lag or due or self._ended()):
                         self._settle(launched)
                     rate = self.log.rate(self.num_tokens)
                     progress.advance(1, f"loss {self.log.loss:.3f}  {rate:,.0f} tokens/s")
                     good = self.step == one.step and not self.bad_steps.in_a_row
+                    if grows and self.step == one.step and self._grow():
+                        supply.renew(self._batches())
                     # the last step is saved first: whatever measures it may take long, or fail
                     if due and good and not self._complete() and (self._measure() or save):
                         self._save()
@@ -151,7 +159,7 @@ class Trainer:
                     self.milestones.finish(self.step)
         finally:
             self.feed.source.close()
-            batches.close(CLOSE_SECONDS if stop.asked() is not None else math.inf)
+            supply.close(CLOSE_SECONDS if stop.asked() is not None else math.inf)
         return self._report(finished)
 
     def _report(self, finished: bool) -> TrainReport:
@@ -183,7 +191,19 @@ class Trainer:
     def _batches(self) -> Prefetcher[Micro]:
         batches = self.forward.batches(self.feed.spec, self.course.length)
         stream = batches.micro_batches(self.feed.source, self.position)
+        if self.growth is not None:
+            stream = self.growth.micro_batches(self.forward, self.position)
         return Prefetcher(stream, self.run.capture.prefetch)
+
+    def _grow(self) -> bool:
+        """Ask for the answers that are due after this step; say whether another epoch begins."""
+        if self.growth is None or self._ended():
+            return False
+        before = time.monotonic()
+        begun = self.growth.after(self.step, self.position)
+        self.stopping |= begun is None
+        self.log.since += time.monotonic() - before  # a rate is of training alone
+        return bool(begun)
 
     def _optimizer_step(self, supply: Supply) -> Launched | None:
         """Launch one step; None where a signal came before this process's own data.
@@ -253,20 +273,6 @@ class Trainer:
             micro, self.forward.context(self.step, self.course.total_steps, progress)
         )
 
-    def _info(self) -> dict[str, object]:
-        """Return what trackers are told of the run."""
-        return {
-            "step": self.step,
-            "logged": self.log.logged,
-            "total_steps": self.course.total_steps,
-            "strategy": self.strategy.name,
-            "rows_skipped": dict(self.feed.skipped),  # by reason
-            "target": self.run.target.path,
-            "output_dir": str(self.run.output_dir),
-            "config": recorded(self.run),
-            "versions": _versions(self.strategy),
-        }
-
     def _save(self) -> Path:
         state = TrainState(
             step=self.step,
@@ -276,13 +282,14 @@ class Trainer:
             strategy=self.strategy.name,
             position=self.position,
             config=recorded(self.run),
-            versions=_versions(self.strategy),
+            versions=versions(self.strategy),
             machine=asdict(self.machine),
             identity=self.feed.identity,
             resolved=resolved(self.draft),
             length=self.course.length,
             logged=self.log.logged,
             window=dict(self.log.window.values),
+            grown=None if self.growth is None else self.growth.state(),
         )
         saved = checkpoint.save(
             self.run.output_dir, self.draft, self.optimizers, state, self.milestones.kept
@@ -290,8 +297,3 @@ class Trainer:
         self.trackers.event("checkpoint", step=self.step, path=str(saved))
         self.milestones.saved(self.step)
         return saved
-
-
-def _versions(strategy: Strategy) -> dict[str, str]:
-    names = ("specforge-core", "torch", "transformers")
-    return {name: version(name) for name in names} | {"strategy": strategy.package}
