@@ -23,7 +23,7 @@ from .best import Best
 from .checkpoint import Kept, place_of, tidy
 from .dist import World
 from .metrics import LARGEST, METRICS, Trackers, is_measurement
-from .validation import Validation
+from .validation import PREFIX, Validation
 
 PLOT = "eval/progress.png"
 
@@ -40,7 +40,9 @@ class Milestones:
     best: Best | None
     measured: int = -1  # the last step that was
     wanted: int | None = None  # whose checkpoint is to be evaluated beside, once it is there
-    lost: int | None = None  # the step of a checkpoint whose evaluation was cut off
+    lost: int | None = None  # the step of a checkpoint whose evaluation beside was cut off
+    stopped: bool = False  # a stop cut a measurement off: the run ends at this step, on all ranks
+    cut_off: frozenset[str] = frozenset()  # what was cut off so at the step where the run goes on
     seconds: float = 0.0  # spent here, of which nothing is training
 
     def due(self, step: int) -> bool:
@@ -66,11 +68,14 @@ class Milestones:
         save = False
         if self.validation is not None and (last or self._validates(step)):
             values = self.validation.run(step, total_steps)
+            self.stopped |= values is None
             if values is not None:
                 save |= self._take(step, values)
         last |= self.over  # behind the validation: nothing comes after this step
         if self.acceptance is not None and (last or self._evaluates(step)):
-            save |= self._hear(self.acceptance.now(step), step)
+            found = self.acceptance.now(step)
+            self.stopped |= self.acceptance.inside and not found
+            save |= self._hear(found, step)
             if last:  # what still runs beside makes place for this one
                 save |= self._hear(self.acceptance.rest(), step)
             if not self.acceptance.inside:
@@ -119,7 +124,7 @@ class Milestones:
 
     def resume(self, step: int, *, ended: bool) -> None:
         """Learn what was measured before the run goes on after `step`.  On all ranks at once."""
-        if self.best is None and self.acceptance is None:
+        if self.validation is None and self.acceptance is None:
             return
         rows = self.world.from_first(self._rows(step) if self.world.main else [])
         there = {step_of(path) for path in checkpoints(self.run.output_dir)}
@@ -127,6 +132,12 @@ class Milestones:
             if self.best is not None:
                 self.best.take(row["step"], row, usable=row["step"] in there)
         heard = {row["step"] for row in rows if "eval/verifications" in row}
+        validated = {row["step"] for row in rows if any(name.startswith(PREFIX) for name in row)}
+        missed = {
+            "validation": (ended or self._validates(step)) and step not in validated,
+            "acceptance": (ended or self._evaluates(step)) and step not in heard,
+        }
+        self.cut_off = frozenset(name for name, is_missed in missed.items() if is_missed)
         owed = [
             at
             for at in there
@@ -135,9 +146,20 @@ class Milestones:
         ]
         self.lost = max(owed, default=None)
 
-    def again(self) -> None:
-        """Begin anew with the newest evaluation beside that ended with its training's process."""
-        if self.lost is not None and self.acceptance is not None:
+    def again(self, step: int, total_steps: int) -> None:
+        """Measure after `step`, where the run goes on, what was cut off.  On all ranks at once.
+
+        Of the evaluations beside that ended with their training's process the newest is begun anew.
+        """
+        if self.validation is not None and "validation" in self.cut_off:
+            values = self.validation.run(step, total_steps)
+            if values is not None and self._take(step, values):
+                self._tidy()
+        if self.acceptance is None:
+            return
+        if self.acceptance.inside and "acceptance" in self.cut_off:
+            self._hear(self.acceptance.now(step), None)
+        elif not self.acceptance.inside and self.lost is not None:
             with self._warning("acceptance"):
                 self._begin(self.lost)
 

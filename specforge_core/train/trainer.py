@@ -108,7 +108,7 @@ class Trainer:
         config = self.run.train
         info = (self.run, self.strategy, self.feed, self.course, self.step, self.log.logged)
         self.trackers.start(run_info(*info))
-        self.milestones.again()
+        self.milestones.again(self.step, self.course.total_steps)
         self.log.since = time.monotonic()
         self.began = self.log.since - self.seconds
         self._grow()
@@ -178,13 +178,13 @@ class Trainer:
         return self.stopping or self._complete()
 
     def _complete(self) -> bool:
-        done = self.step >= self.course.total_steps
-        return done or self.course.time_up or self.milestones.over
+        return self.step >= self.course.total_steps or self.course.time_up or self.milestones.over
 
     def _measure(self) -> bool:
         """Measure what is due after this step; say whether it has to be saved."""
         before = self.milestones.seconds
         save = self.milestones.reach(self.step, self.course.total_steps, last=self._complete())
+        self.stopping |= self.milestones.stopped  # with the weights that are to be measured
         self.log.since += self.milestones.seconds - before  # a rate is of training alone
         return save
 

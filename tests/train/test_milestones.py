@@ -21,6 +21,7 @@ from specforge_core.evaluate.run import evaluate
 from specforge_core.testing.predictable import save_predictable_target, write_own_answers
 from specforge_core.testing.runs import lines, load, write_run
 from specforge_core.train.run import train
+from specforge_core.train.validation import Validation
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
@@ -158,8 +159,32 @@ def test_a_resumed_run_keeps_the_best_one(
     assert find(Path(f"{out}@best")) == kept
     assert steps(out) == [4, 8]
     found = measured(out)
-    assert 8 in found
+    assert list(found) == [2, 4, 6, 8]  # the one that was cut off is made up for
     assert found[4] == max(found.values())
+
+
+def test_validations_that_a_signal_cut_off_are_made_up_for_with_the_weights_of_their_step(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle and behind the last step, when nothing is trained any more."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    run, count = Validation.run, iter(range(100))
+
+    def stopping(self: Validation, step: int, total_steps: int) -> dict[str, float] | None:
+        if next(count) in (1, 4):  # at step 4, and at step 8
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run(self, step, total_steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "run", stopping)
+        assert train(*load(config, *BY_LOSS)).step == 4
+        assert list(measured(out, "validation/loss")) == [2]
+        assert train(*load(config, *BY_LOSS)).step == 8
+        assert list(measured(out, "validation/loss")) == [2, 4, 6]
+    train(*load(config, *BY_LOSS))
+    train(*load(config, *BY_LOSS, f"output_dir={whole}"))
+    assert measured(out, "validation/loss") == measured(whole, "validation/loss")
+    assert find(Path(f"{out}@best")).name == find(Path(f"{whole}@best")).name == "step-00000004"
 
 
 def test_an_evaluation_that_takes_too_long_is_given_up(
