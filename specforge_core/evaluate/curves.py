@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..claim import METRICS
-from ..documents import open_regular
+from ..documents import open_regular, read_document
 from ..errors import CheckpointError
 
 PHASE = "seconds_"
+LARGEST = 1 << 36  # bytes of all lines
 Point = tuple[int, float]  # step, value
 
 
@@ -73,10 +74,8 @@ class Curves:
 
     def _row(self, line: bytes) -> dict[str, float]:
         try:
-            told = json.loads(line)
-            int(told["step"])
-            return {name: float(told[name]) for name in told if _is_number(told[name])}
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as exc:
+            return row_of(line)
+        except ValueError as exc:
             raise self._unreadable(f"a line of it is {line[:60]!r}") from exc
 
     def _unreadable(self, why: str) -> CheckpointError:
@@ -84,6 +83,30 @@ class Curves:
             f"{self.path} cannot be read: {why}. Name the output_dir of a run that "
             "`specforge train` wrote"
         )
+
+
+def row_of(line: bytes) -> dict[str, float]:
+    """Return the numbers of a line, "step" among them.  Raises ValueError for what is none."""
+    try:
+        told = json.loads(line)
+        int(told["step"])
+        return {name: float(told[name]) for name in told if _is_number(told[name])}
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as exc:
+        raise ValueError("no line of metrics") from exc
+
+
+def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, float]]]:
+    """Yield the lines of a metrics.jsonl and their numbers, up to one that a kill tore.
+
+    None where there is no such file.  Raises OSError.
+    """
+    if not path.exists():
+        return
+    for line in read_document(path, LARGEST).splitlines():
+        try:
+            yield line, row_of(line)
+        except ValueError:
+            return
 
 
 def _is_number(value: object) -> bool:

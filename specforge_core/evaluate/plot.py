@@ -6,14 +6,13 @@ Figures are drawn without pyplot, so no window system and no global state is tou
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..documents import read_document
 from ..errors import CheckpointError, RunError
 from ..files import make_folder, refusing, write_file
+from .curves import Curves
 from .report import EvalReport, SetReport
 
 if TYPE_CHECKING:  # every training imports this module, and few draw
@@ -53,7 +52,10 @@ def plot_loss(metrics: Path, png: Path) -> None:
     """
     from matplotlib.ticker import MaxNLocator
 
-    steps, losses = _losses(metrics)
+    points = _curves(metrics).series("loss")
+    if not points:
+        raise CheckpointError(f"{metrics} holds no losses yet. Try: specforge train")
+    steps, losses = zip(*points, strict=True)
     figure, axes = _figure()
     axes.plot(steps, losses, marker="o" if len(steps) < 30 else "", markersize=3)
     axes.set_title(f"training loss: {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
@@ -78,10 +80,10 @@ def plot_progress(metrics: Path, png: Path) -> bool:
     """
     from matplotlib.ticker import MaxNLocator
 
-    rows = _rows(metrics)
+    curves = _curves(metrics)
     figure, axes = _figure()
     for number, (name, label) in enumerate(LENGTHS.items()):
-        found = sorted((int(row["step"]), float(row[name])) for row in rows if name in row)
+        found = sorted(curves.series(name))
         if found:
             marker = MARKERS[number] if len(found) < 30 else ""
             axes.plot(*zip(*found, strict=True), marker=marker, markersize=5, label=label)
@@ -96,24 +98,11 @@ def plot_progress(metrics: Path, png: Path) -> bool:
     return True
 
 
-def _rows(metrics: Path) -> list[dict[str, Any]]:
-    try:
-        rows = [json.loads(line) for line in read_document(metrics).splitlines()]
-        if not all(isinstance(row, dict) and "step" in row for row in rows):
-            raise ValueError("a line has no step")
-    except (OSError, ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{metrics} cannot be read: {exc}. Try: specforge train") from exc
-    return rows
-
-
-def _losses(metrics: Path) -> tuple[list[int], list[float]]:
-    try:
-        found = [(int(row["step"]), float(row["loss"])) for row in _rows(metrics) if "loss" in row]
-    except (ValueError, TypeError) as exc:
-        raise CheckpointError(f"{metrics} cannot be read: {exc}. Try: specforge train") from exc
-    if not found:
-        raise CheckpointError(f"{metrics} holds no losses yet. Try: specforge train")
-    return [step for step, _ in found], [loss for _, loss in found]
+def _curves(metrics: Path) -> Curves:
+    curves = Curves(metrics, metrics.parent.name)
+    if not curves.refresh() and not metrics.exists():
+        raise CheckpointError(f"{metrics} cannot be read: it is not there. Try: specforge train")
+    return curves
 
 
 def _figure() -> tuple[Figure, Axes]:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..claim import METRICS as METRICS
-from ..documents import read_document
 from ..errors import PluginError, RunError
+from ..evaluate.curves import whole_lines
 from ..files import append, refusing, write_file
 from ..progress import console
 from ..records import in_message
@@ -24,7 +24,6 @@ from ..text import cut, said
 from ..types import RESERVED_METRICS, StepOutput, Tracker
 
 RESTART = "The checkpoints before it are whole. Make room there, then start the same command again"
-LARGEST = 1 << 36  # bytes of all lines
 MEASURED = ("validation/", "acceptance/", "eval/")  # lines of measurements hold these and the step
 RESERVED_PREFIXES = ("seconds_", *MEASURED)
 
@@ -216,17 +215,12 @@ def rewind(path: Path, logged: int, step: int) -> None:
     """
     if not path.exists():
         return
-    kept = []
-    text = read_document(path, LARGEST).decode(errors="replace")
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-            if row["step"] > (step if is_measurement(row) else logged):
-                continue
-        except (ValueError, TypeError, KeyError, RecursionError):
-            break
-        kept.append(line + "\n")
-    write_file(path, "".join(kept).encode())
+    kept = [
+        line + b"\n"
+        for line, row in whole_lines(path)
+        if row["step"] <= (step if is_measurement(row) else logged)
+    ]
+    write_file(path, b"".join(kept))
 
 
 def is_measurement(row: Mapping[str, Any]) -> bool:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from ..config import RunConfig
-from ..documents import read_document
 from ..drafts.checkpoint import checkpoints
 from ..drafts.state import step_of
 from ..errors import SpecForgeError
 from ..evaluate.beside import Outcome
+from ..evaluate.curves import whole_lines
 from ..evaluate.plot import plot_progress
 from ..process import describe
 from ..progress import console
@@ -22,7 +20,7 @@ from .acceptance import Acceptance
 from .best import Best
 from .checkpoint import Kept, place_of, tidy
 from .dist import World
-from .metrics import LARGEST, METRICS, Trackers, is_measurement
+from .metrics import METRICS, Trackers, is_measurement
 from .validation import PREFIX, Validation
 
 PLOT = "eval/progress.png"
@@ -130,7 +128,7 @@ class Milestones:
         there = {step_of(path) for path in checkpoints(self.run.output_dir)}
         for row in rows:
             if self.best is not None:
-                self.best.take(row["step"], row, usable=row["step"] in there)
+                self.best.take(int(row["step"]), row, usable=row["step"] in there)
         heard = {row["step"] for row in rows if "eval/verifications" in row}
         validated = {row["step"] for row in rows if any(name.startswith(PREFIX) for name in row)}
         missed = {
@@ -169,19 +167,11 @@ class Milestones:
         if why:
             self._say(f"acceptance of step {step} is not measured: {why}")
 
-    def _rows(self, step: int) -> list[dict[str, Any]]:
+    def _rows(self, step: int) -> list[dict[str, float]]:
         """Return the measurements in metrics.jsonl up to a step, in the order of steps."""
-        rows = []
-        path = self.run.output_dir / METRICS
-        text = read_document(path, LARGEST).decode(errors="replace") if path.exists() else ""
-        for line in text.splitlines():
-            try:
-                row = json.loads(line)
-                if is_measurement(row) and row["step"] <= step:
-                    rows.append(row)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue  # torn by a kill; what reads the file next drops it
-        return sorted(rows, key=lambda row: int(row["step"]))
+        rows = [row for _, row in whole_lines(self.run.output_dir / METRICS)]
+        found = [row for row in rows if is_measurement(row) and row["step"] <= step]
+        return sorted(found, key=lambda row: row["step"])
 
     def _hear(self, outcomes: list[Outcome], now: int | None) -> bool:
         """Log what evaluations found; say whether the weights of this moment are the best."""
