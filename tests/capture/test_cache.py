@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 
-from specforge_core.capture.cache import StateCache
+from specforge_core.capture.cache import ENDING, StateCache
 from specforge_core.config import CacheConfig
 from specforge_core.errors import ConfigError
 from specforge_core.target.engine import TransformersEngine
@@ -26,7 +27,7 @@ SPEC = CaptureSpec(
     },
 )
 TOKENS = 10
-BYTES = TOKENS * (8 + 400) + 4 + 4  # of a sample
+BYTES = TOKENS * (8 + 400) + 4 + 4 + 16  # of a sample
 
 
 def prompt(number: int) -> Prompt:
@@ -53,7 +54,7 @@ def used(folder: Path) -> int:
 
 
 def samples_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    return sorted(folder.glob("*.states"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def found(cache: StateCache, numbers: range) -> list[int]:
@@ -118,20 +119,25 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def other(path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"else": torch.zeros(3)}, path)
+def short(path: Path) -> None:
+    path.write_bytes(b"short")
 
 
-def scalars(path: Path) -> None:
-    from safetensors.torch import save_file
+def shorter(path: Path, tokens: int = TOKENS - 1) -> None:
+    """Leave out bytes, and say what the checksum of the rest is."""
+    data = path.read_bytes()[: (TOKENS - 1) * 400]
+    path.write_bytes(data + ENDING.pack(tokens, xxhash.xxh3_64_intdigest(data)))
 
-    names = {*SPEC.fields, "_checksum"}
-    save_file({name: torch.tensor(1) for name in names}, path)
+
+def negative(path: Path) -> None:
+    shorter(path, -1)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, empty, other, scalars])
+def endless(path: Path) -> None:
+    shorter(path, 2**62)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, short, shorter, negative, endless])
 def test_a_damaged_file_is_not_found_and_makes_place_for_a_new_one(
     tmp_path: Path, damage: Any
 ) -> None:
@@ -142,6 +148,20 @@ def test_a_damaged_file_is_not_found_and_makes_place_for_a_new_one(
     assert samples_in(tmp_path) == []
     cache.put(prompt(3), sample(3))
     assert cache.get(prompt(3)) is not None
+
+
+def test_a_sample_of_another_layout_is_not_kept(tmp_path: Path) -> None:
+    opened(tmp_path).put(prompt(1), {**sample(1), "one": torch.tensor(1.0).double()})
+    assert samples_in(tmp_path) == []
+
+
+def test_what_an_older_version_kept_is_not_read_and_makes_room(tmp_path: Path) -> None:
+    old = tmp_path / f"{'0' * 40}.safetensors"
+    old.write_bytes(bytes(3 * BYTES))
+    cache = opened(tmp_path, 4 * BYTES)
+    cache.put(prompt(1), sample(1))
+    assert not old.exists()
+    assert found(cache, range(3)) == [1]
 
 
 def test_what_a_killed_writer_left_is_removed_and_counted(tmp_path: Path) -> None:
@@ -202,7 +222,7 @@ def test_a_disk_that_takes_no_more_is_told_of_once(
 
     cache = opened(tmp_path)
     cache.put(prompt(1), sample(1))
-    monkeypatch.setattr("specforge_core.capture.cache.write_tensors", full)
+    monkeypatch.setattr("specforge_core.capture.cache.replacing", full)
     cache.put(prompt(2), sample(2))
     cache.put(prompt(3), sample(3))
     assert capsys.readouterr().err.count("no more states are kept in capture.cache") == 1
