@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.evaluate.beside import Beside
 from specforge_core.evaluate.live import Live
 from specforge_core.evaluate.run import evaluate
+from specforge_core.testing import forked
 from specforge_core.testing.predictable import save_predictable_target, write_own_answers
-from specforge_core.testing.runs import lines, load, write_run
+from specforge_core.testing.runs import finish, lines, load, write_run
 from specforge_core.train.run import train
 from specforge_core.train.validation import Validation
 
@@ -257,3 +259,40 @@ def test_beside_the_training_a_killed_evaluation_costs_its_own_number_only(
     assert find(Path(f"{out}@best")).name == f"step-{best:08d}"
     report = json.loads((out / "eval" / f"step-{best:08d}.json").read_text())
     assert report["acceptance_length"] == found[best]
+
+
+def evaluating(out: Path) -> list[int]:
+    """Return the processes that evaluate a checkpoint of a run."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = entry.read_bytes().split(b"\0")
+            if b"specforge_core.evaluate.detached" in words and os.fsencode(out) in words[-3]:
+                found.append(int(entry.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_takes_its_evaluation_along_and_makes_up_for_it(
+    config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = (*BY_ACCEPTANCE, "strategy.name=linear", "eval.device=cpu", "train.max_steps=4")
+    command = ("train", "-c", str(config), *options)
+    process = forked.cli(*command)
+    until = time.monotonic() + 120
+    while not evaluating(out) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    while evaluating(out) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert time.monotonic() < until
+    assert measured(out) == {}
+    last = steps(out)[-1]
+    finish(forked.cli(*command))
+    found = measured(out)
+    assert 4 in found
+    assert found.keys() >= {last}
+    best = max(found, key=lambda step: (found[step], -step))
+    assert find(Path(f"{out}@best")).name == f"step-{best:08d}"

@@ -117,9 +117,16 @@ def trained(fake_site: FakeSite, tmp_path: Path) -> Path:
     raw: dict[str, Any] = {
         "target": {"path": str(tmp_path / "target"), "dtype": "float32", "engine": "standin"},
         "strategy": {"name": "served"},
-        "data": {"train": [str(data)]},
+        "data": {"train": [str(data)], "validation": 0.1},
         "output_dir": str(tmp_path / "run"),
-        "train": {"max_steps": 80, "batch_size": 8, "learning_rate": 0.03, "device": "cpu"},
+        "train": {
+            "max_steps": 80,
+            "batch_size": 8,
+            "learning_rate": 0.03,
+            "device": "cpu",
+            "validate_every": 40,
+            "keep_best": "validation_loss",
+        },
         "eval": {"prompts": {"held": str(held)}, "max_new_tokens": 16},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
@@ -246,8 +253,13 @@ def test_an_export_of_another_tool_needs_its_format(trained: Path) -> None:
 
 
 def test_the_command_prints_a_table_and_fails_with_one_message(trained: Path) -> None:
-    command = ["doctor", "-c", str(trained / "run.yaml"), "--draft", str(trained / "run")]
-    command += ["--export", str(trained / "export")]
+    """Of the best checkpoint, as `export` and `eval` take it."""
+    config, best = ["-c", str(trained / "run.yaml")], f"{trained / 'run'}@best"
+    export = ["export", "--checkpoint", best, "-o", str(trained / "export"), "--force"]
+    for command in (export, ["eval", *config, "--draft", best, "eval.limit=1"]):
+        done = CliRunner().invoke(cli, command)
+        assert done.exit_code == 0, done.exception
+    command = ["doctor", *config, "--draft", best, "--export", str(trained / "export")]
     done = CliRunner().invoke(cli, command)
     assert done.exit_code == 0, done.exception
     assert "reference loop, export" in done.stdout
