@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from .. import stop
@@ -38,10 +39,10 @@ class Supply:
             return self._stand_in()
         return self._latest
 
-    def renew(self, batches: Prefetcher[Micro]) -> None:
+    def renew(self, make: Callable[[], Prefetcher[Micro]]) -> None:
         """Go on with other micro-batches; those made ready so far are not used."""
         self._batches.close()
-        self._batches = batches
+        self._batches = make()
 
     def close(self, seconds: float) -> None:
         """End what makes them, no longer than `seconds`."""

@@ -139,7 +139,7 @@ class Trainer:
                     progress.advance(1, f"loss {self.log.loss:.3f}  {rate:,.0f} tokens/s")
                     good = self.step == one.step and not self.bad_steps.in_a_row
                     if grows and self.step == one.step and self._grow():
-                        supply.renew(self._batches())
+                        supply.renew(self._batches)
                     # the last step is saved first: whatever measures it may take long, or fail
                     if due and good and not self._complete() and (self._measure() or save):
                         self._save()

@@ -40,6 +40,8 @@ GROWS = (
     "train.regenerate_every=2",
     "train.regenerate_prompts=3",
     "train.max_steps=16",
+    "train.schedule=constant",  # the first steps of a shorter run are the same
+    "train.warmup_ratio=0",
     "regenerate.max_new_tokens=6",
     "regenerate.keep_unfinished=true",
     "regenerate.temperature=1",
@@ -245,10 +247,12 @@ def test_a_run_grows_from_its_first_step_on_or_never(config: Path, whole: Whole)
 
 @pytest.mark.slow
 def test_two_ranks_train_on_the_same(config: Path, whole: Whole, tmp_path: Path) -> None:
-    two = (*GROWS, f"output_dir={tmp_path / 'two'}", "train.batch_size=1")
+    two = (*GROWS, f"output_dir={tmp_path / 'two'}", "train.batch_size=1", "train.max_steps=8")
     finish(forked.cli("train", "-c", str(config), "--nproc", "2", *two))
-    assert answers(whole.out) == answers(tmp_path / "two")
-    one, other = trained(whole.out), trained(tmp_path / "two")
+    files, found = answers(whole.out), answers(tmp_path / "two")
+    assert len(found) >= 3  # of the last share asked for it may not have come to an end
+    assert found.items() <= files.items()
+    one, other = trained(whole.out)[:8], trained(tmp_path / "two")
     assert [row["tokens"] for row in one] == [row["tokens"] for row in other]
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in other], rel=1e-4)
 
