@@ -6,6 +6,7 @@ import json
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
 from ..files import make_folder, write_file
+from ..progress import console
 from ..target.engine import TransformersEngine
 from ..types import Generated, GenerateOptions, Prompt, TargetEngine, TargetInfo
 from .regenerate import answered, origin_of
 from .respond import Answerer, Task
+from .sources import told
 
 PAUSE = 0.005  # seconds after each batch of answers in which others get the engine
 
@@ -150,6 +153,9 @@ class Shares:
         text = "".join(json.dumps(answered(chat, self._origin)) + "\n" for chat in kept)
         make_folder(self._folder)
         write_file(path, text.encode())
+        dropped = Counter(str(chat.dropped) for chat in chats if not chat.messages)
+        why = f" ({told(dropped)})" if dropped else ""
+        console.print(f"{path}: {len(kept)} of {len(tasks)} prompts answered{why}", markup=False)
 
     def _is_of(self, path: Path, tasks: Sequence[Task]) -> bool:
         """Say whether a file has answers to these prompts, as this run would write them."""

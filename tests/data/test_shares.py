@@ -57,7 +57,7 @@ def test_others_have_the_engine_between_two_batches(toy_target: Path, tmp_path: 
 
 
 def test_answers_that_are_not_kept_are_left_out_and_no_error(
-    toy_target: Path, tmp_path: Path
+    toy_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused = Generated(index=1, tokens=(), finished=False, refused="too rude")
     engine = Engine(toy_target, _0=say(0, "cut", finished=False), _1=refused)
@@ -66,6 +66,8 @@ def test_answers_that_are_not_kept_are_left_out_and_no_error(
     shares.ask((2, 3))
     assert shares.wait(20)
     assert read_share(tmp_path / file_of((0, 2))) == []
+    said = " ".join(capsys.readouterr().err.split())
+    assert "0 of 2 prompts answered (1 refused by the engine, 1 unfinished)" in said
     assert [row["id"] for row in read_share(tmp_path / file_of((2, 3)))] == ["2"]
     shares.close(20)
 
