@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from specforge_core.testing.forked import Forked, run
 from specforge_core.testing.plugin import FakeSite
+from specforge_core.testing.runs import SECONDS
 from specforge_core.testing.toy import write_conversations
 
 
@@ -32,13 +34,8 @@ def config(tmp_path: Path, toy_target: Path) -> Path:
     return path
 
 
-def specforge(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "specforge_core.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
-
-
 def fails(*arguments: str, status: int = 2, **kwargs: Any) -> str:
-    done = specforge(*arguments, **kwargs)
+    done = run(*arguments, **kwargs)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -68,7 +65,7 @@ def test_a_disk_that_is_full_where_nobody_expected_it_is_one_message(tmp_path: P
 
 
 def test_debug_shows_where_an_error_came_from(config: Path) -> None:
-    done = specforge("train", "-c", str(config), "nonsense=1", "--debug")
+    done = run("train", "-c", str(config), "nonsense=1", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ConfigError" in done.stderr
@@ -99,7 +96,7 @@ def test_wrong_usage_is_status_2(arguments: list[str], message: str, tmp_path: P
 
 def test_strategies_as_json_lists_a_broken_one_too(env: FakeSite) -> None:
     env.dist("specforge-gone", "1.0", {"specforge.strategies": {"gone": "specforge_gone"}})
-    done = specforge("strategies", "--json", env=os.environ | {"PYTHONPATH": str(env.path)})
+    done = run("strategies", "--json", env=os.environ | {"PYTHONPATH": str(env.path)})
     rows = {row["name"]: row for row in json.loads(done.stdout)}
     assert rows["linear"]["state"] == "ok"
     assert rows["gone"]["state"].startswith("broken: there is no module 'specforge_gone'")
@@ -111,32 +108,33 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
     config: Path, tmp_path: Path, ranks: str
 ) -> None:
     command = ("train", "-c", str(config), "--nproc", ranks)
-    assert specforge(*command, "train.max_steps=1").returncode == 0
-
-    def small_files() -> None:  # a write past this fails as it does on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-
-    err = fails(*command, "train.max_steps=2", status=1, preexec_fn=small_files)
+    assert run(*command, "train.max_steps=1").returncode == 0
+    process = Forked((*command, "train.max_steps=2"), os.environ)
+    # a write past this fails as it does on a full disk
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert "Traceback" not in err
     assert err.count("step-00000002 cannot be written") == 1
     assert err.count("error") == 1
     assert "start the same command again" in err
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert kept == ["step-00000001"]
-    assert specforge(*command, "train.max_steps=2").returncode == 0
+    assert run(*command, "train.max_steps=2").returncode == 0
 
 
 @pytest.mark.slow
 def test_a_run_evaluates_and_exports_from_the_command_line(config: Path, tmp_path: Path) -> None:
-    assert specforge("train", "-c", str(config)).returncode == 0
+    assert run("train", "-c", str(config)).returncode == 0
     data = tmp_path / "train.jsonl"
     options = (f"eval.prompts={{toy: {data}}}", "eval.limit=2", "eval.max_new_tokens=8")
-    done = specforge("eval", "-c", str(config), "--draft", str(tmp_path / "run"), *options)
+    done = run("eval", "-c", str(config), "--draft", str(tmp_path / "run"), *options)
     assert done.returncode == 0, done.stderr
     assert "accepted by position" in done.stdout
     assert "2 of 2 greedy answers equal the target's own" in done.stdout
     out = tmp_path / "export"
     arguments = ("export", "--checkpoint", str(tmp_path / "run"), "-o", str(out))
-    assert specforge(*arguments).returncode == 0
+    assert run(*arguments).returncode == 0
     assert {p.name for p in out.iterdir()} >= {"config.json", "model.safetensors"}
     assert "--force" in fails(*arguments)
     assert "cannot export to format 'warp'" in fails(

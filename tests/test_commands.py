@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 
+from specforge_core.testing.forked import run
 from specforge_core.testing.plugin import FakeSite
 
 HELLO = """
@@ -34,10 +34,8 @@ def command(ctx, how):
 """
 
 
-def specforge(site: FakeSite, *arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "specforge_core.cli", *arguments]
-    env = os.environ | {"PYTHONPATH": str(site.path)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, **kwargs)
+def specforge(site: FakeSite, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(*arguments, env=os.environ | {"PYTHONPATH": str(site.path)})
 
 
 def add(site: FakeSite, name: str, source: str, **options: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from specforge_core.cli import cli
 from specforge_core.config import TrainConfig
 from specforge_core.errors import ConfigError, PluginError
 from specforge_core.listing import check, list_options, list_plugins
+from specforge_core.testing.forked import run
 from specforge_core.testing.plugin import FakeSite
 
 STRATEGY = """
@@ -116,9 +116,8 @@ def test_the_command_prints_json_and_a_table(env: FakeSite) -> None:
     plugin(env, "tracker", TRACKER)
 
     def ask(*arguments: str) -> str:
-        command = [sys.executable, "-m", "specforge_core.cli", "plugins", *arguments]
-        path = os.environ | {"PYTHONPATH": str(env.path)}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=path)
+        done = run("plugins", *arguments, env=os.environ | {"PYTHONPATH": str(env.path)})
+        assert done.returncode == 0
         return done.stdout
 
     rows = [row for row in json.loads(ask("--json")) if row["name"] == "tracker"]
@@ -197,9 +196,7 @@ def test_check_refuses_what_a_run_would(env: FakeSite, monkeypatch: pytest.Monke
 
 def test_a_plugin_that_leaves_at_import_fails_the_command(env: FakeSite) -> None:
     plugin(env, "leaves", "import sys; sys.exit(0)")
-    command = [sys.executable, "-m", "specforge_core.cli", "check", "leaves"]
-    path = os.environ | {"PYTHONPATH": str(env.path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=path)
+    done = run("check", "leaves", env=os.environ | {"PYTHONPATH": str(env.path)})
     assert done.returncode == 2
     assert done.stderr.startswith("error: leaves (acme-leaves 0.3) could not be imported")
     assert done.stdout == ""

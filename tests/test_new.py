@@ -15,8 +15,9 @@ from specforge_core.data.regenerate import regenerate
 from specforge_core.errors import ConfigError, PluginError
 from specforge_core.listing import check
 from specforge_core.new import kinds, write_package
+from specforge_core.testing.forked import cli
 from specforge_core.testing.plugin import FakeSite
-from specforge_core.testing.runs import cli, finish, load, losses, write_run
+from specforge_core.testing.runs import finish, load, losses, write_run
 from specforge_core.train.run import train
 
 # a variant of a method with as many hooks as there are, and of one with the fewest

@@ -15,9 +15,8 @@ from specforge_core.errors import ConfigError, RunError
 from specforge_core.load import apply_override
 from specforge_core.process import describe
 from specforge_core.records import MASK, masked, secret_values
-from specforge_core.testing.forked import cli
+from specforge_core.testing.forked import run
 from specforge_core.testing.plugin import FakeSite
-from specforge_core.testing.runs import SECONDS
 
 from .runs import linear_run
 
@@ -128,7 +127,8 @@ def test_a_runs_files_and_lines_hold_no_secret(config: Path, tmp_path: Path, env
         ["--debug", "capture", "-c", str(config), *elsewhere],
         ["capture", "-c", str(config), *elsewhere],
     ):
-        said.append("".join(cli(*arguments, env=site).communicate(timeout=SECONDS)))
+        done = run(*arguments, env=site)
+        said.append(done.stdout + done.stderr)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     names = {path.name for path in files}
     written = {"state.json", "provenance.json", "metrics.jsonl", "told.txt", "report.json"}

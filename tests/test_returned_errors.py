@@ -11,8 +11,9 @@ import pytest
 from specforge_core import process, stop
 from specforge_core.cli import cli as cli_group
 from specforge_core.errors import PluginError
+from specforge_core.testing.forked import run
 from specforge_core.testing.plugin import FakeSite
-from specforge_core.testing.runs import SECONDS, cli, load, write_run
+from specforge_core.testing.runs import load, write_run
 from specforge_core.train.run import train
 
 from .bad_package import BASE
@@ -197,11 +198,10 @@ def test_the_command_s_status_says_whether_the_run_had_begun(
 ) -> None:
     config = write(fake_site, tmp_path, toy_target, hook)
     env = os.environ | {"PYTHONPATH": str(fake_site.path)}
-    started = cli("train", "-c", str(config), env=env)
-    _, err = started.communicate(timeout=SECONDS)
-    assert started.returncode == status
-    assert f"error: specforge-bad 0.1.0, {told}" in err
-    assert "--debug" not in err
+    done = run("train", "-c", str(config), env=env)
+    assert done.returncode == status
+    assert f"error: specforge-bad 0.1.0, {told}" in done.stderr
+    assert "--debug" not in done.stderr
 
 
 @pytest.mark.slow
@@ -211,9 +211,8 @@ def test_metric_names_that_hang_on_the_rank_end_all_ranks(
     body = "return lambda d, b, ctx: named(f'of_{torch.distributed.get_rank()}')(d, b, ctx)"
     config = write(fake_site, tmp_path, toy_target, ("train_step", "", body))
     env = os.environ | {"PYTHONPATH": str(fake_site.path)}
-    started = cli("train", "-c", str(config), "--nproc", "2", env=env)
-    _, err = started.communicate(timeout=SECONDS)
-    assert started.returncode != 0
+    done = run("train", "-c", str(config), "--nproc", "2", env=env)
+    assert done.returncode != 0
     said = "rank 0 has the metrics ['of_0'], rank 1 ['of_1']"
-    assert f"error: specforge-bad 0.1.0, specforge_train_step: {said}" in err
-    assert err.count(said) == 1  # one message of all ranks
+    assert f"error: specforge-bad 0.1.0, specforge_train_step: {said}" in done.stderr
+    assert done.stderr.count(said) == 1  # one message of all ranks

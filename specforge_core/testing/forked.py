@@ -32,6 +32,7 @@ _SERVER.set_forkserver_preload(
         __name__,
     ]
 )
+SECONDS = 240  # of a process that ends by itself
 _running: set[BaseProcess] = set()
 # what a command sets before it imports, and a fork finds imported
 _BEFORE = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -40,10 +41,15 @@ _BEFORE = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 class Forked:
     """One such process, with what tests use of `subprocess.Popen`."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        directory: Path | None = None,
+    ) -> None:
         self._files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self._files]
-        work = (list(arguments), dict(environment), str(Path.cwd()), names)
+        work = (list(arguments), dict(environment), str(directory or Path.cwd()), names)
         with patch.dict(os.environ, _BEFORE):
             forkserver.ensure_running()
         self._process = _SERVER.Process(target=_work, args=work)
@@ -90,6 +96,15 @@ class Forked:
 def cli(*arguments: str, env: Mapping[str, str] | None = None) -> Forked:
     """Start `specforge` with arguments, as `runs.cli` does, in a fork of the server."""
     return Forked(arguments, os.environ if env is None else env)
+
+
+def run(
+    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `specforge` with arguments to its end, in a fork of the server, in the folder `cwd`."""
+    process = Forked(arguments, os.environ if env is None else env, cwd)
+    out, err = process.communicate(timeout=SECONDS)
+    return subprocess.CompletedProcess(list(arguments), process.wait(), out, err)
 
 
 class _Rank:

@@ -14,10 +14,10 @@ import yaml
 from ..config import RunConfig
 from ..load import load_config
 from ..strategy import Strategy
-from .forked import Forked
+from .forked import SECONDS, Forked
 from .toy import write_conversations
 
-SECONDS = 240  # of a process that ends by itself
+__all__ = ["SECONDS", "cli", "finish", "lines", "load", "losses", "write_run"]
 
 
 def write_run(

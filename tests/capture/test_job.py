@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,8 +25,8 @@ from specforge_core.load import load_config
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.tokenizer import load_tokenizer
 from specforge_core.testing.close import close
+from specforge_core.testing.forked import Forked, cli
 from specforge_core.testing.plugin import FakeSite
-from specforge_core.testing.runs import cli
 from specforge_core.testing.toy import write_conversations
 from specforge_core.types import (
     CaptureSpec,
@@ -235,7 +234,7 @@ def test_a_batching_engine_that_mixes_up_sequences_is_caught_before_the_first_wr
 # ---- kill -9 ----------------------------------------------------------------
 
 
-def start(config: Path, site: Path, sleep: float, *overrides: str) -> subprocess.Popen[str]:
+def start(config: Path, site: Path, sleep: float, *overrides: str) -> Forked:
     environment = {**os.environ, "PYTHONPATH": str(site), "TINY_SLEEP": str(sleep)}
     return cli("capture", "-c", str(config), *overrides, env=environment)
 

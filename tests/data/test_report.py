@@ -11,7 +11,8 @@ from rich.console import Console
 
 from specforge_core.data.report import OFF, ON, report_data
 from specforge_core.load import load_config
-from specforge_core.testing.runs import cli, finish, write_run
+from specforge_core.testing.forked import cli
+from specforge_core.testing.runs import finish, write_run
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 from specforge_core import new
 from specforge_core.testing.case import Case
 from specforge_core.testing.contract import StrategyContract
+from specforge_core.testing.forked import run
 from specforge_core.testing.plugin import FakeSite
-from specforge_core.testing.runs import SECONDS, cli
 
 from .faults import ARGUMENTS, FAULTS, SOURCE
 
@@ -85,11 +85,11 @@ def test_check_deep_runs_the_suite_on_an_installed_strategy(
     add(template, "train_step", FAULTS["a mean for a sum"][2])
     path = (str(template.path), str(new.TEMPLATES / "method"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    process = cli("check", "faulty", "--deep", "strategy.draft_tokens=3")
-    out, err = process.communicate(timeout=2 * SECONDS)
-    assert process.returncode == 1
-    assert "hooks: " in out
-    failed = {line.split("::")[-1].split()[0] for line in out.splitlines() if "FAILED" in line}
+    done = run("check", "faulty", "--deep", "strategy.draft_tokens=3")
+    assert done.returncode == 1
+    assert "hooks: " in done.stdout
+    told = done.stdout.splitlines()
+    failed = {line.split("::")[-1].split()[0] for line in told if "FAILED" in line}
     assert "test_a_batch_is_the_sum_of_its_samples" in failed
     assert "test_the_proposer_keeps_to_every_limit" not in failed
-    assert "strategy 'faulty' does not pass the suite of every strategy" in err
+    assert "strategy 'faulty' does not pass the suite of every strategy" in done.stderr

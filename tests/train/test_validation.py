@@ -10,7 +10,8 @@ import pytest
 
 from specforge_core.capture.job import Job, run_capture
 from specforge_core.errors import CaptureError, ConfigError, DataError
-from specforge_core.testing.runs import cli, finish, lines, load
+from specforge_core.testing.forked import cli
+from specforge_core.testing.runs import finish, lines, load
 from specforge_core.testing.toy import write_conversations
 from specforge_core.train.run import train
 

@@ -12,7 +12,8 @@ from specforge_core.capture.job import run_capture
 from specforge_core.drafts.load import export_checkpoint, restore
 from specforge_core.evaluate.run import evaluate
 from specforge_core.testing.close import close
-from specforge_core.testing.runs import cli, finish, load, losses, write_run
+from specforge_core.testing.forked import cli
+from specforge_core.testing.runs import finish, load, losses, write_run
 from specforge_core.train.run import train
 
 

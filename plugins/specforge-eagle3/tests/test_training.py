@@ -15,7 +15,8 @@ from specforge_core.drafts.load import export_checkpoint, restore
 from specforge_core.errors import CaptureError, CheckpointError, ConfigError
 from specforge_core.evaluate.run import evaluate
 from specforge_core.testing.close import close
-from specforge_core.testing.runs import cli, finish, lines, load, losses, write_run
+from specforge_core.testing.forked import cli
+from specforge_core.testing.runs import finish, lines, load, losses, write_run
 from specforge_core.testing.toy import save_toy_target, write_conversations
 from specforge_core.train.plan import plan_run
 from specforge_core.train.run import train
