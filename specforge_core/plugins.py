@@ -107,7 +107,9 @@ def _declared(group: str) -> list[EntryPoint]:
 def _installed(ep: EntryPoint) -> Installed:
     assert ep.dist is not None  # always set by both functions above
     try:
-        name, number, requires = ep.dist.name, ep.dist.version, ep.dist.requires
+        told = ep.dist.metadata  # which is parsed every time that it is asked for
+        name, number = told["Name"], told["Version"]
+        requires = told.get_all("Requires-Dist") or ep.dist.requires
     except Exception as exc:
         return Installed(ep.name, "?", "?", ep, unreadable=f"{type(exc).__name__}: {said(exc)}")
     if not (name and number):
