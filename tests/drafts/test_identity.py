@@ -64,10 +64,27 @@ METHOD = """
     """
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the files of one test lie after the other's, so that paths in them stay right."""
+    return tmp_path_factory.mktemp("identity") / "place"
+
+
 @pytest.fixture
-def config(tmp_path: Path, env: FakeSite) -> Path:
+def config(place: Path, env: FakeSite) -> Path:
     """A finished run of two steps, its export, and targets that differ a little."""
     env.strategy("method", METHOD)
+    shutil.rmtree(place, ignore_errors=True)
+    kept = place.with_name("kept")
+    if not kept.exists():
+        place.mkdir()
+        make(place)
+        place.rename(kept)
+    shutil.copytree(kept, place)
+    return place / "run.yaml"
+
+
+def make(tmp_path: Path) -> None:
     save_toy_target(tmp_path / "target")
     save_toy_target(tmp_path / "seed", seed=9)
     save_toy_target(tmp_path / "eps", rms_norm_eps=0.25)
@@ -84,7 +101,6 @@ def config(tmp_path: Path, env: FakeSite) -> Path:
     path.write_text(yaml.safe_dump(raw))
     train(*load(path))
     export_checkpoint(tmp_path / "run", "hf", tmp_path / "export", force=False)
-    return path
 
 
 def uses(config: Path) -> dict[str, Callable[..., object]]:
@@ -262,8 +278,9 @@ class Remote(LlamaConfig):
 
 
 def test_a_checkpoint_decides_about_no_code_plugin_secret_or_path(
-    config: Path, tmp_path: Path
+    config: Path,
 ) -> None:
+    tmp_path = config.parent
     target, marker = tmp_path / "remote", tmp_path / "ran"
     shutil.copytree(tmp_path / "target", target)
     (target / "remote.py").write_text(REMOTE.format(marker=str(marker)))
@@ -290,7 +307,8 @@ def test_a_checkpoint_decides_about_no_code_plugin_secret_or_path(
     assert marker.exists()
 
 
-def test_export_takes_a_config_and_overrides(config: Path, tmp_path: Path) -> None:
+def test_export_takes_a_config_and_overrides(config: Path) -> None:
+    tmp_path = config.parent
     where = ["export", "--checkpoint", str(tmp_path / "run"), "--force", "-o", str(tmp_path / "o")]
     for options in ([], ["-c", str(config)]):
         done = CliRunner().invoke(cli, [*where, *options, "strategy.chunk=3"])
