@@ -22,8 +22,8 @@ from types import SimpleNamespace
 from typing import NoReturn
 from unittest.mock import patch
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
     [
         "specforge_core.train.run",
         "specforge_core.capture.job",
@@ -52,7 +52,7 @@ class Forked:
         work = (list(arguments), dict(environment), str(directory or Path.cwd()), names)
         with patch.dict(os.environ, _BEFORE):
             forkserver.ensure_running()
-        self._process = _SERVER.Process(target=_work, args=work)
+        self._process = SERVER.Process(target=_work, args=work)
         self._process.start()
         _running.add(self._process)
         assert self._process.pid is not None

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from specforge_core.data import prompts, tokencache, workers
 from specforge_core.data.files import open_source
 from specforge_core.data.prompts import PromptSet, load_prompts
 from specforge_core.errors import DataError
+from specforge_core.testing.forked import SERVER
 from specforge_core.testing.toy import toy_tokenizer, write_conversations
 
 TOKENIZER = toy_tokenizer()
@@ -184,6 +187,45 @@ def test_processes_make_the_same_rows_in_the_same_order(tmp_path: Path, count: i
     assert same(load(path, cache=None, on_error="skip", workers=2), plain)
 
 
+def work(pipe: Connection) -> None:
+    workers.work(os.dup(pipe.fileno()))
+
+
+def fork(command: list[str], pass_fds: list[int], **_: Any) -> Any:
+    """Return a worker's process: a fork of a server that has imported what it needs."""
+    pipe = Connection(os.dup(pass_fds[0]))
+    process: Any = SERVER.Process(target=work, args=(pipe,))
+    process.start()
+    pipe.close()
+    return SimpleNamespace(
+        kill=process.kill,
+        terminate=process.terminate,
+        wait=process.join,
+        poll=lambda: process.exitcode,
+    )
+
+
+@pytest.mark.slow
+def test_processes_that_start_python_make_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = slowly(monkeypatch)
+    taken: list[object] = []
+    take = workers.Worker.take
+
+    def taking(self: workers.Worker) -> Any:
+        taken.append(take(self))
+        return taken[-1]
+
+    monkeypatch.setattr(workers.Worker, "take", taking)
+    path = write(tmp_path)
+    plain = load(path, cache=None, on_error="skip")
+    assert same(load(path, cache=None, on_error="skip", workers=2), plain)
+    assert taken
+    assert all(taken)
+    assert len(begun) == 2
+
+
 def slowly(monkeypatch: pytest.MonkeyPatch) -> list[workers.Worker]:
     """Let a run wait for its processes; return them."""
     found: list[workers.Worker] = []
@@ -201,6 +243,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> list[workers.Worker]:
 def test_errors_and_limits_are_those_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(workers.subprocess, "Popen", fork)
     begun = slowly(monkeypatch)
     path = write_conversations(tmp_path / "d.jsonl", 60)
     lines = path.read_text().splitlines()
@@ -217,6 +260,7 @@ def test_errors_and_limits_are_those_of_one_process(
 def test_a_process_that_dies_is_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
+    monkeypatch.setattr(workers.subprocess, "Popen", fork)
     begun = slowly(monkeypatch)
     give = workers.Worker.give
 
