@@ -222,11 +222,13 @@ def answers(model: LlamaForCausalLM, *, with_probs: bool, count: int = 1000) -> 
     return excess(counts, exact_distribution(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_probs", [True, False])
 def test_answers_follow_the_targets_distribution(model: LlamaForCausalLM, with_probs: bool) -> None:
     assert answers(model, with_probs=with_probs) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [always_accept, replace_from_target])
 def test_a_wrong_rule_shows_in_answers(
     model: LlamaForCausalLM, wrong: Rule, monkeypatch: pytest.MonkeyPatch
@@ -235,6 +237,7 @@ def test_a_wrong_rule_shows_in_answers(
     assert answers(model, with_probs=True) > 1.5
 
 
+@pytest.mark.slow
 def test_the_target_alone_follows_its_distribution(model: LlamaForCausalLM) -> None:
     settings = Sampling(temperature=TEMPERATURE, generator=torch.Generator().manual_seed(2))
     counts = Counter(

@@ -161,6 +161,7 @@ def test_layers_compile_once_for_all_of_a_type(kit: Any) -> None:
     assert counter.frame_count <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(("attention", "most"), [("eager", 3), ("flex", 2)])
 def test_batches_of_new_lengths_stop_compiling_soon(kit: Any, attention: str, most: int) -> None:
