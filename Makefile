@@ -10,8 +10,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # one thread each: the tests start many processes of their own
 test test-fast: export OMP_NUM_THREADS ?= 1
 
-# a file's tests stay together, since they share what they have made
-pytest = .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# a file's tests stay together, since they share what they have made; tests/conftest.py says
+# which files come first
+pytest = .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(pytest)

@@ -9,3 +9,10 @@ from specforge_core.testing.plugin import FakeSite
 def env(fake_site: FakeSite) -> FakeSite:
     """A site-packages with this core's version, whatever is really installed."""
     return fake_site
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have slow tests, so that no process has one left at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
