@@ -16,7 +16,8 @@ from specforge_core import stop
 from .processes import end
 
 LISTEN = """
-import hashlib, os, signal, sys, threading, time
+import ctypes, os, signal, sys, threading, time
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(256)
 from specforge_core import stop
 def say(stopped): print(stopped, flush=True)
 stop.listen(say)
@@ -31,8 +32,8 @@ except stop.Interrupted as exc:
     sys.exit(exc.status)
 """
 FOREVER = "ready()\nwhile True: time.sleep(0.1)"
-# no handler runs before it returns
-DEEP = "ready(); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+# no handler runs before it returns, and it never does: a mutex that is locked twice
+DEEP = "lock(mutex); ready(); lock(mutex)"
 
 
 def script(body: str) -> str:
