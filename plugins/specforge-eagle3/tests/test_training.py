@@ -34,8 +34,20 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, target: Path) -> Path:
+    return write(tmp_path, target)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
+    """The config of a run of 30 steps, finished; nobody changes it."""
+    config = write(tmp_path_factory.mktemp("learned"), target)
+    train(*load(config, "train.max_steps=30"))
+    return config
+
+
+def write(folder: Path, target: Path) -> Path:
     return write_run(
-        tmp_path,
+        folder,
         target,
         conversations=24,
         target={"batch_tokens": 512},
@@ -128,14 +140,14 @@ def test_a_capture_of_other_layers_is_refused(config: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("source", ["run", "export"])
-def test_a_run_begins_from_other_weights(config: Path, tmp_path: Path, source: str) -> None:
-    train(*load(config, "train.max_steps=20"))
-    start = tmp_path / "run"
+def test_a_run_begins_from_other_weights(learned: Path, tmp_path: Path, source: str) -> None:
+    config, start = learned, learned.parent / "run"
+    first = losses(start)[0]
     if source == "export":
-        start = export_checkpoint(tmp_path / "run", "hf", tmp_path / "export", force=False)
+        start = export_checkpoint(start, "hf", tmp_path / "export", force=False)
     begun = (f"train.init_from={start}", f"output_dir={tmp_path / 'begun'}")
     train(*load(config, *begun))
-    assert losses(tmp_path / "begun")[0] < 0.95 * losses(tmp_path / "run")[0]
+    assert losses(tmp_path / "begun")[0] < 0.95 * first
     # the same command again resumes, and other weights can no longer be the start
     train(*load(config, *begun, "train.max_steps=7"))
     assert len(losses(tmp_path / "begun")) == 7
@@ -156,12 +168,12 @@ def test_a_start_with_another_vocabulary_is_refused(config: Path, tmp_path: Path
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_evaluation_is_lossless(
-    config: Path, tmp_path: Path, shape: str, temperature: float
+    learned: Path, tmp_path: Path, shape: str, temperature: float
 ) -> None:
-    train(*load(config, "train.max_steps=30"))
     prompts = write_conversations(tmp_path / "prompts.jsonl", 6, seed=5)
     run, strategy = load(
-        config,
+        learned,
+        f"output_dir={tmp_path / 'run'}",
         f"eval.prompts.held={prompts}",
         f"eval.temperature={temperature}",
         "eval.max_new_tokens=40",
@@ -169,7 +181,7 @@ def test_evaluation_is_lossless(
         "strategy.tree_tokens=12",
         "strategy.draft_length=4",
     )
-    report = evaluate(run, strategy, restore(run, strategy, tmp_path / "run").draft)
+    report = evaluate(run, strategy, restore(run, strategy, learned.parent / "run").draft)
     assert report.lossless is (True if temperature == 0 else None)
     assert report.acceptance_length is not None
     assert report.acceptance_length > 1.02  # the target is random, and so are its answers
