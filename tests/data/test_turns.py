@@ -12,7 +12,7 @@ from specforge_core.data.chat import Encoder
 from specforge_core.data.sources import BadRow, Message
 from specforge_core.testing.toy import toy_tokenizer
 
-from .test_chat import SPECIAL, published
+from .chats import SPECIAL, published
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 KWARGS: dict[str, dict[str, Any]] = {
