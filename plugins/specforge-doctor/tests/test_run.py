@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,28 @@ def specforge_serve(target, export, draft_tokens):
 """
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the files of one test lie after the other's, so that paths in them stay right."""
+    return tmp_path_factory.mktemp("doctor") / "place"
+
+
 @pytest.fixture
-def trained(fake_site: FakeSite, tmp_path: Path) -> Path:
+def trained(fake_site: FakeSite, place: Path) -> Path:
+    """A trained run and its export; made once, and as new for every test."""
     fake_site.strategy("served", STRATEGY)
     group = {"specforge.plugins": {"standin": "specforge_standin"}}
     fake_site.dist("specforge-standin", "1.0", group, module="specforge_standin", source=ENGINE)
+    shutil.rmtree(place, ignore_errors=True)
+    kept = place.with_name("kept")
+    if not kept.exists():
+        place.mkdir()
+        make(place)
+        place.rename(kept)
+    return Path(shutil.copytree(kept, place))
+
+
+def make(tmp_path: Path) -> None:
     save_predictable_target(tmp_path / "target", initializer_range=0.2)
     data = write_own_answers(tmp_path / "target", tmp_path / "train.jsonl", 48, length=24)
     held = write_own_answers(tmp_path / "target", tmp_path / "held.jsonl", 8, length=1, seed=7)
@@ -132,7 +150,6 @@ def trained(fake_site: FakeSite, tmp_path: Path) -> Path:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
     train(*load_config(tmp_path / "run.yaml"))
     export_checkpoint(tmp_path / "run", "hf", tmp_path / "export", force=False)
-    return tmp_path
 
 
 def examine(trained: Path, *overrides: str, **options: Any) -> DoctorReport:
@@ -200,7 +217,7 @@ def test_the_export_says_of_which_template_it_is(trained: Path) -> None:
 def test_a_step_that_simulates_too_much_is_told_from_a_bad_export(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plugin = sys.modules["specforge_served"]
+    plugin: Any = importlib.import_module("specforge_served")
 
     def boast(draft: Draft, batch: Batch, ctx: StepContext) -> StepOutput:
         output: StepOutput = plugin.step(draft, batch, ctx)
