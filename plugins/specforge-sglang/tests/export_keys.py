@@ -1,6 +1,6 @@
-"""Runs where SGLang is installed: load an export into SGLang's own class, and tell what was used.
+"""Runs where SGLang is installed: load exports into SGLang's own classes, and tell what was used.
 
-python export_keys.py EXPORT_DIR PORT.  SGLang skips keys that it does not know without a word, so
+python export_keys.py PORT EXPORT_DIR...  SGLang skips keys that it does not know without a word, so
 tensors are loaded one by one, and a parameter that stays NaN was never written.
 """
 
@@ -57,8 +57,13 @@ def build(path: str, dtype: torch.dtype) -> Any:
     return model_class(config.hf_config)
 
 
-def main(path: str, port: str) -> None:
-    prepare(path, port)
+def main(port: str, *paths: str) -> None:
+    prepare(paths[0], port)
+    print(json.dumps([used(path) for path in paths]))
+
+
+def used(path: str) -> dict[str, Any]:
+    """Return the class of an export, its keys that were ignored, and parameters that it left."""
     model = build(path, torch.bfloat16)
     parameters = dict(model.named_parameters())
     for value in parameters.values():
@@ -74,7 +79,7 @@ def main(path: str, port: str) -> None:
     missing = [key for key, value in parameters.items() if value.isnan().any()]
     hot = getattr(model, "hot_token_id", None)
     told = {"class": type(model).__name__, "ignored": ignored, "missing": missing}
-    print(json.dumps(told | {"draft_tokens": None if hot is None else hot.tolist()}))
+    return told | {"draft_tokens": None if hot is None else hot.tolist()}
 
 
 if __name__ == "__main__":
