@@ -11,6 +11,8 @@ pytest.importorskip("specforge_doctor", reason="specforge-doctor is not installe
 
 from specforge_doctor.testing import Fault, TrainedRun, epsilon, other_weights, rope, values
 
+pytestmark = pytest.mark.slow  # a whole run is trained
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
@@ -31,7 +33,6 @@ def test_a_clean_export_passes_and_all_numbers_agree(trained: TrainedRun) -> Non
     assert any("no engine was measured: target.engine=transformers" in n for n in report.notes)
 
 
-@pytest.mark.slow
 def test_the_next_token_layout_agrees_too(trained: TrainedRun, tmp_path: Path) -> None:
     report = trained.train_again(tmp_path, "strategy.label_layout=next_token")
     assert report.verdict.healthy, report.verdict.message
@@ -73,7 +74,6 @@ FAULTS: tuple[tuple[Fault, str, str], ...] = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "cause", "text"), FAULTS, ids=[p[0].__name__ for p in FAULTS])
 def test_a_planted_fault_is_named(
     trained: TrainedRun, tmp_path: Path, fault: Fault, cause: str, text: str

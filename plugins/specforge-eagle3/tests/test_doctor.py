@@ -14,6 +14,8 @@ pytest.importorskip("specforge_doctor", reason="specforge-doctor is not installe
 
 from specforge_doctor.testing import Fault, TrainedRun, epsilon, other_weights, rope, values
 
+pytestmark = pytest.mark.slow  # a whole run is trained
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
@@ -40,7 +42,6 @@ def test_a_clean_export_passes_and_all_numbers_agree(trained: TrainedRun) -> Non
     assert any("no engine was measured: target.engine=transformers" in n for n in report.notes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "option", ["mask_on=input", "mask_on=feature", "steps=2", "draft_length=2"]
 )
@@ -95,7 +96,6 @@ FAULTS: tuple[tuple[Fault, str, str], ...] = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "cause", "text"), FAULTS, ids=[p[0].__name__ for p in FAULTS])
 def test_a_fault_is_named(
     trained: TrainedRun, tmp_path: Path, fault: Fault, cause: str, text: str
