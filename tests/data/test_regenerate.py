@@ -133,7 +133,7 @@ def test_resuming_writes_what_one_run_would_have(
 
 @pytest.mark.slow
 def test_kill_9(talker: Path, tmp_path: Path) -> None:
-    rows = [ask(str(i), "word " * (i % 7), "more", "and more") for i in range(200)]
+    rows = [ask(str(i), "word " * (i % 7), "more", "and more") for i in range(80)]
     prompts = write(tmp_path / "p.jsonl", *rows)
     run = make_run(talker, prompts, max_new_tokens=64, temperature=1.0)
     output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
