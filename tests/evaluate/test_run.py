@@ -131,7 +131,7 @@ def test_bfloat16_moves_target_and_draft(raw: dict[str, Any]) -> None:
 
 def test_sampled_answers_repeat_with_the_seed(raw: dict[str, Any]) -> None:
     def counts(**options: Any) -> tuple[Any, ...]:
-        found = run(raw, temperature=1.0, **options)
+        found = run(raw, temperature=1.0, limit=2, **options)
         assert found.lossless is None
         assert found.baseline_tokens_per_second is not None
         return found.new_tokens, found.accepted, found.verifications, found.per_position
