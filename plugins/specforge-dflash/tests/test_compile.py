@@ -81,4 +81,5 @@ def test_no_length_compiles_again_on_a_gpu(
     assert min(seen) < 200
     assert begun
     assert compiled[begun:] == []
-    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    # a padded batch of one row is a graph of its own
+    assert 1 <= counters["stats"]["unique_graphs"] <= (2 if batches == "packed" else 3)
