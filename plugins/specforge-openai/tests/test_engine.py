@@ -22,7 +22,8 @@ from specforge_core.config import (
     TargetConfig as Target,
 )
 from specforge_core.data.regenerate import RegenerateReport, regenerate as run_regenerate
-from specforge_core.errors import CaptureError, ConfigError, DataError, RunError
+from specforge_core.errors import CaptureError, ConfigError, DataError, RunError, SpecForgeError
+from specforge_core.process import describe
 from specforge_core.strategy import Strategy
 from specforge_core.testing.toy import toy_tokenizer
 from specforge_core.types import CaptureSpec, Generated, GenerateOptions, Prompt
@@ -410,3 +411,37 @@ def test_more_than_was_asked_for(
     with pytest.raises(CaptureError, match=r"and was asked for 24( tokens)? at most"):
         regenerate(make_run(toy_target, server, prompts=prompts), tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("on_error", ["skip", "raise"])
+def test_the_key_is_in_no_file_and_no_line(
+    start: Any,
+    toy_target: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    on_error: str,
+) -> None:
+    key = "a/very-secret/key"
+    monkeypatch.setenv("SPECFORGE_API_KEY", key)
+
+    def repeat(body: dict[str, Any]) -> tuple[int, Any]:
+        if len(body["prompt"]) % 2:
+            return 500, {"error": {"message": f"wrong: Bearer {key}"}}
+        return 400, f'{{"error": "{key.replace("/", chr(92) + "/")}"}}'.encode()
+
+    server, down = start(repeat), start(lambda body: (0, None))
+    down.model["id"] = key
+    down.answer = lambda body: (503, {"message": f"busy with {key}"})
+    prompts, said = (write(tmp_path / "p.jsonl", 4),), ""
+    for servers in ((server,), (server, down)):
+        run = make_run(toy_target, *servers, prompts=prompts, data={"on_error": on_error})
+        try:
+            said += str(regenerate(run, tmp_path / "out.jsonl"))
+        except SpecForgeError as exc:
+            said += describe(exc)[0]
+    said += "".join(capsys.readouterr())
+    assert server.headers["Authorization"] == f"Bearer {key}"
+    assert "(key)" in said or "refused by the engine" in said
+    assert key not in said
+    assert not [path for path in tmp_path.iterdir() if key in path.read_text()]

@@ -277,3 +277,18 @@ def test_an_interpreter_that_is_not_there_is_named(target: Any, tmp_path: Path) 
     missing = tmp_path / "absent" / "python"
     with pytest.raises(ConfigError, match=r"absent.*target\.options\.python="):
         SGLangEngine.load(target(python=str(missing)), CPU)
+
+
+@pytest.mark.parametrize("fault", ["layers", "tokens", "torn", "width", "refuses", "protocol"])
+def test_no_message_holds_the_token_of_a_receiver(
+    shared: Any, target: Any, prompts: Any, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    way = {"handoff": "http", "receiver_host": "127.0.0.1"}
+    engine = SGLangEngine.load(target(shared(), **way), CPU)
+    shared(fault=fault)
+    token = engine._handoff.place.split("/")[1]
+    with pytest.raises(CaptureError) as error:
+        list(engine.capture(prompts(20), SPEC))
+    engine.close()
+    assert len(token) > 16
+    assert token not in str(error.value) + "".join(capsys.readouterr())
