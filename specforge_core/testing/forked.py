@@ -11,6 +11,7 @@ import atexit
 import multiprocessing
 import multiprocessing.forkserver as forkserver
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -46,10 +47,12 @@ class Forked:
         arguments: Sequence[str],
         environment: Mapping[str, str],
         directory: Path | None = None,
+        script: Path | None = None,
     ) -> None:
+        self._said: tuple[str, str] | None = None
         self._files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self._files]
-        work = (list(arguments), dict(environment), str(directory or Path.cwd()), names)
+        work = (list(arguments), dict(environment), str(directory or Path.cwd()), names, script)
         with patch.dict(os.environ, _BEFORE):
             forkserver.ensure_running()
         self._process = SERVER.Process(target=_work, args=work)
@@ -77,11 +80,13 @@ class Forked:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end; return what it wrote to stdout and to stderr."""
         self.wait(timeout)
-        _running.discard(self._process)
-        out, err = (Path(file.name).read_text(encoding="utf-8") for file in self._files)
-        for file in self._files:
-            file.close()
-        return out, err
+        if self._said is None:
+            _running.discard(self._process)
+            out, err = (Path(file.name).read_text(encoding="utf-8") for file in self._files)
+            self._said = out, err
+            for file in self._files:
+                file.close()
+        return self._said
 
     def send_signal(self, signum: int) -> None:
         """Send it a signal, if it runs."""
@@ -96,6 +101,11 @@ class Forked:
 def cli(*arguments: str, env: Mapping[str, str] | None = None) -> Forked:
     """Start `specforge` with arguments, as `runs.cli` does, in a fork of the server."""
     return Forked(arguments, os.environ if env is None else env)
+
+
+def python(script: Path, *arguments: str, env: Mapping[str, str]) -> Forked:
+    """Start what `python SCRIPT ARGUMENTS...` does in a fork of the server."""
+    return Forked(arguments, env, script=script)
 
 
 def run(
@@ -141,7 +151,11 @@ class _Rank:
 
 
 def _work(
-    arguments: list[str], environment: dict[str, str], directory: str, outputs: list[str]
+    arguments: list[str],
+    environment: dict[str, str],
+    directory: str,
+    outputs: list[str],
+    script: Path | None,
 ) -> NoReturn:
     """In the fork of the server: be the command."""
     from ..train import launch
@@ -151,21 +165,26 @@ def _work(
         with Path(name).open("ab") as file:
             os.dup2(file.fileno(), number)
     vars(launch)["subprocess"] = SimpleNamespace(Popen=_Rank)
-    _be(arguments, environment)
+    _be(arguments, environment, script)
 
 
-def _be(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
-    """Be `specforge` with these arguments, and end as it does."""
+def _be(
+    arguments: Sequence[str], environment: Mapping[str, str], script: Path | None = None
+) -> NoReturn:
+    """Be `specforge` with these arguments, or a script, and end as it does."""
     status = 1
     try:
         os.environ.clear()
         os.environ.update(environment)
         added = environment.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:0] = [place for place in added if place and place not in sys.path]
-        sys.argv = ["specforge", *arguments]
-        from ..cli import main
+        sys.argv = [str(script or "specforge"), *arguments]
+        if script is not None:
+            runpy.run_path(str(script), run_name="__main__")
+        else:
+            from ..cli import main
 
-        main()
+            main()
         status = 0
     except SystemExit as exc:
         status = exc.code if isinstance(exc.code, int) else int(exc.code is not None)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from specforge_sglang.child import CPU_FLAGS, as_arguments, free_port, write_ove
 
 from specforge_core.config import TargetConfig
 from specforge_core.testing.close import close
+from specforge_core.testing.forked import Forked, python
 from specforge_core.types import Prompt, TargetCapture
 
 HERE = Path(__file__).parent
@@ -37,7 +37,7 @@ VERSIONS = os.environ.get("SPECFORGE_SGLANG_VERSION", EACH).split()
 class StandIn:
     """A process that answers as an SGLang server with specforge's plugin would."""
 
-    process: subprocess.Popen[bytes]
+    process: Forked
     url: str
 
     def served(self) -> int:
@@ -49,7 +49,7 @@ class StandIn:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()
 
 
 Start = Callable[..., StandIn]
@@ -60,16 +60,17 @@ def launch(root: Path, port: int | None = None, **options: Any) -> StandIn:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
-    command = [sys.executable, str(HERE / "stand_in_server.py"), str(port), json.dumps(options)]
     env = {**os.environ, "SPECFORGE_SGLANG_DIR": str(root)}
     env["SPECFORGE_SGLANG_RECEIVERS"] = "127.0.0.1"
-    made = StandIn(subprocess.Popen(command, env=env), f"http://127.0.0.1:{port}")
+    script = HERE / "stand_in_server.py"
+    process = python(script, str(port), json.dumps(options), env=env)
+    made = StandIn(process, f"http://127.0.0.1:{port}")
     for _ in range(600):
         try:
             made.served()
             return made
         except OSError:
-            assert made.process.poll() is None
+            assert made.process.poll() is None, made.process.communicate()
             time.sleep(0.05)
     raise AssertionError("the stand-in did not start")
 
