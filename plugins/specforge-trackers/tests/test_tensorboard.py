@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ import pytest
 from specforge_trackers.tensorboard import TensorboardTracker
 
 from specforge_core.errors import ConfigError
-from specforge_core.testing.runs import lines, load, write_run
+from specforge_core.testing.forked import SECONDS, python
+from specforge_core.testing.runs import finish, lines, load, write_run
 from specforge_core.train.run import train
 
 ON = "plugins.tensorboard={}"
@@ -90,7 +89,10 @@ def test_a_resumed_run_shows_every_step_once(config: Path, tmp_path: Path) -> No
         "from pathlib import Path\n"
         f"train(*load(Path(sys.argv[1]), {ON!r}))\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(config)], check=False)
+    script = tmp_path / "killed.py"
+    script.write_text(code)
+    killed = python(script, str(config), env=os.environ)
+    killed.communicate(timeout=SECONDS)
     assert killed.returncode == 9
     directory = tmp_path / "run" / "tensorboard"
     assert [step for step, _ in scalars(read(directory), "loss")] == [1, 2, 3]
@@ -124,17 +126,15 @@ def test_a_directory_that_cannot_be_written_ends_no_run(
     assert err.count("warning: the tracker of specforge-trackers") == 1
 
 
-def test_a_run_without_it_does_not_import_tensorboard(config: Path) -> None:
+def test_a_run_without_it_does_not_import_tensorboard(config: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom specforge_core.testing.runs import load\n"
         f"load(Path({str(config)!r}))\n"
         "print('tensorboard' in sys.modules)"
     )
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
-    )
-    assert done.stdout == "False\n"
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    assert finish(python(script, env=os.environ)) == "False\n"
 
 
 def test_a_start_in_the_same_second_writes_a_file_that_is_read_after_the_others(
