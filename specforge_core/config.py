@@ -83,7 +83,7 @@ class DataConfig(Section):
         le=MANY,
         description="Rows that are shuffled together, one such group behind the other. If not "
         "set: all; of large files of JSON lines, read in a mixed order, the first epoch has groups "
-        "of 4096. With such groups and `train.max_steps` online training begins when the first one "
+        "of 1024. With such groups and `train.max_steps` online training begins when the first one "
         "is tokenized.",
     )
     limit: int | None = Field(None, gt=0, le=MANY, description="Use only the first conversations.")

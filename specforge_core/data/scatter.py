@@ -23,8 +23,8 @@ from .files import FileRows
 from .formats import is_lines, open_data
 from .sources import Conversation, Line, conversations, lines_of, mixed, read_lines
 
-GROUP = 4096  # rows that are shuffled together in the first epoch
-RUN = 16  # rows that are read at once: a disk that seeks for each row is slow
+GROUP = 1024  # rows that are shuffled together in the first epoch
+RUN = 8  # rows that are read at once: a disk that seeks for each row is slow
 
 Opened = Sequence[tuple[str, Iterable[Mapping[str, Any] | DataError]]]
 
