@@ -38,6 +38,11 @@ ROLES = {
 CALLS = ("function_call", "tool_call")  # roles whose text is a call
 # one thing under the names by which templates read it: a message has all of them
 REASONING = ("reasoning_content", "reasoning", "thinking")
+ALIASES = {
+    "tools": ("tools", "functions"),
+    "tool_calls": ("tool_calls", "function_call"),
+    REASONING[0]: REASONING,
+}
 READ = {
     *("role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call"),
     *(*REASONING, "weight", "train"),
@@ -108,6 +113,13 @@ def unread(template: str, messages: Sequence[Message], tools: Sequence[Tool]) ->
         if not re.search(rf"\.(?:{named})\b|['\"](?:{named})['\"]", template):
             return REASONING[0]
     return None
+
+
+def spelled(row: Mapping[str, Any], name: str) -> list[str]:
+    """Return the names under which a row has what `unread` calls `name`."""
+    turns = row.get("messages", row.get("conversations"))
+    parts = [row, *(turn for turn in turns if isinstance(turn, Mapping))] if turns else [row]
+    return [alias for alias in ALIASES[name] if any(alias in part for part in parts)] or [name]
 
 
 def _without(row: Mapping[str, Any], ignored: Iterable[str]) -> dict[str, Any]:

@@ -203,7 +203,7 @@ TURNS = (
 def _task(found: Conversation, name: str, place: int, encoder: Encoder) -> Task:
     turns = asked_turns(found)
     if found.tools or any(isinstance(message, OnlyRead) for message in turns[0]):
-        encoder = encoder_for(encoder, turns[0], found.tools)
+        encoder = encoder_for(encoder, turns[0], found.tools, found.row)
     metadata = {k: v for k, v in found.row.items() if k not in TURNS}
     try:
         json.dumps(metadata)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .chat import Encoder, Row
-from .messages import Message, unread
+from .messages import Message, spelled, unread
 from .sources import BadRow, Conversation
 from .tokenrows import ROWS, Fingerprint, cut_answers, token_row, token_rows
 from .tools import Tool
@@ -28,23 +29,26 @@ class RowMaker:
             return [token_row(found.row, self.encoder.limit)]
         if ROWS in found.row:
             return token_rows(found.row, self.origin, self.encoder.limit)
-        encoder = encoder_for(self.encoder, found.messages, found.tools)
+        encoder = encoder_for(self.encoder, found.messages, found.tools, found.row)
         return encoder.rows(found.messages, cut_answers(found.row))
 
 
 def encoder_for(
-    encoder: Encoder, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    encoder: Encoder, messages: Sequence[Message], tools: Sequence[Tool], row: Mapping[str, Any]
 ) -> Encoder:
     """Return the encoder that gives the chat template a conversation's tools.
 
-    Raises BadRow when the template writes no such thing as the conversation has.
+    Raises BadRow, with the field's name in the `row`, when the template writes no such thing as
+    the conversation has.
     """
     offered = [dict(tool) for tool in tools]
     template = str(encoder.tokenizer.get_chat_template(tools=offered or None))
     if (name := unread(template, messages, tools)) is not None:
+        names = spelled(row, name)
         raise BadRow(
-            f"the conversation has {name!r}, which the target's chat template does not write. "
-            f"To train without: data.ignore_fields=[{name}]; or data.on_error=skip",
+            f"the conversation has {' and '.join(map(repr, names))}, which the target's chat "
+            "template does not write. "
+            f"To train without: data.ignore_fields=[{', '.join(names)}]; or data.on_error=skip",
             "not written by the chat template",
         )
     return offering(encoder, tools)

@@ -148,7 +148,7 @@ def _tokenized(
     for found in conversations:
         try:
             asked = first_turn(found.messages)
-            ids = encoder_for(encoder, asked, found.tools).prompt(asked)
+            ids = encoder_for(encoder, asked, found.tools, found.row).prompt(asked)
         except BadRow as exc:
             skipped.add(exc.at(found.where))
             continue

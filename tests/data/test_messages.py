@@ -102,7 +102,7 @@ def texts(prompts: PromptSet) -> tuple[str, list[str]]:
         {"tools": [WEATHER]},
         {"tools": [WEATHER["function"]]},
         {"tools": json.dumps([WEATHER])},
-        {"functions": [WEATHER["function"]]},
+        {"functions": [WEATHER]},
     ],
 )
 def test_calls_of_tools_and_what_follows_are_trained_on(
@@ -235,18 +235,27 @@ def test_notes_empty_columns_and_copies_are_no_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "name"),
+    ("row", "names"),
     [
-        ({"messages": [ASK, ANSWER], "tools": [WEATHER]}, "tools"),
-        ({"messages": [ASK, {**ANSWER, "tool_calls": [CALL]}]}, "tool_calls"),
-        ({"messages": [ASK, {**ANSWER, "thinking": "hm"}]}, "reasoning_content"),
+        ({"messages": [ASK, ANSWER], "tools": [WEATHER]}, ["tools"]),
+        ({"messages": [ASK, ANSWER], "functions": [WEATHER]}, ["functions"]),
+        ({"messages": [ASK, {**ANSWER, "tool_calls": [CALL]}]}, ["tool_calls"]),
+        ({"messages": [ASK, {**ANSWER, "function_call": CALL}]}, ["function_call"]),
+        ({"messages": [ASK, {**ANSWER, "reasoning_content": "hm"}]}, ["reasoning_content"]),
+        ({"messages": [ASK, {**ANSWER, "thinking": "hm"}]}, ["thinking"]),
+        (
+            {"messages": [ASK, {**ANSWER, "reasoning": "hm", "thinking": "hm"}]},
+            ["reasoning", "thinking"],
+        ),
     ],
 )
 def test_what_the_template_does_not_write_is_not_dropped_silently(
-    tmp_path: Path, row: dict[str, Any], name: str
+    tmp_path: Path, row: dict[str, Any], names: list[str]
 ) -> None:
-    message = rf"d\.jsonl:1: the conversation has '{name}', which the target's chat template does"
-    with pytest.raises(DataError, match=message):
+    """The fields are called as the row calls them, and what the message says helps."""
+    listed = " and ".join(f"'{name}'" for name in names)
+    message = rf"d\.jsonl:1: the conversation has {listed}, which the target's chat template does"
+    with pytest.raises(DataError, match=message) as error:
         load(tmp_path, row, toy_tokenizer())
-    names = REASONING if name in REASONING else (name,)
+    assert f"data.ignore_fields=[{', '.join(names)}]" in str(error.value)
     assert texts(load(tmp_path, row, toy_tokenizer(), ignore_fields=names))[1] == ["a<|im_end|>"]
