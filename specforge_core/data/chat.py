@@ -34,6 +34,7 @@ class Encoder:
     special: frozenset[int] = field(init=False)  # tokens that are no text
     _options: dict[str, Any] | None = field(init=False, default=None)
     _closes: list[int] | None = field(init=False, default=None)
+    _last: tuple[str, Tokens] | None = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         decoder = self.tokenizer.added_tokens_decoder
@@ -49,7 +50,7 @@ class Encoder:
         """
         marker = Marker(self.tokens, self.limit, self.ends, self.special, self._closing)
         with _in_time():
-            texts = find_turns(self.render, messages, _Beyond(self))
+            texts = find_turns(self.render, messages, _Beyond(self, messages))
             return [row for text in texts for row in marker.rows(text, cut)]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -58,7 +59,7 @@ class Encoder:
         A prompt of `limit` tokens or more comes back with at least so many.
         """
         with _in_time():
-            return self.tokens(self.render(messages, True)).ids
+            return list(self.tokens(self.render(messages, True)).ids)
 
     def render(self, messages: Sequence[Message], prompt: bool) -> str:
         """Return what the chat template writes, with its generation prompt or without."""
@@ -88,12 +89,15 @@ class Encoder:
         """Tokenize a text: the whole of it, or more than `limit` tokens of its beginning."""
         wanted = len(text) if self.limit is None else self.limit + MARGIN
         size = CHARACTERS * wanted
+        if self._last is not None and self._last[0] == text:
+            return self._last[1]
         while size < len(text):
             found = self._tokenize(text[:size])
             if len(found.ids) >= wanted + MARGIN:
                 return Tokens(found.ids[:wanted], found.offsets[:wanted], whole=False)
             size *= 4
-        return self._tokenize(text)
+        self._last = text, self._tokenize(text)
+        return self._last[1]
 
     def _tokenize(self, text: str) -> Tokens:
         try:
@@ -127,17 +131,34 @@ class Encoder:
 class _Beyond:
     """Says whether a text has as many tokens as are kept; counts them only where it may."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
+    def __init__(self, encoder: Encoder, messages: Sequence[Message]) -> None:
+        self._encoder, self._messages = encoder, messages
+        self._whole: str | None = None  # a text with fewer tokens than are kept
         self._short = encoder.limit or 0  # characters that are sure to be fewer, or nearly
 
     def __call__(self, text: str) -> bool:
         limit = self._encoder.limit
         if limit is None or len(text) <= self._short:
             return False
+        if self._whole is None:
+            self._whole = self._fitting()
+        if self._whole.startswith(text):
+            return False
         count = len(self._encoder.tokens(text).ids)
         self._short = max(len(text) * limit // max(count, 1), len(text) + limit // 8)
         return count >= limit + MARGIN // 2  # the last ones of a text may be other tokens in it
+
+    def _fitting(self) -> str:
+        """Return the text up to the last answer if all of it is kept: then no part is beyond.
+
+        Its tokens are wanted next.
+        """
+        last = max(n for n, message in enumerate(self._messages) if message["role"] == "assistant")
+        with suppress(BadRow):
+            text = self._encoder.render(self._messages[: last + 1], False)
+            if len(self._encoder.tokens(text).ids) < (self._encoder.limit or 0):
+                return text
+        return ""
 
 
 @contextmanager

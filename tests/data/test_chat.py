@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import (
@@ -10,6 +11,7 @@ from tokenizers import (
 )
 
 from specforge_core.config import TargetConfig
+from specforge_core.data.chat import Encoder
 from specforge_core.errors import DataError
 from specforge_core.target.tokenizer import (
     load_tokenizer,
@@ -28,6 +30,7 @@ from .chats import (
     render,
     supervised,
 )
+from .templates import STYLES
 
 
 @pytest.mark.parametrize(
@@ -167,3 +170,29 @@ def test_tokenizer_fingerprint_sees_vocabulary_specials_and_splitting() -> None:
     padded = toy_tokenizer()
     padded(["a", "bc"], padding=True)
     assert tokenizer_fingerprint(padded) == plain
+
+
+def test_a_conversation_that_fits_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its prompts are beyond what is kept is known from the whole of it."""
+    tokenizer = STYLES["chatml"].tokenizer()
+    chat = [
+        {"role": role, "content": "say the answer, think of the answer\n\n" * 9}
+        for _ in range(4)
+        for role in ("user", "assistant")
+    ]
+    whole = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    count = len(tokenizer(whole)["input_ids"])
+    assert len(whole) > 2 * count
+    texts: list[str] = []
+    tokenize = Encoder._tokenize
+
+    def counted(self: Encoder, text: str) -> Any:
+        texts.append(text)
+        return tokenize(self, text)
+
+    monkeypatch.setattr(Encoder, "_tokenize", counted)
+    (row,) = Encoder(tokenizer, {}, count + 1).rows(chat)
+    assert row.length == count
+    assert [text for text in texts if whole.startswith(text)] == [whole]
+    cut = Encoder(tokenizer, {}, count // 3).rows(chat)
+    assert cut[0].input_ids == row.input_ids[: count // 3]
