@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,16 +159,21 @@ class Shares:
 
     def _is_of(self, path: Path, tasks: Sequence[Task]) -> bool:
         """Say whether a file has answers to these prompts, as this run would write them."""
-        asked = {task.id: [message for turn in task.turns for message in turn] for task in tasks}
+        asked = {task.id: _others(m for turn in task.turns for m in turn) for task in tasks}
         try:
             rows = read_share(path)
             for row in rows:
-                own = [message for message in row["messages"] if message["role"] != "assistant"]
+                own = _others(row["messages"])
                 if asked[row["id"]][: len(own)] != own or not self._origin.items() <= row.items():
                     return False
         except (OSError, ValueError, TypeError, KeyError):
             return False
         return bool(rows)
+
+
+def _others(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the messages that are not the assistant's, whose calls of tools are asked, too."""
+    return [message for message in messages if message["role"] != "assistant"]
 
 
 def read_share(path: Path) -> list[Mapping[str, Any]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from specforge_core.data.regenerate import origin_of
 from specforge_core.data.shares import Shares, file_of, read_share
 from specforge_core.errors import CaptureError
 from specforge_core.types import Generated, GenerateOptions, Prompt
@@ -90,3 +93,23 @@ def test_what_is_closed_writes_nothing_and_what_fails_is_raised_where_it_is_wait
     with pytest.raises(CaptureError, match="answered prompt 9, which it was not asked"):
         other.wait(20)
     other.close(20)
+
+
+def test_what_is_there_is_kept_also_of_conversations_with_tools(
+    toy_target: Path, tmp_path: Path
+) -> None:
+    question = {"role": "user", "content": "one"}
+    read = [{"role": "assistant", "content": "look"}, {"role": "tool", "content": "3"}]
+    (task,) = tasks(("one",))
+    task = replace(task, turns=((question, *read),))
+    run, engine = make_run(toy_target), Engine(toy_target)
+    answer = {"role": "assistant", "content": "three"}
+    for content, calls in (("one", 0), ("two", 1)):
+        messages = [{**question, "content": content}, *read, answer]
+        row = {"id": "0", "messages": messages, **origin_of(run, TOKENIZER)}
+        (tmp_path / file_of((0, 1))).write_text(json.dumps(row) + "\n")
+        shares = Shares(run, TOKENIZER, engine, threading.Lock(), [task], tmp_path)
+        shares.ask((0, 1))
+        assert shares.wait(20)
+        assert len(engine.calls) == calls
+        shares.close(20)
