@@ -170,8 +170,10 @@ def test_ranks_that_wait_for_each_other_end_when_their_launcher_is_killed(
     config: Path, tmp_path: Path, env: Any, device: str
 ) -> None:
     env.strategy("stuck", STUCK)
-    environment = os.environ | {"PYTHONPATH": str(env.path)}
+    paths = [str(env.path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     options = ("strategy.name=stuck", f"train.device={device}")
-    process = start(config, 2, *LONG, *options, env=environment)
+    # no fork may use CUDA where its parent has asked for the devices
+    process = start(config, 2, *LONG, *options, env=environment, imports=device == "cuda")
     wait(process, lambda: num_lines(tmp_path) == 5)
     kill_launcher(process, 40)  # 30 on a machine that does nothing else

@@ -256,6 +256,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
 def test_the_host_waits_for_nothing_before_the_next_step(
     tmp_path: Path, toy_target: Path, monkeypatch: pytest.MonkeyPatch
