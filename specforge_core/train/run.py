@@ -29,6 +29,7 @@ from .fsdp import shard
 from .growth import Growth
 from .log import Log, Phases
 from .machine import Machine, choose
+from .memory import too_little
 from .metrics import Reducer, Trackers
 from .milestones import Milestones
 from .optim import remember_peaks
@@ -58,9 +59,13 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
                 stack.callback(trainer.growth.close)
             if trainer.milestones.acceptance is not None:
                 stack.callback(trainer.milestones.acceptance.close)
-            trainer.resume()
-            with stop.listening():
-                return trainer.loop()
+            try:
+                trainer.resume()
+                with stop.listening():
+                    return trainer.loop()
+            except torch.OutOfMemoryError as exc:
+                on = (trainer.draft, trainer.optimizers, feed.engine, world_.device)
+                raise too_little(exc, run, *on) from exc
         except Exception as exc:
             # before anything is closed: that may wait for the other ranks, in vain
             report(*describe(exc))
