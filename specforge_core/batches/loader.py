@@ -1,9 +1,9 @@
 """From a reader, or straight from the target, to the batches one rank trains on.
 
 The samples of all epochs make one endless sequence, whose order hangs on (seed, epoch) alone.
-W ranks take it in turns: from `position` on, rank r takes the places position + r, + W, + 2W ...
-So a run's progress is one number, the samples all ranks are done with, and goes on under any
-number of ranks.  A sample that is dropped leaves its micro-batch smaller.
+W ranks take it in turns, a micro-batch of all of them after the other.  So a run's progress is one
+number, the samples all ranks are done with, and goes on under any number of ranks.  A sample that
+is dropped leaves its micro-batch smaller.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -25,47 +24,20 @@ from ..capture.samples import capture_in_order
 from ..data.order import Order
 from ..data.stream import Closed as Closed
 from ..errors import DataError
-from ..progress import console
 from ..strategy import Strategy
 from ..types import (
     Adapter,
     Batch,
     CaptureSpec,
     Collate,
-    GrowingReader,
     Prompt,
-    Reader,
     Sample,
     TargetEngine,
     Transform,
 )
 from .collate import num_tokens, pinned
-
-READERS = 4  # threads that read samples of a capture, each a copy out of the page cache
-AHEAD = 8  # samples that are read before they are asked for
-POLL_SECONDS = 0.2  # between two looks at a capture that is still being written
-NOTE_SECONDS = 30.0  # between two lines that say so
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Which part of the data one rank sees, and in which order."""
-
-    rank: int
-    world_size: int
-    seed: int
-    window: int | None = None  # samples that are shuffled together; None: all
-    first: int | None = None  # the same in the first epoch, where it is another
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """One sample of the endless sequence."""
-
-    epoch: int
-    number: int  # which sample of an epoch it is, the same in every epoch
-    index: int  # what a user finds it by: its row in the data set, or in the capture
-    sample: Sample | None  # None: the strategy's adapter turned it down
+from .stored import StoredSource as StoredSource
+from .turns import Placed as Placed, Share as Share, places
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,63 +63,14 @@ class Prompts(Protocol):
 
 
 class Source(Protocol):
-    """Yields one rank's samples from a position of the endless sequence on, without end."""
+    """Yields one rank's samples from a position of the endless sequence on, without end.
 
-    def samples(self, position: int, /) -> Iterator[Placed]: ...
+    Those from `end` on are not trained on, if that is known.
+    """
+
+    def samples(self, position: int, /, end: int | None = None) -> Iterator[Placed]: ...
 
     def close(self) -> None: ...
-
-
-@dataclass(slots=True)
-class StoredSource:
-    """Samples of a capture directory; the first epoch reads them as they were stored."""
-
-    reader: Reader
-    share: Share
-    wait_note: str = ""
-    _closed: threading.Event = field(default_factory=threading.Event)
-
-    def close(self) -> None:
-        """End the wait for a sample in another thread: there it raises Closed."""
-        self._closed.set()
-
-    def samples(self, position: int) -> Iterator[Placed]:
-        place = position + self.share.rank
-        order = Order(self.share.seed, self.share.window, lambda _: len(self.reader))
-        asked: deque[tuple[int, int, Future[Sample]]] = deque()
-        pool = ThreadPoolExecutor(READERS, thread_name_prefix="specforge-read")
-        try:
-            while True:
-                # of a capture that grows, what is there already; only the next one is waited for
-                while not asked or (len(asked) < AHEAD and self._is_there(place)):
-                    epoch, index = self._locate(place, order)
-                    asked.append((epoch, index, pool.submit(self.reader.__getitem__, index)))
-                    place += self.share.world_size
-                epoch, index, read = asked.popleft()
-                yield Placed(epoch, index, index, read.result())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _is_there(self, place: int) -> bool:
-        return place < len(self.reader) or not isinstance(self.reader, GrowingReader)
-
-    def _locate(self, place: int, order: Order) -> tuple[int, int]:
-        """Return the epoch and the stored index at `place` of the endless sequence."""
-        if isinstance(self.reader, GrowingReader) and place >= len(self.reader):
-            self._wait(place)
-        return (0, place) if place < len(self.reader) else order.at(place)
-
-    def _wait(self, place: int) -> None:
-        assert isinstance(self.reader, GrowingReader)
-        noted = time.monotonic()
-        while not self.reader.refresh() and place >= len(self.reader):
-            if time.monotonic() - noted > NOTE_SECONDS:
-                noted = time.monotonic()
-                console.print(f"waiting for sample {place}: {self.wait_note}", markup=False)
-            if self._closed.wait(POLL_SECONDS):
-                raise Closed
-        if len(self.reader) == 0:
-            raise DataError("the capture finished without a sample. Try: specforge verify DIR")
 
 
 @dataclass(slots=True)
@@ -163,27 +86,28 @@ class OnlineSource:
     cache: StateCache | None = None
     # where others call the engine, too: held over each window, which then is captured whole
     lock: threading.Lock | None = None
-    end: int | None = None  # place where a window ends in any case: nothing is read behind it
 
     def close(self) -> None:
         """End the wait for a prompt in another thread."""
         self.prompts.stop()
 
-    def samples(self, position: int) -> Iterator[Placed]:
+    def samples(self, position: int, /, end: int | None = None) -> Iterator[Placed]:
         share = self.share
         order = Order(share.seed, share.window, self.prompts.wait, share.first)
-        ranks = self.share.world_size
+        ranks = share.world_size
+
+        def tokens(place: int) -> int:
+            return len(self.prompts[self._number(order, place)[2]].input_ids)
+
         # windows begin at fixed places, so that a resumed run batches as it did: another batch
         # would round differently
         done = position // ranks % self.window if position % ranks == 0 else 0
-        place = position - done * ranks + self.share.rank
+        mine = places(share, position, tokens, end=end, back=done)
         while True:
-            last = place + self.window * ranks
-            if self.end is not None and place < self.end < last:
-                last = self.end
-            places = range(place, last, ranks)
-            place += len(places) * ranks
-            numbers = [self._number(order, at) for at in places]
+            window = list(islice(mine, self.window))
+            if end is not None and window[0] < end:  # nothing is captured for no use
+                window = [place for place in window if place < end]
+            numbers = [self._number(order, at) for at in window]
             chosen = [self.prompts[first] for _, _, first in numbers]
             how = (self.strategy, self.engine, self.adapter, chosen, self.window)
             captured: Iterable[tuple[int, Sample | None]] = (
@@ -226,7 +150,7 @@ class Batches:
 
         Raises DataError when a whole epoch gave no sample to train on.
         """
-        samples = source.samples(position)
+        samples = source.samples(position, self.end)
         ahead: deque[Placed] = deque()
         stand_in: list[Sample] = []
         while True:

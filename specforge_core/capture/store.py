@@ -45,6 +45,12 @@ class ShardReader:
         number, row = self._locate(index)
         return self._shard(number).sample(row)
 
+    def num_tokens(self, index: int) -> int:
+        """Return how many tokens a sample has, which is known without reading it."""
+        number, row = self._locate(index)
+        offsets = self._shard(number).offsets
+        return offsets[row + 1] - offsets[row]
+
     def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, CaptureManifest]]:
         """Open the files anew wherever it is unpickled."""
         return type(self), (self._directory, self.manifest)

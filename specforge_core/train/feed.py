@@ -13,14 +13,13 @@ from pathlib import Path
 from torch import Tensor
 
 from ..batches.loader import (
-    NOTE_SECONDS,
-    POLL_SECONDS,
     OnlineSource,
     Prompts,
     Share,
     Source,
     StoredSource,
 )
+from ..batches.stored import NOTE_SECONDS, POLL_SECONDS
 from ..capture.cache import StateCache
 from ..capture.identity import check_identity
 from ..capture.job import VALIDATION, Job
@@ -80,6 +79,16 @@ class Counted(DataInfo):
     @cached_property
     def token_counts(self) -> Tensor:
         return self._prompts.token_counts(self._vocab_size)
+
+
+def share_of(run: RunConfig, rank: int, ranks: int) -> Share:
+    """Return what one rank of a run takes of the data.
+
+    Of a capture that is still written the next sample is taken when it is there: there ranks are
+    not balanced.
+    """
+    batch = 1 if run.data.follow else run.train.batch_size
+    return Share(rank, ranks, run.train.seed, run.data.shuffle_window, batch=batch)
 
 
 def open_feed(run: RunConfig, strategy: Strategy, share: Share, *, whole: bool = False) -> Feed:

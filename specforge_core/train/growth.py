@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .. import stop
-from ..batches.loader import Micro, OnlineSource, Share as Ranks
+from ..batches.loader import Micro, OnlineSource
 from ..checksums import file_checksum
 from ..config import RunConfig
 from ..data.prompts import PromptSet, left_out
@@ -135,8 +135,9 @@ class Growth:
     def micro_batches(self, forward: Forward, position: int) -> Iterator[Micro]:
         """Yield this rank's micro-batches from a position of this epoch on; none of the next."""
         count, begin = len(self.prompts), self.begin
-        ranks = Ranks(self.world.rank, self.world.size, self._seed(), self.run.data.shuffle_window)
-        source = replace(self.source, prompts=self.prompts, share=ranks, end=count)
+        own = self.source.share
+        ranks = replace(own, seed=self._seed(), first=None)
+        source = replace(self.source, prompts=self.prompts, share=ranks)
         batches = replace(forward.batches(self.feed.spec, count), share=ranks)
         for micro in batches.micro_batches(source, position - begin):
             yield replace(micro, position=begin + micro.position)

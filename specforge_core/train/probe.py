@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import stop
-from ..batches.loader import Share
 from ..capture.estimate import Size, in_units, peak_memory
 from ..config import RunConfig
 from ..devices import pick_device
 from ..strategy import Strategy
 from .course import Course
 from .dist import world
-from .feed import open_feed
+from .feed import open_feed, share_of
 from .machine import choose
 from .run import build
 from .supply import Supply
@@ -81,7 +80,7 @@ def probe(run: RunConfig, strategy: Strategy) -> Probe:
     run = run.model_copy(update={"capture": run.capture.model_copy(update={"cache": None})})
     with ExitStack() as stack:
         world_ = stack.enter_context(world(device))
-        share = Share(world_.rank, world_.size, run.train.seed, run.data.shuffle_window)
+        share = share_of(run, world_.rank, world_.size)
         feed = open_feed(run, strategy, share, whole=True)
         stack.callback(feed.close)
         trainer = build(run, strategy, world_, feed, machine)

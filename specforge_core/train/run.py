@@ -8,7 +8,6 @@ from functools import partial
 import torch
 
 from .. import stop
-from ..batches.loader import Share
 from ..claim import claim
 from ..config import RunConfig
 from ..cpu import DTYPES
@@ -23,7 +22,7 @@ from .best import Best
 from .compile import compile_units
 from .course import Course
 from .dist import World, world
-from .feed import Feed, open_feed
+from .feed import Feed, open_feed, share_of
 from .forward import Forward
 from .fsdp import shard
 from .growth import Growth
@@ -50,7 +49,7 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
             if world_.main:
                 stack.enter_context(claim(run.output_dir))
                 console.print(f"training on {machine}", markup=False)
-            share = Share(world_.rank, world_.size, config.seed, run.data.shuffle_window)
+            share = share_of(run, world_.rank, world_.size)
             feed = open_feed(run, strategy, share)
             stack.callback(feed.close)
             trainer = build(run, strategy, world_, feed, machine)

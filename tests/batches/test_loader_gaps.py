@@ -85,7 +85,7 @@ def test_what_a_plugin_raises_or_returns_names_the_hook() -> None:
 def test_a_growing_capture_is_waited_for_and_gives_the_same_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("specforge_core.batches.loader.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("specforge_core.batches.stored.POLL_SECONDS", 0.0)
     grown = seen(batches(StoredSource(Growing(7), ALONE), ALONE), 7)
     assert grown == seen(batches(stored(ALONE), ALONE), 7)
 

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
-from specforge_core.batches.loader import AHEAD, StoredSource
+from specforge_core.batches.stored import AHEAD, StoredSource
 from specforge_core.errors import CaptureError
 from specforge_core.types import Sample
 
