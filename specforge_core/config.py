@@ -84,7 +84,7 @@ class DataConfig(Section):
         description="Rows that are shuffled together, one such group behind the other. If not "
         "set: all; of large files of JSON lines, read in a mixed order, the first epoch has groups "
         "of 1024. With such groups and `train.max_steps` online training begins when the first one "
-        "is tokenized.",
+        "is tokenized, unless its data grows or `data.cache` is null.",
     )
     limit: int | None = Field(None, gt=0, le=MANY, description="Use only the first conversations.")
     chat_template_kwargs: dict[str, Any] = Field(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
@@ -110,8 +111,15 @@ def _of_environment() -> set[str]:
     return {
         value
         for name, value in os.environ.items()
-        if name.endswith(ENVIRONMENT) and len(value) > SHORTEST and not value.startswith("/")
+        if name.endswith(ENVIRONMENT) and len(value) >= SHORTEST and not _is_path(value)
     }
+
+
+def _is_path(value: str) -> bool:
+    try:
+        return Path(value).exists()
+    except (OSError, ValueError):  # too long to be one
+        return False
 
 
 def in_message(text: str) -> str:

@@ -201,12 +201,18 @@ def test_what_is_said_of_an_error_holds_no_secret(error: Exception) -> None:
     assert MASK in message
 
 
-def test_keys_of_the_environment_are_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_of_the_environment_are_in_no_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Unless they are files that are there, whose names a message needs."""
     for name in ("SPECFORGE_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, f"verysecret of {name}")
-    monkeypatch.setenv("KEYBOARD_TOKEN", "/a/path/is/none")
-    text = "verysecret of HF_TOKEN, verysecret of AWS_SECRET_ACCESS_KEY: /a/path/is/none"
-    assert describe(RunError(text))[0] == f"{MASK}, {MASK}: /a/path/is/none"
+    monkeypatch.setenv("SSL_KEY", str(tmp_path))
+    monkeypatch.setenv("BASE64_SECRET", "/bc123de")
+    monkeypatch.setenv("LONG_KEY", "k" * 300)
+    text = f"verysecret of HF_TOKEN, verysecret of AWS_SECRET_ACCESS_KEY: {tmp_path} /bc123de"
+    assert describe(RunError(text))[0] == f"{MASK}, {MASK}: {tmp_path} {MASK}"
+    assert "kkk" not in describe(RunError(f"key {'k' * 300}"))[0]
 
 
 @pytest.mark.parametrize("text", ["\x1b[2J", "a\rb", "\ud800", "\x07\x9b", "\u202eabc"])

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..capture.layout import is_ragged
 from ..types import DOCUMENT_IDS, POSITION_IDS, Batch, CaptureSpec, Sample
@@ -73,16 +74,24 @@ def truncate(sample: Sample, ragged: Collection[str], max_length: int) -> Sample
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
+    if not _alike(parts):
+        return torch.cat(list(parts))  # as torch joins them, or says why not
     out = _empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0])
     return torch.cat(list(parts), out=out)
 
 
 def _padded(parts: Sequence[Tensor]) -> Tensor:
+    if not _alike(parts):
+        return pad_sequence(list(parts), batch_first=True)
     out = _empty((len(parts), max(map(len, parts)), *parts[0].shape[1:]), parts[0])
     for row, part in zip(out, parts, strict=True):
         row[: len(part)] = part
         row[len(part) :] = 0
     return out
+
+
+def _alike(parts: Sequence[Tensor]) -> bool:
+    return len({(part.dtype, part.shape[1:]) for part in parts}) == 1
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:

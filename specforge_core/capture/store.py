@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,6 +34,7 @@ class ShardReader:
         """Look at the size of every shard; CaptureError when one is missing or truncated."""
         self._directory = directory
         self._fields = dict(manifest.identity.spec().fields)
+        self._lock = threading.Lock()
         self._open: dict[int, OpenShard] = {}
         self._seen: dict[int, bytearray] = {}  # of every shard that was ever open
         self._ends = [0]  # stored samples up to and with each shard
@@ -112,6 +114,12 @@ class ShardReader:
         return number, index - self._ends[number]
 
     def _shard(self, number: int) -> OpenShard:
+        if (shard := self._open.get(number)) is not None:
+            return shard
+        with self._lock:  # of threads that read
+            return self._opened(number)
+
+    def _opened(self, number: int) -> OpenShard:
         if (shard := self._open.get(number)) is not None:
             return shard
         told = self.manifest.shards[number]

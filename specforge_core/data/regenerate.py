@@ -155,9 +155,10 @@ def read_tasks(
     encoder = Encoder(tokenizer, template_options(run.data), run.data.max_length)
     tasks: dict[str, Task] = {}
     sources: dict[str, str] = {}  # of each id
-    skipped = Skipped(run.data.on_error)
+    skipped, held_out = Skipped(run.data.on_error), 0
     for found in read_conversations(files, run.data, rows, need_answer=False, skipped=skipped):
         if side is not None and not side.takes(found):
+            held_out += 1
             continue
         name = _name(found, sources)
         if name in tasks:
@@ -177,6 +178,11 @@ def read_tasks(
         sources[name] = found.source
         if len(tasks) == run.data.limit:
             break
+    if not tasks and held_out:
+        raise DataError(
+            f"data.validation holds out all {held_out} conversations of regenerate.prompts "
+            f"({', '.join(files)}): none is left to be answered. Name other prompts"
+        )
     if not tasks:
         raise nothing_left(files, skipped.first)
     return list(tasks.values()), skipped.counts

@@ -44,6 +44,7 @@ class Grown(BaseModel):
     taken: Count  # prompts that are answered, or are being answered
     asked: Annotated[list[tuple[Count, Count]], Field(max_length=10**6)]  # not in it yet
     asked_at: Count  # the last step after which answers were asked for
+    prompts: StrictStr = ""  # what tells those that are `taken` from others
 
 
 class TrainState(BaseModel):
@@ -66,6 +67,7 @@ class TrainState(BaseModel):
     logged: Count | None = None  # last step whose line of metrics ended a window; None: step
     window: dict[str, tuple[Finite, Finite]] = {}  # sums since then
     grown: Grown | None = None
+    first_window: Positive | None = None  # rows shuffled together in the first epoch, if others
 
     @field_validator("config")
     @classmethod

@@ -89,7 +89,8 @@ def row_of(line: bytes) -> dict[str, float]:
     """Return the numbers of a line, "step" among them.  Raises ValueError for what is none."""
     try:
         told = json.loads(line)
-        int(told["step"])
+        if not _is_number(told["step"]):
+            raise ValueError("its step is no number")
         return {name: float(told[name]) for name in told if _is_number(told[name])}
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as exc:
         raise ValueError("no line of metrics") from exc

@@ -65,6 +65,10 @@ class Course:
         """Return how far a place in the schedule is: 0 at the first step, 1 at the last."""
         return min(place / max(self.span - 1, 1), 1.0)
 
+    def deadline(self, began: float) -> float:
+        """Return when the run ends by a clock on which it `began`."""
+        return math.inf if self.minutes is None else began + 60 * self.minutes
+
     def watch(self, step: int, seconds: float) -> None:
         """Learn that `step` ended after `seconds`, the same on all ranks."""
         self.read, self.spent = step, seconds

@@ -62,6 +62,7 @@ class Feed:
     engine: TargetEngine | None = None  # online
     # held by whoever calls the engine; None where only the source of the training does
     lock: threading.Lock | None = None
+    first_window: int | None = None  # rows shuffled together in the first epoch, if others
 
 
 class Counted(DataInfo):
@@ -206,6 +207,7 @@ def _online(job: Job, share: Share, *, whole: bool) -> Feed:
         else HeldOut(source=source(held_out, share), num_samples=len(held_out)),
         engine=engine,
         lock=lock,
+        first_window=ordered.first,
     )
 
 

@@ -50,7 +50,7 @@ class Growth:
     feed: Feed
     source: OnlineSource  # of the run's own data
     prompts: Joined  # of this epoch
-    num_tasks: int  # prompts that can be answered
+    names: list[str]  # of the prompts that can be answered
     origin: Fingerprint
     shares: Shares | None  # on the first rank
     epoch: int = 0
@@ -59,6 +59,7 @@ class Growth:
     asked: list[Range] = field(default_factory=list)  # of the next epoch
     taken: int = 0  # prompts
     asked_at: int = 0  # the last step after which a share was asked for
+    late: bool = False  # answers were waited for until `train.max_minutes` was over
 
     @classmethod
     def open(cls, run: RunConfig, strategy: Strategy, world: World, feed: Feed) -> Growth | None:
@@ -86,7 +87,7 @@ class Growth:
             feed=feed,
             source=source,
             prompts=Joined(source.prompts),
-            num_tasks=len(tasks),
+            names=[task.id for task in tasks],
             origin=Fingerprint.of(tokenizer, feed.identity.target_fingerprint),
             shares=shares,
         )
@@ -104,27 +105,28 @@ class Growth:
         every = self.run.train.regenerate_every
         return every is not None and step % every == 0 and step > self.asked_at
 
-    def after(self, step: int, position: int) -> bool | None:
+    def after(self, step: int, position: int, until: float) -> bool | None:
         """Do what is due after `step`, once, however often it is called; on all ranks at once.
 
-        Returns whether another epoch began; None where a stop is asked for before it can.
+        Returns whether another epoch began; None where a stop is asked for before it can, or the
+        first rank's clock is at `until`: then `late` is set.
         """
         if self._asks(step):
             self.asked_at = step
-            last = min(self.taken + self.run.train.regenerate_prompts, self.num_tasks)
+            last = min(self.taken + self.run.train.regenerate_prompts, len(self.names))
             self._check()
             if last > self.taken:
                 self._ask((self.taken, last))
                 self.taken = last
         if position < self.end:
             return False
-        if not self._answered():
+        if not self._answered(until):
             return None
         added = [self._add(file_of(share)) for share in self.asked]
         self.epoch, self.begin, self.asked = self.epoch + 1, position, []
         if self.world.main:
             new = f", {sum(added)} of them new" if added else ""
-            rest = self.num_tasks - self.taken
+            rest = len(self.names) - self.taken
             console.print(
                 f"epoch {self.epoch} begins after step {step}: {len(self.prompts)} rows{new}; "
                 f"{rest} prompts are left to be answered",
@@ -151,13 +153,25 @@ class Growth:
             taken=self.taken,
             asked=list(self.asked),
             asked_at=self.asked_at,
+            prompts=self._told(self.taken),
         )
+
+    def _told(self, count: int) -> str:
+        """Return what tells the first prompts from others."""
+        return hashlib.sha256("\n".join(self.names[:count]).encode()).hexdigest()[:32]
 
     def resume(self, state: Grown) -> None:
         """Go on from a checkpoint; on all ranks at once.
 
-        Raises CheckpointError where a file of answers is not as it was.
+        Raises CheckpointError where a file of answers, or a prompt that is answered, is another.
         """
+        if state.prompts not in ("", self._told(state.taken)):
+            raise CheckpointError(
+                f"the first {state.taken} prompts of regenerate.prompts, which are answered or "
+                "about to be, are others than when the checkpoint was saved: some would be "
+                "answered twice and some not at all. Name the same files, with the same "
+                "data.validation; others may follow behind them"
+            )
         self.epoch, self.begin, self.taken = state.epoch, state.begin, state.taken
         self.asked_at = state.asked_at
         for name, checksum in state.files.items():
@@ -182,12 +196,14 @@ class Growth:
         if self.shares is not None:
             self.shares.ask(share)
 
-    def _answered(self) -> bool:
-        """Wait for what was asked for; False where a stop is asked for first."""
+    def _answered(self, until: float) -> bool:
+        """Wait for what was asked for; False where a stop is asked for or time is up first."""
         while True:
-            there, stopped = self._check(ROUND_SECONDS), stop.asked() is not None
-            there, stopped = self.world.from_first((there, stopped))
-            if there or stopped:
+            there = self._check(min(ROUND_SECONDS, max(0.0, until - time.monotonic())))
+            ends = stop.asked() is not None, time.monotonic() >= until
+            there, (stopped, late) = self.world.from_first((there, ends))
+            if there or stopped or late:
+                self.late = late and not there and not stopped
                 return there
 
     def _check(self, seconds: float = 0.0) -> bool:
@@ -242,7 +258,7 @@ class Growth:
             if checksum not in (None, there):
                 raise ValueError("it is not as it was when the checkpoint was saved")
             made = [one for row in read_share(path) for one in token_rows(row, self.origin, limit)]
-        except (OSError, ValueError, DataError) as exc:
+        except (OSError, ValueError, KeyError, TypeError, DataError) as exc:
             raise CheckpointError(
                 f"{path}, whose rows are trained on, cannot be read: {exc}. Restore it from a "
                 "copy, or use another output_dir"

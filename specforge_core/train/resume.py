@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from ..capture.manifest import CaptureIdentity
 from ..config import RunConfig, TrainConfig
 from ..drafts.checkpoint import TrainState, check_strategy
 from ..drafts.identity import Made, check_same
@@ -14,6 +13,7 @@ from ..errors import CheckpointError
 from ..strategy import Strategy
 from ..types import Draft
 from .course import Course
+from .feed import Feed
 from .optim import lr_factor
 
 NOTICED = 0.01  # a learning rate that moves less is not worth a line
@@ -25,7 +25,7 @@ def check_resumed(
     run: RunConfig,
     strategy: Strategy,
     draft: Draft,
-    identity: CaptureIdentity,
+    feed: Feed,
 ) -> None:
     """Raise CheckpointError when a run would go on with something else than it began with.
 
@@ -33,7 +33,7 @@ def check_resumed(
     state, and the order of the samples.
     """
     check_strategy(path, state.strategy, strategy.name)
-    now = Made.of_run(run, strategy, draft, identity)
+    now = Made.of_run(run, strategy, draft, feed.identity)
     anew = f"start from its weights: train.init_from={path} output_dir=ANOTHER"
     check_same(path, Made.of_state(state), now, type(run.strategy), otherwise=anew)
     check_optimizer(path, state, run.train)
@@ -49,6 +49,15 @@ def check_resumed(
                 f"{_shown(value)}: the order of the samples would be another, some would come "
                 f"twice and some not at all. Try: {key}={_shown(before)}, or {anew}"
             )
+    if state.first_window != feed.first_window:
+        how = "its rows in a mixed order, as plain files of JSON lines are from 4 MB on"
+        other = "rows in the order of their files"
+        began, goes = (other, how) if state.first_window is None else (how, other)
+        again = "data.limit=100000000" if state.first_window is None else "data.limit=null"
+        raise CheckpointError(
+            f"{path} was trained on {began}, this run reads {goes}: some would come twice and some "
+            f"not at all. Try: {again} with the files as they were, or {anew}"
+        )
     grew = state.config["train"].get("regenerate_every")
     every = run.train.regenerate_every
     if (state.grown is None) != (every is None):

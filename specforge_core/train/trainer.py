@@ -78,26 +78,23 @@ class Trainer:
         """Continue from the newest complete checkpoint of this output directory, if any."""
         if self.world.main:
             remove_incomplete(self.run.output_dir)
-        found = checkpoints(self.run.output_dir)
-        if not found:
+        if not (found := checkpoints(self.run.output_dir)):
             return
         state = read_state(found[-1])
-        check_resumed(found[-1], state, self.run, self.strategy, self.draft, self.feed.identity)
+        check_resumed(found[-1], state, self.run, self.strategy, self.draft, self.feed)
         checkpoint.load(found[-1], self.draft, self.optimizers)
         self.step, self.num_tokens, self.seconds = state.step, state.num_tokens, state.seconds
-        self.position = state.position
+        self.position, self.log.tokens = state.position, state.num_tokens
         if self.growth is not None and state.grown is not None:
             self.growth.resume(state.grown)
         self.course.resume(self.step, self.position, self.seconds)
-        self.log.tokens = self.num_tokens
         self.log.logged, self.log.window = self.step, metrics.Sums(dict(state.window))
         self.milestones.resume(self.step, ended=self._ended())
         if state.logged is not None and not self._ended():
             self.log.logged = state.logged
         if self.world.main:
             console.print(f"resuming at step {self.step} from {found[-1]}", markup=False)
-            change = learning_rate_change(state, self.run.train, self.course, self.strategy)
-            if change is not None:
+            if change := learning_rate_change(state, self.run.train, self.course, self.strategy):
                 console.print(change, markup=False)
 
     def loop(self) -> TrainReport:
@@ -123,7 +120,7 @@ class Trainer:
             ):
                 progress.skip(self.step)
                 if config.max_minutes is not None:
-                    progress.deadline = self.began + 60 * config.max_minutes
+                    progress.deadline = self.course.deadline(self.began)
                 while not self._ended() and (one := self._optimizer_step(supply)) is not None:
                     launched.append(one)
                     if self.step == begun:  # until now there was nothing to keep
@@ -159,6 +156,8 @@ class Trainer:
                     self.milestones.finish(self.step)
         finally:
             self.feed.source.close()
+            if self.growth is not None:
+                self.growth.close()  # a batch of answers may hold up the next batch
             supply.close(CLOSE_SECONDS if stop.asked() is not None else math.inf)
         return self._report(finished)
 
@@ -189,10 +188,11 @@ class Trainer:
         return save
 
     def _batches(self) -> Prefetcher[Micro]:
-        batches = self.forward.batches(self.feed.spec, self.course.length)
-        stream = batches.micro_batches(self.feed.source, self.position)
         if self.growth is not None:
             stream = self.growth.micro_batches(self.forward, self.position)
+        else:
+            batches = self.forward.batches(self.feed.spec, self.course.length)
+            stream = batches.micro_batches(self.feed.source, self.position)
         return Prefetcher(stream, self.run.capture.prefetch)
 
     def _grow(self) -> bool:
@@ -200,8 +200,9 @@ class Trainer:
         if self.growth is None or self._ended():
             return False
         before = time.monotonic()
-        begun = self.growth.after(self.step, self.position)
-        self.stopping |= begun is None
+        begun = self.growth.after(self.step, self.position, self.course.deadline(self.began))
+        self.course.time_up |= self.growth.late
+        self.stopping |= begun is None and not self.growth.late
         self.log.since += time.monotonic() - before  # a rate is of training alone
         return bool(begun)
 
@@ -212,9 +213,8 @@ class Trainer:
         """
         config, phases = self.run.train, self.log.phases
         outputs: list[StepOutput] = []
-        tokens, before = 0, self.position
+        tokens, before, indices = 0, self.position, tuple[int, ...]()
         place = self.course.place(self.step, self.position)
-        indices: tuple[int, ...] = ()
         for number in range(config.accumulate):
             with phases.time("data"):
                 micro = supply.next()
@@ -287,6 +287,7 @@ class Trainer:
             identity=self.feed.identity,
             resolved=resolved(self.draft),
             length=self.course.length,
+            first_window=self.feed.first_window,
             logged=self.log.logged,
             window=dict(self.log.window.values),
             grown=None if self.growth is None else self.growth.state(),

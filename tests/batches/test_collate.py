@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from specforge_core.batches.collate import (
@@ -84,3 +85,19 @@ def test_the_first_tokens_are_kept() -> None:
     whole = truncate(SAMPLES[0], RAGGED, 3)
     assert all(torch.equal(whole[name], SAMPLES[0][name]) for name in SAMPLES[0])
     assert len(SAMPLES[2]["input_ids"]) == 4  # what was given is as it was
+
+
+def test_samples_of_unlike_dtypes_are_joined_as_torch_does() -> None:
+    """In the wider one, whichever comes first; nothing is rounded to fit the first sample."""
+    narrow, wide = torch.full((2,), 1.0, dtype=torch.bfloat16), torch.full((3,), 1.001)
+    for samples in ([{"x": narrow}, {"x": wide}], [{"x": wide}, {"x": narrow}]):
+        batch = pack(samples, {"x"})
+        assert batch["x"].dtype == torch.float32
+        assert float(batch["x"].max()) == float(wide[0])
+
+
+def test_samples_of_unlike_widths_are_no_batch() -> None:
+    samples = [{"x": torch.ones(2, 1)}, {"x": torch.ones(3, 4)}]
+    for arrange in (pack, pad):
+        with pytest.raises(RuntimeError):
+            arrange(samples, {"x"})

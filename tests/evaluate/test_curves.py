@@ -58,7 +58,13 @@ def test_lines_are_read_as_they_come_and_anew_after_a_resume(tmp_path: Path) -> 
     assert curves.series("loss") == [(1, 3.0), (3, 0.1)]
 
 
-@pytest.mark.parametrize("text", ["x\n", "[1]\n", '{"loss": 1}\n', '{"step": null}\n', "[" * 9**5])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("x\n", "[1]\n", '{"loss": 1}\n', '{"step": null}\n', "[" * 9**5),
+        *('{"step": "5", "loss": 1}\n', '{"step": true, "loss": 1}\n'),
+    ],
+)
 def test_what_is_no_metrics_is_said(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(text + "\n")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be read: a line of it is"):

@@ -22,7 +22,7 @@ from specforge_core.data.shares import Shares
 from specforge_core.data.sources import read_conversations
 from specforge_core.data.split import training_side
 from specforge_core.drafts.checkpoint import checkpoints, find, read_state
-from specforge_core.errors import CheckpointError, ConfigError, RunError
+from specforge_core.errors import CheckpointError, ConfigError, DataError, RunError
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.testing import forked
 from specforge_core.testing.runs import finish, lines, load
@@ -277,3 +277,39 @@ def test_kills_at_any_time_change_nothing(config: Path, whole: Whole, tmp_path: 
             break
     assert number >= 2
     assert same(whole.out, out)
+
+
+def test_a_run_goes_on_only_with_the_prompts_that_it_has_answered(
+    config: Path, whole: Whole, tmp_path: Path
+) -> None:
+    """Others behind them are welcome; in front, or instead, some would be answered twice."""
+    out = tmp_path / "run"
+    shutil.copytree(whole.out, out)
+    own = config.parent / "prompts.jsonl"
+    more = write_conversations(tmp_path / "more.jsonl", 4, seed=2)
+    options = (*GROWS, f"output_dir={out}", "train.max_steps=17", "train.save_every=100")
+    before = {path.name: path.read_bytes() for path in (out / "regenerated").iterdir()}
+    for others in (f"[{more},{own}]", f"[{more}]"):
+        with pytest.raises(CheckpointError, match="the first 10 prompts of"):
+            train(*load(config, *options, f"regenerate.prompts={others}"))
+    assert {path.name: path.read_bytes() for path in (out / "regenerated").iterdir()} == before
+    assert train(*load(config, *options, f"regenerate.prompts=[{own},{more}]")).step == 17
+
+
+def test_answers_are_not_waited_for_beyond_the_time_of_a_run(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Shares, "_answer", lambda self, share: self._closed.wait(60))
+    out = tmp_path / "run"
+    began = time.monotonic()
+    report = train(*load(config, *GROWS, f"output_dir={out}", "train.max_minutes=0.1"))
+    assert time.monotonic() - began < 40
+    assert report.step == EPOCHS[0]  # the first epoch; the next waits for answers
+    assert report.finished
+
+
+def test_prompts_that_are_all_held_out_are_named_so(config: Path, tmp_path: Path) -> None:
+    held = config.parent / "prompts.jsonl"
+    options = (*GROWS, f"output_dir={tmp_path / 'run'}", f"data.validation=[{held}]")
+    with pytest.raises(DataError, match="holds out all 10 conversations"):
+        train(*load(config, *options))

@@ -89,3 +89,19 @@ def test_another_optimizer_is_named(config: Path, env: FakeSite) -> None:
     message = "trained with train.optimizer=adamw, this run has train.optimizer=muon"
     with pytest.raises(CheckpointError, match=f"{message}.* Try: train.optimizer=adamw"):
         train(*load(config, *common, "train.optimizer=muon", "train.max_steps=8"))
+
+
+def test_rows_in_another_order_are_refused(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large plain files are read in a mixed order; with data.limit, or packed, they are not."""
+    monkeypatch.setattr("specforge_core.data.prompts.SMALL", 1)
+    train(*load(config, "train.max_steps=3"))
+    with pytest.raises(CheckpointError, match="limit=null with the files as they were"):
+        train(*load(config, "data.limit=1000"))
+    train(*load(config, "train.max_steps=4"))
+    other = f"output_dir={tmp_path / 'other'}"
+    train(*load(config, other, "data.limit=1000", "train.max_steps=3"))
+    with pytest.raises(CheckpointError, match="limit=100000000 with the files"):
+        train(*load(config, other))
+    train(*load(config, other, "data.limit=100000000", "train.max_steps=4"))

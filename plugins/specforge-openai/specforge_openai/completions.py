@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from specforge_core.config import TargetConfig
 from specforge_core.errors import ConfigError
+from specforge_core.records import in_message
 from specforge_core.target.tokenizer import PROBE
 
 from .http_json import Refused, ServerDown, request_json
@@ -59,7 +60,8 @@ class Client:
                 raise ValueError("max_model_len is no number of tokens")
             return Served(str(card["id"]), tuple(names), positions)
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as exc:
-            raise Refused(f"its /v1/models names no model: {str(answer)[:200]}") from exc
+            told = in_message(str(answer))[:200]  # no key is cut, and then not known
+            raise Refused(f"its /v1/models names no model: {told}") from exc
 
     def complete(self, body: Mapping[str, Any], timeout: float | None = None) -> Completion:
         """Return what continues `body["prompt"]`."""
@@ -71,7 +73,7 @@ class Client:
             tokens = None if ids is None else tuple(map(index, ids))
             end = choice.get("stop_reason", choice.get("matched_stop"))  # vLLM's, SGLang's
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as exc:
-            raise ServerDown(f"no completion: {str(answer)[:200]}") from exc
+            raise ServerDown(f"no completion: {in_message(str(answer))[:200]}") from exc
         if not isinstance(text, str):
             raise ServerDown(f"no completion, its text is {text!r:.40}")
         if reason not in ("stop", "length"):
@@ -118,8 +120,9 @@ def check_server(
         ) from exc
     if not _same_start(text, str(tokenizer.decode(ids))):
         raise ConfigError(
-            f"{client.url} reads the token ids of {PROBE[:13]!r} as {text[:40]!r}: it does not "
-            f"echo prompts, or has another vocabulary than {target.path!r}. Serve the target"
+            f"{client.url} reads the token ids of {PROBE[:13]!r} as {in_message(text)[:40]!r}: it "
+            f"does not echo prompts, or has another vocabulary than {target.path!r}. Serve the "
+            "target"
         )
     return served
 

@@ -12,6 +12,7 @@ from specforge_openai.options import API_KEY_ENV, api_key
 from specforge_sglang_capture import MIN_VERSION, parse_version
 
 from specforge_core.errors import CaptureError
+from specforge_core.records import in_message
 
 START = "python -m specforge_sglang_capture --model-path MODEL --port PORT"
 
@@ -49,7 +50,7 @@ class Client:
     def _request(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         answer = request_json(self.url, path, body, timeout=self.timeout, api_key=api_key())
         if not isinstance(answer, dict):
-            raise ServerDown(f"no answer of SGLang: {str(answer)[:80]}")
+            raise ServerDown(f"no answer of SGLang: {in_message(str(answer))[:80]}")
         return answer
 
 
@@ -59,8 +60,9 @@ def understood(answer: object, where: str) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as exc:
+        told = in_message(str(answer))[:200]  # no key is cut, and then not known
         raise CaptureError(
-            f"the server at {where} gives an answer that is not SGLang's: {str(answer)[:200]!r}. "
+            f"the server at {where} gives an answer that is not SGLang's: {told!r}. "
             "Check target.options.urls"
         ) from exc
 
