@@ -250,7 +250,7 @@ def test_two_ranks_train_on_the_same(config: Path, whole: Whole, tmp_path: Path)
     two = (*GROWS, f"output_dir={tmp_path / 'two'}", "train.batch_size=1", "train.max_steps=8")
     finish(forked.cli("train", "-c", str(config), "--nproc", "2", *two))
     files, found = answers(whole.out), answers(tmp_path / "two")
-    assert len(found) >= 3  # of the last share asked for it may not have come to an end
+    assert len(found) >= 2  # of the second epoch; those asked for in it may not be answered
     assert found.items() <= files.items()
     one, other = trained(whole.out)[:8], trained(tmp_path / "two")
     assert [row["tokens"] for row in one] == [row["tokens"] for row in other]

@@ -125,7 +125,7 @@ def trained(fake_site: FakeSite, place: Path) -> Path:
         place.mkdir()
         make(place)
         place.rename(kept)
-    return Path(shutil.copytree(kept, place))
+    return Path(shutil.copytree(kept, place, symlinks=True))  # `best` is one
 
 
 def make(tmp_path: Path) -> None:
