@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,21 @@ from ..strategy import Strategy
 from .forked import SECONDS, Forked
 from .toy import write_conversations
 
-__all__ = ["SECONDS", "cli", "finish", "lines", "load", "losses", "write_run"]
+__all__ = ["SECONDS", "as_made", "cli", "finish", "lines", "load", "losses", "write_run"]
+
+
+def as_made(place: Path, make: Callable[[Path], object]) -> None:
+    """Have `place` hold what `make` puts there: made once, and then copied for every test.
+
+    The copies lie where the files were made, so that paths in them stay right.
+    """
+    shutil.rmtree(place, ignore_errors=True)
+    kept = place.with_name("kept")
+    if not kept.exists():
+        place.mkdir()
+        make(place)
+        place.rename(kept)
+    shutil.copytree(kept, place, symlinks=True)  # `best` is one
 
 
 def write_run(

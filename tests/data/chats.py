@@ -8,19 +8,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    pre_tokenizers,
-    trainers,
-)
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from specforge_core.data.chat import Encoder, Row
 from specforge_core.data.sources import Message
+
+from .bpe import trained_bpe
 
 Options = Mapping[str, Any]
 
@@ -87,28 +80,12 @@ def published(name: str) -> PreTrainedTokenizerFast:
     assert trl.submodule_search_locations is not None
     template = Path(trl.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja"
     bos, eos, others = SPECIAL[name]
-    inner = Tokenizer(models.BPE())
-    words = Regex(r"\s*[\r\n]+|\d| ?[^\s\d]+|\s+(?!\S)|\s+")
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in (bos, eos, *others)],
-    )
-    inner.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=inner,
-        bos_token=bos,
-        eos_token=eos,
-        chat_template=template.read_text(encoding="utf-8"),
-        clean_up_tokenization_spaces=False,
+    return trained_bpe(
+        [Path(__file__).read_text(encoding="utf-8")],
+        (bos, eos, *others),
+        bos=bos,
+        eos=eos,
+        template=template.read_text(encoding="utf-8"),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from .bpe import trained_bpe
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -99,30 +100,9 @@ class Style:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return a small BPE tokenizer, which has more than one way to write a text."""
-        inner = Tokenizer(models.BPE())
-        words = Regex(r"\s*[\r\n]+|\d| ?[^\s\d]+|\s+(?!\S)|\s+")
-        inner.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(words, "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        inner.decoder = decoders.ByteLevel()
         special = dict.fromkeys(("<|bos|>", self.eos, self.end, *self.special))
-        trainer = trainers.BpeTrainer(
-            vocab_size=400,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=[AddedToken(t, special=True, normalized=False) for t in special],
-        )
-        inner.train_from_iterator(["say the answer, think of the answer\n\n"] * 9, trainer)
-        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=inner,
-            bos_token="<|bos|>",
-            eos_token=self.eos,
-            chat_template=self.template,
-            clean_up_tokenization_spaces=False,
-        )
+        texts = ["say the answer, think of the answer\n\n"] * 9
+        return trained_bpe(texts, special, bos="<|bos|>", eos=self.eos, template=self.template)
 
 
 IM = ("<|im_start|>",)

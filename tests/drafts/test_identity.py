@@ -18,7 +18,7 @@ from specforge_core.drafts.checkpoint import STATE, find
 from specforge_core.drafts.load import export_checkpoint, restore
 from specforge_core.errors import CheckpointError
 from specforge_core.testing.plugin import FakeSite
-from specforge_core.testing.runs import load
+from specforge_core.testing.runs import as_made, load
 from specforge_core.testing.toy import save_toy_target
 from specforge_core.train.run import train
 
@@ -74,13 +74,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(place: Path, env: FakeSite) -> Path:
     """A finished run of two steps, its export, and targets that differ a little."""
     env.strategy("method", METHOD)
-    shutil.rmtree(place, ignore_errors=True)
-    kept = place.with_name("kept")
-    if not kept.exists():
-        place.mkdir()
-        make(place)
-        place.rename(kept)
-    shutil.copytree(kept, place)
+    as_made(place, make)
     return place / "run.yaml"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from specforge_core.hookspecs import hookimpl
 from specforge_core.load import load_config
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.predictable import save_predictable_target, write_own_answers
+from specforge_core.testing.runs import as_made
 from specforge_core.train.run import train
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
@@ -119,13 +119,8 @@ def trained(fake_site: FakeSite, place: Path) -> Path:
     fake_site.strategy("served", STRATEGY)
     group = {"specforge.plugins": {"standin": "specforge_standin"}}
     fake_site.dist("specforge-standin", "1.0", group, module="specforge_standin", source=ENGINE)
-    shutil.rmtree(place, ignore_errors=True)
-    kept = place.with_name("kept")
-    if not kept.exists():
-        place.mkdir()
-        make(place)
-        place.rename(kept)
-    return Path(shutil.copytree(kept, place, symlinks=True))  # `best` is one
+    as_made(place, make)
+    return place
 
 
 def make(tmp_path: Path) -> None:
