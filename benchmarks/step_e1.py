@@ -1,12 +1,9 @@
 """Case E1 of step.py: one EAGLE-3 training step (forward and backward) against its floor.
 
-python benchmarks/step.py --case E1            an H100, bfloat16, Qwen3-8B shapes
-python benchmarks/step.py --case E1 --small    the same code on a CPU, in seconds
+python benchmarks/step.py --case E1        an H100, bfloat16, Qwen3-8B shapes; on a CPU: --small
 
-Nothing is downloaded: target tensors and captured states are random, all positions are
-supervised.  Correctness comes first: the fused loss, the merged attention and a whole step
-against float64 or eager float32.  The weights are bfloat16, as FSDP computes with them; the
-optimizer is not part of it.
+Nothing is downloaded: random target tensors and states, all positions supervised.  Correctness
+comes first, against float64 or eager float32.  The weights are bfloat16; no optimizer.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ from specforge_eagle3.config import Eagle3Config, draft_shape
 from specforge_eagle3.rows import Documents, Eagle3Collate
 from specforge_eagle3.step import Eagle3Step
 from specforge_eagle3.vocab import offsets
+from step_profile import profile
 from torch import Tensor
 
 from specforge_core.batches.loader import to_device
@@ -271,21 +269,7 @@ def measure(
     for name, value in work.items():
         print(f"  {name:28} {value / 1e12:6.2f} TFLOP {1e3 * value / rate:6.1f} ms")
     if device == "cuda" and head:
-        profile(draft, step, batch)
-
-
-def profile(draft: Draft, step: Eagle3Step, batch: Batch, top: int = 24) -> None:
-    """Print which kernels the time goes to."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as found:
-        one_step(draft, step, batch)
-    rows = [(e.self_device_time_total / 1e3, e.count, e.key) for e in found.key_averages()]
-    rows.sort(reverse=True)
-    print(f"kernels, {sum(t for t, _, _ in rows):.1f} ms in all:")
-    for spent, count, name in rows[:top]:
-        print(f"  {spent:7.2f} ms {count:5} x {name[:90]}")
-    rest = rows[top:]
-    print(f"  {sum(t for t, _, _ in rest):7.2f} ms {sum(c for _, c, _ in rest):5} x others")
+        profile(lambda: one_step(draft, step, batch))
 
 
 def matmul_rate(case: Case, device: str, dtype: torch.dtype, repeat: int) -> float:

@@ -8,6 +8,7 @@ Vd draft vocabulary, Q = (h + 2 v) d.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from specforge_core.types import Batch
 from .attention import KeyValue, attend
 from .config import DraftShape
 from .rows import Documents
+from .summed import Tapped, linear
 
 
 class _Gather(torch.autograd.Function):
@@ -88,13 +90,22 @@ class BeforeAttention(nn.Module):
         return torch.cat(left), torch.cat(right)
 
     def forward(
-        self, feature: Tensor, embedded: Tensor, weight: Tensor, rope: Rope
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [N, h, d], k and v [N, v, d] of features [N, H] and `embedded` [N, Q]."""
-        joint = embedded + F.linear(self.hidden_norm(feature), weight)
+        self,
+        feature: Tensor,
+        embedded: Tensor,
+        weight: Tensor,
+        rope: Rope,
+        tap: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return q [N, h, d], k and v [N, v, d] of features [N, H] and `embedded` [N, Q].
+
+        The fourth is what `weight` was multiplied with [N, H], a constant.
+        """
+        x = self.hidden_norm(feature)
+        joint = embedded + linear(x, weight, tap)
         parts = torch.split(joint, self.sizes, dim=-1)
         q, k, v = (part.reshape(len(part), -1, self.head_dim) for part in parts)
-        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
+        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v, x.detach()
 
 
 class AfterAttention(nn.Module):
@@ -110,12 +121,25 @@ class AfterAttention(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.norm = nn.RMSNorm(width, eps=eps)
 
-    def forward(self, attended: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """Return [N, H] twice, for attention's output [N, h * d] and the un-normed feature."""
-        hidden = feature + self.o_proj(attended)
+    def weights(self) -> tuple[Tensor, ...]:
+        """Return what `forward` multiplies with, in the order of its taps."""
+        layers = (self.o_proj, self.gate_proj, self.up_proj, self.down_proj)
+        return tuple(layer.weight for layer in layers)
+
+    def forward(
+        self, attended: Tensor, feature: Tensor, taps: Sequence[Tensor | None] = (None,) * 4
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return [N, H] twice, for attention's output [N, h * d] and the un-normed feature.
+
+        The third and fourth are what the MLP's weights were multiplied with, [N, H] and [N, I]:
+        constants.
+        """
+        o, gate, up, down = self.weights()
+        hidden = feature + linear(attended, o, taps[0])
         x = self.post_attention_layernorm(hidden)
-        hidden = hidden + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return hidden, self.norm(hidden)
+        inner = F.silu(linear(x, gate, taps[1])) * linear(x, up, taps[2])
+        hidden = hidden + linear(inner, down, taps[3])
+        return hidden, self.norm(hidden), x.detach(), inner.detach()
 
 
 class Eagle3Model(nn.Module):
@@ -180,14 +204,20 @@ class Eagle3Model(nn.Module):
         embedded = F.pad(embedded, (0, 0, 0, steps))  # [N + R, Q]
         count = len(features)
         feature = self.fuse(features)
+        tapped = Tapped(count, weight_feature, *self.after.weights())
+        later = torch.arange(steps, device=features.device)[:, None]
+        ropes = [table.unbind() for table in self.rotary(documents.positions + later)]
         own: list[KeyValue] = []
         states = []
         for i in range(steps):
-            rope = self.rotary(documents.positions + i)
-            q, k, v = self.before(feature, embedded[1 + i : 1 + i + count], weight_feature, rope)
+            step, (tap, *taps) = tapped.step()
+            row = embedded[1 + i : 1 + i + count]
+            q, k, v, x = self.before(feature, row, weight_feature, (ropes[0][i], ropes[1][i]), tap)
             own.append((k, v))
-            attended = attend(q, own[0], own[1:], documents, self.attention)
-            feature, normed = self.after(attended.flatten(1), feature)
+            attended = attend(q, own[0], own[1:], documents, self.attention).flatten(1)
+            feature, normed, wide, inner = self.after(attended, feature, taps)
+            if torch.is_grad_enabled():
+                step.inputs = [x, attended.detach(), wide, wide, inner]
             states.append(normed)
             if self.shape.norm_output:
                 feature = normed

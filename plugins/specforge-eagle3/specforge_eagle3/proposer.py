@@ -123,16 +123,15 @@ class Eagle3Proposer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         model = self._model
         embedded = model.embedded(self._frozen.embed(ids), self._weights[0])
-        found: tuple[Tensor, Tensor, Tensor] = model.before(
-            feature, embedded, self._weights[1], model.rotary(positions)
-        )
-        return found
+        rope = model.rotary(positions)
+        q, k, v, _ = model.before(feature, embedded, self._weights[1], rope)
+        return q, k, v
 
     def _finish(self, q: Tensor, feature: Tensor, keys: Tensor, values: Tensor) -> _Leaves:
         """Attend to the cached rows and the own steps, and leave the layer."""
         model = self._model
         attended = eager(q, self._first, (keys, values), visible=None)
-        hidden, normed = model.after(attended.flatten(1), feature)
+        hidden, normed, *_ = model.after(attended.flatten(1), feature)
         logits = model.lm_head(normed).float()
         return _Leaves(normed if model.shape.norm_output else hidden, logits, keys, values)
 
