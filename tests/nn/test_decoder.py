@@ -95,3 +95,14 @@ def test_weights_come_from_the_seed_alone() -> None:
     # of 32,768 draws: one standard error is 0.4 %
     assert float(linear.std()) == pytest.approx(0.02, rel=0.02)
     assert bool((norm == 1).all())
+
+
+def test_a_layer_is_drawn_by_its_name() -> None:
+    """So that many are drawn at the same time, in any order, and no two alike."""
+    few = nn.ModuleDict({"one": nn.Linear(8, 8), "two": nn.Linear(8, 8)})
+    more = nn.ModuleDict({"other": nn.Linear(4, 4), "two": nn.Linear(8, 8), "one": nn.Linear(8, 8)})
+    for model in (few, more):
+        init_weights(model, 0.02, seed=3)
+    assert torch.equal(few["one"].weight, more["one"].weight)
+    assert torch.equal(few["two"].weight, more["two"].weight)
+    assert not torch.equal(few["one"].weight, few["two"].weight)
