@@ -22,9 +22,13 @@ def compile_units(units: Iterable[nn.Module], backend: str | Any = "inductor") -
     normed states.
     """
     os.environ.setdefault(CACHE, str(Path.home() / ".cache" / "specforge" / "compile"))
+    import torch._dynamo.config as tracing
     import torch._functorch.config as partitioner
     import torch.fx.experimental._config as symbols
 
+    # an epsilon as a symbol is found out to be none only when all is traced, which is done again
+    if hasattr(tracing, "specialize_float"):
+        tracing.specialize_float = True
     if hasattr(partitioner, "ban_recompute_materialized_backward"):
         partitioner.ban_recompute_materialized_backward = False
     if hasattr(symbols, "use_duck_shape"):
