@@ -145,7 +145,11 @@ class CaptureConfig(Section):
 
     shard_tokens: int = Field(131072, gt=0, le=MANY, description="Tokens in one shard file, about.")
     window: int = Field(
-        32, gt=0, le=4096, description="Prompts whose lengths are grouped together."
+        32,
+        gt=0,
+        le=4096,
+        description="Prompts whose lengths are grouped together. Online, two windows are held: "
+        "one is trained on, one captured.",
     )
     prefetch: int = Field(2, gt=0, le=1024, description="Batches made ready ahead of need.")
     cache: CacheConfig | None = Field(

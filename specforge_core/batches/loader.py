@@ -12,8 +12,9 @@ import hashlib
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
@@ -36,6 +37,8 @@ from ..types import (
     Transform,
 )
 from .collate import num_tokens, pinned
+from .made import Made, here
+from .prefetch import Prefetcher
 from .stored import StoredSource as StoredSource
 from .turns import Placed as Placed, Share as Share, places
 
@@ -49,6 +52,21 @@ class Micro:
     num_samples: int  # 0: all were dropped, and the batch only stands in so that ranks keep step
     num_tokens: int
     indices: tuple[int, ...] = ()  # of the samples in it, as `Placed.index`
+    made: Made | None = None  # when the batch is there, where another thread made it
+
+    def arrive(self) -> None:
+        """Have the device wait for the batch, before it is used by another thread."""
+        if self.made is not None:
+            self.made.wait(self.batch.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Prompts that are captured together."""
+
+    numbers: list[tuple[int, int, int]]  # epochs, places in them and prompts
+    captured: list[tuple[int, Sample | None]] | None  # None: not captured, for who asks
+    made: Made
 
 
 class Prompts(Protocol):
@@ -84,43 +102,72 @@ class OnlineSource:
     share: Share
     window: int  # prompts grouped by length together
     cache: StateCache | None = None
-    # where others call the engine, too: held over each window, which then is captured whole
-    lock: threading.Lock | None = None
+    lock: threading.Lock | None = None  # where others call the engine, too: held over each window
+    closed: threading.Event = field(default_factory=threading.Event)
 
     def close(self) -> None:
-        """End the wait for a prompt in another thread."""
+        """End the wait for a prompt in another thread, and the capture of a window."""
+        self.closed.set()
         self.prompts.stop()
 
     def samples(self, position: int, /, end: int | None = None) -> Iterator[Placed]:
-        share = self.share
-        order = Order(share.seed, share.window, self.prompts.wait, share.first)
-        ranks = share.world_size
+        """Yield this rank's samples; while those of a window are used, the next is captured."""
+        order = Order(self.share.seed, self.share.window, self.prompts.wait, self.share.first)
+        ranks = self.share.world_size
+        # windows begin at fixed places, so that a resumed run batches as it did: another batch
+        # would round differently
+        done = position // ranks % self.window if position % ranks == 0 else 0
+        windows = Prefetcher(self._windows(order, position, end, done), 0, here())
+        try:
+            for window in windows:
+                captured = window.captured
+                if captured is None:
+                    captured = self._capture(window.numbers)
+                if self.closed.is_set():
+                    return
+                for _, sample in captured:
+                    window.made.wait(() if sample is None else sample.values())
+                both = zip(window.numbers, captured, strict=True)
+                for (epoch, number, _), (index, sample) in both:
+                    if done:
+                        done -= 1
+                        continue
+                    yield Placed(epoch, number, index, sample)
+        finally:
+            windows.close()
+
+    def _windows(self, order: Order, position: int, end: int | None, done: int) -> Iterator[Window]:
+        """Yield each window in turn, captured unless it begins at `end` or later."""
 
         def tokens(place: int) -> int:
             return len(self.prompts[self._number(order, place)[2]].input_ids)
 
-        # windows begin at fixed places, so that a resumed run batches as it did: another batch
-        # would round differently
-        done = position // ranks % self.window if position % ranks == 0 else 0
-        mine = places(share, position, tokens, end=end, back=done)
+        mine = places(self.share, position, tokens, end=end, back=done)
         while True:
             window = list(islice(mine, self.window))
-            if end is not None and window[0] < end:  # nothing is captured for no use
+            use = end is None or window[0] < end
+            if end is not None and use:  # nothing is captured for no use
                 window = [place for place in window if place < end]
             numbers = [self._number(order, at) for at in window]
-            chosen = [self.prompts[first] for _, _, first in numbers]
-            how = (self.strategy, self.engine, self.adapter, chosen, self.window)
-            captured: Iterable[tuple[int, Sample | None]] = (
+            captured = self._capture(numbers) if use else None
+            if self.closed.is_set():
+                return
+            yield Window(numbers, captured, Made(here()))
+
+    def _capture(self, numbers: Sequence[tuple[int, int, int]]) -> list[tuple[int, Sample | None]]:
+        """Return a window's prompts and samples; fewer where this source is closed meanwhile."""
+        chosen = [self.prompts[first] for _, _, first in numbers]
+        how = (self.strategy, self.engine, self.adapter, chosen, self.window)
+        found = []
+        with self.lock or nullcontext():
+            captured = (
                 capture_in_order(*how) if self.cache is None else capture_through(self.cache, *how)
             )
-            if self.lock is not None:
-                with self.lock:
-                    captured = list(captured)
-            for (epoch, number, _), (index, sample) in zip(numbers, captured, strict=True):
-                if done:
-                    done -= 1
-                    continue
-                yield Placed(epoch, number, index, sample)
+            for one in captured:
+                found.append(one)
+                if self.closed.is_set():
+                    break
+        return found
 
     def _number(self, order: Order, place: int) -> tuple[int, int, int]:
         """Return the epoch, the place in the first epoch and the prompt at a place."""
@@ -169,7 +216,8 @@ class Batches:
                 "specforge_collate", batch, dict, "Batch, a dict of tensors"
             )
             reached = position if self.end is None else min(position, self.end)
-            yield Micro(to_device(batch, self.device), reached, len(kept), tokens, indices)
+            moved = to_device(batch, self.device)
+            yield Micro(moved, reached, len(kept), tokens, indices, Made(self.device))
             stand_in = kept[:1] or stand_in
 
     def _left(self, position: int) -> int:

@@ -6,10 +6,13 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Generic, TypeVar
 
+import torch
+
 from .. import stop
+from .made import beside
 
 POLL_SECONDS = 0.1  # between two looks whether the command was asked to end
 
@@ -27,14 +30,18 @@ _END = object()
 
 
 class Prefetcher(Generic[T]):
-    """Yield the items of `source` in order; at most `depth` wait ready.
+    """Yield the items of `source` in order; at most `depth` wait ready while one more is made.
 
-    An exception in the thread is raised where its item would have been taken.
+    So with a depth of 0 the next one is begun when one is taken.  What the thread launches on a
+    GPU runs beside what others launch there: see `Made`.  An exception in the thread is raised
+    where its item would have been taken.
     """
 
-    def __init__(self, source: Iterator[T], depth: int) -> None:
+    def __init__(self, source: Iterator[T], depth: int, device: torch.device | None = None) -> None:
         self._source = source
-        self._queue: queue.Queue[object] = queue.Queue(max(depth, 1))
+        self._device = device
+        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._room = threading.Semaphore(depth + 1)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="specforge-prefetch", daemon=True)
         self._thread.start()
@@ -51,6 +58,7 @@ class Prefetcher(Generic[T]):
         if isinstance(item, _Failure):
             self._queue.put(_END)
             raise item.error
+        self._room.release()
         return item  # type: ignore[return-value]  # a T, by construction of _fill
 
     def _get(self) -> object:
@@ -69,25 +77,25 @@ class Prefetcher(Generic[T]):
         self._stop.set()
         until = time.monotonic() + seconds
         while self._thread.is_alive() and time.monotonic() < until:
-            try:
-                self._queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
+            self._thread.join(min(0.05, seconds))
 
     def _fill(self) -> None:
         try:
-            for item in self._source:
-                self._put(item)
-                if self._stop.is_set():
-                    return
-            self._put(_END)
+            with beside(self._device):
+                while self._may():
+                    item = next(self._source, _END)
+                    self._queue.put(item)
+                    if item is _END:
+                        return
         except BaseException as exc:
-            self._put(_Failure(exc))
+            self._queue.put(_Failure(exc))
+        finally:
+            if isinstance(self._source, Generator):
+                self._source.close()  # in this thread, which may be the only one it can be
 
-    def _put(self, item: object) -> None:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
+    def _may(self) -> bool:
+        """Wait for room for one more item; False where no more is wanted."""
+        while not self._room.acquire(timeout=POLL_SECONDS):
+            if self._stop.is_set():
+                return False
+        return not self._stop.is_set()

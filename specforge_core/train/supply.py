@@ -37,6 +37,7 @@ class Supply:
                 raise
             self.short = True
             return self._stand_in()
+        self._latest.arrive()
         return self._latest
 
     def renew(self, make: Callable[[], Prefetcher[Micro]]) -> None:

@@ -193,7 +193,7 @@ class Trainer:
         else:
             batches = self.forward.batches(self.feed.spec, self.course.length)
             stream = batches.micro_batches(self.feed.source, self.position)
-        return Prefetcher(stream, self.run.capture.prefetch)
+        return Prefetcher(stream, self.run.capture.prefetch, self.world.device)
 
     def _grow(self) -> bool:
         """Ask for the answers that are due after this step; say whether another epoch begins."""

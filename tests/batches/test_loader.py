@@ -157,4 +157,4 @@ def test_a_resumed_online_run_asks_for_the_same_windows() -> None:
     every = numbers(online(share, whole).samples(0), 11)
     # 6 places of each of 2 ranks are done
     assert numbers(online(share, resumed).samples(12), 5) == every[6:]
-    assert resumed.asked == whole.asked[1:]
+    assert resumed.asked[:2] == whole.asked[1:3]  # one more of each is on its way
