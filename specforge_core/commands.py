@@ -30,6 +30,12 @@ class _Path(click.Path):
     """A path; `~` is the user's folder also where no shell said so, as in `--draft=~/run`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from .section import fits
+
+        try:
+            fits(os.fsdecode(value))
+        except ValueError as exc:
+            self.fail(str(exc), param, ctx)
         given = os.fsdecode(super().convert(value, param, ctx))
         return Path(os.path.expanduser(given))  # noqa: PTH111  # leaves names of nobody as they are
 

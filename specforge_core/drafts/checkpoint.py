@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -58,9 +59,9 @@ def check_files(path: Path) -> bool:
         checksums = json.loads(read_document(path / CHECKSUMS))
         if not isinstance(checksums, dict) or not checksums:
             raise ValueError("it names no file")
-    except FileNotFoundError:
-        return False
     except (OSError, ValueError, RecursionError) as exc:
+        if not os.path.lexists(path / CHECKSUMS):
+            return False
         raise CheckpointError(f"{path / CHECKSUMS} is damaged: {exc}. {advice}") from exc
     check_folder(path, checksums, advice)
     return True

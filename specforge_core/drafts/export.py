@@ -21,6 +21,7 @@ from ..documents import check_regular, read_document
 from ..errors import CheckpointError, PluginError
 from ..files import publish, refusing, sweep, system_error, temporary_folder, write_file
 from ..types import Export
+from .links import run_of
 from .serve_options import PLAIN_NAME, found_options, stored_options
 from .tensors import check_finite, is_finite
 
@@ -52,7 +53,7 @@ def write_export(
     """
     advice = "Make room there, or choose another place with -o"
     with refusing(CheckpointError, advice, directory):
-        directory = directory.resolve()
+        directory = Path(os.path.realpath(directory))  # which takes a link to itself as it is
         check_place(directory, force=force)
     _check_names(export.files)
     weights = _plain(export.weights)
@@ -78,11 +79,18 @@ def write_export(
 
 def check_place(directory: Path, *, force: bool) -> None:
     """Raise CheckpointError unless an export may be written here."""
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file. Choose another place with -o")
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise CheckpointError(f"{directory} is no folder. Choose another place with -o")
+    if run := run_of(directory):
+        raise CheckpointError(
+            f"{directory} belongs to the run in {run}, which removes what is no checkpoint. "
+            f"Choose another place with -o, such as {run}/export"
+        )
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     own = _own_files(directory) if PROVENANCE in names else set()
-    strange = sorted(name for name in names if not _is_ours(name) and name not in own)
+    strange = sorted(
+        name for name in names if not (_is_ours(name) or name in own) or (directory / name).is_dir()
+    )
     if strange or (names and PROVENANCE not in names):
         found = strange[0] if strange else f"no {PROVENANCE}"
         raise CheckpointError(
@@ -135,7 +143,8 @@ def read_provenance(directory: Path) -> dict[str, Any]:
 
     Raises CheckpointError when its provenance.json is damaged.
     """
-    return _read_json(directory, PROVENANCE) if (directory / PROVENANCE).is_file() else {}
+    there = os.path.lexists(directory / PROVENANCE)  # a link to nothing is damage
+    return _read_json(directory, PROVENANCE) if there else {}
 
 
 def check_export(directory: Path) -> bool:

@@ -140,7 +140,7 @@ def test_other_peoples_files_are_never_replaced(tmp_path: Path) -> None:
         write_export(export(), model, {}, force=True)
     file = tmp_path / "file"
     file.write_text("x")
-    with pytest.raises(CheckpointError, match=r"is a file. Choose another place with -o"):
+    with pytest.raises(CheckpointError, match=r"is no folder. Choose another place with -o"):
         write_export(export(), file, {}, force=True)
 
 
