@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ from typing import IO
 import specforge_sglang_capture
 from specforge_openai.http_json import Refused, ServerDown
 from specforge_sglang_capture import (
+    ARGUMENTS_ENV,
     DIRECTORY_ENV,
     ENABLE_ENV,
     LIFELINE_ENV,
@@ -29,7 +31,7 @@ from specforge_sglang_capture import (
 
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError, ConfigError
-from specforge_core.records import MASK, secret_values
+from specforge_core.records import MASK, is_secret, secret_values
 from specforge_core.types import TargetInfo
 
 from .client import Client
@@ -53,10 +55,10 @@ CAPTURE = ("-m", "specforge_sglang_capture")
 PLAIN = (
     "-c",
     "import runpy, sys\n"
-    "from specforge_sglang_capture.__main__ import check_version, follow_parent\n"
+    "from specforge_sglang_capture.__main__ import check_version, follow_parent, hidden_arguments\n"
     "check_version()\n"
     "follow_parent()\n"
-    "sys.argv[0] = 'sglang.launch_server'\n"
+    "sys.argv = ['sglang.launch_server', *sys.argv[1:], *hidden_arguments()]\n"
     "runpy.run_module('sglang.launch_server', run_name='__main__', alter_sys=True)\n",
 )
 
@@ -87,7 +89,9 @@ class ChildServer:
         self._receiver = receiver
         self.url = f"http://127.0.0.1:{free_port()}"
         flags = server_flags(target, info, options) if flags is None else flags
-        command = [options.python, *launch, *as_arguments(flags)]
+        shown = {name: value for name, value in flags.items() if not is_secret(name)}
+        command = [options.python, *launch, *as_arguments(shown)]
+        self._key = None if flags.get("api_key") is None else str(flags["api_key"])
         command += ["--host", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1]]
         reading, self._lifeline = os.pipe()
         try:
@@ -112,6 +116,9 @@ class ChildServer:
         env[ENABLE_ENV] = "1" if CAPTURE[1] in command else "0"
         env[RECEIVERS_ENV] = ",".join(filter(None, (env.get(RECEIVERS_ENV), self._receiver)))
         env[LIFELINE_ENV] = str(reading)
+        # everybody on this machine can read a command line, and only this user an environment
+        hidden = {name: value for name, value in flags.items() if is_secret(name)}
+        env[ARGUMENTS_ENV] = json.dumps(as_arguments(hidden))
         if options.directory is not None:
             env[DIRECTORY_ENV] = str(options.directory.resolve())
         if flags.get("device") == "cpu":
@@ -136,14 +143,26 @@ class ChildServer:
                 "target.options.python=/path/to/sglang-venv/bin/python"
             )
 
+    def client(self, timeout: float) -> Client:
+        """Return what speaks to the server, with the key that its flags name, if they do."""
+        return Client(self.url, timeout, self._key)
+
     def wait(self, client: Client, timeout: float) -> None:
         """Wait until the server answers; CaptureError with its last words when it does not."""
         give_up = time.monotonic() + timeout
         while True:
             self.check_alive()
-            with contextlib.suppress(ServerDown, Refused):
+            try:
                 client.get("/server_info")
                 return
+            except Refused as exc:
+                if str(exc).startswith(("HTTP 401", "HTTP 403")):  # which no time mends
+                    raise CaptureError(
+                        f"SGLang refuses what it is asked: {exc}. Try: "
+                        "target.options.server_args.api_key=KEY, which is sent along"
+                    ) from exc
+            except ServerDown:
+                pass
             if time.monotonic() > give_up:
                 raise CaptureError(
                     f"SGLang did not start in {timeout:.0f} s. Its last lines:\n{self.last_words()}"

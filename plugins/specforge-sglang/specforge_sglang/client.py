@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from specforge_openai.http_json import Refused, ServerDown, request_json
@@ -23,6 +23,7 @@ class Client:
 
     url: str
     timeout: float  # seconds
+    key: str | None = field(default=None, repr=False)  # else the environment's
 
     def get(self, path: str) -> dict[str, Any]:
         """Return the JSON object at a path; ServerDown when the server does not answer."""
@@ -48,7 +49,8 @@ class Client:
         return self._request("/generate", body)
 
     def _request(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        answer = request_json(self.url, path, body, timeout=self.timeout, api_key=api_key())
+        key = self.key or api_key()
+        answer = request_json(self.url, path, body, timeout=self.timeout, api_key=key)
         if not isinstance(answer, dict):
             raise ServerDown(f"no answer of SGLang: {in_message(str(answer))[:80]}")
         return answer

@@ -75,9 +75,9 @@ class SGLangEngine:
         try:
             if not options.urls:
                 child = ChildServer(target, info, options, receiver=receiver_of(handoff))
-                child.wait(Client(child.url, 5.0), options.start_timeout)
-            urls = options.urls or (child.url if child else "",)
-            clients = [Client(url, options.timeout) for url in urls]
+                child.wait(child.client(5.0), options.start_timeout)
+            clients = [Client(url, options.timeout) for url in options.urls]
+            clients += [child.client(options.timeout)] if child else []
             engine = cls(info, options, [Server(client) for client in clients], handoff, child)
             engine._handshake()
         except BaseException:

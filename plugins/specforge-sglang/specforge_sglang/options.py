@@ -73,6 +73,9 @@ class SGLangOptions(Addresses):
         named = {name.lstrip("-").replace("-", "_"): value for name, value in flags.items()}
         if taken := sorted(RESERVED & named.keys()):
             raise ValueError(f"{', '.join(taken)} cannot be set: specforge sets or forbids it")
+        key = str(named.get("api_key", ""))
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("api_key is no key: it holds a line break, or what is no ASCII")
         return named
 
     @model_validator(mode="after")

@@ -28,7 +28,7 @@ from specforge_core.target.info import load_target_info
 from specforge_core.types import DraftServer, NotServed, ServedAnswer
 
 from .child import PLAIN, ChildServer, server_flags, uses_cpu
-from .client import Client, understood
+from .client import understood
 from .options import Flag, SGLangOptions, read_options
 
 STEPS, TOKENS = "speculative_num_steps", "speculative_num_draft_tokens"  # the last verified too
@@ -103,10 +103,10 @@ class SGLangServer:
         info = load_target_info(target)
         flags = {**server_flags(target, info, plain), **FLAGS, **drafting, **options.server_args}
         self._child = ChildServer(target, info, options, flags, PLAIN)
-        self._client = Client(self._child.url, options.timeout)
+        self._client = self._child.client(options.timeout)
         self._at_once = min(AT_ONCE, options.max_requests)
         try:
-            self._child.wait(Client(self._child.url, 5.0), options.start_timeout)
+            self._child.wait(self._child.client(5.0), options.start_timeout)
             version = self._client.get("/server_info").get("version", "of unknown version")
         except BaseException:
             self._child.close()

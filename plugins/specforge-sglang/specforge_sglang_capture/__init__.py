@@ -14,6 +14,7 @@ ENABLE_ENV = "SPECFORGE_SGLANG_CAPTURE"
 DIRECTORY_ENV = "SPECFORGE_SGLANG_DIR"  # where hand-off directories are, if not in /dev/shm
 RECEIVERS_ENV = "SPECFORGE_SGLANG_RECEIVERS"  # HOST or HOST:PORT, ...: where states may be posted
 LIFELINE_ENV = "SPECFORGE_SGLANG_LIFELINE"  # a pipe's descriptor; its end ends a child server
+ARGUMENTS_ENV = "SPECFORGE_SGLANG_ARGUMENTS"  # JSON: more of them, which ps does not show
 # a child server's working directory has this file, with this in it, and is deleted with the server
 MADE, MADE_BY = ".specforge-server", "made by specforge-sglang for one server\n"
 MIN_VERSION = (0, 5, 14)

@@ -5,6 +5,7 @@ Takes every argument of `sglang.launch_server` and adds those that a capture nee
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -15,7 +16,15 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from . import ENABLE_ENV, LIFELINE_ENV, MADE, MADE_BY, MIN_VERSION, parse_version
+from . import (
+    ARGUMENTS_ENV,
+    ENABLE_ENV,
+    LIFELINE_ENV,
+    MADE,
+    MADE_BY,
+    MIN_VERSION,
+    parse_version,
+)
 
 # the flags that a capture needs, and their values
 REQUIRED = {
@@ -35,6 +44,12 @@ def add_required(arguments: Sequence[str]) -> list[str]:
         elif value and result[result.index(flag) + 1 :][:1] != list(value):
             raise SystemExit(f"specforge_sglang_capture: a capture needs {flag} {' '.join(value)}")
     return result
+
+
+def hidden_arguments() -> list[str]:
+    """Return the arguments that came by the environment; processes started from here see none."""
+    found: list[str] = json.loads(os.environ.pop(ARGUMENTS_ENV, "[]"))
+    return found
 
 
 def check_version() -> None:
@@ -88,7 +103,8 @@ def main() -> None:
     follow_parent()
     extend_path()
     os.environ[ENABLE_ENV] = "1"
-    sys.argv = ["sglang.launch_server", *add_required(sys.argv[1:])]
+    arguments = add_required([*sys.argv[1:], *hidden_arguments()])
+    sys.argv = ["sglang.launch_server", *arguments]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 

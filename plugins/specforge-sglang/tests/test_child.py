@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 from specforge_sglang.child import (
+    CAPTURE,
+    PLAIN,
     ChildServer,
     as_arguments,
     free_port,
@@ -39,6 +41,10 @@ BEHAVE
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
+        key = sys.argv[sys.argv.index("--api-key") + 1] if "--api-key" in sys.argv else ""
+        if key and self.headers["Authorization"] != f"Bearer {key}":
+            self.send_response(401); self.end_headers()
+            return
         found = [e.value for e in entry_points(group="sglang.srt.plugins")]
         body = {"argv": sys.argv[1:], "env": dict(os.environ), "plugins": found}
         body["pids"] = [os.getpid(), worker.pid]
@@ -165,6 +171,27 @@ def test_what_a_child_says_last_is_shown_without_its_key(configure: Configure) -
         child.wait(Client(child.url, 5.0), 60)
     assert "a-secret-key" not in str(found.value)
     child.close()
+
+
+@pytest.mark.parametrize("launch", [CAPTURE, PLAIN], ids=["capture", "plain"])
+def test_the_key_of_a_child_is_in_no_command_line_and_is_sent(
+    configure: Configure, launch: tuple[str, str]
+) -> None:
+    """Anybody on the machine reads the command lines of all processes."""
+    target = configure(server_args={"api_key": "a-secret-key", "tp-size": 2})
+    child = ChildServer(target, load_target_info(target), read_options(target), launch=launch)
+    client = child.client(5.0)
+    child.wait(client, 60)
+    with pytest.raises(CaptureError, match=r"refuses what it is asked: HTTP 401(.|\n)*api_key=KEY"):
+        child.wait(Client(child.url, 5.0), 60)
+    told = client.get("/")
+    lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in told["pids"]]
+    child.close()
+    assert told["argv"][told["argv"].index("--api-key") + 1] == "a-secret-key"
+    assert b"--tp-size" in lines[0]
+    assert all(b"a-secret-key" not in line for line in lines)
+    assert "a-secret-key" not in str(told["env"])  # which its workers get
+    assert "a-secret-key" not in repr(client)
 
 
 def test_a_child_that_never_answers_is_an_error(configure: Configure) -> None:
