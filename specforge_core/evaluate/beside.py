@@ -34,7 +34,13 @@ class Outcome:
 
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
-    failure: str = ""  # why there are none
+    failure: str = ""  # why nothing is known of the acceptance
+
+    @classmethod
+    def too_long(cls, step: int, seconds: float) -> Outcome:
+        """Return that of an evaluation which was given up: its time is logged, so that it was."""
+        told = f"it took longer than train.eval_seconds={seconds:g}"
+        return cls(step, {"eval/seconds": seconds}, told)
 
 
 @dataclass(slots=True)
@@ -90,7 +96,7 @@ class Beside:
             return None
         self.close()
         if status is None:
-            return Outcome(step, failure=f"it took longer than train.eval_seconds={self.seconds:g}")
+            return Outcome.too_long(step, self.seconds)
         try:
             found = json.loads(report.read_bytes())["metrics"]
             return Outcome(step, {str(name): float(value) for name, value in found.items()})

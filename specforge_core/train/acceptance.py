@@ -132,9 +132,7 @@ class Acceptance:
         except GivenUp:
             if stop.asked() is not None:
                 return []
-            return [
-                Outcome(step, failure=f"it took longer than train.eval_seconds={self.seconds:g}")
-            ]
+            return [Outcome.too_long(step, self.seconds)]
         except Exception as exc:  # the training does not need it
             return [Outcome(step, failure=describe(exc)[0])]
         seconds = {"eval/seconds": time.monotonic() - began}

@@ -24,6 +24,7 @@ from .metrics import METRICS, Trackers, is_measurement
 from .validation import PREFIX, Validation
 
 PLOT = "eval/progress.png"
+SECONDS = "eval/seconds"  # also of one that was given up, which is not tried again
 
 
 @dataclass(slots=True)
@@ -129,7 +130,7 @@ class Milestones:
         for row in rows:
             if self.best is not None:
                 self.best.take(int(row["step"]), row, usable=row["step"] in there)
-        heard = {row["step"] for row in rows if "eval/verifications" in row}
+        heard = {row["step"] for row in rows if row.keys() & {"eval/verifications", SECONDS}}
         validated = {row["step"] for row in rows if any(name.startswith(PREFIX) for name in row)}
         missed = {
             "validation": (ended or self._validates(step)) and step not in validated,
@@ -182,6 +183,8 @@ class Milestones:
                     f"warning: acceptance of step {outcome.step} was not measured: "
                     f"{outcome.failure}"
                 )
+                if outcome.metrics:
+                    self.trackers.log(outcome.step, outcome.metrics)
                 continue
             if self._take(outcome.step, outcome.metrics):
                 if outcome.step == now:

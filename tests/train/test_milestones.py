@@ -196,6 +196,11 @@ def test_an_evaluation_that_takes_too_long_is_given_up(
     assert train(*load(config, *options)).step == 2
     assert measured(tmp_path / "run") == {}
     assert "acceptance of step 2 was not measured: it took longer than" in capsys.readouterr().err
+    more = load(config, *options, "train.max_steps=3", "train.eval_every=2")
+    train(*more)  # goes on behind step 2, and does not try again
+    said = capsys.readouterr().err
+    assert "acceptance of step 2" not in said
+    assert "acceptance of step 3 was not measured: it took longer than" in said
 
 
 @pytest.mark.parametrize(
