@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from specforge_openai.http_json import Refused
+from specforge_sglang.client import Client
 from specforge_sglang.engine import SGLangEngine
 
 from specforge_core.capture.job import run_capture
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.verify import verify_directory
 from specforge_core.config import TargetConfig
+from specforge_core.drafts.checkpoint import find, read_state
 from specforge_core.errors import CaptureError
 from specforge_core.load import load_config
 from specforge_core.target.engine import TransformersEngine
@@ -24,6 +28,7 @@ from specforge_core.train.run import train
 from specforge_core.types import CaptureSpec, GenerateOptions, TargetCapture
 
 CPU = torch.device("cpu")
+KEY = "the-key-of-these-tests"
 pytestmark = pytest.mark.slow
 
 
@@ -34,7 +39,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(sglang_python: str, toy_target: Path, directory: Path) -> Iterator[SGLangEngine]:
-    """A server started as a child, with every default."""
+    """A server started as a child, with every default but a key."""
     config = TargetConfig(
         path=str(toy_target),
         engine="sglang",
@@ -44,6 +49,7 @@ def engine(sglang_python: str, toy_target: Path, directory: Path) -> Iterator[SG
             "python": sglang_python,
             "directory": str(directory),
             "env": {"SPECFORGE_SGLANG_RECEIVERS": "127.0.0.1"},
+            "server_args": {"api_key": KEY},
         },
     )
     made = SGLangEngine.load(config, CPU)
@@ -58,8 +64,11 @@ def reference(toy_target: Path) -> TransformersEngine:
 
 
 @pytest.fixture
-def by_url(engine: SGLangEngine, toy_target: Path, directory: Path) -> dict[str, Any]:
+def by_url(
+    engine: SGLangEngine, toy_target: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
     """The target section of a config that names the running server."""
+    monkeypatch.setenv("SPECFORGE_API_KEY", KEY)
     (server,) = engine.pool.servers
     options = {"url": server.client.url, "directory": str(directory)}
     return {"path": str(toy_target), "engine": "sglang", "device": "cpu", "options": options}
@@ -189,3 +198,28 @@ def test_online_training_from_a_server(config: Path) -> None:
     pytest.importorskip("specforge_linear", reason="the linear example is not installed")
     report = train(*load_config(config))
     assert report.step == 4
+
+
+def test_answers_of_the_server_are_trained_on(config: Path, tmp_path: Path) -> None:
+    """They are asked for while captures are under way, and make the next epoch larger."""
+    pytest.importorskip("specforge_linear", reason="the linear example is not installed")
+    prompts = write_conversations(tmp_path / "prompts.jsonl", 5, seed=1)
+    grows = ("train.max_steps=9", "train.regenerate_every=1", "train.regenerate_prompts=3")
+    answers = ("regenerate.max_new_tokens=5", "regenerate.keep_unfinished=true")
+    train(*load_config(config, (*grows, *answers, f"regenerate.prompts=[{prompts}]")))
+    files = sorted((tmp_path / "run" / "regenerated").iterdir())
+    assert [file.name for file in files] == ["00000000-00000003.jsonl", "00000003-00000005.jsonl"]
+    grown = read_state(find(tmp_path / "run")).grown
+    assert grown is not None
+    assert (grown.epoch, grown.begin, len(grown.files)) == (1, 12, 2)
+
+
+def test_the_key_of_a_server_is_in_no_command_line(engine: SGLangEngine) -> None:
+    lines = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            lines.append(process.read_bytes())
+    assert any(b"--skip-tokenizer-init" in line for line in lines)
+    assert not any(KEY.encode() in line for line in lines)
+    with pytest.raises(Refused, match="HTTP 401"):
+        Client(engine.pool.servers[0].client.url, 5.0).get("/server_info")
