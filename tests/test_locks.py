@@ -1,10 +1,15 @@
-"""A lock is one process's, until its file is closed."""
+"""A file's lock is one process's, until it is closed; another is had by threads in turn."""
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from pathlib import Path
 
-from specforge_core.locks import hold
+import pytest
+
+from specforge_core.locks import InTurn, hold
 
 
 def test_a_file_is_held_once(tmp_path: Path) -> None:
@@ -14,3 +19,55 @@ def test_a_file_is_held_once(tmp_path: Path) -> None:
         assert not hold(second)
         first.close()
         assert hold(second)
+
+
+def test_threads_have_their_turn_in_the_order_in_which_they_asked() -> None:
+    """Also where the holder would take it again at once."""
+    lock, had, running = InTurn(), [], []
+
+    def use(name: int) -> None:
+        with lock:
+            had.append(name)
+
+    with lock:
+        for name in range(5):
+            running.append(threading.Thread(target=use, args=(name,)))
+            running[-1].start()
+            while lock.waiting() <= name:
+                time.sleep(0.001)
+        assert had == []
+        lock.give_way()
+        assert had == list(range(5))
+        lock.give_way()  # nobody waits
+    assert not lock.locked()
+    for thread in running:
+        thread.join(20)
+
+
+def test_who_gives_up_waiting_is_passed_over() -> None:
+    """A signal's exception, say, comes where the main thread waits."""
+    lock, entered = InTurn(), threading.Event()
+
+    def hold_on() -> None:
+        with lock:
+            entered.set()
+            time.sleep(0.3)
+
+    holder = threading.Thread(target=hold_on)
+    holder.start()
+    assert entered.wait(20)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt), lock:
+            raise AssertionError
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with lock:
+        assert lock.locked()
+    holder.join(20)
+    assert not lock.locked()
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

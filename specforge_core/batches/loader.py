@@ -25,6 +25,7 @@ from ..capture.samples import capture_in_order
 from ..data.order import Order
 from ..data.stream import Closed as Closed
 from ..errors import DataError
+from ..locks import InTurn
 from ..strategy import Strategy
 from ..types import (
     Adapter,
@@ -102,7 +103,7 @@ class OnlineSource:
     share: Share
     window: int  # prompts grouped by length together
     cache: StateCache | None = None
-    lock: threading.Lock | None = None  # where others call the engine, too: held over each window
+    lock: InTurn | None = None  # where others call the engine, too: held over each window
     closed: threading.Event = field(default_factory=threading.Event)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
-from ..files import make_folder, write_file
+from ..documents import check_regular
+from ..files import prepare_folder, write_file
+from ..locks import InTurn
 from ..progress import console
 from ..target.engine import TransformersEngine
 from ..types import Generated, GenerateOptions, Prompt, TargetEngine, TargetInfo
@@ -24,7 +26,8 @@ from .regenerate import answered, origin_of
 from .respond import Answerer, Task
 from .sources import told
 
-PAUSE = 0.005  # seconds after each batch of answers in which others get the engine
+SLICE_SECONDS = 1.0  # of a batch of answers, after which others get the engine that wait for it
+POLL_SECONDS = 0.005  # between two looks whether all is answered
 
 Range = tuple[int, int]  # the first prompt of a share, and the one behind its last
 
@@ -40,10 +43,15 @@ def file_of(share: Range) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """A target engine that answers a batch at a time, and lets others use it in between."""
+    """A target engine that answers a batch at a time, and lets others use it in between.
+
+    A batch may take minutes, in which the training, and all ranks with it, would wait.  So in this
+    process others have it between two tokens of a batch, and an engine that `answers_beside` its
+    other calls is waited for by nobody.
+    """
 
     engine: TargetEngine
-    lock: threading.Lock  # held by whoever uses the engine
+    lock: InTurn  # held by whoever uses the engine
     batch_size: int
     closed: threading.Event
 
@@ -53,23 +61,34 @@ class Turns:
 
     def generate(self, prompts: Sequence[Prompt], options: GenerateOptions) -> Iterator[Generated]:
         """Answer all prompts.  Raises GivenUp, also in the middle of an answer in this process."""
+        beside = getattr(self.engine, "answers_beside", False)
         for start in range(0, len(prompts), self.batch_size):
-            with self.lock:
+            with nullcontext() if beside else self.lock:
                 self._check()
                 found = self._batch(prompts[start : start + self.batch_size], options)
             yield from found
-            time.sleep(PAUSE)
 
     def _batch(self, prompts: Sequence[Prompt], options: GenerateOptions) -> list[Generated]:
         if not isinstance(self.engine, TransformersEngine):
             return list(self.engine.generate(prompts, options))
-        hook = self.engine.model.register_forward_pre_hook(self._check)
+        mine, since = threading.get_ident(), time.monotonic()
+
+        def between(*_: object) -> None:
+            nonlocal since
+            if threading.get_ident() != mine:  # others run the model while they have it
+                return
+            if time.monotonic() - since >= SLICE_SECONDS:
+                self.lock.give_way()
+                since = time.monotonic()
+            self._check()
+
+        hook = self.engine.model.register_forward_pre_hook(between)
         try:
             return list(self.engine.generate(prompts, options))
         finally:
             hook.remove()
 
-    def _check(self, *_: object) -> None:
+    def _check(self) -> None:
         if self.closed.is_set():
             raise GivenUp
 
@@ -86,7 +105,7 @@ class Shares:
         run: RunConfig,
         tokenizer: PreTrainedTokenizerBase,
         engine: TargetEngine,
-        lock: threading.Lock,
+        lock: InTurn,
         tasks: Sequence[Task],
         folder: Path,
     ) -> None:
@@ -118,7 +137,7 @@ class Shares:
         while self._error is None and self._asked.unfinished_tasks:
             if time.monotonic() > until:
                 return False
-            time.sleep(PAUSE)
+            time.sleep(POLL_SECONDS)
         if self._error is not None:
             raise self._error
         return True
@@ -151,7 +170,7 @@ class Shares:
         chats = list(Answerer(self._run, self._tokenizer, turns).answer(tasks))
         kept = sorted((c for c in chats if c.messages), key=lambda chat: chat.task.place)
         text = "".join(json.dumps(answered(chat, self._origin)) + "\n" for chat in kept)
-        make_folder(self._folder)
+        prepare_folder(self._folder)
         write_file(path, text.encode())
         dropped = Counter(str(chat.dropped) for chat in chats if not chat.messages)
         why = f" ({told(dropped)})" if dropped else ""
@@ -162,11 +181,13 @@ class Shares:
         asked = {task.id: _others(m for turn in task.turns for m in turn) for task in tasks}
         try:
             rows = read_share(path)
+            if len({row["id"] for row in rows}) < len(rows):
+                return False
             for row in rows:
                 own = _others(row["messages"])
                 if asked[row["id"]][: len(own)] != own or not self._origin.items() <= row.items():
                     return False
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return False
         return bool(rows)
 
@@ -178,6 +199,7 @@ def _others(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def read_share(path: Path) -> list[Mapping[str, Any]]:
     """Return the rows of a share.  Raises OSError, and ValueError for what is no such file."""
+    check_regular(path)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line is no object")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..errors import SpecForgeError
+from ..locks import InTurn
 from ..strategy import Strategy
 from ..target.engine import TransformersEngine
 from ..types import CaptureSpec, Draft
@@ -31,7 +31,7 @@ class Live:
     run: RunConfig
     strategy: Strategy
     engine: TransformersEngine
-    lock: threading.Lock  # held by whoever uses the engine
+    lock: InTurn  # held by whoever uses the engine
     draft: Draft
     sets: Mapping[str, list[EvalPrompt]]
     spec: CaptureSpec
@@ -43,7 +43,7 @@ class Live:
         run: RunConfig,
         strategy: Strategy,
         engine: TransformersEngine,
-        lock: threading.Lock,
+        lock: InTurn,
         sets: Mapping[str, list[EvalPrompt]],
     ) -> Live:
         """Build the second draft; raises what the target or the strategy cannot do."""

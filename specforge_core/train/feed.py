@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -32,6 +31,7 @@ from ..data.prompts import PromptSet
 from ..data.stream import Stream
 from ..errors import CaptureError, ConfigError
 from ..files import refusing
+from ..locks import InTurn
 from ..progress import console
 from ..strategy import Strategy
 from ..types import CaptureSpec, DataInfo, TargetEngine, TargetInfo
@@ -61,7 +61,7 @@ class Feed:
     held_out: HeldOut | None = None
     engine: TargetEngine | None = None  # online
     # held by whoever calls the engine; None where only the source of the training does
-    lock: threading.Lock | None = None
+    lock: InTurn | None = None
     first_window: int | None = None  # rows shuffled together in the first epoch, if others
 
 
@@ -176,7 +176,7 @@ def _online(job: Job, share: Share, *, whole: bool) -> Feed:
         held_out = job.prompts(validation=True) if run.data.validation != () else None
         # the target runs for the training and for all that watches it: one at a time
         shared = held_out is not None or run.train.eval_every is not None or grows
-        lock = threading.Lock() if shared else None
+        lock = InTurn() if shared else None
         cache = _cache(job)  # what cannot be written is said before the target is loaded
         engine = job.engine()
         stack.callback(engine.close)

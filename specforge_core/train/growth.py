@@ -19,6 +19,7 @@ from ..data.shares import Range, Shares, file_of, read_share
 from ..data.split import training_side
 from ..data.tokencache import in_memory
 from ..data.tokenrows import Fingerprint, token_rows
+from ..documents import check_regular
 from ..drafts.state import Grown
 from ..errors import CheckpointError, DataError, RunError
 from ..process import describe
@@ -221,7 +222,7 @@ class Growth:
             failure = describe(exc)[0]
         if failure := self.world.from_first(failure):
             raise RunError(
-                f"train.regenerate_every: the target did not answer: {failure}. "
+                f"train.regenerate_every: the answers did not come: {failure.rstrip('.')}. "
                 "Start the same command again to go on from the last checkpoint"
             )
         return there
@@ -254,11 +255,12 @@ class Growth:
             update={"too_long": "truncate" if data.too_long == "raise" else data.too_long}
         )
         try:
+            check_regular(path)
             there = file_checksum(path)
             if checksum not in (None, there):
                 raise ValueError("it is not as it was when the checkpoint was saved")
             made = [one for row in read_share(path) for one in token_rows(row, self.origin, limit)]
-        except (OSError, ValueError, KeyError, TypeError, DataError) as exc:
+        except (OSError, ValueError, LookupError, TypeError, DataError, RecursionError) as exc:
             raise CheckpointError(
                 f"{path}, whose rows are trained on, cannot be read: {exc}. Restore it from a "
                 "copy, or use another output_dir"

@@ -105,6 +105,9 @@ class TargetEngine(Protocol):
     One call at a time: an engine is not re-entrant, and an iterator that it returned is
     exhausted or closed before the next call.  Both calls yield one result per prompt, in any
     order.  An engine that cannot do one of them raises CaptureError and says what can.
+
+    One that bears `generate` in another thread while something else is under way says so by an
+    attribute `answers_beside = True`.  Else a training waits for a batch of its own answers.
     """
 
     @property

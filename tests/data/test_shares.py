@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from specforge_core.config import TargetConfig
+from specforge_core.data import shares as module
 from specforge_core.data.regenerate import origin_of
 from specforge_core.data.shares import Shares, file_of, read_share
 from specforge_core.errors import CaptureError
-from specforge_core.types import Generated, GenerateOptions, Prompt
+from specforge_core.files import temporary
+from specforge_core.locks import InTurn
+from specforge_core.target.engine import TransformersEngine
+from specforge_core.types import CaptureSpec, Generated, GenerateOptions, Prompt
 
 from .test_respond import TOKENIZER, Engine, make_run, say, tasks
 
@@ -22,7 +29,7 @@ from .test_respond import TOKENIZER, Engine, make_run, say, tasks
 class Slow(Engine):
     """Answers a batch only when the test has had the engine since the one before."""
 
-    def __init__(self, target: Path, lock: threading.Lock, **replies: Generated) -> None:
+    def __init__(self, target: Path, lock: InTurn, **replies: Generated) -> None:
         super().__init__(target, **replies)
         self.lock, self.mine, self.theirs = lock, threading.Event(), threading.Event()
 
@@ -34,14 +41,14 @@ class Slow(Engine):
         yield from super().generate(prompts, options)
 
 
-def opened(target: Path, engine: Any, lock: threading.Lock, folder: Path) -> Shares:
+def opened(target: Path, engine: Any, lock: InTurn, folder: Path) -> Shares:
     chats = tasks(("one",), ("two",), ("four",), ("three",), ("five",))
     run = make_run(target, data={"too_long": "raise"}, batch_size=2)
     return Shares(run, TOKENIZER, engine, lock, chats, folder)
 
 
 def test_others_have_the_engine_between_two_batches(toy_target: Path, tmp_path: Path) -> None:
-    lock = threading.Lock()
+    lock = InTurn()
     engine = Slow(toy_target, lock)
     shares = opened(toy_target, engine, lock, tmp_path)
     shares.ask((1, 5))
@@ -59,12 +66,58 @@ def test_others_have_the_engine_between_two_batches(toy_target: Path, tmp_path: 
     shares.close(20)
 
 
+class Beside(Engine):
+    """Answers while others call it, too."""
+
+    answers_beside = True
+
+
+def test_nobody_waits_for_an_engine_that_answers_beside(toy_target: Path, tmp_path: Path) -> None:
+    lock = InTurn()
+    shares = opened(toy_target, Beside(toy_target), lock, tmp_path)
+    with lock:  # a capture that is under way
+        shares.ask((0, 5))
+        assert shares.wait(20)
+    assert len(read_share(tmp_path / file_of((0, 5)))) == 5
+    shares.close(20)
+
+
+def test_a_batch_of_answers_gives_way_between_two_tokens(
+    toy_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is answered as if nothing had been."""
+    target = TargetConfig(path=str(toy_target), dtype="float32", device="cpu")
+    engine = TransformersEngine.load(target, torch.device("cpu"))
+    settings = {"keep_unfinished": True, "max_new_tokens": 40, "batch_size": 2}
+    run = make_run(toy_target, **settings)
+    chats, spec = tasks(("one",), ("two two",)), CaptureSpec(layers=(1,), fields={})
+    ids = torch.arange(9)
+    prompt = Prompt(index=0, input_ids=ids, loss_mask=torch.ones_like(ids))
+    state = next(engine.capture([prompt], spec)).hidden_states[1]
+    taken = 0
+    for place, seconds in (("alone", 60.0), ("beside", 0.0)):
+        monkeypatch.setattr(module, "SLICE_SECONDS", seconds)
+        lock = InTurn()
+        shares = Shares(run, TOKENIZER, engine, lock, chats, tmp_path / place)
+        shares.ask((0, 2))
+        while seconds == 0.0 and not shares.wait(0):
+            with lock:
+                taken += 1
+                assert torch.equal(next(engine.capture([prompt], spec)).hidden_states[1], state)
+        assert shares.wait(20)
+        shares.close(20)
+    assert taken > 10  # in one batch, of 40 tokens
+    alone, beside = (tmp_path / place / file_of((0, 2)) for place in ("alone", "beside"))
+    assert len(read_share(alone)) == 2
+    assert alone.read_bytes() == beside.read_bytes()
+
+
 def test_answers_that_are_not_kept_are_left_out_and_no_error(
     toy_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused = Generated(index=1, tokens=(), finished=False, refused="too rude")
     engine = Engine(toy_target, _0=say(0, "cut", finished=False), _1=refused)
-    shares = opened(toy_target, engine, threading.Lock(), tmp_path)
+    shares = opened(toy_target, engine, InTurn(), tmp_path)
     shares.ask((0, 2))
     shares.ask((2, 3))
     assert shares.wait(20)
@@ -78,7 +131,7 @@ def test_answers_that_are_not_kept_are_left_out_and_no_error(
 def test_what_is_closed_writes_nothing_and_what_fails_is_raised_where_it_is_waited_for(
     toy_target: Path, tmp_path: Path
 ) -> None:
-    lock = threading.Lock()
+    lock = InTurn()
     engine = Slow(toy_target, lock)
     shares = opened(toy_target, engine, lock, tmp_path)
     shares.ask((0, 5))
@@ -95,6 +148,63 @@ def test_what_is_closed_writes_nothing_and_what_fails_is_raised_where_it_is_wait
     other.close(20)
 
 
+def twice(path: Path) -> None:
+    first = path.read_bytes().splitlines()[0]
+    path.write_bytes(first + b"\n" + path.read_bytes())
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def another(key: str, value: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        rows = [json.loads(line) | {key: value} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        twice,  # a row would be trained on twice
+        pipe,  # which would be waited for
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        lambda path: path.write_bytes(b"[" * 100_000),
+        lambda path: path.write_bytes(b"\xff"),
+        lambda path: path.write_bytes(b"[1]\n"),
+        another("id", "7"),
+        another("id", [1]),
+        another("messages", None),
+        another("messages", ["say"]),
+        another("messages", [{"role": "user", "content": "another one"}]),
+        another("sampling", {}),
+    ],
+)
+def test_a_file_that_is_not_what_this_run_would_write_is_written_again(
+    toy_target: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    path = tmp_path / file_of((0, 2))
+    left = temporary(path)
+    left.touch()  # by a process that was killed
+    wrote = []
+    for calls in (1, 0, 1):
+        engine = Engine(toy_target)
+        shares = opened(toy_target, engine, InTurn(), tmp_path)
+        shares.ask((0, 2))
+        assert shares.wait(20)
+        shares.close(20)
+        assert len(engine.calls) == calls
+        wrote.append(path.read_bytes())
+        if not calls:
+            damage(path)
+    assert wrote[0] == wrote[2]
+    assert not left.exists()
+
+
 def test_what_is_there_is_kept_also_of_conversations_with_tools(
     toy_target: Path, tmp_path: Path
 ) -> None:
@@ -108,7 +218,7 @@ def test_what_is_there_is_kept_also_of_conversations_with_tools(
         messages = [{**question, "content": content}, *read, answer]
         row = {"id": "0", "messages": messages, **origin_of(run, TOKENIZER)}
         (tmp_path / file_of((0, 1))).write_text(json.dumps(row) + "\n")
-        shares = Shares(run, TOKENIZER, engine, threading.Lock(), [task], tmp_path)
+        shares = Shares(run, TOKENIZER, engine, InTurn(), [task], tmp_path)
         shares.ask((0, 1))
         assert shares.wait(20)
         assert len(engine.calls) == calls

@@ -10,6 +10,7 @@ import time
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from specforge_core.drafts.checkpoint import checkpoints, find, read_state
 from specforge_core.errors import CheckpointError, ConfigError, DataError, RunError
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.testing import forked
+from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import finish, lines, load
 from specforge_core.testing.toy import write_conversations
 from specforge_core.train.report import Launched
@@ -178,7 +180,7 @@ def test_a_target_that_does_not_answer_ends_the_run_and_costs_no_row(
 
     with monkeypatch.context() as patch:
         patch.setattr(TransformersEngine, "generate", failing)
-        with pytest.raises(RunError, match="regenerate_every: the target did not answer: no answ"):
+        with pytest.raises(RunError, match="regenerate_every: the answers did not come: no ans"):
             train(*load(config, *options))
     assert read_state(find(out)).step == 3  # it is told of where answers are asked for again
     train(*load(config, *options))
@@ -255,6 +257,45 @@ def test_two_ranks_train_on_the_same(config: Path, whole: Whole, tmp_path: Path)
     one, other = trained(whole.out)[:8], trained(tmp_path / "two")
     assert [row["tokens"] for row in one] == [row["tokens"] for row in other]
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in other], rel=1e-4)
+
+
+SLOW = """
+    import time
+    from specforge_core import hookimpl
+    from specforge_core.target.engine import TransformersEngine
+
+    class Slow(TransformersEngine):
+        # captures run the decoder alone, and are as fast as ever
+        @classmethod
+        def load(cls, target, device):
+            engine = super().load(target, device)
+            engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+            return engine
+
+    @hookimpl
+    def specforge_target_engine(target, device):
+        return Slow.load(target, device) if target.engine == "slow" else None
+"""
+
+
+@pytest.mark.slow
+def test_no_rank_waits_for_a_batch_of_answers(
+    config: Path, fake_site: FakeSite, tmp_path: Path
+) -> None:
+    """The first rank's target answers; where all wait for that, NCCL gives up after 600 s."""
+    group = {"specforge.plugins": {"slow": "slow_engine"}}
+    fake_site.dist("slow-engine", "0.1.0", group, module="slow_engine", source=SLOW)
+    slow = ("regenerate.batch_size=10", "regenerate.max_new_tokens=160", "target.engine=slow")
+    options = (*GROWS, *slow, "train.regenerate_prompts=10", "train.max_steps=11")
+    two = (f"output_dir={tmp_path / 'two'}", "train.batch_size=1", "train.accumulate=1")
+    env = {**os.environ, "PYTHONPATH": str(fake_site.path)}
+    finish(forked.cli("train", "-c", str(config), "--nproc", "2", *options, *two, env=env))
+    rows = lines(tmp_path / "two")
+    took = [b["seconds"] - a["seconds"] for a, b in pairwise(rows)]
+    (file,) = answers(tmp_path / "two").values()
+    assert len(file.splitlines()) == 10
+    # the ten steps of the epoch, of which the last eight have the batch of 8 s beside them
+    assert max(took[:9]) < 5
 
 
 @pytest.mark.slow

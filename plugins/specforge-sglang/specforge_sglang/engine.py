@@ -48,6 +48,8 @@ CHECK_SECONDS = 10.0  # one look at a server that was retired
 class SGLangEngine:
     """A TargetEngine whose model runs in SGLang, here or elsewhere.  Captures are on the CPU."""
 
+    answers_beside = True  # requests are independent, and answers take nothing from the hand-off
+
     def __init__(
         self,
         info: TargetInfo,
