@@ -36,6 +36,19 @@ def readable_config() -> Iterator[None]:
         ) from exc
 
 
+def check_alike(outer: Mapping[str, Any], nested: Mapping[str, Any], key: str) -> None:
+    """Raise CheckpointError where the section `key` of a config.json contradicts what is around it.
+
+    One engine reads the one place, one the other.
+    """
+    for name in sorted(outer.keys() & nested.keys()):
+        if outer[name] != nested[name]:
+            raise CheckpointError(
+                f"config.json of the export says {name} {outer[name]!r:.80}, and in {key} "
+                f"{nested[name]!r:.80}: engines read one or the other. Export again"
+            )
+
+
 def is_finite(value: Tensor) -> bool:
     """Say whether a tensor holds no NaN and no infinity.
 

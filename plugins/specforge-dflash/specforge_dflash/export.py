@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from specforge_core.drafts.tensors import check_given, readable_config
+from specforge_core.drafts.tensors import check_alike, check_given, readable_config
 from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.nn.decoder import decoder_config
 from specforge_core.nn.rotary import stored_rope
@@ -190,3 +190,4 @@ def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) ->
                 f"the export has {name} {theirs}, this run {ours}. Try the target it was trained "
                 "for: target.path"
             )
+    check_alike(given, nested, "dflash_config")

@@ -173,6 +173,7 @@ def test_another_window_is_refused(kit: Any) -> None:
         ({"num_hidden_layers": "many"}, "cannot be used: ValueError"),
         ({"layer_types": 3}, "cannot be used: TypeError"),
         ({"dflash_config": [[]]}, "cannot be used: AttributeError"),
+        ({"mask_token_id": 7}, "says mask_token_id 7, and in dflash_config 40"),
     ],
 )
 def test_a_config_that_was_edited_is_refused(

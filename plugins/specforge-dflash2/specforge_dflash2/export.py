@@ -71,7 +71,10 @@ def load_export(config: DFlash2Config, model: nn.Module, export: Export) -> bool
     check_given(selector, model.candidate_selector.state_dict())
     rest = {k: v for k, v in export.weights.items() if not k.startswith(SELECTOR)}
     # the soft cap is nested in this layout, and was compared above
-    shown = {**export.config, "architectures": [PLAIN], "final_logit_softcapping": softcap}
+    nested = dict(export.config.get("dflash_config") or {})
+    nested.pop("final_logit_softcapping", None)
+    own = {"final_logit_softcapping": softcap, "dflash_config": nested}
+    shown = {**export.config, "architectures": [PLAIN], **own}
     load_backbone(config, model.backbone, replace(export, config=shown, weights=rest))
     model.candidate_selector.load_state_dict(selector)
     return True

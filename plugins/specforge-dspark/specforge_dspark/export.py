@@ -22,7 +22,7 @@ from specforge_dflash.export import (
 )
 from specforge_dflash.model import Frozen
 
-from specforge_core.drafts.tensors import check_given, readable_config
+from specforge_core.drafts.tensors import check_alike, check_given, readable_config
 from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.types import Draft, Export, ExportFile, TargetInfo
 
@@ -119,6 +119,9 @@ def load_export(config: DSparkConfig, model: DSparkModel, export: Export) -> boo
     check_given(heads, own)
     rest = {name: weight for name, weight in weights.items() if name not in heads}
     backbone = replace(export, config=given, weights=rest)
+    with readable_config():
+        for key in ("dflash_config", "dspark_config"):
+            check_alike(export.config, export.config.get(key) or {}, key)
     load_backbone(config, model.backbone, backbone)
     model.load_state_dict(heads, strict=False)
     return True
@@ -140,7 +143,8 @@ def _backbone_config(given: Mapping[str, Any]) -> dict[str, Any]:
         "target_layer_ids": fields.get("target_layer_ids"),
         "label_layout": "next_token" if anchored else "same_position",
     }
-    return {**given, "architectures": [PLAIN], "dflash_config": nested}
+    outer = {name: value for name, value in given.items() if name not in nested}
+    return {**outer, "architectures": [PLAIN], "dflash_config": nested}
 
 
 def _check_heads(

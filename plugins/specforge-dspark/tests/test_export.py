@@ -139,7 +139,8 @@ def test_what_engines_are_started_with(kit: Any, tmp_path: Path) -> None:
 def said(**changes: Any) -> Callable[[Export], Export]:
     def change(made: Export) -> Export:
         found = {**made.config["dflash_config"], **changes}
-        return replace(made, config={**made.config, "dflash_config": found})
+        both = {**made.config, **changes}  # where another engine looks
+        return replace(made, config={**both, "dflash_config": found})
 
     return change
 
@@ -155,6 +156,10 @@ def without(name: str) -> Callable[[Export], Export]:
         (said(sample_from_anchor=False, block_size=3), "label_layout=same_position"),
         (said(block_size=5), "block_size=5"),
         (said(mask_token_id=7), "mask_token_id=7"),
+        (
+            lambda m: replace(m, config={**m.config, "mask_token_id": 7}),
+            "says mask_token_id 7, and in dflash_config 40",
+        ),
         (said(target_layer_ids=[2, 6]), "layers"),
         (said(markov_head_type="rnn"), "markov_head=rnn"),
         (said(markov_rank=8), "markov_rank=8"),

@@ -107,7 +107,7 @@ def _check(shape: DraftShape, given: Mapping[str, Any]) -> None:
     rope = stored_rope(layer)
     vocab = given.get("draft_vocab_size") or layer.get("vocab_size")
     pairs = {
-        "layers": (_layers(given), list(shape.capture_layers)),
+        "layers": (_layers(given, list(shape.capture_layers)), list(shape.capture_layers)),
         "draft_vocab_size": (vocab, shape.draft_vocab_size),
         "fc_norm": (bool(given.get("fc_norm", given.get("use_aux_norm"))), shape.fc_norm),
         "norm_output": (bool(given.get("norm_output")), shape.norm_output),
@@ -135,10 +135,16 @@ def _check(shape: DraftShape, given: Mapping[str, Any]) -> None:
             )
 
 
-def _layers(given: Mapping[str, Any]) -> list[int] | None:
-    """Return the captured layers by their outputs; None where engines take their default."""
+def _layers(given: Mapping[str, Any], ours: list[int]) -> list[int] | None:
+    """Return the captured layers by their outputs; None where engines take their default.
+
+    SGLang reads the one place, vLLM the other: of two that differ, the one that is not ours.
+    """
     nested: Mapping[str, Any] = given.get("eagle_config") or {}
+    found = []
     if (ids := nested.get("eagle_aux_hidden_state_layer_ids")) is not None:
-        return list(ids)
+        found.append(list(ids))
     ids = given.get("eagle_aux_hidden_state_layer_ids", given.get("aux_hidden_state_layer_ids"))
-    return None if ids is None else from_layer_inputs(ids)
+    if ids is not None:
+        found.append(from_layer_inputs(ids))
+    return next((layers for layers in found if layers != ours), ours if found else None)

@@ -234,6 +234,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"eagle_config": {}, "eagle_aux_hidden_state_layer_ids": [1, 3, 6]},
         r"layers \[0, 2, 5\], this run \[1, 3, 4\]",
     ),
+    (  # what another engine reads, which contradicts the section eagle_config
+        {"eagle_aux_hidden_state_layer_ids": [1, 3, 6]},
+        r"layers \[0, 2, 5\], this run \[1, 3, 4\]",
+    ),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_theta 5.0"),
     (
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0}},
