@@ -108,3 +108,23 @@ def test_later_epochs_are_read_ahead_too() -> None:
     for _ in range(5):
         next(source)
     assert len(asked) > 8
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_however_often_ranks_and_batches_change_each_place_is_taken_once(seed: int) -> None:
+    """Resumes in the middle of blocks and of epochs, up to the last sample."""
+    draw = random.Random(seed)
+    for _ in range(12):
+        end = draw.randint(5, 120)
+        sizes = [draw.randint(1, 99) for _ in range(end + 400)]
+        position, taken = 0, list[int]()
+        while position < end:
+            ranks, batch = draw.choice((1, 2, 3, 4)), draw.choice((1, 2, 3, 4, 8))
+            shares = [Share(rank, ranks, 3, batch=batch) for rank in range(ranks)]
+            found = [places(share, position, sizes.__getitem__, end=end) for share in shares]
+            for _ in range(draw.randint(1, 6)):  # micro-batches until the next change
+                for rank, mine in enumerate(found):
+                    left = -(-(end - position - rank) // ranks)
+                    taken += islice(mine, max(0, min(batch, left)))
+                position = min(end, position + ranks * batch)
+        assert sorted(taken) == list(range(end))
