@@ -19,6 +19,7 @@ from specforge_core.types import (
     CaptureSpec,
     Collate,
     Draft,
+    Export,
     Proposer,
     TargetInfo,
     TrainStep,
@@ -27,6 +28,7 @@ from specforge_core.types import (
 from .capture import LiLiCorrAdapter
 from .collate import LiLiCorrCollate
 from .config import LiLiCorrConfig
+from .export import export_draft, load_export
 from .model import LiLiCorrModel, Target
 from .proposer import LiLiCorrProposer
 from .step import LiLiCorrStep
@@ -92,3 +94,18 @@ def specforge_proposer(config: LiLiCorrConfig, draft: Draft) -> Proposer:
     assert isinstance(draft.model, LiLiCorrModel)
     assert isinstance(draft.frozen, Target)
     return LiLiCorrProposer(config, draft.model, draft.frozen)
+
+
+@hookimpl
+def specforge_export(
+    config: LiLiCorrConfig, draft: Draft, target: TargetInfo, format: str
+) -> Export | None:
+    """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
+    return export_draft(config, draft, target, format)
+
+
+@hookimpl
+def specforge_import(config: LiLiCorrConfig, draft: Draft, export: Export) -> bool:
+    """Read the published layout back, refusing what was made for another draft."""
+    assert isinstance(draft.model, LiLiCorrModel)
+    return load_export(config, draft.model, export)
