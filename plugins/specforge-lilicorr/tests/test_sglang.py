@@ -1,0 +1,149 @@
+"""SGLang's own classes draft from an export what the reference loop drafts, on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from specforge_lilicorr.lattice import Vectors
+from specforge_lilicorr.model import candidates
+from torch import Tensor
+
+from specforge_core.config import TargetConfig
+from specforge_core.drafts.export import write_export
+from specforge_core.load import validate
+from specforge_core.target.engine import TransformersEngine
+from specforge_core.target.info import load_target_info
+from specforge_core.testing.close import close
+from specforge_core.testing.toy import save_toy_target
+from specforge_core.types import CaptureSpec, Prompt, Sampling
+
+pytestmark = pytest.mark.slow
+IDS, LAST = [int(i) for i in torch.arange(23) * 37 % 250], 101
+TERMS = 2 * (6 * 32 + 64 + 4 * 34) + 2 * (4 * 32 + 80) + 5 * 32  # backbone, lattice, vectors
+OPTIONS = {"name": "lilicorr", "layers": [1, 3], "num_layers": 2, "export_dtype": "float32"}
+DRAFTS: dict[str, dict[str, Any]] = {
+    "narrow": {"block_size": 6, "candidate_top_k": 4, "lattice_hidden_size": 16},
+    "convolved": {
+        "block_size": 8,
+        "candidate_top_k": 16,
+        "lattice_hidden_size": 0,
+        "lattice_layers": 1,
+        "conv_kernel_size": 2,
+        "conv_group_size": 16,
+        "vector_eps": 2.0,  # so large that it matters
+    },
+}
+Tensors = dict[str, Tensor]
+
+
+def heads(_config: dict[str, Any], weights: Tensors) -> None:
+    out, into = "lilicorr.out_head.weight", "lilicorr.in_head.weight"
+    weights[out], weights[into] = weights[into], weights[out]
+
+
+def distance(_config: dict[str, Any], weights: Tensors) -> None:
+    """Count distances from the other slot."""
+    key = "lilicorr.relative_slot_bias"
+    weights[key] = weights[key].flip(1).contiguous()
+
+
+def factors(_config: dict[str, Any], weights: Tensors) -> None:
+    """Put the anchor before the candidate."""
+    key = "lilicorr.factor_input_proj.weight"
+    own, anchor, both = weights[key].chunk(3, dim=1)
+    weights[key] = torch.cat([anchor, own, both], dim=1)
+
+
+def ratio(config: dict[str, Any], _weights: Tensors) -> None:
+    config["dflash_config"]["lilicorr_logit_scale"] = 5.0
+
+
+MISTAKES = (heads, distance, factors, ratio)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> TargetConfig:
+    path = tmp_path_factory.mktemp("target") / "model"
+    save_toy_target(path, tie_word_embeddings=False)
+    return TargetConfig(path=str(path), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def references(target: TargetConfig, exports: Any) -> dict[str, Tensors]:
+    """Export drafts, some with mistakes; return what the drafts compute here."""
+    ids = torch.tensor(IDS)
+    engine = TransformersEngine.load(target, torch.device("cpu"))
+    (prefix,) = engine.capture(
+        [Prompt(index=0, input_ids=ids, loss_mask=torch.ones_like(ids))],
+        CaptureSpec(layers=(1, 3), final="none", fields={}),
+    )
+    engine.close()
+    found, draw = {}, torch.Generator().manual_seed(3)
+    for name, options in DRAFTS.items():
+        sizes = {"lattice_heads": 2, "factor_dim": 12}
+        raw = {"target": {"path": target.path}, "strategy": {**OPTIONS, **sizes, **options}}
+        run, strategy = validate(raw, name)
+        info = load_target_info(target)
+        draft: Any = strategy.draft(run.strategy, info, None)
+        for key, weight in draft.model.named_parameters():
+            if "norm" in key or "conv" in key or "lilicorr" in key:
+                weight.data += 0.2 * torch.randn(weight.shape, generator=draw)
+        export = strategy.export(run.strategy, draft, info, "sglang")
+        write_export(export, exports.folder / name, {})
+        proposer = strategy.proposer(run.strategy, draft, info)
+        found[name] = reference(run.strategy, draft, proposer, prefix)
+    for mistake in MISTAKES:
+        exports.plant("narrow", mistake)
+    return found
+
+
+def reference(config: Any, draft: Any, proposer: Any, prefix: Any) -> Tensors:
+    """Return the block's states, candidates, all scores, and the walk."""
+    block: list[Tensor] = []
+    hook = draft.model.backbone.register_forward_hook(lambda _m, _i, out: block.append(out[0]))
+    proposer.start(prefix)
+    greedy = Sampling(temperature=0.0, generator=torch.Generator())
+    tokens = proposer.propose(LAST, 99, greedy).tokens
+    hook.remove()
+    features = torch.cat([prefix.hidden_states[i] for i in (1, 3)], dim=-1)
+    told = {"features": features, "states": block[0], "tokens": tokens}
+    with torch.no_grad():
+        states = block[0][None, 1:]
+        labels = torch.zeros(states.shape[:2], dtype=torch.int64)
+        _, _, ids, log_probs = candidates(states, labels, draft.frozen, config)
+        told |= {"candidates": ids[0], "log_probs": log_probs[0]}
+        for name, there in (("", True), ("first_", False)):
+            vectors: Vectors = draft.model.vectors(
+                states, ids, log_probs, features[-1:], torch.tensor([there]), draft.frozen
+            )
+            outs, ins = vectors.outs[0], vectors.ins[0]
+            told[f"{name}start"] = config.logit_scale * (ins[0] @ vectors.anchors[0])
+            told[f"{name}pairs"] = config.logit_scale * (outs[:-1] @ ins[1:].transpose(1, 2))
+    return told
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_an_export_drafts_the_same(
+    engine: Callable[[str], Tensors], references: dict[str, Tensors], name: str
+) -> None:
+    want, found = references[name], engine(name)
+    assert found.keys() == want.keys()
+    assert not torch.equal(want["tokens"], want["candidates"][:, 0])  # else the lattice did nothing
+    assert not torch.equal(want["start"], want["first_start"])
+    for part, value in want.items():
+        close(found[part], value, terms=TERMS, name=part)
+        if value.is_floating_point():
+            assert float((found[part] - value).abs().max() / value.abs().max()) < 1e-5, part
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_an_export_is_seen(
+    engine: Callable[[str], Tensors],
+    references: dict[str, Tensors],
+    mistake: Callable[[dict[str, Any], Tensors], None],
+) -> None:
+    found = engine(f"narrow-{mistake.__name__}-wrong")["pairs"]
+    assert float((found - references["narrow"]["pairs"]).abs().max()) > 1e-2
