@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from .weights import NoSafetensors, tensor_dtypes
 # Arguments of from_pretrained that `target` has keys for, or that are decided here
 RESERVED = frozenset(
     ("auto", "target", "pretrained_model_name_or_path", "revision", "trust_remote_code", "dtype")
-) | {"torch_dtype", "output_loading_info"}
+) | {"torch_dtype", "output_loading_info", "ignore_mismatched_sizes"}
 
 
 class TransformersEngine:
@@ -58,7 +58,8 @@ class TransformersEngine:
         config = load_pretrained(AutoConfig, pinned)
         dtype = pick_target_dtype(target.dtype, info.config.get("dtype"), device)
         method = quant_method(config)
-        options = {"dtype": dtype, "output_loading_info": True}
+        # sizes that do not fit are named below, with the tensor's name
+        options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
         if method is not None:
             check_method(method, target.path)
         stored = _stored(info)  # before transformers follows what an index says
@@ -173,6 +174,7 @@ def _check_loaded(
     8-bit weights for the latter.  Whole modules that a text model has no use for are no error.
     """
     path = info.name_or_path
+    _check_shapes(path, report["mismatched_keys"], method)
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"target.path {path!r} lacks {len(missing)} of its weights, such as {missing[0]}. "
@@ -215,6 +217,21 @@ def _check_loaded(
             f"use beside others that it does, such as {beside[0]}: its states would be wrong. "
             f"{why}. Try: target.path= its unquantised checkpoint"
         )
+
+
+def _check_shapes(
+    path: str, mismatched: Iterable[tuple[str, Any, Any]], method: str | None
+) -> None:
+    """Raise ConfigError for a tensor of another shape than the config says: it is not loaded."""
+    if not (wrong := sorted(mismatched)):
+        return
+    name, found, expected = wrong[0]
+    what = f"quantised ({method})" if method else "packed into fewer bits, or of another model"
+    raise ConfigError(
+        f"target.path {path!r} has {name} of shape {list(found)}, where its config.json needs "
+        f"{list(expected)}; {len(wrong)} of its tensors do not fit. They are {what}, in a layout "
+        "that transformers does not read. Try: target.path= its unquantised checkpoint"
+    )
 
 
 def _check_finite(captures: Sequence[TargetCapture], taps: Taps) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -11,6 +10,7 @@ from ..config import TargetConfig
 from ..errors import ConfigError
 from ..text import cut
 from ..types import TargetInfo
+from .place import is_file, runs_code, wrong_with
 from .skeleton import build, count_layers
 
 # what readers of a config ask for, whatever a family calls it
@@ -87,12 +87,8 @@ def _size(config: Any, name: str, most: int, path: str) -> int:
 
 def load_pretrained(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:
     """Call `from_pretrained`, turning what users get wrong into a ConfigError."""
-    path = Path(target.path)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(
-            f"target.path {target.path!r} has no config.json: it is not a saved model. "
-            "Try: target.path=DIRECTORY_OF_A_MODEL"
-        )
+    if said := is_file(target.path):  # transformers takes a config.json itself for a target
+        raise ConfigError(said)
     try:
         return auto.from_pretrained(
             target.path,
@@ -103,15 +99,12 @@ def load_pretrained(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:
     except MemoryError:
         raise
     except Exception as exc:  # whatever a damaged file or a wrong option makes its libraries raise
+        if said := wrong_with(target.path) or runs_code(target, exc):
+            raise ConfigError(said) from exc
         lines = str(exc).strip().splitlines()
         known = isinstance(exc, OSError | ValueError | ImportError)
         reason = cut(" ".join(lines[:1] if known else [f"{type(exc).__name__}:", *lines[:2]]), 300)
         revision = f" at revision {target.revision!r}" if target.revision else ""
-        if "trust_remote_code" in str(exc) and not target.trust_remote_code:
-            raise ConfigError(
-                f"target.path {target.path!r}{revision} brings Python code of its own, which is "
-                "not run unasked. Try: target.trust_remote_code=true, if you trust its authors"
-            ) from exc
         raise ConfigError(
             f"target.path {target.path!r}{revision} cannot be loaded: {reason}. "
             "Try: target.path=DIRECTORY or a Hugging Face id, and `hf auth login` if it is gated"

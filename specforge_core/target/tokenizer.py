@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..config import DataConfig, TargetConfig
 from ..errors import DataError
 from ..text import cut
+from .place import runs_code, wrong_with
 
 CLOCK = "strftime_now"  # what templates call for today's date
 DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"  # of strftime
@@ -31,6 +32,8 @@ def load_tokenizer(target: TargetConfig) -> PreTrainedTokenizerBase:
     except MemoryError:
         raise
     except Exception as exc:  # whatever damaged files make the libraries raise
+        if said := wrong_with(target.path) or runs_code(target, exc):
+            raise DataError(said) from exc
         reason = cut(f"{type(exc).__name__}: {exc}", 500)
         raise DataError(
             f"target {target.path!r} has no tokenizer that can be loaded: {reason}. "

@@ -18,12 +18,12 @@ from torch import Tensor
 from ..documents import read_document
 from ..errors import CaptureError
 from ..types import TargetInfo
+from .place import pointer
 from .skeleton import best_match, is_tied, parameter_names, stored_as
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TIED = {"lm_head": "embed_tokens", "embed_tokens": "lm_head"}
-POINTER = b"version https://git-lfs"
 
 
 class NoSafetensors(CaptureError):
@@ -178,14 +178,8 @@ def _open(path: Path) -> Iterator[Any]:
 
 def _damaged(path: Path, exc: Exception) -> str:
     """Say what is wrong with a safetensors file."""
-    with path.open("rb") as file:
-        start = file.read(len(POINTER))
-    if start == POINTER:
-        return (
-            f"{path} is a pointer of git-lfs, not the file it stands for. "
-            f"Try: git lfs pull, in {path.parent}"
-        )
-    return f"{path} is damaged, or its download did not end: {exc}. Download it again"
+    damaged = f"{path} is damaged, or its download did not end: {exc}. Download it again"
+    return pointer(path) or damaged
 
 
 def _find(target: TargetInfo, name: str, files: Mapping[str, str]) -> str:

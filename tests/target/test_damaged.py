@@ -28,6 +28,12 @@ def target(toy_target: Path, tmp_path: Path) -> Path:
     return shutil.copytree(toy_target, tmp_path / "target")
 
 
+def read(path: str) -> None:
+    config = TargetConfig(path=path)
+    load_target_info(config)
+    load_tokenizer(config)
+
+
 @pytest.mark.parametrize(
     ("file", "text"),
     [
@@ -59,6 +65,72 @@ def test_a_damaged_config(target: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded: ") as error:
         load_target_info(TargetConfig(path=str(target)))
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_pointers_of_a_clone_without_lfs(target: Path, file: str) -> None:
+    (target / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises((ConfigError, DataError), match=rf"{file} is a pointer .* git lfs pull, in"):
+        read(str(target))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/no/such/target", "'/no/such/target' is no folder here. Try: target.path=DIRECTORY"),
+        ("models/of/mine", "'models/of/mine' is no folder here"),
+        ("./absent", "'./absent' is no folder here"),
+        ("config.json", "config.json' is a file. Try: target.path=DIRECTORY_OF_A_MODEL"),
+        (".", "has no config.json: it is not a saved model"),
+    ],
+)
+@pytest.mark.parametrize("what", [load_target_info, load_tokenizer])
+def test_places_that_hold_no_target(
+    target: Path, path: str, message: str, what: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(target.parent)
+    if path == "config.json":
+        path = str(target / path)
+    with pytest.raises((ConfigError, DataError)) as error:
+        what(TargetConfig(path=path))
+    assert message in str(error.value)
+    assert "hf auth login" not in str(error.value)
+
+
+def test_code_of_a_tokenizer_is_run_with_leave_alone(target: Path) -> None:
+    """Every loader says which option gives leave: checkpoints and exports do not hold it."""
+    (target / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    said = json.loads((target / "tokenizer_config.json").read_text())
+    said |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (target / "tokenizer_config.json").write_text(json.dumps(said))
+    trusted = TargetConfig(path=str(target), trust_remote_code=True)
+    assert type(load_tokenizer(trusted)).__name__ == "Own"
+    with pytest.raises(DataError, match=r"code of its own.*Try: target\.trust_remote_code=true"):
+        load_tokenizer(TargetConfig(path=str(target)))
+
+
+@pytest.mark.parametrize(
+    "said", [None, {"quant_method": "fp8", "activation_scheme": "dynamic"}], ids=["plain", "fp8"]
+)
+def test_packed_weights_are_named_with_their_shapes(target: Path, said: Any) -> None:
+    """Two values of four bits in a byte, as NVFP4 is kept."""
+    weights = load_file(target / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    rows, columns = weights[name].shape
+    weights[name] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    extra = {} if said is None else {"quantization_config": said}
+    (target / "config.json").write_text(json.dumps(config | extra))
+    with pytest.raises(ConfigError, match="unquantised checkpoint") as error:
+        TransformersEngine.load(TargetConfig(path=str(target)), CPU)
+    message = str(error.value)
+    assert f"{name} of shape [{rows}, {columns // 2}]" in message
+    assert f"needs [{rows}, {columns}]; 1 of its tensors do not fit" in message
+    assert "hf auth login" not in message
 
 
 def test_cut_weights(target: Path) -> None:

@@ -16,7 +16,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from specforge_core.errors import ConfigError
+from specforge_core.config import TargetConfig
+from specforge_core.errors import ConfigError, DataError
+from specforge_core.target.tokenizer import load_tokenizer
 from specforge_core.types import TargetInfo
 
 from .config import DFlashConfig
@@ -54,14 +56,13 @@ def mask_token(config: DFlashConfig, target: TargetInfo) -> int:
 def _choose(
     path: str, revision: str | None, trust: bool, vocab_size: int, roles: frozenset[int]
 ) -> int:
-    from transformers import AutoTokenizer
-
+    target = TargetConfig(path=path, revision=revision, trust_remote_code=trust)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust)
-    except (OSError, ValueError) as exc:
+        tokenizer = load_tokenizer(target)
+    except DataError as exc:
         raise ConfigError(
-            f"no tokenizer of target {path!r} can be loaded to choose a mask token with: "
-            f"{str(exc).splitlines()[0].rstrip('.')}. {REMEDY}"
+            f"no mask token can be chosen: {exc}, or strategy.mask_token_id=ID, a token that never "
+            "occurs in your data"
         ) from exc
     return choose(tokenizer, vocab_size, roles)
 
