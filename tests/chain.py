@@ -14,6 +14,7 @@ from specforge_core.drafts.load import export_checkpoint, restore
 from specforge_core.errors import ConfigError
 from specforge_core.evaluate.run import evaluate
 from specforge_core.strategy import Strategy
+from specforge_core.target.skeleton import text_model
 from specforge_core.testing.runs import load, losses, write_run
 from specforge_core.testing.toy import write_conversations
 from specforge_core.train.run import train
@@ -78,7 +79,9 @@ def check_states(run: RunConfig, strategy: Strategy, model: Any) -> None:
     for place in range(len(reader)):
         sample = reader[place]
         with torch.no_grad():
-            found = model(input_ids=sample["input_ids"][None], output_hidden_states=True)
+            found = text_model(model)(
+                input_ids=sample["input_ids"][None], output_hidden_states=True
+            )
         first = 0 if model.config.model_type == "mamba2" else 1  # it does not list the embedding
         states = torch.cat([found.hidden_states[i + first][0] for i in layers], dim=-1)
         near(sample["hidden_states"], states)

@@ -23,7 +23,7 @@ from .head import Head
 from .info import load_pretrained, load_target_info
 from .proof import prove
 from .quantised import as_plain, check_method, loading, quant_method
-from .skeleton import auto_class, find_parts
+from .skeleton import auto_class, find_parts, text_model
 from .taps import Taps, tap_states
 from .weights import NoSafetensors, tensor_dtypes
 
@@ -67,6 +67,7 @@ class TransformersEngine:
             options |= as_plain(method)
             model, report = load_pretrained(auto_class(config), pinned, **options | own)
         _check_loaded(model, report, info, stored, method)
+        model = text_model(model)
         with loading(method, target.path):
             model.eval().requires_grad_(False)
             model.to(device)

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto import modeling_auto
@@ -56,6 +61,19 @@ def auto_class(config: Any) -> Any:
         return causal
     known = config.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return image if causal.__name__ not in own and (known or image.__name__ in own) else causal
+
+
+def text_model(model: Any) -> Any:
+    """Return the whole language model inside a model of texts and images, head and all.
+
+    Most have none: their text models are decoders, and the head is the outer one's.
+    """
+    inner: Any = getattr(model, "language_model", None)
+    whole = isinstance(inner, PreTrainedModel)
+    if not whole or inner.get_output_embeddings() is None:
+        return model
+    inner.generation_config = model.generation_config
+    return inner
 
 
 def skeleton(target: TargetInfo) -> Any | None:

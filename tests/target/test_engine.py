@@ -19,6 +19,8 @@ from specforge_core.target.taps import tap_states
 from specforge_core.testing.close import close
 from specforge_core.types import CaptureSpec, Prompt
 
+from .. import families
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -282,6 +284,13 @@ def test_parts_are_found_whatever_they_are_called(llama: TargetConfig):
 
 def _layers(decoder: Any) -> Any:
     return decoder.renamed_layers
+
+
+def test_of_a_model_of_images_its_whole_language_model_is_run(tmp_path: Path):
+    families.save("llama4_mm", tmp_path)
+    engine = TransformersEngine.load(TargetConfig(path=str(tmp_path), dtype="float32"), CPU)
+    assert type(engine.model).__name__ == "Llama4ForCausalLM"
+    assert engine.model.generation_config.eos_token_id == engine.info.config["eos_token_id"]
 
 
 def test_layers_that_cannot_be_found_are_an_error(llama: TargetConfig):
