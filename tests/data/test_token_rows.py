@@ -74,12 +74,12 @@ def scripted(fake_site: FakeSite) -> None:
 
 def save(style: Style, path: Path) -> Any:
     tokenizer = style.tokenizer()
-    end = tokenizer.convert_tokens_to_ids(style.end)
+    ends = [tokenizer.convert_tokens_to_ids(end) for end in (style.end, style.call_end) if end]
     save_toy_target(
         path,
         vocab_size=len(tokenizer),
         max_position_embeddings=4096,
-        eos_token_id=[tokenizer.eos_token_id, end],
+        eos_token_id=[tokenizer.eos_token_id, *ends],
         pad_token_id=tokenizer.eos_token_id,
     )
     tokenizer.save_pretrained(path)
@@ -281,6 +281,57 @@ def test_with_tools_the_answer_behind_the_last_result_is_written(tmp_path: Path)
     assert sorted(said) == sorted(f"{text}<|im_end|>" for text in texts)
 
 
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize("name", [name for name, style in STYLES.items() if style.calls])
+def test_calls_and_answers_behind_results_are_the_generated_tokens(
+    tmp_path: Path, name: str
+) -> None:
+    """In every template that has tools, with thoughts and without."""
+    style = STYLES[name]
+    assert style.calls is not None
+    tokenizer = save(style, tmp_path / "target")
+    user = {"role": "user", "content": "the question"}
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    rows = [
+        {"id": "asks", "messages": [user]},
+        {"id": "reads", "messages": [user, called, {"role": "tool", "content": "THE RESULT"}]},
+    ]
+    run = run_of(tmp_path / "target", tmp_path, style)
+    asking = "".join(json.dumps({**row, "tools": [LOOK]}) + "\n" for row in rows)
+    (tmp_path / "p.jsonl").write_text(asking)
+    calls = style.calls.format(thought=THOUGHT, arguments='{"at": "it"}')
+    texts = [
+        calls + (style.call_end or style.end),
+        style.writes.format(thought=THOUGHT, said=SAID) + style.end,
+    ]
+    script = {
+        str(i): [{"tokens": write_out(tokenizer, text, spelled=True), "finished": True}]
+        for i, text in enumerate(texts)
+    }
+    (tmp_path / "script.json").write_text(json.dumps(script))
+    report = regenerate(run, Strategy.load("linear"), tmp_path / "answers.jsonl")
+    assert report.num_written == 2
+
+    expected = asked(tmp_path)
+    assert sorted(supervised(trained(run))) == sorted(expected)
+    assert {tokenizer.decode(written) for _, written in expected} == set(texts)
+    (asks,), (reads,) = (
+        [tokenizer.decode(read) for read, written in expected if tokenizer.decode(written) == text]
+        for text in texts
+    )
+    assert all('"name": "look"' in prompt for prompt in (asks, reads))
+    assert "THE RESULT" in reads
+    assert "THE RESULT" not in asks
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    kept = {row["id"]: row for row in map(json.loads, lines)}
+    last = kept["asks"]["messages"][-1]
+    assert "look" in (last["content"] or last["tool_calls"][0]["function"]["name"])
+
+
 def toy_answers(tmp_path: Path, **data: Any) -> RunConfig:
     """Answer one prompt of the toy target; return the run that trains on it."""
     style = Style(str(toy_tokenizer().chat_template), "{said}", "<|im_end|>")
@@ -406,25 +457,47 @@ def test_tokens_that_were_made_of_text_are_said_to_be(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "answers.jsonl").read_text())["retokenized"] is True
 
 
+CHANNELLED = "<|channel|>commentary"
+BEGINS = "<|start|>assistant"
+
+
 @pytest.mark.parametrize(
-    ("text", "content", "thought"),
+    ("text", "content", "thought", "calls"),
     [
-        ("plain <|channel|>", "plain <|channel|>", None),
-        (STYLES["harmony"].writes.format(thought="t", said="s"), "s", "t"),
-        ("<|channel|>final<|message|>s", "s", None),
-        ("<|channel|>analysis<|message|>cut o", "", "cut o"),
-        ("<|channel|>analysis<|message|>t<|end|><|start|>assistant<|chan", "", "t"),
+        ("plain <|channel|>", "plain <|channel|>", None, []),
+        (" to=functions.f and more", " to=functions.f and more", None, []),
+        (STYLES["harmony"].writes.format(thought="t", said="s"), "s", "t", []),
+        ("<|channel|>final<|message|>s", "s", None, []),
+        ("<|channel|>analysis<|message|>cut o", "", "cut o", []),
+        (f"<|channel|>analysis<|message|>t<|end|>{BEGINS}<|chan", "", "t", []),
         (
-            "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary "
-            "to=functions.f <|constrain|>json<|message|>{}",
+            f"{CHANNELLED}<|message|>I look.<|end|>{BEGINS}{CHANNELLED} "
+            'to=functions.f <|constrain|>json<|message|>{"a": 1}',
             "I look.",
             None,
+            [("f", {"a": 1})],
         ),
-        ("<|channel|>final<|message|>a\n<b>", "a\n<b>", None),
+        (
+            "<|channel|>analysis<|message|>t<|end|>"
+            f"{BEGINS} to=functions.f{CHANNELLED} json<|message|>{{}}<|call|>"
+            f"{BEGINS} to=functions.g{CHANNELLED}<|message|>{{}}",
+            "",
+            "t",
+            [("f", {}), ("g", {})],
+        ),
+        (f' to=functions.f{CHANNELLED} json<|message|>{{"a": 1}}', "", None, [("f", {"a": 1})]),
+        (f' to=functions.f{CHANNELLED} json<|message|>{{"a": ', "", None, []),  # cut off
+        ("<|channel|>analysis to=python code<|message|>print(1)", "", None, []),
+        ("<|channel|>final<|message|>a\n<b>", "a\n<b>", None, []),
     ],
 )
-def test_answers_in_channels(text: str, content: str, thought: str | None) -> None:
-    expected = {"role": "assistant", "content": content}
+def test_answers_in_channels(
+    text: str, content: str, thought: str | None, calls: list[tuple[str, Any]]
+) -> None:
+    expected: dict[str, Any] = {"role": "assistant", "content": content}
     if thought:
         expected["reasoning_content"] = thought
+    if calls:
+        made = [{"name": name, "arguments": arguments} for name, arguments in calls]
+        expected["tool_calls"] = [{"type": "function", "function": one} for one in made]
     assert as_message(text) == expected
