@@ -245,7 +245,10 @@ def left_out(row: Row, data: DataConfig, limit: int, where: str) -> str | None:
     if row.length > limit and data.too_long == "skip":
         return "too long"
     if not any(row.loss_mask):
-        return "without an answer in data.max_length" if row.length > limit else "without an answer"
+        if row.length <= limit:
+            return "without an answer"
+        bound = "the target's positions" if limit < data.max_length else "data.max_length"
+        return f"without an answer in {bound}"
     return None
 
 

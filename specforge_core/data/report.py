@@ -62,7 +62,9 @@ class DataReport:
             f"{prompts.num_tokens:,} tokens, {prompts.num_supervised:,} supervised ({share:.1%})",
             f"lengths: {shortest:,} to {longest:,} tokens, half up to {half:,}, 90% up to "
             f"{most:,}, 99% up to {nearly:,}",
-            f"cut to data.max_length: {prompts.told.cut:,} rows",
+            f"cut to {longest:,} tokens: {prompts.told.cut:,} rows"
+            if prompts.told.cut
+            else "cut: none",
             f"skipped: {told(prompts.skipped) or 'none'}",
         ]
         return "\n".join(lines)

@@ -206,6 +206,9 @@ def test_no_row_is_longer_than_the_targets_positions(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"d\.jsonl:1: \d+ tokens, longer than the target's 80 pos"):
         bounded(too_long="raise")
     assert lengths(bounded(max_length=75)) == [75, lengths(load(path))[1]]
+    write(tmp_path / "d.jsonl", ["x" * 100, "Hi"], ["Hi", "Hello"])
+    assert bounded().skipped == {"without an answer in the target's positions": 1}
+    assert bounded(max_length=75).skipped == {"without an answer in data.max_length": 1}
 
 
 def test_the_length_of_a_huge_row_is_not_counted_to_its_end(tmp_path: Path) -> None:

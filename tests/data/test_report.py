@@ -46,6 +46,8 @@ def test_the_numbers(config: Path) -> None:
     assert "skipped: 1 not JSON" in str(report)
     cut = report_data(*load_config(config, ("data.on_error=skip", "data.max_length=40")))
     assert cut.prompts.told.cut == sum(len(p.input_ids) == 40 for p in cut.prompts) > 0
+    assert f"cut to 40 tokens: {cut.prompts.told.cut} rows" in str(cut)
+    assert "cut: none" in str(report)
 
 
 def test_what_is_supervised_is_set_off(config: Path) -> None:
