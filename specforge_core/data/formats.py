@@ -74,6 +74,10 @@ PACKED: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\0": lzma.LZMAFile,
 }
+PANDAS = (
+    "python -c \"import pandas; pandas.read_{read}('FILE').to_json('FILE.jsonl', orient='records', "
+    'lines=True)"'
+)
 TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
 # first bytes -> what it is, and how rows come of it
 OTHERS = {
@@ -88,15 +92,20 @@ OTHERS = {
     b"\x80\x04": ("a Python pickle, which may run code", "write its rows as JSON lines"),
     b"\x80\x05": ("a Python pickle, which may run code", "write its rows as JSON lines"),
     b"%PDF": ("a PDF", "a file of conversations"),
+    b"Obj\x01": ("a file of Avro", "fastavro FILE > FILE.jsonl (pip install fastavro)"),
+    b"ORC": ("a table of ORC", PANDAS.format(read="orc")),
+    b"FEA1": ("a table of Feather, version 1", PANDAS.format(read="feather")),
+    b"\x89HDF": ("a file of HDF5", "write its rows as JSON lines"),
+    b"\x93NUMPY": ("an array of numpy", "write its rows as JSON lines"),
+    b"7z\xbc\xaf": ("an archive", "7z x FILE, and name what is in it"),
+    b"Rar!": ("an archive", "unrar x FILE, and name what is in it"),
+    b"\x04\x22\x4d\x18": ("packed by lz4", "lz4 -d FILE"),
     **dict.fromkeys(
         (b"<!DOCTYPE", b"<!doctype", b"<html", b"<?xml"),
         ("a web page or XML, perhaps in the place of a download", "get the file again"),
     ),
 }
-CSV = (
-    "python -c \"import pandas; pandas.read_csv('FILE').to_json('FILE.jsonl', orient='records', "
-    'lines=True)"'
-)
+CSV = PANDAS.format(read="csv")
 BY_ENDING = {
     ".csv": ("a table of text", CSV),
     ".tsv": ("a table of text", CSV.replace("'FILE')", "'FILE', sep='\\t')")),
@@ -164,6 +173,8 @@ def _text(stream: IO[bytes], head: bytes, path: Path, name: str) -> Iterator[Lin
         known = BY_ENDING.get(path.suffix.lower())
         if head[257:262] == b"ustar":
             known = ("an archive", "tar xf FILE, and name what is in it")
+        if known is None and b"\0" in head:
+            known = ("of no kind that is known", "a file of conversations, one JSON object a line")
     if known is not None:
         raise _no_rows(path, *known)
     lines = path.name.partition(".")[2].startswith(("jsonl", "ndjson"))

@@ -13,6 +13,7 @@ from typing import IO, Any, Literal, TypeAlias
 
 from ..config import DataConfig
 from ..errors import DataError
+from .hints import SKIP, of_line, of_row
 from .messages import CHATS, Message as Message, parse
 from .tools import Tool
 
@@ -20,7 +21,6 @@ from .tools import Tool
 Rows: TypeAlias = Callable[[str, DataConfig], Iterable[Mapping[str, Any] | DataError]]
 PIECE = 1 << 20  # characters of an array that are read at once
 MAX_LINE = 64 << 20  # bytes of one line, far beyond any conversation
-_SKIP = "Correct the line, or set data.on_error=skip"
 
 
 class BadRow(DataError):
@@ -186,7 +186,7 @@ def read_lines(file: IO[bytes], name: str, first: int = 1) -> Iterator[Line | Da
     for line, number in lines_of(file, first):
         where = f"{name}:{number}"
         if len(line) > MAX_LINE:
-            yield BadRow(f"{where} is longer than {MAX_LINE:,} bytes. {_SKIP}", "too long")
+            yield BadRow(f"{where} is longer than {MAX_LINE:,} bytes. {SKIP}", "too long")
         else:
             yield _parse(line, where)
 
@@ -244,18 +244,16 @@ def _parse(line: bytes, where: str) -> Line | DataError:
     try:
         row = json.loads(line)
     except RecursionError:
-        return BadRow(f"{where} is JSON nested too deeply to be read. {_SKIP}", "not JSON")
+        return BadRow(f"{where} is JSON nested too deeply to be read. {SKIP}", "not JSON")
     except ValueError as exc:  # also bytes that are not UTF-8
-        several = line.rstrip() == b"{"
-        hint = "One object on several lines? Try: jq -c . FILE > FILE.jsonl" if several else _SKIP
-        return BadRow(f"{where} is not a line of JSON ({exc}). {hint}", "not JSON")
+        return BadRow(f"{where} is not a line of JSON ({exc}). {of_line(line, exc)}", "not JSON")
     return _row(row, where)
 
 
 def _row(row: object, where: str) -> Line | DataError:
     if not isinstance(row, dict):
         found = type(row).__name__
-        return BadRow(f"{where}: expected an object, found {found}. {_SKIP}", "not a conversation")
+        return BadRow(f"{where}: expected an object, found {found}. {SKIP}", "not a conversation")
     return Line(row, where)
 
 
@@ -280,11 +278,11 @@ def _conversation(
     if is_tokens(row):
         if need_answer:
             return Conversation((), where, source, row)
-        return BadRow(f"{where}: tokens ask no question. {_SKIP}", "without a question")
+        return BadRow(f"{where}: tokens ask no question. {SKIP}", "without a question")
     try:
         parsed = parse(row, data.ignore_fields)
     except ValueError as exc:
-        return BadRow(f"{where}: {exc}. {_SKIP}", "not a conversation")
+        return BadRow(f"{where}: {exc}. {of_row(row) or SKIP}", "not a conversation")
     roles = {message["role"] for message in parsed.messages}
     if need_answer and "assistant" not in roles:
         return BadRow(
@@ -294,6 +292,6 @@ def _conversation(
         )
     if not need_answer and "user" not in roles:
         return BadRow(
-            f"{where}: the conversation has no user turn to answer. {_SKIP}", "without a question"
+            f"{where}: the conversation has no user turn to answer. {SKIP}", "without a question"
         )
     return Conversation(parsed.messages, where, source, row, parsed.tools)

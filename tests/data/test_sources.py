@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,47 @@ def test_both_formats_become_openai_messages(tmp_path: Path) -> None:
     )
     assert [c.where for c in (first, second)] == ["d.jsonl:1", "d.jsonl:3"]
     assert first.row["id"] == "a"
+
+
+CHAT = {
+    "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hé"}],
+}
+TURNS = json.dumps(CHAT["messages"], ensure_ascii=False)
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"prompt": "hi", "completion": "hé"}',
+        '{"instruction": "hi", "output": "hé", "input": ""}',
+        '{"question": "hi", "answer": "hé"}\n{"question": "hi", "answer": "hé"}',
+        f'{{"version": 2, "it\'s": [{json.dumps(CHAT, ensure_ascii=False)}]}}',
+        f"{json.dumps(CHAT)},\n{json.dumps(CHAT)}\n",
+        json.dumps(CHAT, indent=1),
+        f"{TURNS}\n{TURNS}\n",
+        pytest.param(json.dumps(CHAT, ensure_ascii=False).encode("latin-1"), id="latin-1"),
+    ],
+)
+def test_the_advised_command_makes_rows_of_what_is_nearly_some(
+    tmp_path: Path, text: str | bytes
+) -> None:
+    path = tmp_path / "FILE"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError) as error:
+        read(path)
+    command = str(error.value).partition("Try: ")[2]
+    assert command, str(error.value)
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    found = read(tmp_path / "FILE.jsonl")
+    assert found
+    assert all(list(one.messages) == CHAT["messages"] for one in found)
+
+
+def test_an_instruction_and_its_input_are_one_question(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", {"instruction": "Add.", "input": "1 2", "output": "3"})
+    with pytest.raises(DataError, match=r'content: \(\.instruction \+ "\\n\\n" \+ \(\.input'):
+        read(path)
 
 
 @pytest.mark.parametrize(
