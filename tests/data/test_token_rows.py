@@ -154,8 +154,11 @@ def asked(folder: Path) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.usefixtures("scripted")
-@pytest.mark.parametrize("spelled", [False, True])
-@pytest.mark.parametrize("name", STYLES)
+@pytest.mark.parametrize(
+    ("name", "spelled"),
+    # tokens that the tokenizer would not write show whatever is tokenized again
+    [*((name, True) for name in STYLES), ("chatml", False), ("harmony", False), ("glm4", False)],
+)
 def test_the_trained_tokens_are_the_generated_ones(
     tmp_path: Path, name: str, spelled: bool
 ) -> None:
