@@ -5,7 +5,8 @@ python benchmarks/data.py TARGET [--count 200000] [--folder DIR] [--workers 1 2]
 TARGET is a model whose tokenizer and template are used, as the quickstart's.  Each line is a
 process of its own, its imports not counted.  "first" is the first group of rows, with which
 training over `train.max_steps` begins, "all" the last row.  Memory is what the process and its
-workers hold beyond what they held at the start, without mapped files.
+workers hold beyond what they held at the start, without mapped files.  Processor seconds are of
+this process and of its workers, whose imports count.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -80,7 +82,7 @@ def measure(target: str, path: str, cache: str, workers: int, limit: float) -> N
             memory.append(anonymous(os.getpid()) - base)
 
     threading.Thread(target=watch, daemon=True).start()
-    started = time.perf_counter()
+    started, before = time.perf_counter(), processor(resource.RUSAGE_SELF)
     asked = open_prompts(data, tokenizer, len(tokenizer), lambda name, _: open_source(name))
     rows = asked.stream()
     order = Order(0, data.shuffle_window, rows.wait, asked.window)
@@ -99,7 +101,17 @@ def measure(target: str, path: str, cache: str, workers: int, limit: float) -> N
     rows.close()
     memory = memory or [anonymous(os.getpid()) - base]
     shown = [memory[round(part * (len(memory) - 1))] >> 20 for part in (0.25, 0.5, 0.75, 1)]
-    print(f"{told} after {seconds:.1f} s; MiB at each quarter {shown}, at most {max(memory) >> 20}")
+    used = processor(resource.RUSAGE_SELF) - before
+    print(
+        f"{told} after {seconds:.1f} s; MiB at each quarter {shown}, at most {max(memory) >> 20};"
+    )
+    print(f"  processor {used:.1f} s, its workers {processor(resource.RUSAGE_CHILDREN):.1f} s")
+
+
+def processor(who: int) -> float:
+    """Return the processor seconds of this process, or of those that it waited for."""
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:

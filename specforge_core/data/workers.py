@@ -47,16 +47,19 @@ def make_rows(
             stack.callback(worker.close)
         given: deque[tuple[Worker, list[Item]]] = deque()
         while chunk or given:
+            done: list[Item] = []
+            found: list[Made] | None = None
             free = next((one for one in pool if one.is_free()), None)
-            if chunk and free is not None and free.give(chunk):
+            if given and (free is None or not chunk):
+                free, done = given.popleft()
+                found = free.take()
+            # it works on while the rows that it made are written
+            if chunk and free is not None and free.is_free() and free.give(chunk):
                 given.append((free, chunk))
                 chunk = list(islice(items, CHUNK))
-            elif given:
-                worker, done = given.popleft()
-                yield from zip(done, worker.take() or _here(done, make), strict=True)
-            else:
-                yield from zip(chunk, _here(chunk, make), strict=True)
-                chunk = list(islice(items, CHUNK))
+            elif not given and not done:
+                done, chunk = chunk, list(islice(items, CHUNK))
+            yield from zip(done, found or _here(done, make), strict=True)
 
 
 def _here(chunk: Iterable[Item], make: RowMaker) -> Iterator[Made]:
