@@ -6,9 +6,11 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from specforge_openai import engine
 
 from specforge_core.testing.toy import toy_tokenizer
 
@@ -98,3 +100,23 @@ def completions_server() -> Iterator[Callable[[], CompletionsServer]]:
     for server in started:
         if server.thread.is_alive():
             server.stop()
+
+
+@pytest.fixture
+def start(
+    completions_server: Callable[[], CompletionsServer],
+    toy_target: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., CompletionsServer]:
+    """Return a function that starts a server of the toy target, which may answer otherwise."""
+    monkeypatch.setattr(engine, "PAUSE_SECONDS", 0.0)
+
+    def begin(answer: Any = None) -> CompletionsServer:
+        server = completions_server()
+        server.model["id"] = toy_target.name
+        if answer is not None:
+            echo = server.answer
+            server.answer = lambda body: (echo if body.get("echo") else answer)(body)
+        return server
+
+    return begin
