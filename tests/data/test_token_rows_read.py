@@ -1,0 +1,166 @@
+"""Tokens in a row of data: whose they are, damaged ones, and what the text says without them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specforge_core.config import DataConfig
+from specforge_core.data.harmony import as_message
+from specforge_core.data.regenerate import regenerate
+from specforge_core.errors import DataError
+from specforge_core.strategy import Strategy
+from specforge_core.testing.toy import save_toy_target, toy_tokenizer
+
+from .scripted import (
+    answer,
+    run_of,
+    supervised,
+    toy_answers,
+    trained,
+    write_out,
+)
+from .templates import STYLES, Style
+
+
+def change(path: Path, **values: Any) -> None:
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in {**row, **values}.items() if v is not None}))
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize("part", ["weights or config", "tokenizer", "chat template"])
+def test_tokens_of_another_target_are_refused_by_name(tmp_path: Path, part: str) -> None:
+    run = toy_answers(tmp_path)
+    assert len(trained(run)) == 1
+    shutil.rmtree(tmp_path / "target")
+    save_toy_target(tmp_path / "target", seed=part == "weights or config")
+    tokenizer = toy_tokenizer()
+    if part == "tokenizer":
+        tokenizer.eos_token = "<|endoftext|>"
+    if part == "chat template":
+        tokenizer.chat_template = "{{ bos_token }}" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(tmp_path / "target")
+    with pytest.raises(DataError) as error:
+        trained(run)
+    assert str(error.value).startswith("answers.jsonl:1: its tokens were written with another ")
+    assert f"{part} than this run's" in str(error.value)
+    assert "Answer the prompts with this target: specforge regenerate" in str(error.value)
+    # what the message says: without them the text is trained on
+    assert "jq -c 'del(.token_rows)'" in str(error.value)
+    change(tmp_path / "answers.jsonl", token_rows=None)
+    (row,) = trained(run)
+    assert row.loss_mask.sum() == 4
+
+
+@pytest.mark.usefixtures("scripted")
+def test_arguments_of_the_template_and_the_date_may_differ(tmp_path: Path) -> None:
+    """They are in the tokens: files with and without thoughts are trained on together."""
+    run = toy_answers(tmp_path)
+    data = {"chat_template_kwargs": {"enable_thinking": False}, "now": "2030-01-01"}
+    other = run.model_copy(update={"data": DataConfig(train=run.data.train, **data)})
+    assert [p.input_ids.tolist() for p in trained(other)] == [
+        p.input_ids.tolist() for p in trained(run)
+    ]
+    row = json.loads((tmp_path / "answers.jsonl").read_text())
+    assert row["sampling"]["chat_template_kwargs"] == {}
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ([], "'token_rows' is no list"),
+        ("x", "'token_rows' is no list"),
+        ([5], "'input_ids' is no list of token ids"),
+        ([{"input_ids": [], "loss_mask": []}], "'input_ids' is no list"),
+        ([{"input_ids": [1, -1], "loss_mask": [0, 1]}], "'input_ids' is no list"),
+        ([{"input_ids": [1, 2.0], "loss_mask": [0, 1]}], "'input_ids' is no list"),
+        ([{"input_ids": [1, True], "loss_mask": [0, 1]}], "'input_ids' is no list"),
+        ([{"input_ids": [1, 2**31], "loss_mask": [0, 1]}], "'input_ids' is no list"),
+        ([{"input_ids": [1, 2], "loss_mask": [1]}], "'loss_mask' is no list of 2"),
+        ([{"input_ids": [1, 2]}], "'loss_mask' is no list of 2"),
+        ([{"input_ids": [1, 2], "loss_mask": [0, 2]}], "other values than 0 and 1"),
+        ([{"input_ids": [1, 260], "loss_mask": [0, 1]}], "token id 260 is beyond"),
+    ],
+)
+def test_damaged_tokens_are_named(tmp_path: Path, damaged: Any, message: str) -> None:
+    run = toy_answers(tmp_path)
+    change(tmp_path / "answers.jsonl", token_rows=damaged)
+    with pytest.raises(DataError, match=rf"^answers\.jsonl:1: .*{message}"):
+        trained(run)
+
+
+@pytest.mark.usefixtures("scripted")
+def test_tokens_are_cut_to_the_longest_sample(tmp_path: Path) -> None:
+    run = toy_answers(tmp_path)
+    (whole,) = trained(run)
+    limit = len(whole.input_ids) - 1
+    short = run.model_copy(update={"data": DataConfig(train=run.data.train, max_length=limit)})
+    (cut,) = trained(short)
+    assert cut.input_ids.tolist() == whole.input_ids.tolist()[:limit]
+    refuse = DataConfig(train=run.data.train, max_length=limit, too_long="raise")
+    with pytest.raises(DataError, match=rf"{limit + 1} tokens, longer than data\.max_length"):
+        trained(run.model_copy(update={"data": refuse}))
+
+
+@pytest.mark.usefixtures("scripted")
+def test_text_of_a_cut_answer_has_no_end(tmp_path: Path) -> None:
+    run = toy_answers(tmp_path)
+    change(tmp_path / "answers.jsonl", token_rows=None, finish_reason=["length"])
+    (row,) = trained(run)
+    assert toy_tokenizer().decode(row.input_ids[row.loss_mask.bool()]) == "yes"
+
+
+@pytest.mark.usefixtures("scripted")
+def test_prompts_of_an_earlier_regeneration(tmp_path: Path) -> None:
+    """Their tokens are another's: none of them stay in what is written."""
+    run = toy_answers(tmp_path)
+    change(tmp_path / "answers.jsonl", retokenized=True)
+    shutil.move(tmp_path / "answers.jsonl", tmp_path / "p.jsonl")
+    other = write_out(toy_tokenizer(), "no<|im_end|>", spelled=False)
+    (tmp_path / "script.json").write_text(json.dumps({"0": [{"tokens": other, "finished": True}]}))
+    regenerate(run, Strategy.load("linear"), tmp_path / "answers.jsonl")
+    row = json.loads((tmp_path / "answers.jsonl").read_text())
+    assert "retokenized" not in row
+    ((_, written),) = supervised(trained(run))
+    assert written == other
+
+
+@pytest.mark.usefixtures("scripted")
+def test_tokens_that_were_made_of_text_are_said_to_be(tmp_path: Path) -> None:
+    style = Style(str(toy_tokenizer().chat_template), "{said}", "<|im_end|>")
+    save_toy_target(tmp_path / "target")
+    tokens = write_out(toy_tokenizer(), "yes<|im_end|>", spelled=False)
+    given = {"tokens": tokens, "finished": True, "retokenized": True}
+    report = answer(run_of(tmp_path / "target", tmp_path, style), tmp_path, {"0": [given]}, ("Hi",))
+    assert "1 tokenized anew (the server gives no token ids)" in str(report)
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["retokenized"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "thought"),
+    [
+        ("plain <|channel|>", "plain <|channel|>", None),
+        (STYLES["harmony"].writes.format(thought="t", said="s"), "s", "t"),
+        ("<|channel|>final<|message|>s", "s", None),
+        ("<|channel|>analysis<|message|>cut o", "", "cut o"),
+        ("<|channel|>analysis<|message|>t<|end|><|start|>assistant<|chan", "", "t"),
+        (
+            "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary "
+            "to=functions.f <|constrain|>json<|message|>{}",
+            "I look.",
+            None,
+        ),
+        ("<|channel|>final<|message|>a\n<b>", "a\n<b>", None),
+    ],
+)
+def test_answers_in_channels(text: str, content: str, thought: str | None) -> None:
+    expected = {"role": "assistant", "content": content}
+    if thought:
+        expected["reasoning_content"] = thought
+    assert as_message(text) == expected
