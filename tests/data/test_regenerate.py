@@ -15,12 +15,10 @@ from specforge_core.config import (
     DataConfig,
     RegenerateConfig,
     RunConfig,
-    StrategyConfig,
-    TargetConfig as Target,
 )
-from specforge_core.data.regenerate import RegenerateReport, regenerate as run_regenerate
 from specforge_core.errors import DataError
-from specforge_core.strategy import Strategy
+
+from .prompted import ask, lines, make_run, regenerate, write
 
 KILLED = """
 import sys
@@ -33,10 +31,6 @@ regenerate(run, Strategy.load("linear"), Path(sys.argv[2]))
 """
 
 
-def regenerate(run: RunConfig, output: Path) -> RegenerateReport:
-    return run_regenerate(run, Strategy.load("linear"), output)
-
-
 @pytest.fixture(scope="module")
 def talker(toy_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a target that stops at one in eight tokens."""
@@ -45,33 +39,6 @@ def talker(toy_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     stops = {"eos_token_id": list(range(2, 258, 8)), "pad_token_id": 2}
     (path / "generation_config.json").write_text(json.dumps(stops))
     return path
-
-
-def write(path: Path, *rows: dict[str, Any] | str) -> Path:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def ask(name: str, *questions: str, **metadata: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": question} for question in questions]
-    return {"id": name, "messages": messages, **metadata}
-
-
-def make_run(
-    target: Path, prompts: Path, *, data: dict[str, Any] | None = None, **options: Any
-) -> RunConfig:
-    settings = {"max_new_tokens": 24, "batch_size": 4, **options}
-    return RunConfig(
-        target=Target(path=str(target), device="cpu", dtype="float32"),
-        strategy=StrategyConfig(name="linear"),
-        data=DataConfig(**(data or {})),
-        regenerate=RegenerateConfig(prompts=(prompts,), **settings),
-    )
-
-
-def lines(path: Path) -> list[str]:
-    return sorted(path.read_text().splitlines())
 
 
 def test_rows_hold_the_targets_answers_and_the_prompts_fields(talker: Path, tmp_path: Path) -> None:
