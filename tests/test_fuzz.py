@@ -7,12 +7,11 @@ before, or by hand.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,11 @@ from specforge_core.tensorfile import DTYPES, OpenFile, read_header
 from specforge_core.testing.runs import load, write_run
 from specforge_core.train.run import train
 
+from .fuzzed import DEEP, HUGE, JSON, changed
+
 SECONDS = 8  # of one input, on a busy machine
 # inputs of each file at the slow level; said by the environment, they are drawn anew every time
 MANY = int(os.environ.get("SPECFORGE_FUZZ", "200"))
-DEEP = b"[" * 100_000
-HUGE = b"9" * 5000
 OVERRIDE_KEYS = (
     *("train.seed", "train.betas", "train", "strategy.name", "strategy", "target.options.a"),
     *("plugins", "plugins.tensorboard", "data.train", "eval.prompts.x", "output_dir", "", "."),
@@ -66,57 +65,6 @@ class Reader:
         """Write the file."""
         head = len(text).to_bytes(8, "little") if self.binary else b""
         self.path.write_bytes(head + text + rest)
-
-
-def leaf() -> st.SearchStrategy[Any]:
-    """Return values that JSON can write, the unusual ones often."""
-    odd = [None, True, -1, 0, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "\0", "../x"]
-    return st.sampled_from([*odd, "\ud800", [], {}, [[]], {"a": None}, "x" * 5000]) | st.one_of(
-        st.integers(), st.floats(), st.text(max_size=9)
-    )
-
-
-JSON = st.recursive(
-    leaf(),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
-def places(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the way to every value inside of another."""
-    yield path
-    if isinstance(value, dict | list):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places(value[key], (*path, key))
-
-
-def replaced(document: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """Return a document with another value in one place."""
-    if not path:
-        return value
-    document = copy.deepcopy(document)
-    node = document
-    for key in path[:-1]:
-        node = node[key]
-    node[path[-1]] = value
-    return document
-
-
-@st.composite
-def changed(draw: st.DrawFn, text: bytes) -> bytes:
-    """Draw a document of JSON that is nearly `text`."""
-    if draw(st.integers(0, 3)):
-        document = json.loads(text)
-        for _ in range(draw(st.integers(1, 2))):
-            ways = list(places(document))
-            document = replaced(document, draw(st.sampled_from(ways)), draw(JSON))
-        return json.dumps(document).encode()
-    at = draw(st.integers(0, len(text)))
-    put = draw(st.sampled_from([b"", b"\0", b"\xff", b"{", b"]", b"1e999", HUGE, DEEP]))
-    return text[:at] + put + text[at + draw(st.integers(0, 40)) :]
 
 
 @pytest.fixture(scope="module")

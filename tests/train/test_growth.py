@@ -8,15 +8,12 @@ import shutil
 import signal
 import time
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from specforge_core.data.promptset import Joined
 from specforge_core.data.shares import Shares
@@ -34,22 +31,9 @@ from specforge_core.train.run import train
 from specforge_core.train.trainer import Trainer
 
 from ..runs import linear_run
+from .growing import EPOCHS, GROWS, Whole, answers, same, trained
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
-
-# 20 rows are 5 steps; 3 + 3 + 3 + 1 prompts are answered from steps 2, 4, 6 and 8 on
-GROWS = (
-    "train.regenerate_every=2",
-    "train.regenerate_prompts=3",
-    "train.max_steps=16",
-    "train.schedule=constant",  # the first steps of a shorter run are the same
-    "train.warmup_ratio=0",
-    "regenerate.max_new_tokens=6",
-    "regenerate.keep_unfinished=true",
-    "regenerate.temperature=1",
-    "regenerate.batch_size=2",
-)
-EPOCHS = (5, 12)  # the last step of the first one, of 20 rows, and of the second, of 26
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +43,6 @@ def config(tmp_path_factory: pytest.TempPathFactory, toy_target: Path) -> Path:
     prompts = write_conversations(folder / "prompts.jsonl", 10, seed=1)
     path.write_text(path.read_text() + f"regenerate: {{prompts: [{prompts}]}}\n")
     return path
-
-
-@dataclass
-class Whole:
-    """A run that nothing disturbed."""
-
-    out: Path
-    seen: list[list[int]]  # the samples trained on in each epoch
-    prompts: Joined  # of the last one
-    said: str
 
 
 @pytest.fixture(scope="module")
@@ -91,30 +65,6 @@ def whole(config: Path) -> Whole:
         patch.setattr(Trainer, "_optimizer_step", watching)
         assert train(*load(config, *GROWS, "train.save_every=100")).step == 16
     return Whole(config.parent / "run", seen, prompts[0], " ".join(said.getvalue().split()))
-
-
-def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    files = sorted(find(output_dir).glob("*.safetensors"))
-    return {f"{file.name}/{key}": value for file in files for key, value in load_file(file).items()}
-
-
-def answers(output_dir: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (output_dir / "regenerated").iterdir()}
-
-
-def trained(output_dir: Path) -> list[dict[str, float]]:
-    """Return what was logged of each step, but times."""
-    names = ("step", "loss", "grad_norm", "tokens", "learning_rate")
-    return [{name: row[name] for name in names} for row in lines(output_dir)]
-
-
-def same(one: Path, other: Path) -> bool:
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert trained(one) == trained(other)
-    assert read_state(find(one)).grown == read_state(find(other)).grown
-    return answers(one) == answers(other)
 
 
 def test_what_is_answered_in_one_epoch_is_trained_on_from_the_next_on(whole: Whole) -> None:
