@@ -98,10 +98,7 @@ class Trainer:
                 console.print(change, markup=False)
 
     def loop(self) -> TrainReport:
-        """Train until the last step or a signal to stop; save; say where.
-
-        Raises Interrupted where the signal comes before there is anything to save.
-        """
+        """Train to the last step or a signal, and save; Interrupted where there is no step yet."""
         config = self.run.train
         info = (self.run, self.strategy, self.feed, self.course, self.step, self.log.logged)
         self.trackers.start(run_info(*info))

@@ -135,15 +135,10 @@ def backward(
     d_out, q, kc, vc, kb, vb = map(_dense, (d_out, q, *context_kv, *block_kv))
     out, lse = result
     chosen, (b, h, n, d), kv_heads = tunings(q), q.shape, kc.shape[1]
-    same = {
-        "GROUP": h // kv_heads,
-        "D": d,
-        "DP": triton.next_power_of_2(d),
-        "PRECISION": "tf32x3",
-    }
+    padded = triton.next_power_of_2(d)
+    same = {"GROUP": h // kv_heads, "D": d, "DP": padded, "PRECISION": "tf32x3"}
     sizes = (h, n, kc.shape[2], d**-0.5)
-    delta = torch.empty_like(lse)
-    tuning = chosen.queries
+    delta, tuning = torch.empty_like(lse), chosen.queries
     heads, slots, grid = _tile(q, kv_heads, tuning, block)
     parts = h // kv_heads // heads  # of which the gradients of one key/value head are the sum
     d_q = by_token(q, h, q.dtype)
