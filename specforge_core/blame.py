@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from types import FunctionType
 
 import pluggy
 
@@ -23,14 +24,19 @@ def package_of(pm: pluggy.PluginManager, name: str) -> str:
     return name
 
 
-def package_behind(pm: pluggy.PluginManager, value: object) -> str:
-    """Return the package whose module defines a value's type; that module, if none does."""
-    module = type(value).__module__
+def package_behind(pm: pluggy.PluginManager, hook: str, value: object, strategy: str) -> str:
+    """Return the package that a value of a hook comes from: whose module defines it or its type."""
+    code = getattr(value, "gi_code", None)  # of a hook that is a generator
+    for impl in getattr(pm.hook, hook).get_hookimpls():
+        if code is not None and getattr(impl.function, "__code__", None) is code:
+            return package_of(pm, impl.plugin_name)
+    own = vars(value).get("__module__") if isinstance(value, type | FunctionType) else None
+    root = str(own or type(value).__module__).partition(".")[0]
     for name, plugin in pm.list_name_plugin():
-        root = getattr(plugin, "__name__", "").partition(".")[0]
-        if root == module.partition(".")[0]:
+        # a plugin may return a type of the core's
+        if name != "core" and getattr(plugin, "__name__", "").partition(".")[0] == root:
             return package_of(pm, name)
-    return module
+    return provider(pm, hook, strategy)
 
 
 def provider(pm: pluggy.PluginManager, hook: str, strategy: str) -> str:

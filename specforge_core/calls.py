@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import pluggy
 
 from . import blame, plugins
 from .errors import PluginError, SpecForgeError
+from .returned import Wrong
 from .stop import Interrupted
 from .text import cut, said
+from .watch import Watch
 
 T = TypeVar("T")
 
@@ -26,10 +29,13 @@ class Calls:
     pm: pluggy.PluginManager
 
     @contextmanager
-    def guard(self, hook: str, plugin: str | None = None, *, status: int = 1) -> Iterator[None]:
+    def guard(
+        self, hook: str, plugin: str | None = None, *, status: int = 1, package: str | None = None
+    ) -> Iterator[None]:
         """Turn what a plugin raises, in a hook or in what the hook returned, into a PluginError.
 
-        `status` is the command's exit status then: 1 in a run, 2 where it is set up.
+        `status` is the command's exit status then: 1 in a run, 2 where it is set up.  `package` is
+        named, where that is known; else the one whose code the error came through.
         """
         try:
             yield
@@ -38,7 +44,7 @@ class Calls:
         except BaseException as exc:
             if _out_of_memory(exc):
                 raise
-            who = blame.blamed(self.pm, hook, exc, plugin or self.name)
+            who = package or blame.blamed(self.pm, hook, exc, plugin or self.name)
             reason = cut(said(exc), plugins.REASON)
             error = PluginError(f"{who}, {hook}: {type(exc).__name__}: {reason}")
             error.exit_code = status
@@ -49,6 +55,20 @@ class Calls:
         if not isinstance(value, kind):
             raise self._unexpected(hook, value, text)
         return value
+
+    def check(self, hook: str, wrong: Wrong | None, *, value: object = None) -> None:
+        """Raise PluginError where something is wrong with what `value` is, or has returned."""
+        if wrong is not None:
+            who = blame.package_behind(self.pm, hook, value, self.name)
+            raise PluginError(f"{who}, {hook}: returned {wrong[0]}, expected {wrong[1]}")
+
+    def watched(self, hook: str, value: Any, kind: Callable[[Any, Watch], Any]) -> Any:
+        """Return a plugin's object so that what goes wrong in it names its package and hook."""
+        if type(value).__module__.partition(".")[0] == __package__:
+            return value  # the core's own
+        who = blame.package_behind(self.pm, hook, value, self.name)
+        guard = partial(self.guard, hook, package=who)
+        return kind(value, Watch(guard, partial(self.check, hook, value=value)))
 
     def _first(self, hook: str, **arguments: object) -> Any:
         with self.guard(hook, status=2):
@@ -67,7 +87,9 @@ class Calls:
         return self.check_returned(hook, value, kind, f"{kind.__name__}")
 
     def _with(self, hook: str, value: T, *names: str) -> T:
-        if missing := [name for name in names if not hasattr(value, name)]:
+        with self.guard(hook, status=2):  # a property may raise
+            missing = [name for name in names if not hasattr(value, name)]
+        if missing:
             wanted = "a function" if names == ("__call__",) else f"an object with {missing[0]!r}"
             raise self._unexpected(hook, value, wanted)
         return value
@@ -75,7 +97,7 @@ class Calls:
     def _unexpected(
         self, hook: str, value: object, expected: str, plugin: str | None = None
     ) -> PluginError:
-        who = blame.provider(self.pm, hook, plugin or self.name)
+        who = blame.package_behind(self.pm, hook, value, plugin or self.name)
         return PluginError(f"{who}, {hook}: returned {type(value).__name__}, expected {expected}")
 
 

@@ -59,7 +59,8 @@ def validate(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Strategy]:
     if not isinstance(named, dict):
         raise ConfigError(f"{origin}: plugins must hold a section by plugin, got {shorten(named)}")
     strategy = Strategy.load(name, using=_used(raw, named))
-    chosen = _section(strategy.config(), section, origin, ("strategy",))
+    with strategy.guard("specforge_config", status=2):  # its validators may raise anything
+        chosen = _section(strategy.config(), section, origin, ("strategy",), name)
     models = strategy.plugin_configs()
     if unknown := sorted(named.keys() - models.keys()):
         known, first = ", ".join(sorted(discover(PLUGINS))) or "none", cut(unknown[0])
@@ -67,10 +68,11 @@ def validate(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Strategy]:
             f"{origin}: plugins.{first}: no installed plugin has this section (installed: "
             f"{known}). `specforge plugins` lists them. Try: pip install specforge-{first}"
         )
-    sections = {
-        key: _section(models[key], {} if value is None else value, origin, ("plugins", key))
-        for key, value in named.items()
-    }
+    sections = {}
+    for key, value in named.items():
+        with strategy.guard("specforge_plugin_config", key, status=2):
+            given = {} if value is None else value
+            sections[key] = _section(models[key], given, origin, ("plugins", key), key)
     try:
         whole = {**raw, "strategy": chosen, "plugins": sections}
         run = RunConfig.model_validate(whole)
@@ -107,7 +109,11 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _explain(
-    exc: ValidationError, origin: str, model: type[BaseModel], prefix: tuple[str, ...] = ()
+    exc: ValidationError,
+    origin: str,
+    model: type[BaseModel],
+    prefix: tuple[str, ...] = (),
+    command: str = "config",
 ) -> str:
     lines: list[str] = []
     errors = exc.errors(include_url=False, include_context=False)
@@ -128,7 +134,7 @@ def _explain(
     if len(errors) > MAX_ERRORS:
         lines.append(f"and {len(errors) - MAX_ERRORS} more")
     listing = "\n  ".join(lines)
-    return f"{origin} is not a valid config:\n  {listing}\nTry: specforge config"
+    return f"{origin} is not a valid config:\n  {listing}\nTry: specforge {command}"
 
 
 def _similar(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
@@ -150,8 +156,10 @@ def _used(raw: Mapping[str, Any], named: Mapping[str, Any]) -> frozenset[str]:
     return frozenset({*map(str, named), *([engine] if isinstance(engine, str) else [])})
 
 
-def _section(model: type[S], value: object, origin: str, prefix: tuple[str, ...]) -> S:
+def _section(
+    model: type[S], value: object, origin: str, prefix: tuple[str, ...], package: str
+) -> S:
     try:
         return model.model_validate(value)
     except ValidationError as exc:
-        raise ConfigError(_explain(exc, origin, model, prefix=prefix)) from exc
+        raise ConfigError(_explain(exc, origin, model, prefix, f"check {package}")) from exc

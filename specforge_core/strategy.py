@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from . import blame, plugins
 from .calls import Calls
 from .errors import CheckpointError, PluginError
+from .returned import wrong_draft, wrong_export, wrong_optimizers, wrong_spec
 from .types import CaptureSpec, Draft, Export, NotServed, Problem
+from .watch import WatchedEngine, WatchedProposer, watched_reader, watched_rows
 
 if TYPE_CHECKING:
     import torch
@@ -87,13 +89,18 @@ class Strategy(Calls):
         )
         if found is None:
             raise PluginError(f"data source {source!r}: no installed plugin reads it")
-        return self._with("specforge_conversations", found, "__iter__")
+        self._with("specforge_conversations", found, "__iter__")
+        rows: Iterable[Mapping[str, Any]]
+        rows = self.watched("specforge_conversations", found, watched_rows)
+        return rows
 
     def adapter(self, config: StrategyConfig, target: TargetInfo) -> Adapter:
         found: Adapter = self._need("specforge_adapter", config=config, target=target)
-        self._with("specforge_adapter", found, "spec", "__call__")
+        hook = "specforge_adapter"
+        self._with(hook, found, "spec", "__call__")
         if not isinstance(found.spec, CaptureSpec):
-            raise self._unexpected("specforge_adapter", found.spec, "an object with a CaptureSpec")
+            raise self._unexpected(hook, found.spec, "an object with a CaptureSpec")
+        self.check(hook, wrong_spec(found.spec, target.num_layers), value=found)
         return found
 
     def target_engine(self, target: TargetConfig, device: torch.device) -> TargetEngine:
@@ -106,7 +113,9 @@ class Strategy(Calls):
                 f"Try: pip install specforge-{target.engine}, or target.engine=transformers"
             )
         asked = ("info", "supports", "capture", "generate", "close")
-        return self._with("specforge_target_engine", found, *asked)
+        self._with("specforge_target_engine", found, *asked)
+        engine: TargetEngine = self.watched("specforge_target_engine", found, WatchedEngine)
+        return engine
 
     def verify_capture(
         self,
@@ -131,7 +140,9 @@ class Strategy(Calls):
     ) -> Reader:
         hook = "specforge_reader"
         found: Reader = self._need(hook, config=config, spec=spec, target=target, path=path)
-        return self._with(hook, found, "__len__", "__getitem__")
+        self._with(hook, found, "__len__", "__getitem__")
+        reader: Reader = self.watched(hook, found, watched_reader)
+        return reader
 
     # ---- batches ----
 
@@ -150,9 +161,9 @@ class Strategy(Calls):
     def draft(self, config: StrategyConfig, target: TargetInfo, data: DataInfo | None) -> Draft:
         found = self._need("specforge_draft", config=config, target=target, data=data)
         draft = self._typed("specforge_draft", found, Draft)
-        self._with("specforge_draft", draft.model, "parameters", "state_dict")
-        if not any(parameter.requires_grad for parameter in draft.model.parameters()):
-            raise self._unexpected("specforge_draft", draft.model, "a model with parameters")
+        with self.guard("specforge_draft", status=2):  # its functions are tried
+            wrong = wrong_draft(draft)
+        self.check("specforge_draft", wrong)
         return draft
 
     def train_step(self, config: StrategyConfig) -> TrainStep:
@@ -160,19 +171,20 @@ class Strategy(Calls):
         return self._with("specforge_train_step", found, "__call__")
 
     def optimizers(self, train: TrainConfig, draft: Draft) -> list[Optimizer]:
-        found: list[Optimizer] | None = self._first(
-            "specforge_optimizers", train=train, draft=draft
-        )
-        if not found:
+        hook = "specforge_optimizers"
+        found: list[Optimizer] | None = self._first(hook, train=train, draft=draft)
+        if found is None:
             raise PluginError(
                 f"train.optimizer {train.optimizer!r} is not provided by any installed plugin. "
                 "Try: train.optimizer=adamw, or muon"
             )
         if not isinstance(found, list | tuple):
-            raise self._unexpected("specforge_optimizers", found, "a list of optimizers")
+            raise self._unexpected(hook, found, "a list of optimizers")
+        asked = ("param_groups", "step", "zero_grad", "state_dict", "load_state_dict")
         for optimizer in found:
-            self._with("specforge_optimizers", optimizer, "param_groups", "step")
-        return found
+            self._with(hook, optimizer, *asked)
+        self.check(hook, wrong_optimizers(found, draft.model), value=found[0] if found else None)
+        return list(found)
 
     def schedule(self, train: TrainConfig) -> Callable[[float], float]:
         found: Callable[[float], float] | None = self._first("specforge_schedule", train=train)
@@ -182,9 +194,10 @@ class Strategy(Calls):
                 "Try: train.schedule=cosine, constant or wsd"
             )
         self._with("specforge_schedule", found, "__call__")
+        who = blame.package_behind(self.pm, "specforge_schedule", found, self.name)
 
         def factor(progress: float) -> float:
-            with self.guard("specforge_schedule"):
+            with self.guard("specforge_schedule", package=who):
                 value = found(progress)
             if not (isinstance(value, float | int) and 0 <= value < float("inf")):
                 raise self._unexpected("specforge_schedule", value, f"a factor, not {value!r:.80}")
@@ -198,7 +211,7 @@ class Strategy(Calls):
         found: list[Tracker] = self._first(hook, run=run)
         return [
             (
-                blame.package_behind(self.pm, tracker),
+                blame.package_behind(self.pm, hook, tracker, self.name),
                 self._with(hook, tracker, "start", "log", "event", "close"),
             )
             for tracker in found
@@ -209,7 +222,14 @@ class Strategy(Calls):
     def proposer(self, config: StrategyConfig, draft: Draft, target: TargetInfo) -> Proposer:
         hook = "specforge_proposer"
         found: Proposer = self._need(hook, config=config, draft=draft, target=target)
-        return self._with(hook, found, "start", "propose", "accept", "max_tokens")
+        with self.guard(hook):
+            self._with(hook, found, "start", "propose", "accept", "max_tokens")
+            most: Any = found.max_tokens
+        if not isinstance(most, int) or most < 1:
+            expected = f"an object with max_tokens of at least 1, not {most!r:.80}"
+            raise self._unexpected(hook, found, expected)
+        proposer: Proposer = self.watched(hook, found, WatchedProposer)
+        return proposer
 
     def export(
         self, config: StrategyConfig, draft: Draft, target: TargetInfo, format: str
@@ -217,11 +237,14 @@ class Strategy(Calls):
         hook = "specforge_export"
         found = self._first(hook, config=config, draft=draft, target=target, format=format)
         if found is None:
+            others = " or ".join(name for name in ("hf", "sglang", "vllm") if name != format)
             raise PluginError(
                 f"strategy {self.name!r} cannot export to format {format!r}. "
-                "Try: --format hf, sglang or vllm, or what its package documents"
+                f"Try: --format {others}, or what its package documents"
             )
-        return self._typed(hook, found, Export)
+        export = self._typed(hook, found, Export)
+        self.check(hook, wrong_export(export))
+        return export
 
     def load_export(
         self, config: StrategyConfig, draft: Draft, target: TargetInfo, export: Export
@@ -237,6 +260,8 @@ class Strategy(Calls):
                 f"the export's config.json has a value of a kind that is not read there: {exc}. "
                 "Export again, or try a checkpoint: --draft OUTPUT_DIR"
             ) from exc
+        if done is not None and not isinstance(done, bool):
+            raise self._unexpected(hook, done, "True once the weights are loaded, or None")
         if not done:
             raise PluginError(
                 f"strategy {self.name!r} cannot load an exported directory. "

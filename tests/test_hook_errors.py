@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
 
-from specforge_core.config import DataConfig, StrategyConfig, TargetConfig, TrainConfig
+from specforge_core.config import TrainConfig
 from specforge_core.errors import CheckpointError, PluginError
 from specforge_core.strategy import Strategy
 from specforge_core.testing.plugin import FakeSite
-from specforge_core.types import CaptureSpec, Draft, Export, TargetInfo
+from specforge_core.types import Export
 
-from .bad_package import BASE
-
-CONFIG = StrategyConfig(name="bad")
-SPEC = CaptureSpec(layers=(), fields={})
-TARGET = TargetInfo(
-    name_or_path="x", revision=None, hidden_size=8, num_layers=2, vocab_size=9, config={}
-)
-DRAFT = Draft(model=torch.nn.Linear(1, 1))
-
-
-def bad(site: FakeSite, hook: str, arguments: str, body: str) -> Strategy:
-    site.strategy("bad", f"{BASE}\n@hookimpl\ndef specforge_{hook}({arguments}):\n    {body}\n")
-    return Strategy.load("bad")
-
-
-CALLS: dict[str, tuple[Any, ...]] = {
-    "config": (),
-    "conversations": ("a.jsonl", DataConfig()),
-    "adapter": (CONFIG, TARGET),
-    "target_engine": (TargetConfig(path="x"), torch.device("cpu")),
-    "verify_capture": (CONFIG, TARGET, SPEC, {}, None),
-    "reader": (CONFIG, SPEC, TARGET, Path("here")),
-    "transform": (CONFIG, SPEC, 8),
-    "collate": (CONFIG, SPEC, DRAFT),
-    "draft": (CONFIG, TARGET, None),
-    "train_step": (CONFIG,),
-    "optimizers": (TrainConfig(), DRAFT),
-    "schedule": (TrainConfig(),),
-    "proposer": (CONFIG, DRAFT, TARGET),
-    "export": (CONFIG, DRAFT, TARGET, "hf"),
-}
+from .bad_package import BASE, CALLS, CONFIG, DRAFT, TARGET, bad
 
 
 @pytest.mark.parametrize("hook", CALLS)
@@ -137,8 +103,12 @@ def test_a_plugin_s_section_is_a_model(fake_site: FakeSite, returned: str) -> No
     [
         ("adapter", "Text()", "str, expected an object with a CaptureSpec"),
         ("conversations", "3", "int, expected an object with '__iter__'"),
-        ("draft", "Draft(model=3)", "int, expected an object with 'parameters'"),
-        ("draft", "Draft(model=torch.nn.Identity())", "Identity, expected a model with parameters"),
+        ("draft", "Draft(model=3)", "Draft with model 3, expected a module"),
+        (
+            "draft",
+            "Draft(model=torch.nn.Identity())",
+            "Identity, expected a model with parameters that are trained",
+        ),
         ("optimizers", "object()", "object, expected a list of optimizers"),
         ("optimizers", "step", "function, expected a list of optimizers"),
         ("optimizers", "[3]", "int, expected an object with 'param_groups'"),
@@ -164,7 +134,8 @@ def test_a_wrong_type_is_told_with_what_was_expected(
     strategy = bad(fake_site, hook, "", f"return {returned}")
     with pytest.raises(PluginError) as error:
         getattr(strategy, hook)(*CALLS[hook])
-    assert str(error.value) == f"specforge-bad 0.1.0, specforge_{hook}: returned {expected}"
+    told = f"specforge-bad 0.1.0, specforge_{hook}: returned {expected}"
+    assert str(error.value).startswith(told)
 
 
 @pytest.mark.parametrize("hook", ["adapter", "draft", "train_step"])

@@ -74,11 +74,11 @@ CALLABLES = {
     ),
     "a transform that returns a number": (
         ("transform", "", "return lambda sample, generator: 5"),
-        "specforge_transform: returned int, expected a sample or None",
+        "specforge_transform: returned int, expected a dict of tensors",
     ),
     "a collate that returns nothing": (
         ("collate", "", "return lambda samples: None"),
-        "specforge_collate: returned NoneType, expected Batch, a dict of tensors",
+        "specforge_collate: returned NoneType, expected a dict of tensors",
     ),
     "a metric of the core's": (
         ("train_step", "", "return named('loss')"),
@@ -102,7 +102,23 @@ CALLABLES = {
     ),
     "a collate that returns a list": (
         ("collate", "", "return list"),
-        "specforge_collate: returned list, expected Batch, a dict of tensors",
+        "specforge_collate: returned list, expected a dict of tensors",
+    ),
+    "a batch of lists": (
+        ("collate", "", "return lambda samples: {'hidden': [1]}"),
+        "specforge_collate: returned a dict with 'hidden': list, expected tensors by name",
+    ),
+    "a loss of no parameter": (
+        ("train_step", "", "return out_of(lambda o: replace(o, loss_sum=alone()))"),
+        "specforge_train_step: no trained parameter got a gradient. Compute the loss from what",
+    ),
+    "a metric without a name": (
+        ("train_step", "", "return named(' ')"),
+        "specforge_train_step: returned the metrics {' ': Ratio(",
+    ),
+    "an adapter that returns a list": (
+        ("adapter", "", "return Returns(SPEC)"),
+        "specforge-bad 0.1.0, specforge_adapter: returned list, expected a dict of tensors",
     ),
     "an adapter that raises": (
         ("adapter", "config, target", "return Raises(LinearAdapter(SPEC))"),
@@ -130,6 +146,13 @@ SPEC = CaptureSpec(layers=(1,), fields={
     "loss_mask": Field(shape=(None,), dtype="int64"),
     "hidden": Field(shape=(None, 32), dtype="bfloat16"),
 })
+
+def alone():
+    return torch.ones((), requires_grad=True)
+
+class Returns(LinearAdapter):
+    def __call__(self, capture):
+        return list(super().__call__(capture).values())
 
 class Raises:
     def __init__(self, inner):
@@ -175,8 +198,9 @@ def specforge_config(): return Leaves
     fake_site.strategy("bad", BASE + source)
     monkeypatch.setattr(stop, "_state", stop._State())
     monkeypatch.setattr(sys, "argv", ["specforge", "check", "bad", "--deep", "strategy.layers=2"])
-    assert process._run(cli_group) == 1
-    assert "error: SystemExit: 0\nAdd --debug to see where" in capsys.readouterr().err
+    assert process._run(cli_group) == 2
+    said = "error: specforge-bad 0.1.0, specforge_config: SystemExit: 0\n"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

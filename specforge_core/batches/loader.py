@@ -26,6 +26,7 @@ from ..data.order import Order
 from ..data.stream import Closed as Closed
 from ..errors import DataError
 from ..locks import InTurn
+from ..returned import wrong_tensors
 from ..strategy import Strategy
 from ..types import (
     Adapter,
@@ -213,9 +214,7 @@ class Batches:
             tokens = sum(num_tokens(sample, self.spec) for sample in kept)
             with self.strategy.guard("specforge_collate"), pinned(self.device.type == "cuda"):
                 batch = self.collate(kept or stand_in)
-            self.strategy.check_returned(
-                "specforge_collate", batch, dict, "Batch, a dict of tensors"
-            )
+            self.strategy.check("specforge_collate", wrong_tensors(batch), value=self.collate)
             reached = position if self.end is None else min(position, self.end)
             moved = to_device(batch, self.device)
             yield Micro(moved, reached, len(kept), tokens, indices, Made(self.device))
@@ -233,9 +232,9 @@ class Batches:
         generator = sample_generator(self.share.seed, placed.epoch, placed.number)
         with self.strategy.guard("specforge_transform"):
             sample = self.transform(placed.sample, generator)
-        if sample is None:
-            return None
-        return self.strategy.check_returned("specforge_transform", sample, dict, "a sample or None")
+        if sample is not None:
+            self.strategy.check("specforge_transform", wrong_tensors(sample), value=self.transform)
+        return sample
 
     def _look_ahead(self, samples: Iterator[Placed], ahead: deque[Placed]) -> Sample:
         """Return the next sample that can be trained on; what is before it waits in `ahead`."""

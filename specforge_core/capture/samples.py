@@ -9,9 +9,10 @@ import torch
 
 from ..config import StrategyConfig
 from ..errors import CaptureError
+from ..returned import wrong_tensors
 from ..strategy import Strategy
 from ..target.asked import finite_advice
-from ..types import Adapter, Problem, Prompt, Sample, TargetEngine
+from ..types import Adapter, Problem, Prompt, Sample, TargetCapture, TargetEngine
 from .layout import non_finite
 from .recapture import Fresh, compare
 
@@ -40,14 +41,21 @@ def capture_in_order(
         place = 0
         for capture in engine.capture(list(waiting.values()), adapter.spec):
             prompt = waiting.pop(capture.index, None)
-            if prompt is None or not torch.equal(capture.input_ids, prompt.input_ids):
+            if prompt is None or not _same(capture, prompt):
                 raise CaptureError(
                     f"the target engine answered prompt {capture.index}, which it "
-                    + ("was not asked" if prompt is None else "ran with other tokens")
+                    + (
+                        "was not asked"
+                        if prompt is None
+                        else "ran with other tokens or another loss mask"
+                    )
                     + ". Try: target.engine=transformers"
                 )
             with strategy.guard("specforge_adapter"):
-                ready[capture.index] = adapter(capture)
+                sample = adapter(capture)
+            if sample is not None:
+                strategy.check("specforge_adapter", wrong_tensors(sample), value=adapter)
+            ready[capture.index] = sample
             while place < len(asked) and (index := asked[place].index) in ready:
                 yield index, ready.pop(index) if last[index] == place else ready[index]
                 place += 1
@@ -56,6 +64,11 @@ def capture_in_order(
                 f"the target engine gave no states for prompt {min(waiting)} and "
                 f"{len(waiting) - 1} more. Try: target.engine=transformers"
             )
+
+
+def _same(capture: TargetCapture, prompt: Prompt) -> bool:
+    tokens = torch.equal(capture.input_ids, prompt.input_ids)
+    return tokens and torch.equal(capture.loss_mask, prompt.loss_mask)
 
 
 def to_host(index: int, sample: Sample) -> Sample:

@@ -25,7 +25,7 @@ from ..data.sources import (
     read_conversations,
 )
 from ..devices import pick_device
-from ..errors import ConfigError, DataError, RunError
+from ..errors import ConfigError, DataError, PluginError, RunError
 from ..files import prepare_folder, refusing, write_file
 from ..progress import console
 from ..strategy import Strategy
@@ -39,6 +39,7 @@ from .cached import abilities
 from .decode import Limits
 from .plot import plot_acceptance
 from .report import EvalReport, Setup, summarize
+from .sampling import ProposalError
 
 REPORT = "eval/report.json"
 PLOT = "eval/acceptance.png"
@@ -86,7 +87,10 @@ def measure(
     )
     longest = desks[0].proposer.max_tokens
     most = min(longest, options.max_draft_tokens or longest)
-    results = Bench(desks, spec, limits, most, options, quiet).run_sets(sets)
+    try:
+        results = Bench(desks, spec, limits, most, options, quiet).run_sets(sets)
+    except ProposalError as exc:
+        raise PluginError(f"{strategy.package}, specforge_proposer: {exc}") from exc
     setup = Setup(
         strategy=strategy.name,
         target=run.target.path,

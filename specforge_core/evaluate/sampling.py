@@ -21,6 +21,10 @@ from ..types import Proposal, Sampling
 SUM_TOLERANCE = 1e-2  # a bfloat16 softmax over a large vocabulary sums to 1 within this
 
 
+class ProposalError(PluginError):
+    """A proposer broke its contract; who calls it knows whose it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """How many drafted tokens stay, and the target's own token behind them."""
@@ -105,30 +109,30 @@ def residual(p: Tensor, q: Tensor | None, token: int) -> Tensor:
 
 
 def check_proposal(proposal: Proposal, max_tokens: int, vocab_size: int) -> None:
-    """Raise PluginError when a proposer broke its contract, which could bias the output."""
+    """Raise ProposalError when a proposer broke its contract, which could bias the output."""
     tokens, probs = proposal.tokens, proposal.probs
     if tokens.ndim != 1 or len(tokens) > max_tokens:
-        raise PluginError(
+        raise ProposalError(
             f"the proposer drafted tokens of shape {list(tokens.shape)} when asked for at most "
             f"{max_tokens}. It must return [K] with K <= max_tokens"
         )
     strange = tokens[(tokens < 0) | (tokens >= vocab_size)]
     if len(strange):
-        raise PluginError(
+        raise ProposalError(
             f"the proposer drafted token {int(strange[0])}, outside the target's vocabulary of "
             f"{vocab_size}. A draft vocabulary must be mapped back to the target's"
         )
     if probs is None or not len(tokens):
         return
     if tuple(probs.shape) != (len(tokens), vocab_size):
-        raise PluginError(
+        raise ProposalError(
             f"the proposer gave probabilities of shape {list(probs.shape)} for {len(tokens)} "
             f"tokens. It must be {[len(tokens), vocab_size]}, over the target's vocabulary"
         )
     total = probs.float().sum(-1)
     chosen = probs.gather(1, tokens.to(probs.device)[:, None])
     if not bool(((total - 1).abs() <= SUM_TOLERANCE).all() & (chosen > 0).all()):
-        raise PluginError(
+        raise ProposalError(
             "the proposer's probabilities do not sum to 1, or give a drafted token probability 0. "
             "Return exactly what each token was drawn from"
         )

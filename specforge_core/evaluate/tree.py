@@ -13,18 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PluginError
 from ..types import Proposal, Sampling
-from .sampling import Verdict, drafted_from, draw, probabilities, residual
+from .sampling import ProposalError, Verdict, drafted_from, draw, probabilities, residual
 
 
 def check_tree(proposal: Proposal) -> None:
-    """Raise PluginError unless every drafted token follows one before it, or the last one."""
+    """Raise ProposalError unless every drafted token follows one before it, or the last one."""
     parents = proposal.parents
     assert parents is not None
     places = torch.arange(len(proposal.tokens), device=parents.device)
     if parents.shape != places.shape or bool(((parents < -1) | (parents >= places)).any()):
-        raise PluginError(
+        raise ProposalError(
             f"the proposer gave parents {parents.tolist()} for {len(places)} drafted tokens. "
             "Each must be the index of an earlier one, or -1"
         )

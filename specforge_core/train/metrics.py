@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -99,7 +100,7 @@ class Reduced:
 
 def check_scalars(who: str, output: StepOutput, *, training: bool = True) -> None:
     """Raise PluginError for a StepOutput whose parts are no scalars, or that trains nothing."""
-    if not isinstance(output.metrics, Mapping) or not all(type(n) is str for n in output.metrics):
+    if not isinstance(output.metrics, Mapping) or not all(map(_is_name, output.metrics)):
         raise PluginError(
             f"{who}: returned the metrics {output.metrics!r:.80}, expected a Ratio by name"
         )
@@ -179,6 +180,10 @@ class Reducer:
         return self.names
 
 
+def _is_name(name: object) -> bool:
+    return type(name) is str and name.isprintable() and bool(name.strip())
+
+
 def _is_reserved(name: str) -> bool:
     return name in RESERVED_METRICS or name.startswith(RESERVED_PREFIXES)
 
@@ -253,7 +258,7 @@ class Trackers:
         for entry in tuple(self.alive):
             package, tracker = entry
             try:
-                getattr(tracker, method)(*arguments)
+                getattr(tracker, method)(*copy.deepcopy(arguments))  # one may edit what it gets
             except (RunError, KeyboardInterrupt, Interrupted):
                 raise  # RunError: the run's own metrics. Where they do not fit, no checkpoint will
             except BaseException as exc:  # also SystemExit: it would end the run without a word

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..config import TrainConfig
 from ..cpu import pick_dtype
-from ..errors import ConfigError
+from ..errors import ConfigError, PluginError
 from ..types import Draft
 from .muon import Float32Muon
 
@@ -118,7 +118,15 @@ def local_gradients(model: nn.Module) -> list[Tensor]:
     return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
 
 
-def square_norm(grads: list[Tensor]) -> Tensor:
-    """Return the sum of squares of this rank's gradients, a scalar on their device."""
+def square_norm(grads: list[Tensor], package: str) -> Tensor:
+    """Return the sum of squares of this rank's gradients, a scalar on their device.
+
+    `package` is the step's.  Raises PluginError where there is no gradient.
+    """
+    if not grads:
+        raise PluginError(
+            f"{package}, specforge_train_step: no trained parameter got a gradient. Compute the "
+            "loss from what draft.model(...) returns"
+        )
     norms = torch._foreach_norm([g for g in grads if g.numel()])
     return torch.stack(list(norms)).double().square().sum()

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +160,22 @@ def test_a_tracker_ends_no_run_whatever_it_raises(
     trackers.log(1, {"loss": 1.0})
     assert good.calls == ["log 1"]
     assert f"of bad 1.0 failed ({type(raised).__name__}: " in "".join(capsys.readouterr())
+
+
+def test_a_tracker_edits_only_its_own_copy() -> None:
+    class Editing:
+        def start(self, info: dict[str, Any]) -> None:
+            info["config"].clear()
+
+        def log(self, step: int, values: dict[str, float]) -> None:
+            values.clear()
+
+    info, values, seen = {"config": {"a": 1}}, {"loss": 1.0}, []
+    keeping: Any = SimpleNamespace(start=seen.append, log=lambda step, found: seen.append(found))
+    trackers = metrics.Trackers([("edits", Editing()), ("keeps", keeping)])  # type: ignore[list-item]
+    trackers.start(info)
+    trackers.log(1, values)
+    assert seen == [info, values] == [{"config": {"a": 1}}, {"loss": 1.0}]
 
 
 # ---- a run that was killed or stopped writes what one that went on does ------------

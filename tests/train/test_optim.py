@@ -131,7 +131,7 @@ def test_the_norm_of_all_gradients() -> None:
     model = nn.Linear(3, 1)
     model(torch.tensor([[1.0, 2.0, 2.0]])).sum().backward()
     gradients = local_gradients(model)
-    assert square_norm(gradients).item() == 1 + 4 + 4 + 1
+    assert square_norm(gradients, "mine 1.0").item() == 1 + 4 + 4 + 1
     gradients[0].mul_(2)  # they share memory with the parameters' own
     assert model.weight.grad is not None
     assert model.weight.grad.tolist() == [[2.0, 4.0, 4.0]]
