@@ -129,6 +129,18 @@ def test_the_values_that_pass_import_nothing_heavy(path: Path) -> None:
         assert typing or module.split(".")[0] not in HEAVY, module
 
 
+@pytest.mark.parametrize("path", sorted((CORE / "types").glob("*.py")), ids=lambda p: p.name)
+def test_the_values_that_pass_can_get_more_fields(path: Path) -> None:
+    decorators = [
+        ast.unparse(decorator)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        for decorator in node.decorator_list
+        if ast.unparse(decorator) != "runtime_checkable"
+    ]
+    assert set(decorators) <= {"dataclass(frozen=True, slots=True, kw_only=True)"}
+
+
 def test_only_the_facade_calls_hooks() -> None:
     callers = {p.name for p in SOURCES if "pm.hook." in p.read_text()}
     assert callers == {"strategy.py", "plugins.py"} or callers == {"strategy.py"}
