@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,7 +238,8 @@ def test_a_strategy_inherits_hooks_by_importing_them(env: FakeSite) -> None:
     )
     child = Strategy.load("child")
     assert step_of(child) == "child-step"
-    adapter: Any = child.adapter(None, None)  # type: ignore[arg-type]
+    target: Any = SimpleNamespace(num_layers=8)
+    adapter: Any = child.adapter(None, target)  # type: ignore[arg-type]
     assert adapter.spec.layers == (7,)
 
 

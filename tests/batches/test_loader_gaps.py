@@ -78,7 +78,7 @@ def test_what_a_plugin_raises_or_returns_names_the_hook() -> None:
 
     with pytest.raises(PluginError, match="specforge_transform: KeyError: 'label'"):
         next(batches(stored(ALONE), ALONE, transform=broken))
-    with pytest.raises(PluginError, match="specforge_collate: returned list, expected Batch"):
+    with pytest.raises(PluginError, match="specforge_collate: returned list, expected a dict"):
         next(batches(stored(ALONE), ALONE, collate=list))  # type: ignore[arg-type]
 
 

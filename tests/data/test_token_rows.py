@@ -161,3 +161,54 @@ def test_with_tools_the_answer_behind_the_last_result_is_written(tmp_path: Path)
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
     said = [tokenizer.decode(written) for _, written in supervised(trained(run))]
     assert sorted(said) == sorted(f"{text}<|im_end|>" for text in texts)
+
+
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize("name", [name for name, style in STYLES.items() if style.calls])
+def test_calls_and_answers_behind_results_are_the_generated_tokens(
+    tmp_path: Path, name: str
+) -> None:
+    """In every template that has tools, with thoughts and without."""
+    style = STYLES[name]
+    assert style.calls is not None
+    tokenizer = save(style, tmp_path / "target")
+    user = {"role": "user", "content": "the question"}
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    rows = [
+        {"id": "asks", "messages": [user]},
+        {"id": "reads", "messages": [user, called, {"role": "tool", "content": "THE RESULT"}]},
+    ]
+    run = run_of(tmp_path / "target", tmp_path, style)
+    asking = "".join(json.dumps({**row, "tools": [LOOK]}) + "\n" for row in rows)
+    (tmp_path / "p.jsonl").write_text(asking)
+    calls = style.calls.format(thought=THOUGHT, arguments='{"at": "it"}')
+    texts = [
+        calls + (style.call_end or style.end),
+        style.writes.format(thought=THOUGHT, said=SAID) + style.end,
+    ]
+    script = {
+        str(i): [{"tokens": write_out(tokenizer, text, spelled=True), "finished": True}]
+        for i, text in enumerate(texts)
+    }
+    (tmp_path / "script.json").write_text(json.dumps(script))
+    report = regenerate(run, Strategy.load("linear"), tmp_path / "answers.jsonl")
+    assert report.num_written == 2
+
+    expected = asked(tmp_path)
+    assert sorted(supervised(trained(run))) == sorted(expected)
+    assert {tokenizer.decode(written) for _, written in expected} == set(texts)
+    (asks,), (reads,) = (
+        [tokenizer.decode(read) for read, written in expected if tokenizer.decode(written) == text]
+        for text in texts
+    )
+    assert all('"name": "look"' in prompt for prompt in (asks, reads))
+    assert "THE RESULT" in reads
+    assert "THE RESULT" not in asks
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    kept = {row["id"]: row for row in map(json.loads, lines)}
+    last = kept["asks"]["messages"][-1]
+    assert "look" in (last["content"] or last["tool_calls"][0]["function"]["name"])

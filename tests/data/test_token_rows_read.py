@@ -142,25 +142,47 @@ def test_tokens_that_were_made_of_text_are_said_to_be(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "answers.jsonl").read_text())["retokenized"] is True
 
 
+CHANNELLED = "<|channel|>commentary"
+BEGINS = "<|start|>assistant"
+
+
 @pytest.mark.parametrize(
-    ("text", "content", "thought"),
+    ("text", "content", "thought", "calls"),
     [
-        ("plain <|channel|>", "plain <|channel|>", None),
-        (STYLES["harmony"].writes.format(thought="t", said="s"), "s", "t"),
-        ("<|channel|>final<|message|>s", "s", None),
-        ("<|channel|>analysis<|message|>cut o", "", "cut o"),
-        ("<|channel|>analysis<|message|>t<|end|><|start|>assistant<|chan", "", "t"),
+        ("plain <|channel|>", "plain <|channel|>", None, []),
+        (" to=functions.f and more", " to=functions.f and more", None, []),
+        (STYLES["harmony"].writes.format(thought="t", said="s"), "s", "t", []),
+        ("<|channel|>final<|message|>s", "s", None, []),
+        ("<|channel|>analysis<|message|>cut o", "", "cut o", []),
+        (f"<|channel|>analysis<|message|>t<|end|>{BEGINS}<|chan", "", "t", []),
         (
-            "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary "
-            "to=functions.f <|constrain|>json<|message|>{}",
+            f"{CHANNELLED}<|message|>I look.<|end|>{BEGINS}{CHANNELLED} "
+            'to=functions.f <|constrain|>json<|message|>{"a": 1}',
             "I look.",
             None,
+            [("f", {"a": 1})],
         ),
-        ("<|channel|>final<|message|>a\n<b>", "a\n<b>", None),
+        (
+            "<|channel|>analysis<|message|>t<|end|>"
+            f"{BEGINS} to=functions.f{CHANNELLED} json<|message|>{{}}<|call|>"
+            f"{BEGINS} to=functions.g{CHANNELLED}<|message|>{{}}",
+            "",
+            "t",
+            [("f", {}), ("g", {})],
+        ),
+        (f' to=functions.f{CHANNELLED} json<|message|>{{"a": 1}}', "", None, [("f", {"a": 1})]),
+        (f' to=functions.f{CHANNELLED} json<|message|>{{"a": ', "", None, []),  # cut off
+        ("<|channel|>analysis to=python code<|message|>print(1)", "", None, []),
+        ("<|channel|>final<|message|>a\n<b>", "a\n<b>", None, []),
     ],
 )
-def test_answers_in_channels(text: str, content: str, thought: str | None) -> None:
-    expected = {"role": "assistant", "content": content}
+def test_answers_in_channels(
+    text: str, content: str, thought: str | None, calls: list[tuple[str, Any]]
+) -> None:
+    expected: dict[str, Any] = {"role": "assistant", "content": content}
     if thought:
         expected["reasoning_content"] = thought
+    if calls:
+        made = [{"name": name, "arguments": arguments} for name, arguments in calls]
+        expected["tool_calls"] = [{"type": "function", "function": one} for one in made]
     assert as_message(text) == expected

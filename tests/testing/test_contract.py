@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from specforge_core import new
+from specforge_core.errors import PluginError
 from specforge_core.testing.case import Case
 from specforge_core.testing.contract import StrategyContract
 from specforge_core.testing.forked import run
@@ -50,7 +51,7 @@ def test_a_planted_fault_fails_at_its_point(
     point, hook, body = FAULTS[fault]
     add(template, hook, body)
     case = Case.open(Faulty.strategy, toy_target, tmp_path)
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, pytest.fail.Exception, PluginError)):
         run_point(point, case, tmp_path)
 
 
