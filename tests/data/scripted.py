@@ -44,7 +44,8 @@ ENGINE = """
                 answer = self.script[str(prompt.index)].pop(0)
                 with self.asked.open("a") as file:
                     print(json.dumps([prompt.input_ids.tolist(), answer["tokens"]]), file=file)
-                yield Generated(index=prompt.index, **answer)
+                tokens = tuple(answer["tokens"])
+                yield Generated(index=prompt.index, **{**answer, "tokens": tokens})
 
         def close(self):
             pass
