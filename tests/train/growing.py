@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from specforge_core.data.promptset import Joined
 from specforge_core.drafts.checkpoint import find, read_state
-from specforge_core.testing.runs import lines
+from specforge_core.testing.runs import lines, load
+from specforge_core.train.report import Launched
+from specforge_core.train.run import train
+from specforge_core.train.trainer import Trainer
 
 # 20 rows are 5 steps; 3 + 3 + 3 + 1 prompts are answered from steps 2, 4, 6 and 8 on
 GROWS = (
@@ -35,6 +42,28 @@ class Whole:
     seen: list[list[int]]  # the samples trained on in each epoch
     prompts: Joined  # of the last one
     said: str
+
+
+def watched(config: Path) -> Whole:
+    """Train a run that nothing disturbs."""
+    seen: list[list[int]] = [[]]
+    prompts: list[Joined] = []
+    step, said = Trainer._optimizer_step, StringIO()
+
+    def watching(self: Trainer, *arguments: Any) -> Launched | None:
+        launched = step(self, *arguments)
+        assert launched is not None
+        assert self.growth is not None
+        seen[-1].extend(launched.indices)
+        prompts[:] = [self.growth.prompts]
+        if launched.step in EPOCHS:
+            seen.append([])
+        return launched
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setattr(Trainer, "_optimizer_step", watching)
+        assert train(*load(config, *GROWS, "train.save_every=100")).step == 16
+    return Whole(config.parent / "run", seen, prompts[0], " ".join(said.getvalue().split()))
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:

@@ -7,15 +7,12 @@ import os
 import shutil
 import signal
 import time
-from contextlib import redirect_stderr
-from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from specforge_core.data.promptset import Joined
 from specforge_core.data.shares import Shares
 from specforge_core.data.sources import read_conversations
 from specforge_core.data.split import training_side
@@ -26,12 +23,11 @@ from specforge_core.testing import forked
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import finish, lines, load
 from specforge_core.testing.toy import write_conversations
-from specforge_core.train.report import Launched
 from specforge_core.train.run import train
 from specforge_core.train.trainer import Trainer
 
 from ..runs import linear_run
-from .growing import EPOCHS, GROWS, Whole, answers, same, trained
+from .growing import EPOCHS, GROWS, Whole, answers, same, trained, watched
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
@@ -47,24 +43,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, toy_target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(config: Path) -> Whole:
-    seen: list[list[int]] = [[]]
-    prompts: list[Joined] = []
-    step, said = Trainer._optimizer_step, StringIO()
-
-    def watching(self: Trainer, *arguments: Any) -> Launched | None:
-        launched = step(self, *arguments)
-        assert launched is not None
-        assert self.growth is not None
-        seen[-1].extend(launched.indices)
-        prompts[:] = [self.growth.prompts]
-        if launched.step in EPOCHS:
-            seen.append([])
-        return launched
-
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
-        patch.setattr(Trainer, "_optimizer_step", watching)
-        assert train(*load(config, *GROWS, "train.save_every=100")).step == 16
-    return Whole(config.parent / "run", seen, prompts[0], " ".join(said.getvalue().split()))
+    return watched(config)
 
 
 def test_what_is_answered_in_one_epoch_is_trained_on_from_the_next_on(whole: Whole) -> None:
