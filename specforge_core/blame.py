@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from types import FunctionType
 
 import pluggy
 
+from .packages import version
 from .plugins import CORE, PLUGINS, STRATEGIES, discover
 
 

@@ -8,18 +8,19 @@ to everyone else.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import os
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, distributions, entry_points, version
+from importlib.metadata import EntryPoint
 
 import pluggy
 
 from . import hookspecs
 from .errors import PluginError
+from .packages import Folders, declared, folders, version
 from .text import cut, said, shorten
 
 CORE = "specforge-core"
@@ -83,8 +84,13 @@ class Installed:
 
 def discover(group: str) -> dict[str, Installed]:
     """Return the installed entry points of `group` by name."""
+    return dict(_discover(group, folders()))
+
+
+@functools.lru_cache(maxsize=16)
+def _discover(group: str, _: Folders) -> dict[str, Installed]:
     found: dict[str, Installed] = {}
-    for ep in _declared(group):
+    for ep in declared(group):
         new = _installed(ep)
         old = found.setdefault(ep.name, new)
         if old.dist != new.dist:
@@ -93,19 +99,8 @@ def discover(group: str) -> dict[str, Installed]:
     return found
 
 
-def _declared(group: str) -> list[EntryPoint]:
-    try:
-        return list(entry_points(group=group))
-    except Exception:  # of one package's file, which may have nothing to do with us
-        found: list[EntryPoint] = []
-        for dist in distributions():
-            with suppress(Exception):
-                found += [ep for ep in dist.entry_points if ep.group == group]
-        return found
-
-
 def _installed(ep: EntryPoint) -> Installed:
-    assert ep.dist is not None  # always set by both functions above
+    assert ep.dist is not None  # always set where metadata is read
     try:
         told = ep.dist.metadata  # which is parsed every time that it is asked for
         name, number = told["Name"], told["Version"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import RunConfig
 from ..errors import CaptureError
+from ..packages import version
 from ..plugins import CORE
 from ..strategy import Strategy
 from ..target.fingerprint import target_fingerprint

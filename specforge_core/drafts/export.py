@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..checksums import check_folder, folder_checksums
 from ..documents import check_regular, read_document
 from ..errors import CheckpointError, PluginError
 from ..files import publish, refusing, sweep, system_error, temporary_folder, write_file
+from ..packages import version
 from ..types import Export
 from .links import run_of
 from .serve_options import PLAIN_NAME, found_options, stored_options

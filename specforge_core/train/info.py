@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from ..config import RunConfig
+from ..packages import version
 from ..records import recorded
 from ..strategy import Strategy
 from .course import Course
