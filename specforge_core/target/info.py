@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -34,6 +38,23 @@ def load_target_info(target: TargetConfig) -> TargetInfo:
 
     Raises ConfigError when there is no such target, or it is no decoder-only model.
     """
+    try:
+        text = (Path(target.path) / "config.json").read_bytes()
+    except OSError:
+        return _read(target)  # of a hub, or an error
+    if target.trust_remote_code:
+        return _read(target)  # its code may be another the next time
+    found = _read_text(target.path, target.revision, text)
+    return replace(found, config=copy.deepcopy(dict(found.config)))  # each caller's own
+
+
+@functools.lru_cache(maxsize=16)
+def _read_text(path: str, revision: str | None, _text: bytes) -> TargetInfo:
+    """Read a directory's config once for as long as its text stays: a run asks four times."""
+    return _read(TargetConfig(path=path, revision=revision))
+
+
+def _read(target: TargetConfig) -> TargetInfo:
     config = load_pretrained(AutoConfig, target)
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False) or getattr(
