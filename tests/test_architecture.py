@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -37,9 +38,14 @@ def room(path: Path) -> str:
     return path.relative_to(CORE).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> list[tuple[str, bool, bool]]:
     """(module, at module level, for typing only) of each import, relative ones resolved."""
-    tree = ast.parse(path.read_text())
     package = ["specforge_core", *path.relative_to(CORE).parts[:-1]]
     found = []
 
@@ -58,7 +64,7 @@ def imports(path: Path) -> list[tuple[str, bool, bool]]:
                 inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
                 visit(child, top and not inner, typing)
 
-    visit(tree, True, False)
+    visit(parsed(path), True, False)
     return found
 
 
@@ -146,6 +152,7 @@ def test_only_the_facade_calls_hooks() -> None:
     assert callers == {"strategy.py", "plugins.py"} or callers == {"strategy.py"}
 
 
+@functools.cache
 def methods() -> set[str]:
     """Return the names of methods, here and elsewhere, and of their packages."""
     names = {ep.name for ep in entry_points(group="specforge.strategies")}
@@ -167,7 +174,7 @@ def test_the_core_names_no_method() -> None:
 
 @pytest.mark.parametrize("path", ENGINES, ids=lambda p: str(p.relative_to(ROOT / "plugins")))
 def test_engine_packages_have_no_string_that_names_a_method(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert naming(node.value) == [], f"{path}:{node.lineno}"
 
