@@ -39,10 +39,17 @@ def config(env: FakeSite, tmp_path: Path, toy_target: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept") / "capture"
+
+
 @pytest.fixture
-def directory(config: Path, tmp_path: Path) -> Path:
-    run_capture(*load_config(config))
-    return tmp_path / "capture"
+def directory(config: Path, kept: Path, tmp_path: Path) -> Path:
+    """A complete capture; made once, and copied for every test."""
+    if not kept.exists():
+        run_capture(*load_config(config, (f"data.capture_dir={kept}",)))
+    return shutil.copytree(kept, tmp_path / "capture")
 
 
 def refused(config: Path, directory: Path, *overrides: str, recapture: int = 3) -> str:
