@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,10 +33,9 @@ def test_both_drafts_get_the_same_treatment() -> None:
     assert all((ROOT / source).is_file() for source in sources)
 
 
-def report(out: Path) -> str:
-    command = [sys.executable, str(RECIPE / "report.py"), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def report(out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(sys, "argv", ["report.py", str(out)])
+    runpy.run_path(str(RECIPE / "report.py"), run_name="__main__")
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     return (out / "report.md").read_text()
 
@@ -47,8 +47,8 @@ def measured(path: Path, length: float, **more: Any) -> None:
     (path / "eval/report.json").write_text(json.dumps(found))
 
 
-def test_report_of_what_is_there(tmp_path: Path) -> None:
-    assert report(tmp_path) == "- parts: \n"
+def test_report_of_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report(tmp_path, monkeypatch) == "- parts: \n"
     (tmp_path / "dflash").mkdir()
     rows = [
         {"step": i, "loss": 3.0 - i, "acceptance_length": i, "tokens": 1000.0 * i, "seconds": i / 2}
@@ -63,7 +63,7 @@ def test_report_of_what_is_there(tmp_path: Path) -> None:
     answers = {"seconds": 9.0, "said": ["o.jsonl: 6 of 6 prompts answered; 9 tokens, 1.0 tokens/s"]}
     (tmp_path / "parts.json").write_text(json.dumps({"answers": answers}))
 
-    lines = report(tmp_path).splitlines()
+    lines = report(tmp_path, monkeypatch).splitlines()
     assert "| acceptance length | gsm | code | all | greedy answers |" in lines
     assert "| DFlash, T=0 | 2.35 | - | 2.35 | 24 of 24 equal |" in lines
     assert "| EAGLE-3, T=1 | 1.50 | - | 1.50 |  |" in lines

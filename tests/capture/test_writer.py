@@ -3,8 +3,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,8 @@ from specforge_core.capture.store import ShardReader
 from specforge_core.capture.writer import ShardWriter
 from specforge_core.errors import CaptureError
 from specforge_core.files import TEMPORARY, temporary
+from specforge_core.testing.forked import python
+from specforge_core.testing.runs import finish
 from specforge_core.types import Sample
 
 from ..captured import identity
@@ -187,17 +187,14 @@ def test_a_file_size_limit_is_one_error_and_loses_no_finished_shard(tmp_path: Pa
         except CaptureError as exc:
             print(exc)
     """
-    arguments = [str(tmp_path), json.dumps(IDENTITY.model_dump(mode="json"))]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(source), *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "shard-00002.safetensors cannot be written: File too large (" in done.stdout
-    assert " free there). 4 samples in 2 shards are safe" in done.stdout
-    assert CaptureManifest.read(tmp_path).num_samples == 4
-    assert temporaries(tmp_path) == []
+    script, capture = tmp_path / "limited.py", tmp_path / "capture"
+    script.write_text(textwrap.dedent(source))
+    identity = json.dumps(IDENTITY.model_dump(mode="json"))
+    said = finish(python(script, str(capture), identity, env=os.environ))
+    assert "shard-00002.safetensors cannot be written: File too large (" in said
+    assert " free there). 4 samples in 2 shards are safe" in said
+    assert CaptureManifest.read(capture).num_samples == 4
+    assert temporaries(capture) == []
 
 
 def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path):

@@ -32,6 +32,7 @@ from specforge_sglang.options import read_options
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError
 from specforge_core.target.info import load_target_info
+from specforge_core.testing.forked import SECONDS, python
 
 LAUNCHER = """
 import json, os, subprocess, sys
@@ -202,11 +203,13 @@ def test_a_child_that_never_answers_is_an_error(configure: Configure) -> None:
     child.close()
 
 
-def test_a_child_does_not_outlive_a_killed_parent(configure: Configure) -> None:
-    command = [sys.executable, "-c", PARENT, configure().model_dump_json()]
-    parent = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+def test_a_child_does_not_outlive_a_killed_parent(configure: Configure, tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parent = python(script, configure().model_dump_json(), env=os.environ)
+    out, _ = parent.communicate(timeout=SECONDS)
     assert parent.returncode == -9
-    told = json.loads(parent.stdout)
+    told = json.loads(out)
     assert len(told["pids"]) == 2
     assert all(gone(pid) for pid in told["pids"])
     assert not Path(told["cwd"]).exists()
