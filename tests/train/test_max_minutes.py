@@ -54,10 +54,10 @@ def test_the_schedule_and_the_steps_progress_end_with_the_time(
 ) -> None:
     monkeypatch.setattr(trainer, "time", Clock())
     config = linear_run(tmp_path, toy_target)
-    report = train(*load(config, *LIMIT, "train.max_minutes=2"))
+    report = train(*load(config, *LIMIT, "train.max_minutes=1"))
     assert report.finished
-    assert 20 < report.step <= 60  # two or more looks at the clock a step
-    assert report.seconds <= 122
+    assert 10 < report.step <= 30  # two or more looks at the clock a step
+    assert report.seconds <= 62
     rates = [row["learning_rate"] for row in lines(tmp_path / "run")]
     assert rates[len(rates) // 2] == pytest.approx(0.05)
     assert rates[-1] < 0.2 * 0.05
@@ -66,11 +66,11 @@ def test_the_schedule_and_the_steps_progress_end_with_the_time(
     # the time before counts: nothing is left for a resumed run
     state = checkpoint.read_state(checkpoint.find(tmp_path / "run"))
     assert (state.step, state.seconds) == (report.step, report.seconds)
-    again = train(*load(config, *LIMIT, "train.max_minutes=2"))
+    again = train(*load(config, *LIMIT, "train.max_minutes=1"))
     assert (again.step, again.finished) == (report.step, True)
-    more = train(*load(config, *LIMIT, "train.max_minutes=3"))
+    more = train(*load(config, *LIMIT, "train.max_minutes=1.5"))
     assert more.step > report.step
-    assert more.seconds <= 182
+    assert more.seconds <= 92
 
 
 def test_a_run_of_steps_or_epochs_is_told_how_far_it_is(
@@ -86,7 +86,7 @@ def test_a_run_of_steps_or_epochs_is_told_how_far_it_is(
 
 def test_a_real_run_ends_in_time_with_a_whole_checkpoint(tmp_path: Path, toy_target: Path) -> None:
     config = linear_run(tmp_path, toy_target)
-    report = train(*load(config, *LIMIT, "train.max_steps=100000", "train.max_minutes=0.05"))
+    report = train(*load(config, *LIMIT, "train.max_steps=100000", "train.max_minutes=0.02"))
     assert report.finished
     assert 0 < report.step < 100000
     found = checkpoint.find(tmp_path / "run")
