@@ -31,6 +31,7 @@ def ragged(kit: Any, tiny: Any, number: int) -> Batch:
     return batch
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
 def test_batches_of_any_length_share_a_graph(kit: Any) -> None:
     """By flex attention, whose mask is as general on a CPU; it has no backward pass there."""
