@@ -272,7 +272,7 @@ def test_answers_are_not_waited_for_beyond_the_time_of_a_run(
     monkeypatch.setattr(Shares, "_answer", lambda self, share: self._closed.wait(60))
     out = tmp_path / "run"
     began = time.monotonic()
-    report = train(*load(config, *GROWS, f"output_dir={out}", "train.max_minutes=0.1"))
+    report = train(*load(config, *GROWS, f"output_dir={out}", "train.max_minutes=0.04"))
     assert time.monotonic() - began < 40
     assert report.step == EPOCHS[0]  # the first epoch; the next waits for answers
     assert report.finished

@@ -198,9 +198,14 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(
     ("log_every", "save_every", "interrupted"),
-    [(1, 3, (2, 5, 10)), (4, 3, (4, 7, 9)), (3, 5, (5, 6, 9)), (5, 2, (1, 3, 10)), (20, 4, (6, 9))],
+    [
+        (1, 3, (2, 5, 10)),
+        (5, 2, (1, 3, 10)),
+        pytest.param(4, 3, (4, 7, 9), marks=pytest.mark.slow),
+        pytest.param(3, 5, (5, 6, 9), marks=pytest.mark.slow),
+        pytest.param(20, 4, (6, 9), marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("kill", [True, False], ids=["killed", "stopped"])
 def test_metrics_are_those_of_an_undisturbed_run(
     tmp_path: Path,
     toy_target: Path,
@@ -208,13 +213,12 @@ def test_metrics_are_those_of_an_undisturbed_run(
     log_every: int,
     save_every: int,
     interrupted: tuple[int, ...],
-    kill: bool,
 ) -> None:
     config = linear_run(tmp_path, toy_target)
     options = (f"train.log_every={log_every}", f"train.save_every={save_every}")
     options += ("train.max_steps=11", "train.batch_size=1")
     train(*load(config, *options))
-    launch, left = Trainer._optimizer_step, list(interrupted)
+    launch, asked, left, kill = Trainer._optimizer_step, list[signal.Signals](), list[int](), False
 
     def disturbed(self: Trainer, supply: Supply) -> Launched | None:
         if left and self.step >= left[0]:
@@ -226,16 +230,18 @@ def test_metrics_are_those_of_an_undisturbed_run(
             asked.append(signal.SIGTERM)
         return launch(self, supply)
 
-    asked: list[signal.Signals] = []
     monkeypatch.setattr(stop, "asked", lambda: asked[0] if asked else None)
     monkeypatch.setattr(Trainer, "_optimizer_step", disturbed)
-    other = (*options, f"output_dir={tmp_path / 'disturbed'}")
-    while True:
-        asked.clear()
-        with suppress(Killed):
-            if train(*load(config, *other)).finished:
-                break
-    assert not left
-    assert steady(tmp_path / "disturbed") == steady(tmp_path / "run")
-    train(*load(config, *other))  # and starting a finished run again takes nothing away
-    assert steady(tmp_path / "disturbed") == steady(tmp_path / "run")
+    for kill in (True, False):  # or stopped
+        left += interrupted
+        output_dir = tmp_path / ("killed" if kill else "stopped")
+        other = (*options, f"output_dir={output_dir}")
+        while True:
+            asked.clear()
+            with suppress(Killed):
+                if train(*load(config, *other)).finished:
+                    break
+        assert not left
+        assert steady(output_dir) == steady(tmp_path / "run")
+        train(*load(config, *other))  # and starting a finished run again takes nothing away
+        assert steady(output_dir) == steady(tmp_path / "run")
