@@ -72,7 +72,7 @@ def test_rows_hold_the_targets_answers_and_the_prompts_fields(talker: Path, tmp_
     assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_resuming_writes_what_one_run_would_have(
     talker: Path, tmp_path: Path, temperature: float
 ) -> None:

@@ -181,7 +181,7 @@ def test_the_order_is_known_from_the_samples_so_far(count: int, window: int | No
         assert set(epoch_order(count, 3, 0, window)[:window]) == set(range(window))
 
 
-@pytest.mark.parametrize("window", [8, None])
+@pytest.mark.parametrize("window", [8, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_run_trains_the_same_whether_its_tokens_are_kept(
     tmp_path: Path, toy_target: Path, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,7 @@ def told(results: dict[str, list[PromptResult]]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_answers_do_not_depend_on_how_many_are_decoded_at_once(
     model: Any, draft: Draft, temperature: float, two_threads: None
 ) -> None:

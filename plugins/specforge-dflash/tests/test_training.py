@@ -41,7 +41,7 @@ def test_offline_training_gives_what_online_training_gives(config: Path, tmp_pat
     assert losses(tmp_path / "offline") == found
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_a_trained_draft_decodes_losslessly_and_its_export_is_the_same_draft(
     config: Path, tmp_path: Path, optimizer: str
 ) -> None:
