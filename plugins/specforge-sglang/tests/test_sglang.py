@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -223,3 +225,26 @@ def test_the_key_of_a_server_is_in_no_command_line(engine: SGLangEngine) -> None
     assert not any(KEY.encode() in line for line in lines)
     with pytest.raises(Refused, match="HTTP 401"):
         Client(engine.pool.servers[0].client.url, 5.0).get("/server_info")
+
+
+def test_a_child_that_is_killed_is_an_error_with_its_last_words(
+    engine: SGLangEngine, prompts: Any
+) -> None:
+    """The last test of each version: the server is gone then, and leaves nothing behind."""
+    source = engine.capture(
+        prompts(*[50] * 400), CaptureSpec(layers=(1, 2), final="post_norm", fields={})
+    )
+    next(source)
+    (url,) = (server.client.url for server in engine.pool.servers)
+    os.kill(serving(int(url.rsplit(":", 1)[1])), signal.SIGKILL)
+    with pytest.raises(CaptureError, match=r"SGLang ended with status -9\. Its last lines:"):
+        list(source)
+
+
+def serving(port: int) -> int:
+    """Return the process that was started with a port."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        words = path.read_bytes().split(b"\0")
+        if str(port).encode() in words and b"specforge_sglang_capture" in words:
+            return int(path.parent.name)
+    raise AssertionError(f"no process was started with port {port}")
