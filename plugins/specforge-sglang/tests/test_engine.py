@@ -119,7 +119,9 @@ def test_a_server_that_comes_back_is_used_again(start: Any, target: Any, prompts
 
     def restart() -> None:
         first.kill()
-        time.sleep(0.5)
+        # longer than the second between two looks for states that were promised and never came:
+        # else they are waited for a minute long (no real server starts so fast)
+        time.sleep(1.2)
         start(port)
 
     worker = threading.Thread(target=restart)
