@@ -33,7 +33,7 @@ except stop.Interrupted as exc:
 """
 FOREVER = "ready()\nwhile True: time.sleep(0.1)"
 # no handler runs before it returns, and it never does: a mutex that is locked twice
-DEEP = "lock(mutex); ready(); lock(mutex)"
+DEEP = "stop.SECONDS = 1.0; lock(mutex); ready(); lock(mutex)"
 
 
 def script(body: str) -> str:
@@ -84,17 +84,17 @@ sys.exit(7)"""
 
 @pytest.mark.parametrize("apart", [0.15, 0.6])
 def test_a_second_signal_ends_what_does_not_get_done(apart: float) -> None:
-    body = f"with stop.keeping():\n    {DEEP}"
+    body = f"with stop.keeping(1.0):\n    {DEEP}"
     status, out, err = end(begin(body), signal.SIGINT, signal.SIGINT, apart=apart)
     assert (status, err) == (130, "")
     assert out.startswith("stopped by SIGINT: what was saved before is whole. Start")
 
 
 def test_the_first_one_waits_and_says_so() -> None:
-    body = f"with stop.keeping():\n    {DEEP}"
+    body = f"stop.NOTE_SECONDS = 0.5\nwith stop.keeping(1.0):\n    {DEEP}"
     process = begin(body)
     process.send_signal(signal.SIGTERM)
-    time.sleep(stop.NOTE_SECONDS + stop.POLL_SECONDS + 1.0)
+    time.sleep(0.5 + stop.POLL_SECONDS + 1.0)
     assert process.poll() is None
     status, _, err = end(process, signal.SIGTERM)
     assert status == 143

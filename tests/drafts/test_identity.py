@@ -94,15 +94,28 @@ def test_what_options_came_to_is_compared_with_another_target_too(config: Path) 
 @pytest.mark.parametrize(
     "options",
     [
-        ("strategy.chunk=2",),
-        ("strategy.mask=259",),  # what it came to by itself
-        ("target.dtype=bfloat16", "target.batch_tokens=64"),
-        ("train.learning_rate=1e-5", "train.batch_size=3", "train.accumulate=1"),
-        ("train.weight_decay=0.3", "train.schedule=constant", "train.warmup_ratio=0.5"),
-        ("train.keep=1", "train.save_every=1", "train.log_every=2", "data.max_length=64"),
+        (
+            "strategy.chunk=2",
+            "target.dtype=bfloat16",
+            "target.batch_tokens=64",
+            "train.learning_rate=1e-5",
+            "train.batch_size=3",
+            "train.accumulate=1",
+        ),
+        (
+            "strategy.mask=259",  # what it came to by itself
+            "train.weight_decay=0.3",
+            "train.schedule=constant",
+            "train.warmup_ratio=0.5",
+            "train.keep=1",
+            "train.save_every=1",
+            "train.log_every=2",
+            "data.max_length=64",
+        ),
     ],
 )
 def test_what_may_change_may(config: Path, options: tuple[str, ...]) -> None:
+    """Of what must not, a message names each alone: together they prove the same."""
     for use in uses(config).values():
         use(*options)
 

@@ -129,6 +129,7 @@ def test_bfloat16_moves_target_and_draft(raw: dict[str, Any]) -> None:
     assert report.lossless is True
 
 
+@pytest.mark.slow
 def test_sampled_answers_repeat_with_the_seed(raw: dict[str, Any]) -> None:
     def counts(**options: Any) -> tuple[Any, ...]:
         found = run(raw, temperature=1.0, limit=2, **options)

@@ -190,6 +190,7 @@ def test_without_an_engine_such_a_difference_is_an_error_too(trained: Path) -> N
     assert "what only an engine reads: layer_ids is [0], expected [-2]" in report.verdict.message
 
 
+@pytest.mark.slow
 def test_an_engine_that_serves_otherwise_is_told_from_a_bad_export(trained: Path) -> None:
     """The engine reads another layer than the one named, and the export is right."""
     report = examine(trained, "target.options={layer: 0}")
@@ -198,6 +199,7 @@ def test_an_engine_that_serves_otherwise_is_told_from_a_bad_export(trained: Path
     assert "Look at the engine's own flags" in report.verdict.message
 
 
+@pytest.mark.slow
 def test_the_export_says_of_which_template_it_is(trained: Path) -> None:
     path = trained / "export" / "provenance.json"
     capture = json.loads(path.read_text())["capture"] | {"chat_template_fingerprint": "0123456789"}
@@ -209,6 +211,7 @@ def test_the_export_says_of_which_template_it_is(trained: Path) -> None:
     assert "the export is of step 7, the checkpoint of step 80" in report.notes
 
 
+@pytest.mark.slow
 def test_a_step_that_simulates_too_much_is_told_from_a_bad_export(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +238,7 @@ def test_answers_of_one_token_measure_nothing(trained: Path) -> None:
         examine(trained, "eval.max_new_tokens=1")
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_on_an_export_is_repaired_as_one_that_accepts_less(
     trained: Path,
 ) -> None:
@@ -257,6 +261,7 @@ def test_an_export_is_no_checkpoint(trained: Path) -> None:
         examine(trained, export=trained / "run")
 
 
+@pytest.mark.slow
 def test_an_export_of_another_tool_needs_its_format(trained: Path) -> None:
     (trained / "export" / "provenance.json").unlink()
     with pytest.raises(ConfigError, match="does not say in which format it was exported"):
@@ -264,6 +269,7 @@ def test_an_export_of_another_tool_needs_its_format(trained: Path) -> None:
     assert examine(trained, format="hf").verdict.healthy
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_fails_with_one_message(trained: Path) -> None:
     """Of the best checkpoint, as `export` and `eval` take it."""
     config, best = ["-c", str(trained / "run.yaml")], f"{trained / 'run'}@best"

@@ -56,7 +56,7 @@ def write(folder: Path, target: Path) -> Path:
     )
 
 
-@pytest.mark.parametrize("vocabulary", ["64", "full"])
+@pytest.mark.parametrize("vocabulary", ["64", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_draft_learns_and_says_how_well(config: Path, tmp_path: Path, vocabulary: str) -> None:
     train(*load(config, "train.max_steps=40", f"strategy.draft_vocab_size={vocabulary}"))
     rows = lines(tmp_path / "run")
@@ -70,7 +70,14 @@ def test_a_draft_learns_and_says_how_well(config: Path, tmp_path: Path, vocabula
         assert 1.3 * first < last < 0.4
 
 
-@pytest.mark.parametrize("options", ["loss=lk_alpha", "train_head=false", "loss=lk_lambda"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "loss=lk_alpha",
+        pytest.param("train_head=false", marks=pytest.mark.slow),
+        pytest.param("loss=lk_lambda", marks=pytest.mark.slow),
+    ],
+)
 def test_offline_training_gives_what_online_training_gives(
     config: Path, tmp_path: Path, options: str
 ) -> None:
@@ -102,6 +109,7 @@ def test_a_checkpoint_holds_the_draft_vocabulary(config: Path, tmp_path: Path) -
     assert model.d2t.any()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(config: Path, tmp_path: Path) -> None:
     train(*load(config, "train.max_steps=3"))
     short = f"output_dir={tmp_path / 'short'}"
@@ -139,7 +147,7 @@ def test_a_capture_of_other_layers_is_refused(config: Path, tmp_path: Path) -> N
     assert len(list((tmp_path / "capture").glob("shard-*"))) > 0
 
 
-@pytest.mark.parametrize("source", ["run", "export"])
+@pytest.mark.parametrize("source", ["run", pytest.param("export", marks=pytest.mark.slow)])
 def test_a_run_begins_from_other_weights(learned: Path, tmp_path: Path, source: str) -> None:
     config, start = learned, learned.parent / "run"
     first = losses(start)[0]
@@ -166,7 +174,7 @@ def test_a_start_with_another_vocabulary_is_refused(config: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_evaluation_is_lossless(
     learned: Path, tmp_path: Path, shape: str, temperature: float
 ) -> None:
