@@ -16,9 +16,14 @@ python=${PYTHON:-python3}
 "$python" -m venv "$venv"
 # what is imported is compiled then, once
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-compile)
+site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+# the largest part of all, with what is compiled of it: from where it is installed, if linked it can be
+torch=("$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"/{torch,torchgen,functorch,torch-2.13.0*.dist-info})
+if [ -d "${torch[3]}" ]; then
+  cp -al "${torch[@]}" "$site" 2> /dev/null || rm -rf "$site"/torch{,gen,-*} "$site"/functorch
+fi
 "${pip[@]}" torch==2.13.0 "transformers==$transformers" -r "$here/cpu_requirements.txt"
 "${pip[@]}" --no-deps "sglang==$version" triton==3.6.0 torchvision==0.28.0 ${extra[@]+"${extra[@]}"}
-site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 # torchvision's CUDA wheel registers operators that it lacks here; only its import must work
 echo 'import sys, types; sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))' > "$site/torchvision_cpu.pth"
 if [ "$version" != 0.5.14 ]; then # from 0.5.15 on its kernel package is imported, though not called
