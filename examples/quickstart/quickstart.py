@@ -23,7 +23,14 @@ HERE = Path(__file__).parent
 CONFIG = HERE / "run.yaml"
 TARGET = Path("~/.cache/specforge/smollm2-135m-instruct").expanduser()
 FEW = ("eval.limit=1", "eval.max_new_tokens=48")  # decoded while training, to find the best
-SHORT = ("train.max_steps=3", "eval.limit=1", "eval.max_new_tokens=16")
+SHORT = (
+    "train.max_steps=3",
+    "train.batch_size=1",
+    "capture.window=3",
+    "data.max_length=128",
+    "eval.limit=1",
+    "eval.max_new_tokens=16",
+)
 
 
 def step(title: str, *command: str) -> str:
