@@ -41,23 +41,27 @@ def load_export(draft: Draft, export: Export) -> bool:
     assert isinstance(frozen, Frozen)
     shape = model.shape
     with readable_config():
-        _check(shape, export.config)
+        check_config(shape, export.config)
     weights = published_names(export.weights)
     if (embedding := weights.pop("embed_tokens.weight", None)) is not None:
-        _check_embedding(embedding, frozen.embed_tokens)
-    if "d2t" in weights or "t2d" in weights:
-        d2t = check_map(weights, shape.draft_vocab_size, shape.vocab_size, "the export")
-    elif shape.full_vocab:
-        d2t = torch.zeros(shape.vocab_size, dtype=torch.int64)
-    else:
-        raise CheckpointError(
-            f"the export has no d2t, so it drafts all {shape.vocab_size} tokens. "
-            "Try: strategy.draft_vocab_size=full"
-        )
+        check_embedding(embedding, frozen.embed_tokens)
+    d2t = stored_map(weights, shape)
     weights |= {"d2t": d2t, "t2d": members(d2t, shape.vocab_size)}
     check_given(weights, {NAMES[name]: value for name, value in model.state_dict().items()})
     model.load_state_dict({name: weights[NAMES[name]] for name in model.state_dict()})
     return True
+
+
+def stored_map(weights: Mapping[str, Tensor], shape: DraftShape) -> Tensor:
+    """Return the d2t [Vd] that a checkpoint's tensors say, or go without."""
+    if "d2t" in weights or "t2d" in weights:
+        return check_map(weights, shape.draft_vocab_size, shape.vocab_size, "the export")
+    if shape.full_vocab:
+        return torch.zeros(shape.vocab_size, dtype=torch.int64)
+    raise CheckpointError(
+        f"the export has no d2t, so it drafts all {shape.vocab_size} tokens. "
+        "Try: strategy.draft_vocab_size=full"
+    )
 
 
 def published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -71,7 +75,7 @@ def published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _check_embedding(given: Tensor, own: Tensor) -> None:
+def check_embedding(given: Tensor, own: Tensor) -> None:
     """Refuse an embedding that was trained away from the target's, which engines share."""
     same = given.shape[1:] == own.shape[1:] and len(given) >= len(own) and given.dtype in FLOATS
     if same:
@@ -84,7 +88,7 @@ def _check_embedding(given: Tensor, own: Tensor) -> None:
         )
 
 
-def _check(shape: DraftShape, given: Mapping[str, Any]) -> None:
+def check_config(shape: DraftShape, given: Mapping[str, Any]) -> None:
     """Compare everything that would load without an error and then be accepted nowhere."""
     layer: Mapping[str, Any] = given.get("transformer_layer_config") or given
     speculators = SPECULATORS in given.get("architectures", ())
