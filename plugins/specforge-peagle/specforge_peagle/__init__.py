@@ -20,6 +20,7 @@ from specforge_core.types import (
     Collate,
     DataInfo,
     Draft,
+    Export,
     Proposer,
     TargetInfo,
     TrainStep,
@@ -29,6 +30,7 @@ from specforge_core.types import (
 from .config import PeagleConfig, PeagleShape, peagle_shape
 from .dropping import PeagleTransform
 from .elements import PeagleCollate
+from .export import export_draft, load_draft
 from .model import PeagleLayer, PeagleModel
 from .proposer import PeagleProposer
 from .step import PeagleStep
@@ -124,3 +126,17 @@ def specforge_proposer(config: PeagleConfig, draft: Draft) -> Proposer:
     assert isinstance(draft.model, PeagleModel)
     assert isinstance(draft.frozen, Frozen)
     return PeagleProposer(config, draft.model, draft.frozen)
+
+
+@hookimpl
+def specforge_export(
+    config: PeagleConfig, draft: Draft, target: TargetInfo, format: str
+) -> Export | None:
+    """Write the published layout: formats hf and vllm; sglang is refused with the reason."""
+    return export_draft(config, draft, target, format)
+
+
+@hookimpl
+def specforge_import(draft: Draft, export: Export) -> bool:
+    """Read a published checkpoint, in any of its spellings."""
+    return load_draft(draft, export)
