@@ -43,6 +43,7 @@ class DecodeStats:
     new_tokens: int = 0  # of the answers, the prompt's run included
     seconds: float = 0.0  # for the answers, the prompt's run included
     extra_runs: int = 0  # of the target, beside one per verification: for a state restored
+    nodes: int = 0  # drafted tokens that the target ran on: a tree has several at a position
 
     @property
     def drafted(self) -> int:
@@ -78,6 +79,7 @@ class DecodeStats:
             self.new_tokens + other.new_tokens,
             self.seconds + other.seconds,
             self.extra_runs + other.extra_runs,
+            self.nodes + other.nodes,
         )
 
 
@@ -144,7 +146,8 @@ def generate(
         assert states is not None
         proposer.accept(pick(states, [0, *(1 + i for i in verdict.kept)], supervised=True))
         levels = len(drafted) if parents is None else max(depths(parents), default=0)
-        stats += _round(levels, verdict.accepted, len(new), target.runs - runs - 1)
+        extra_runs = target.runs - runs - 1
+        stats += _round(levels, verdict.accepted, len(new), extra_runs, len(drafted))
         emitted += new
     tokens = tuple(emitted[:wanted])
     return Answer(tokens, stats + timed(tokens, start))
@@ -204,9 +207,9 @@ def pick(capture: TargetCapture, places: list[int], *, supervised: bool) -> Targ
     )
 
 
-def _round(drafted: int, accepted: int, emitted: int, extra_runs: int) -> DecodeStats:
-    accepted_at = (1,) * accepted + (0,) * (drafted - accepted)
-    return DecodeStats(1, emitted, (1,) * drafted, accepted_at, extra_runs=extra_runs)
+def _round(levels: int, accepted: int, emitted: int, extra_runs: int, nodes: int) -> DecodeStats:
+    accepted_at = (1,) * accepted + (0,) * (levels - accepted)
+    return DecodeStats(1, emitted, (1,) * levels, accepted_at, extra_runs=extra_runs, nodes=nodes)
 
 
 def timed(tokens: tuple[int, ...], start: float) -> DecodeStats:

@@ -34,8 +34,9 @@ class SetReport:
     acceptance_length: float | None  # tokens emitted per verification, see DecodeStats
     per_position: tuple[float, ...]  # [k]: part of the tokens drafted there that were accepted
     verifications: int
-    drafted: int
+    drafted: int  # tokens of chains, levels of trees
     accepted: int
+    nodes: int  # drafted tokens that the target ran on: as `drafted`, but for trees
     drafted_at: tuple[int, ...]
     accepted_at: tuple[int, ...]
     new_tokens: int
@@ -117,6 +118,14 @@ def render(report: EvalReport) -> Group:
     table.add_row("all", *_cells(report))
     rates = " ".join(f"{rate:.2f}" for rate in report.per_position)
     lines = [f"accepted by position: {rates}", f"lossless: {report.lossless_reason}"]
+    if report.nodes > report.drafted:
+        nodes, levels, kept = (
+            f"{count / report.verifications:.2f}"
+            for count in (report.nodes, report.drafted, report.accepted)
+        )
+        lines.append(
+            f"a verification: {nodes} tokens of a tree, on {levels} levels, {kept} accepted"
+        )
     if report.extra_target_runs:
         lines.append(
             f"the target ran {report.extra_target_runs} times more than {report.verifications} "
@@ -154,6 +163,7 @@ def _set_report(results: Sequence[PromptResult], *, greedy: bool) -> SetReport:
         verifications=stats.verifications,
         drafted=stats.drafted,
         accepted=stats.accepted,
+        nodes=stats.nodes,
         drafted_at=stats.drafted_at,
         accepted_at=stats.accepted_at,
         new_tokens=stats.new_tokens,

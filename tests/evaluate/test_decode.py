@@ -130,6 +130,7 @@ def test_a_draft_that_is_always_wrong_yields_one(model: Any) -> None:
     assert answer.stats.acceptance_length == 1.0
     assert (answer.stats.verifications, answer.stats.accepted) == (39, 0)
     assert answer.stats.drafted_at == (39,) * 4
+    assert answer.stats.nodes == answer.stats.drafted
 
 
 def test_a_half_right_draft_changes_nothing_in_the_answer(model: Any) -> None:

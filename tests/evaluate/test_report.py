@@ -121,6 +121,16 @@ def test_people_see_a_table() -> None:
     assert "p.jsonl:3: mismatch at token 4: 7 for 9" in text
 
 
+def test_a_tree_is_told_by_the_tokens_that_were_verified() -> None:
+    tree = DecodeStats(4, 9, (4, 4, 2), (3, 2, 0), 9, 1.0, nodes=50)
+    found = report(result(tree), result(tree))
+    assert (found.nodes, found.drafted, found.accepted) == (100, 20, 10)
+    told = "a verification: 12.50 tokens of a tree, on 2.50 levels, 1.25 accepted"
+    assert told in shown(found)
+    chain = DecodeStats(2, 6, (2, 2, 2), (2, 1, 1), 10, 0.5, nodes=6)
+    assert "of a tree" not in shown(report(result(chain)))
+
+
 def test_a_table_of_sampled_answers_says_so() -> None:
     text = shown(report(result(FIRST, alone=False), temperature=0.7))
     assert "temperature 0.7" in text

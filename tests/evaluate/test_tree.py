@@ -94,6 +94,7 @@ def test_greedy_answers_are_the_targets_own(model: Any, luck: float) -> None:
     assert all(
         a <= d for a, d in zip(answer.stats.accepted_at, answer.stats.drafted_at, strict=True)
     )
+    assert answer.stats.nodes > answer.stats.drafted  # levels
 
 
 def test_the_proposer_sees_the_states_of_the_accepted_path(model: Any) -> None:
