@@ -14,6 +14,8 @@ from specforge_core.nn.decoder import DecoderOptions, DecoderShape, decoder_fiel
 from specforge_core.nn.soft_loss import SoftLoss
 from specforge_core.types import TargetInfo
 
+SINCE_0_1 = {"grow_steps", "hard_share", "hard_until"}  # options that 0.1 did not have
+
 
 class Eagle3Config(DecoderOptions):
     """The `strategy:` section of an EAGLE-3 run."""
@@ -48,6 +50,15 @@ class Eagle3Config(DecoderOptions):
     mean_over: Annotated[Literal["positions", "supervised"], MayChange.AT_START] = Field(
         "positions", description="What the loss is divided by: all positions, or trained ones."
     )
+    grow_steps: Annotated[float, MayChange.AT_START] = Field(
+        0.0, ge=0, le=1, description="Part of the training in which steps grow from 1 to all."
+    )
+    hard_share: Annotated[float, MayChange.AT_START] = Field(
+        0.0, ge=0, lt=1, description="Part of the labels, of highest entropy, left out at first."
+    )
+    hard_until: Annotated[float, MayChange.AT_START] = Field(
+        0.5, gt=0, le=1, description="Part of the training in which these come back, bit by bit."
+    )
     layer_type: Literal["llama", "qwen3"] = Field(
         "llama", description="qwen3 norms queries and keys; SGLang serves llama only."
     )
@@ -81,7 +92,7 @@ class Eagle3Config(DecoderOptions):
     @model_validator(mode="before")
     @classmethod
     def _as_0_1_stored_it(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or not raw.keys() >= cls.model_fields.keys():
+        if not isinstance(raw, dict) or not raw.keys() >= cls.model_fields.keys() - SINCE_0_1:
             return raw  # a person's, not a stored one, which names all options
         kept = {key: value for key, value in raw.items() if key != "batches"}
         return kept | ({"attention": "auto"} if kept.get("attention") == "flash" else {})
@@ -92,6 +103,8 @@ class Eagle3Config(DecoderOptions):
             raise ValueError(f"draft_vocab_size {self.draft_vocab_size} must be above 0, or full")
         if self.vocab_map is not None and self.draft_vocab_size == "full":
             raise ValueError("vocab_map has no effect with draft_vocab_size=full: remove one")
+        if not self.hard_share and self.hard_until != type(self).model_fields["hard_until"].default:
+            raise ValueError("hard_until has no effect with hard_share 0: remove it")
         for name in ("lk_decay", "lk_scale"):  # a stored config names all options
             default = type(self).model_fields[name].default
             if self.loss != "lk_lambda" and getattr(self, name) != default:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from specforge_core.nn.soft_loss import SoftRows
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .config import Eagle3Config
+from .curriculum import narrowed
 from .frozen import Frozen
 from .model import Eagle3Model, Task
 from .rows import prefix_hits
@@ -38,14 +40,17 @@ class Eagle3Step:
         assert isinstance(model, Eagle3Model)
         assert isinstance(frozen, Frozen)
         config = self.config
-        task = Task(batch, frozen.teacher_head(model.d2t), config.objective)
+        head = frozen.teacher_head(model.d2t)
+        batch = narrowed(config, batch, head, model.shape.softcap, ctx)
+        task = Task(batch, head, config.objective)
         embeddings = frozen.embed(batch["input_ids"][0])
         loss_sum, found = model(batch["hidden_states"][0], embeddings, task)
 
         if config.mean_over == "positions":
             weight = task.row_weights.new_full((), batch["input_ids"].numel())
         else:
-            weight = task.row_weights.sum() / sum(config.step_weights)
+            steps = task.row_weights.shape[1]
+            weight = task.row_weights.sum() / sum(config.step_weights[:steps])
         hits = target_tokens(model.d2t)[found.best] == batch["choices"][:, None]
         metrics = self._metrics(batch, hits & task.present, found)
         return StepOutput(loss_sum=loss_sum, weight=weight, metrics=metrics)
@@ -61,7 +66,9 @@ class Eagle3Step:
         is supervised are misses.
         """
         present, starts, supervised = (batch[n] for n in ("present", "starts", "supervised"))
-        right, total = hits.sum(0).float(), present.sum(0).float()
+        # the names are the same while there are fewer steps
+        later = (0, self.config.steps - hits.shape[1])
+        right, total = (F.pad(x.sum(0).float(), later) for x in (hits, present))
         answered = hits & batch["answers"][:, None]
         accepted = prefix_hits(answered, batch["students"], present, starts.numel())
         drafted = ((1 + accepted.clamp(max=self.draft_tokens)) * starts).sum().float()

@@ -110,10 +110,10 @@ def make_batch(tiny: Tiny, samples: list[dict[str, Tensor]], arrange: Any = pack
     return label_rows(batch, tiny.model.t2d.cpu(), config.mask_on, config.step_weights)
 
 
-def make_context(seed: int = 0) -> StepContext:
+def make_context(seed: int = 0, **where: Any) -> StepContext:
     generator = torch.Generator().manual_seed(seed)
-    mesh: Any = None  # one process
-    return StepContext(step=0, total_steps=1, generator=generator, training=True, mesh=mesh)
+    alone: Any = {"step": 0, "total_steps": 1, "training": True, "mesh": None, **where}
+    return StepContext(generator=generator, **alone)
 
 
 def weights64(tiny: Tiny) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from specforge_eagle3 import Eagle3Config
@@ -115,16 +116,40 @@ class Exact:
     lengths: list[int]  # 1 + joint hits of each row whose last and first drafted token are kept
 
 
-def objective(w: dict[str, Tensor], tiny: Tiny, samples: list[dict[str, Tensor]]) -> Exact:
-    """Section by section: mask, teacher, loss of a row, mean over rows, sum over steps."""
-    config, shape = tiny.config, tiny.model.shape
+def label_scores(tiny: Tiny, tokens: list[int], final: Tensor) -> Tensor:
+    """Return what the teacher's head makes of a final state [H], for these tokens."""
+    scores, softcap = tiny.head.double()[tokens] @ final.double(), tiny.model.shape.softcap
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def row_loss(tiny: Tiny, p: Tensor, q: Tensor, overlap: Tensor) -> Tensor:
+    """Return the loss of one row of distributions p and q [Vd]."""
+    config = tiny.config
+    mix = config.lk_scale * torch.exp(-config.lk_decay * overlap.detach())
+    return {
+        "kl": -(p * q.log()).sum(),
+        "lk_alpha": -overlap.log(),
+        "lk_lambda": mix * (p * (p / q).log()).sum() + (1 - mix) * (1 - overlap),
+    }[config.loss]
+
+
+def objective(
+    w: dict[str, Tensor],
+    tiny: Tiny,
+    samples: list[dict[str, Tensor]],
+    steps: int | None = None,
+    hard: Any = lambda sample: (),
+) -> Exact:
+    """Section by section; `hard` says which labels of a sample add nothing to the loss."""
+    config = tiny.config
+    steps = steps or config.steps
     tokens = (tiny.model.d2t + torch.arange(len(tiny.model.d2t))).tolist()
-    sums = [torch.zeros((), dtype=torch.float64) for _ in range(config.steps)]
-    counts = [0] * config.steps
-    hits: list[list[bool]] = [[] for _ in range(config.steps)]
+    sums = [torch.zeros((), dtype=torch.float64) for _ in range(steps)]
+    counts = [0] * steps
+    hits: list[list[bool]] = [[] for _ in range(steps)]
     overlaps, lengths = [], []
     for sample in samples:
-        states = sample_states(w, tiny, sample, config.steps)
+        states, left_out = sample_states(w, tiny, sample, steps), hard(sample)
         mask, choice = sample["loss_mask"].tolist(), sample["target_argmax"].tolist()
         length = len(mask)
 
@@ -132,7 +157,7 @@ def objective(w: dict[str, Tensor], tiny: Tiny, samples: list[dict[str, Tensor]]
             return u < length and bool(mask[u])  # noqa: B023
 
         alive, joint = dict[int, bool](), dict[int, int]()
-        for i in range(config.steps):
+        for i in range(steps):
             for t in states[i]:
                 looked = {"feature": t + i, "input": t + 1 + i, "label": t + 2 + i}[config.mask_on]
                 supervised = looked < length and bool(mask[looked])
@@ -142,24 +167,15 @@ def objective(w: dict[str, Tensor], tiny: Tiny, samples: list[dict[str, Tensor]]
                 u = t + 1 + i
                 hit = False
                 if supervised and choice[u] in tokens:
-                    scores = tiny.head.double()[tokens] @ sample["final"][u].double()
-                    if shape.softcap is not None:
-                        scores = shape.softcap * torch.tanh(scores / shape.softcap)
+                    scores = label_scores(tiny, tokens, sample["final"][u])
                     p = scores.softmax(-1)
                     drawn = (scores - sample["target_logsumexp"][u].double()).exp()
                     logits = w["lm_head.weight"] @ states[i][t]
                     q = logits.softmax(-1)
                     a = torch.minimum(drawn, q).sum()
-                    mix = config.lk_scale * torch.exp(-config.lk_decay * a.detach())
-                    sums[i] = (
-                        sums[i]
-                        + {
-                            "kl": -(p * q.log()).sum(),
-                            "lk_alpha": -a.log(),
-                            "lk_lambda": mix * (p * (p / q).log()).sum() + (1 - mix) * (1 - a),
-                        }[config.loss]
-                    )
-                    counts[i] += 1
+                    if u not in left_out:
+                        sums[i] = sums[i] + row_loss(tiny, p, q, a)
+                        counts[i] += 1
                     hit = tokens[int(logits.argmax())] == choice[u]
                     hits[i].append(hit)
                     overlaps.append(float(a.detach()))
@@ -167,7 +183,7 @@ def objective(w: dict[str, Tensor], tiny: Tiny, samples: list[dict[str, Tensor]]
                     alive[t] = alive[t] and hit and kept and i < config.draft_length
                     joint[t] += alive[t]
         lengths += [1 + n for n in joint.values()]
-    decays = [config.step_decay**i for i in range(config.steps)]
+    decays = [config.step_decay**i for i in range(steps)]
     total = sum((g * s for g, s in zip(decays, sums, strict=True)), torch.zeros(()))
     if config.mean_over == "positions":
         total = total / sum(len(s["input_ids"]) for s in samples)

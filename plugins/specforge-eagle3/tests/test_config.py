@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
-from specforge_eagle3.config import Eagle3Config, capture_layers, draft_shape
+from specforge_eagle3.config import SINCE_0_1, Eagle3Config, capture_layers, draft_shape
 
 from specforge_core.config import MayChange
 from specforge_core.errors import ConfigError
@@ -18,6 +21,13 @@ from specforge_core.errors import ConfigError
 )
 def test_default_layers_are_the_published_ones(kit: Any, num_layers: int, want: Any) -> None:
     assert capture_layers(kit.config(), num_layers) == want
+
+
+def test_what_the_readme_advises_is_taken() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]
+    found = [Eagle3Config.model_validate(block["strategy"]) for block in blocks]
+    assert [(c.fc_norm, c.norm_output) for c in found] == [(False,) * 2, (True,) * 2, (False,) * 2]
 
 
 def test_targets_that_are_too_small(kit: Any) -> None:
@@ -53,6 +63,7 @@ def test_a_draft_vocabulary_beyond_the_targets(kit: Any) -> None:
         ({"lk_decay": 2.0}, "lk_decay has no effect with loss 'kl'"),
         ({"lk_scale": 0.5, "loss": "lk_alpha"}, "lk_scale has no effect with loss 'lk_alpha'"),
         ({"layers": [1, 2]}, "layers"),
+        ({"hard_until": 0.9}, "hard_until has no effect with hard_share 0"),
     ],
 )
 def test_options_that_do_not_agree(kit: Any, options: dict[str, Any], message: str) -> None:
@@ -68,6 +79,7 @@ def test_heads_that_cannot_be_shared(kit: Any) -> None:
 def test_a_section_that_0_1_stored_is_read_and_a_persons_is_not_mistaken_for_one() -> None:
     stored = Eagle3Config(name="eagle3").model_dump(mode="json")
     stored |= {"batches": "packed", "attention": "flash"}
+    stored = {name: value for name, value in stored.items() if name not in SINCE_0_1}
     assert Eagle3Config.model_validate(stored) == Eagle3Config(name="eagle3")
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         Eagle3Config.model_validate({"name": "eagle3", "batches": "padded"})
