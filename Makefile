@@ -10,9 +10,10 @@ unexport PYTHONDONTWRITEBYTECODE
 # one thread each: the tests start many processes of their own
 test test-fast: export OMP_NUM_THREADS ?= 1
 
-# a file's tests stay together, since they share what they have made; tests/conftest.py says
-# which files come first
-pytest = .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# one more than there are cores, since many tests wait for processes that they started; a file's
+# tests stay together, since they share what they have made; tests/conftest.py says which come first
+workers = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+pytest = .venv/bin/python -m pytest -n $(workers) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(pytest)

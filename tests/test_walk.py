@@ -37,7 +37,7 @@ pytest.importorskip("specforge_linear", reason="the linear example is not instal
 CORE = str(Path(specforge_core.__file__).parent)
 FOLDERS = ("data", "target", "capture", "batches", "train")
 MARK = "the one that is followed"
-COUNT = 8
+COUNT = 24
 PLACE = epoch_order(COUNT, 0, 0)[5]  # the sixth, beyond the first few, which are checked
 
 
@@ -102,7 +102,7 @@ class Walk:
 
 @pytest.fixture
 def config(tmp_path: Path, toy_target: Path) -> Path:
-    # one batch made ahead, so that the next epoch, which comes to each sample again, is not begun
+    # few of the samples, so that the next epoch, which comes to each of them again, is not begun
     options = {"max_steps": 6, "batch_size": 1, "save_every": 99}
     path = write_run(
         tmp_path,

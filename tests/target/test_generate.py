@@ -19,7 +19,7 @@ from specforge_core.target.head import Head
 from specforge_core.target.info import load_target_info
 from specforge_core.types import Generated, GenerateOptions, Prompt
 
-from .test_engine import SHAPE
+from .small import SHAPE
 
 
 def load(path: Path, vocab_size: int) -> TransformersEngine:

@@ -18,7 +18,7 @@ from specforge_core.target.head import Head
 from specforge_core.target.info import load_target_info
 from specforge_core.types import CaptureSpec, Prompt, TargetInfo
 
-from .test_engine import SHAPE
+from .small import SHAPE
 
 # each with a head that is more than a matrix
 HEADS: dict[str, dict[str, Any]] = {

@@ -100,7 +100,7 @@ FAULTS = {
             total = 0
             def accept(self, accepted):
                 super().accept(accepted)
-                self.state = self.total = self.total + self.state
+                self.state = self.total = self.state - self.total
         return Sums(draft)
         """,
     ),

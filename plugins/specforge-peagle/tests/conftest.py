@@ -126,7 +126,7 @@ def make_samples(
 
 def make_batch(tiny: Tiny, samples: list[dict[str, Tensor]], arrange: Any = pack) -> Batch:
     """Return what the strategy's collate makes of samples, packed or padded before."""
-    return elements(arrange(samples, ALL_FIELDS), tiny.model.t2d, tiny.config.mask_on, MASK)
+    return elements(arrange(samples, ALL_FIELDS), tiny.model.t2d.cpu(), tiny.config.mask_on, MASK)
 
 
 def make_capture(sample: dict[str, Tensor], start: int, end: int) -> TargetCapture:
