@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from specforge_eagle3.frozen import Frozen
 from specforge_eagle3.vocab import target_tokens
 from torch import Tensor
@@ -59,7 +60,7 @@ class PeagleStep:
         right = hits.new_zeros(self.config.depths, len(starts))
         there = right.clone()
         right[depth, anchors] = hits
-        there[depth, anchors] = True
+        there[depth, anchors] = torch.ones_like(hits)  # a number would be waited for
         accurate, total = right.sum(1).float(), there.sum(1).float()
         right[depth, anchors] = hits & batch["answers"][batch["labels"]]
         accepted = right[: self.draft_tokens].cumprod(0).sum(0)

@@ -120,6 +120,7 @@ def test_a_batch_without_labels_has_zero_loss_and_gradients(kit: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("path", ["auto", "eager"])
 def test_a_step_on_a_gpu_computes_the_same_and_never_waits(kit: Any, path: str) -> None:
     tiny = kit.tiny(attention=path, head_dim=16)
