@@ -64,8 +64,8 @@ class Calls:
 
     def watched(self, hook: str, value: Any, kind: Callable[[Any, Watch], Any]) -> Any:
         """Return a plugin's object so that what goes wrong in it names its package and hook."""
-        if type(value).__module__.partition(".")[0] == __package__:
-            return value  # the core's own
+        if any(one.__module__.partition(".")[0] == __package__ for one in type(value).__mro__):
+            return value  # the core's own, or of its kind, which it knows more of
         who = blame.package_behind(self.pm, hook, value, self.name)
         guard = partial(self.guard, hook, package=who)
         return kind(value, Watch(guard, partial(self.check, hook, value=value)))

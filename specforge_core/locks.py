@@ -59,7 +59,10 @@ class InTurn:
         return max(0, len(self._asked) - 1)
 
     def give_way(self) -> None:
-        """Let all that wait have it, one after the other, and take it again.  For its holder."""
+        """Let all that wait have it, one after the other, and take it again.
+
+        For its holder, in a thread that no signal interrupts.
+        """
         if self.waiting():
             self.__exit__()
             self.__enter__()

@@ -59,6 +59,10 @@ def _tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+def _on_host(value: Any) -> bool:
+    return _tensor(value) and value.device.type == "cpu"
+
+
 def _field(value: object) -> bool:
     import torch
 
@@ -112,8 +116,8 @@ def wrong_capture(found: object, spec: CaptureSpec) -> Wrong | None:
     if not isinstance(found, TargetCapture):
         return type(found).__name__, "TargetCapture"
 
-    def row(value: object) -> bool:
-        return isinstance(value, type(found.input_ids)) and value.shape == found.input_ids.shape
+    def row(value: Any) -> bool:
+        return _on_host(value) and value.shape == found.input_ids.shape
 
     def states(value: Any) -> bool:
         rows = len(found.input_ids)
@@ -125,7 +129,7 @@ def wrong_capture(found: object, spec: CaptureSpec) -> Wrong | None:
     tokens = "one number for each token, as the spec asks"
     checks: dict[str, Check] = {
         "index": (_whole, "the prompt's"),
-        "input_ids": (lambda v: _tensor(v) and v.ndim == 1, "the prompt's tensor [T]"),
+        "input_ids": (lambda v: _on_host(v) and v.ndim == 1, "the prompt's tensor [T]"),
         "loss_mask": (row, "the prompt's tensor [T]"),
         "hidden_states": (every, f"states [T, H] of the layers {list(spec.layers)}"),
     }
@@ -246,7 +250,7 @@ def wrong_optimizers(found: Iterable[Optimizer], model: nn.Module) -> Wrong | No
         if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
             return f"{kind} with param_groups {shorten(groups)}", "a list of groups"
         for group in groups:
-            if not isinstance(group.get("lr"), float | int):
+            if not isinstance(group.get("lr"), float | int) and not _tensor(group.get("lr")):
                 return f"{kind} with a group of lr {shorten(group.get('lr'))}", "its peak, a number"
             here = [id(p) for p in group["params"]]
             if strange := len([p for p in here if p not in trained]):

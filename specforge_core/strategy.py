@@ -183,7 +183,9 @@ class Strategy(Calls):
         asked = ("param_groups", "step", "zero_grad", "state_dict", "load_state_dict")
         for optimizer in found:
             self._with(hook, optimizer, *asked)
-        self.check(hook, wrong_optimizers(found, draft.model), value=found[0] if found else None)
+        with self.guard(hook, status=2):  # a group may lack its parameters
+            wrong = wrong_optimizers(found, draft.model)
+        self.check(hook, wrong, value=found[0] if found else None)
         return list(found)
 
     def schedule(self, train: TrainConfig) -> Callable[[float], float]:

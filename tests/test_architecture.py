@@ -230,3 +230,15 @@ def test_the_cli_starts_without_torch(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_file_holds_what_a_merge_left() -> None:
+    marks = ("<" * 7 + " ", ">" * 7 + " ")
+    found = [
+        str(path.relative_to(ROOT))
+        for pattern in ("*.py", "*.md", "*.sh", "*.toml", "*.yaml")
+        for path in ROOT.rglob(pattern)
+        if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+        if any(line.startswith(marks) for line in path.read_text().splitlines())
+    ]
+    assert found == []

@@ -12,7 +12,7 @@ import hashlib
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -39,7 +39,7 @@ from ..types import (
     Transform,
 )
 from .collate import num_tokens, pinned
-from .made import Made, here
+from .made import Made, device_of
 from .prefetch import Prefetcher
 from .stored import StoredSource as StoredSource
 from .turns import Placed as Placed, Share as Share, places
@@ -119,14 +119,16 @@ class OnlineSource:
         # windows begin at fixed places, so that a resumed run batches as it did: another batch
         # would round differently
         done = position // ranks % self.window if position % ranks == 0 else 0
-        windows = Prefetcher(self._windows(order, position, end, done), 0, here())
+        device = device_of(self.engine)
+        found = self._windows(order, position, end, done, device)
+        windows = Prefetcher(found, 0, device, inner=True)
         try:
             for window in windows:
                 captured = window.captured
                 if captured is None:
                     captured = self._capture(window.numbers)
                 if self.closed.is_set():
-                    return
+                    break
                 for _, sample in captured:
                     window.made.wait(() if sample is None else sample.values())
                 both = zip(window.numbers, captured, strict=True)
@@ -135,10 +137,13 @@ class OnlineSource:
                         done -= 1
                         continue
                     yield Placed(epoch, number, index, sample)
+            raise Closed
         finally:
             windows.close()
 
-    def _windows(self, order: Order, position: int, end: int | None, done: int) -> Iterator[Window]:
+    def _windows(
+        self, order: Order, position: int, end: int | None, done: int, device: torch.device
+    ) -> Iterator[Window]:
         """Yield each window in turn, captured unless it begins at `end` or later."""
 
         def tokens(place: int) -> int:
@@ -154,7 +159,7 @@ class OnlineSource:
             captured = self._capture(numbers) if use else None
             if self.closed.is_set():
                 return
-            yield Window(numbers, captured, Made(here()))
+            yield Window(numbers, captured, Made(device))
 
     def _capture(self, numbers: Sequence[tuple[int, int, int]]) -> list[tuple[int, Sample | None]]:
         """Return a window's prompts and samples; fewer where this source is closed meanwhile."""
@@ -169,6 +174,7 @@ class OnlineSource:
                 found.append(one)
                 if self.closed.is_set():
                     break
+            captured.close()  # before anybody else calls the engine
         return found
 
     def _number(self, order: Order, place: int) -> tuple[int, int, int]:
@@ -192,7 +198,7 @@ class Batches:
     device: torch.device
     end: int | None = None  # samples of the endless sequence that are trained on
 
-    def micro_batches(self, source: Source, position: int) -> Iterator[Micro]:
+    def micro_batches(self, source: Source, position: int) -> Generator[Micro]:
         """Yield batches of `batch_size` samples on the device, without end.
 
         From `end` on they have no samples, so that the last step of a run may be a smaller one.
@@ -200,6 +206,13 @@ class Batches:
         Raises DataError when a whole epoch gave no sample to train on.
         """
         samples = source.samples(position, self.end)
+        try:
+            yield from self._micro_batches(samples, position)
+        finally:
+            if isinstance(samples, Generator):
+                samples.close()  # also where an error's traceback holds it
+
+    def _micro_batches(self, samples: Iterator[Placed], position: int) -> Iterator[Micro]:
         ahead: deque[Placed] = deque()
         stand_in: list[Sample] = []
         while True:

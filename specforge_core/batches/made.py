@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def here() -> torch.device:
-    """Return the GPU that this thread works on, or the CPU where no GPU is used."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def device_of(engine: object) -> torch.device:
+    """Return where an engine's captures are made, if that is in this process; else the CPU."""
+    model = getattr(engine, "model", None)
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
 
 
-def beside(device: torch.device | None) -> AbstractContextManager[object]:
-    """Have what this thread launches run beside what others launch, in a stream of its own."""
+def beside(device: torch.device | None, *, inner: bool) -> AbstractContextManager[object]:
+    """Have what this thread launches run beside what others launch, in a stream of its own.
+
+    `inner` is for a thread that another one of these takes from.
+    """
     if device is None or device.type != "cuda":
         return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(_stream(device, inner))
+
+
+@cache
+def _stream(device: torch.device, inner: bool) -> torch.cuda.Stream:
+    """Return the same one every time: memory that was used in one is not used in another."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Made:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import queue
 import threading
-import time
 from collections.abc import Generator, Iterator
 from typing import Generic, TypeVar
 
@@ -37,9 +36,17 @@ class Prefetcher(Generic[T]):
     where its item would have been taken.
     """
 
-    def __init__(self, source: Iterator[T], depth: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        source: Iterator[T],
+        depth: int,
+        device: torch.device | None = None,
+        *,
+        inner: bool = False,
+    ) -> None:
+        """`inner`: another one takes the items, which hears of a stop itself."""
         self._source = source
-        self._device = device
+        self._device, self._inner = device, inner
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._room = threading.Semaphore(depth + 1)
         self._stop = threading.Event()
@@ -66,7 +73,7 @@ class Prefetcher(Generic[T]):
             try:
                 return self._queue.get(timeout=POLL_SECONDS)
             except queue.Empty:
-                if (signum := stop.asked()) is not None:
+                if not self._inner and (signum := stop.asked()) is not None:
                     raise stop.Interrupted(signum) from None
 
     def close(self, seconds: float = math.inf) -> None:
@@ -75,13 +82,14 @@ class Prefetcher(Generic[T]):
         After `seconds` it is left alone with that: the process has to end.
         """
         self._stop.set()
-        until = time.monotonic() + seconds
-        while self._thread.is_alive() and time.monotonic() < until:
-            self._thread.join(min(0.05, seconds))
+        self._thread.join(None if seconds == math.inf else seconds)
+        while not self._queue.empty():  # else they are held for as long as this is
+            self._queue.get()
+        self._queue.put(_END)
 
     def _fill(self) -> None:
         try:
-            with beside(self._device):
+            with beside(self._device, inner=self._inner):
                 while self._may():
                     item = next(self._source, _END)
                     self._queue.put(item)

@@ -14,7 +14,7 @@ import json
 import os
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
@@ -212,7 +212,7 @@ def capture_through(
     adapter: Adapter,
     prompts: Iterable[Prompt],
     window: int,
-) -> Iterator[tuple[int, Sample | None]]:
+) -> Generator[tuple[int, Sample | None]]:
     """Yield what `capture_in_order` does, on the CPU; only what is not kept is captured."""
     asked = list(prompts)
     kept = {p.index: found for p in asked if (found := cache.get(p)) is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from itertools import islice
 
 import torch
@@ -25,7 +25,7 @@ def capture_in_order(
     adapter: Adapter,
     prompts: Iterable[Prompt],
     window: int,
-) -> Iterator[tuple[int, Sample | None]]:
+) -> Generator[tuple[int, Sample | None]]:
     """Yield each prompt's index and sample, in the prompts' order; None where it is skipped.
 
     The engine is given `window` prompts at a time, which it may answer in any
@@ -68,7 +68,7 @@ def capture_in_order(
 
 def _same(capture: TargetCapture, prompt: Prompt) -> bool:
     tokens = torch.equal(capture.input_ids, prompt.input_ids)
-    return tokens and torch.equal(capture.loss_mask, prompt.loss_mask)
+    return tokens and torch.equal(capture.loss_mask.bool(), prompt.loss_mask.bool())
 
 
 def to_host(index: int, sample: Sample) -> Sample:

@@ -64,6 +64,12 @@ class Feed:
     lock: InTurn | None = None
     first_window: int | None = None  # rows shuffled together in the first epoch, if others
 
+    def stop(self) -> None:
+        """End whatever waits for a sample, or captures, in another thread."""
+        self.source.close()
+        if self.held_out is not None:
+            self.held_out.source.close()
+
 
 class Counted(DataInfo):
     """What is known of rows that are still tokenized: who asks for their tokens waits for all."""

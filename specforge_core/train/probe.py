@@ -88,7 +88,7 @@ def probe(run: RunConfig, strategy: Strategy) -> Probe:
         # whole windows: the first sample of one waits for the target to run them all
         count = math.ceil(per_step / run.capture.window) * run.capture.window
         started = time.perf_counter()
-        for _ in islice(feed.source.samples(0), count):
+        for _ in islice(feed.source.samples(0, count * world_.size), count):
             pass
         data = (time.perf_counter() - started) * per_step / count
         seconds, tokens = _steps(trainer)

@@ -152,7 +152,7 @@ class Trainer:
                         self._measure()
                     self.milestones.finish(self.step)
         finally:
-            self.feed.source.close()
+            self.feed.stop()
             if self.growth is not None:
                 self.growth.close()  # a batch of answers may hold up the next batch
             supply.close(CLOSE_SECONDS if stop.asked() is not None else math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -45,13 +46,14 @@ class Validation:
         outputs = []
         model.eval()
         try:
-            micros = self._batches.micro_batches(self.held_out.source, 0)
-            for _ in range(math.ceil(self.held_out.num_samples / per_batch)):
-                if self._stopping():
-                    return None
-                context = self.forward.context(step, total_steps, 1.0, training=False)
-                with torch.no_grad():
-                    outputs.append(self.forward(next(micros), context))
+            with closing(self._batches.micro_batches(self.held_out.source, 0)) as micros:
+                for _ in range(math.ceil(self.held_out.num_samples / per_batch)):
+                    if self._stopping():
+                        self.held_out.source.close()  # the run ends: no window is waited for
+                        return None
+                    context = self.forward.context(step, total_steps, 1.0, training=False)
+                    with torch.no_grad():
+                        outputs.append(self.forward(next(micros), context))
         finally:
             model.train()
             for module in model.modules():

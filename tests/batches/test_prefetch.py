@@ -76,3 +76,18 @@ def test_an_epoch_is_a_permutation_and_epochs_differ() -> None:
     assert first != second
     assert first == epoch_order(100, 3, 0)
     assert first != epoch_order(100, 4, 0)
+
+
+def test_an_inner_one_gives_its_item_also_after_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that a validation waits for: the run is saved, and ends, once it is measured."""
+    more = threading.Event()
+
+    def source() -> Iterator[int]:
+        more.wait(10)
+        yield 1
+
+    items = Prefetcher(source(), 0, inner=True)
+    monkeypatch.setattr(stop, "asked", lambda: signal.SIGTERM)
+    threading.Timer(0.3, more.set).start()
+    assert next(items) == 1
+    items.close()

@@ -56,7 +56,7 @@ def hard_share_at(config: Eagle3Config, progress: float) -> float:
 def entropies(states: Tensor, head: Tensor, softcap: float | None, chunk: int) -> Tensor:
     """Return the entropy [U] float32 of each label's distribution over the draft vocabulary."""
     found = []
-    for part in torch.split(states, chunk):
+    for part in torch.split(states, max(1, chunk // 4)):  # four tensors of this size at once
         scores = (widen(part.to(head.dtype), head.shape[1]) @ head.t()).float()
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap

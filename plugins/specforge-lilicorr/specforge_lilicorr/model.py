@@ -123,9 +123,9 @@ def candidates(
     head, cap, chunk = frozen.lm_head, frozen.softcap, config.head_chunk
     losses, best = linear_cross_entropy(wide, head, rows, softcap=cap, chunk=chunk)
     ids, logits = linear_top_k(wide, head, config.candidate_top_k, softcap=cap, chunk=chunk)
-    own = F.embedding(rows, head)
-    own = (wide.to(own.dtype) * own).sum(-1, dtype=logits.dtype)
-    # a label's logit and its loss give the sum over the vocabulary
+    # a label's loss and its logit, rounded as the head's product is, give the sum over all tokens
+    exact = [x.to(head.dtype).to(logits.dtype) for x in (wide, F.embedding(rows, head))]
+    own = (exact[0] * exact[1]).sum(-1).to(head.dtype).to(logits.dtype)
     log_probs = logits - (losses + frozen.cap(own))[:, None]
     shape = *labels.shape, config.candidate_top_k
     return losses, best, ids.view(shape), log_probs.view(shape)

@@ -35,7 +35,7 @@ class LiLiCorrStep:
         slots = model(batch, frozen)
         labels, valid = batch["slot_labels"], batch["slot_valid"]
         hits = slots.ids.view(*labels.shape, -1) == labels[..., None]
-        found = hits.any(-1)
+        found = hits.any(-1) & valid  # the label of a slot without one is token 0
         # drafting comes by the true token no more behind a slot without it
         reached = found.cumprod(dim=1).bool()
         trained = reached & valid.all(dim=1, keepdim=True)

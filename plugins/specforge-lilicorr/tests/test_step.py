@@ -91,9 +91,8 @@ def add(
                 sums.trained += 1
                 sums.loss = sums.loss + share * terms(kit, tiny, scores, gold, found, sample, a + k)
         for name, hit in hits.items():
-            # a path behind an unsupervised slot is not followed by the sums below
             going[name] = going[name] and hit
-            sums.hits[name] += hit if name != "path" else 0
+            sums.hits[name] += hit
             sums.lengths[name] += going[name]
 
 
@@ -153,6 +152,7 @@ def test_loss_weight_metrics_and_gradients(kit: Any, options: dict[str, Any]) ->
     assert told["trained"] == (want.trained, want.slots)
     assert want.trained > 2
     assert told["base_accuracy"] == (want.hits["base"], want.slots)
+    assert told["accuracy"] == (want.hits["path"], want.slots)
     recall = f"recall_at_{tiny.config.candidate_top_k}"
     assert told[recall] == (want.hits["any"], want.slots)
     names = {"path": "", "base": "base_", "any": "oracle_"}

@@ -105,16 +105,23 @@ def load_draft(draft: Draft, export: Export) -> bool:
     assert isinstance(model, PeagleModel)
     assert isinstance(frozen, Frozen)
     weights = _own_names(export.weights)
-    if "mask_hidden" not in weights and OWN_SPECULATORS not in given.get("architectures", ()):
+    if "mask_hidden" not in weights and OWN_SPECULATORS not in (given.get("architectures") or ()):
         return False
     shape = model.shape
     with readable_config():
         layer = given.get("transformer_layer_config") or given
-        masks = [given[name] for name in MASKS if given.get(name) is not None]
+        masks = [given[name] for name in MASKS if given.get(name) is not None] or [None]
         theirs = {
             "num_layers": int(layer.get("num_hidden_layers", 1)),
-            "mask_token_id": masks[0] if masks else None,
+            # of several that differ, one that is not ours
+            "mask_token_id": next((m for m in masks if m != shape.mask_token_id), masks[0]),
         }
+        for name in ("fc_norm", "use_aux_norm", "norm_output"):
+            if given.get(name):
+                raise CheckpointError(
+                    f"the export was trained with {name}, which P-EAGLE drafts here do not have. "
+                    "Use another checkpoint"
+                )
         one = {**layer, "num_hidden_layers": 1}  # what EAGLE-3 compares is the first layer's
         check_config(shape, {**given, **one, "transformer_layer_config": one})
     for name, value in theirs.items():
@@ -124,7 +131,13 @@ def load_draft(draft: Draft, export: Export) -> bool:
             )
     embedding = weights.get("embed_tokens.weight")
     if model.embed_tokens is None and embedding is not None:
-        check_embedding(weights.pop("embed_tokens.weight"), frozen.embed_tokens)
+        try:
+            check_embedding(weights.pop("embed_tokens.weight"), frozen.embed_tokens)
+        except CheckpointError as exc:
+            raise CheckpointError(
+                "the export has an embedding of its own, not the target's. "
+                "Try: strategy.train_embedding=true, or the target it was trained for: target.path"
+            ) from exc
     elif model.embed_tokens is not None and embedding is None:
         raise CheckpointError(
             "the export has no embedding: it reads the target's. "
