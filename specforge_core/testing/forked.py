@@ -39,6 +39,12 @@ _running: set[BaseProcess] = set()
 _BEFORE = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
+def begin() -> None:
+    """Start the server, if it does not run, as a command starts."""
+    with patch.dict(os.environ, _BEFORE):
+        forkserver.ensure_running()
+
+
 class Forked:
     """One such process, with what tests use of `subprocess.Popen`."""
 
@@ -53,8 +59,7 @@ class Forked:
         self._files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self._files]
         work = (list(arguments), dict(environment), str(directory or Path.cwd()), names, script)
-        with patch.dict(os.environ, _BEFORE):
-            forkserver.ensure_running()
+        begin()
         self._process = SERVER.Process(target=_work, args=work)
         self._process.start()
         _running.add(self._process)

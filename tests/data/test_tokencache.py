@@ -20,7 +20,7 @@ from specforge_core.data import prompts, tokencache, workers
 from specforge_core.data.files import open_source
 from specforge_core.data.prompts import PromptSet, load_prompts
 from specforge_core.errors import DataError
-from specforge_core.testing.forked import SERVER
+from specforge_core.testing.forked import SERVER, begin
 from specforge_core.testing.toy import toy_tokenizer, write_conversations
 
 TOKENIZER = toy_tokenizer()
@@ -194,6 +194,7 @@ def work(pipe: Connection) -> None:
 def fork(command: list[str], pass_fds: list[int], **_: Any) -> Any:
     """Return a worker's process: a fork of a server that has imported what it needs."""
     pipe = Connection(os.dup(pass_fds[0]))
+    begin()
     process: Any = SERVER.Process(target=work, args=(pipe,))
     process.start()
     pipe.close()

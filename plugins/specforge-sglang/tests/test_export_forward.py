@@ -231,7 +231,8 @@ def test_an_export_computes_the_same(
     engine: Callable[[str], Tensors], references: dict[str, Tensors], name: str
 ) -> None:
     want = references[name]
-    assert all(float(value.float().std()) > 0.1 for value in want.values())  # not all the same
+    # not all the same; a few drafted tokens may be
+    assert all(float(value.std()) > 0.1 for part, value in want.items() if part != "tokens")
     found = engine(name)
     assert found.keys() == want.keys()
     for part, value in want.items():
