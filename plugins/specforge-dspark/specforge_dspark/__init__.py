@@ -10,6 +10,7 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_verify_capture,
 )
 from specforge_dflash.collate import DFlashCollate
+from specforge_dflash.final import FinalAdapter
 from specforge_dflash.model import DFlashModel, Frozen
 
 from specforge_core.hookspecs import hookimpl
@@ -26,7 +27,6 @@ from specforge_core.types import (
     TrainStep,
 )
 
-from .capture import DSparkAdapter
 from .collate import DSparkCollate
 from .config import DSparkConfig
 from .export import export_draft, load_export
@@ -44,7 +44,7 @@ def specforge_config() -> type[DSparkConfig]:
 @hookimpl
 def specforge_adapter(config: DSparkConfig, target: TargetInfo) -> Adapter:
     """Capture the chosen layers' outputs side by side, and the final state."""
-    return DSparkAdapter.build(config, target)
+    return FinalAdapter.build(config, target)
 
 
 @hookimpl

@@ -13,8 +13,8 @@ from specforge_dflash import build_draft
 from specforge_dflash.adapter import capture_spec
 from specforge_dflash.anchors import DFlashTransform
 from specforge_dflash.collate import DFlashCollate
+from specforge_dflash.final import with_final
 from specforge_dspark import with_heads
-from specforge_dspark.capture import with_final
 from specforge_dspark.collate import DSparkCollate
 from specforge_dspark.config import DSparkConfig
 from specforge_dspark.model import DSparkModel, Target

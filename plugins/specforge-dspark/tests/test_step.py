@@ -162,7 +162,7 @@ def test_a_batch_without_anchors_has_zero_loss_and_gradients(kit: Any) -> None:
     """A rank whose samples have none must still take part in every collective."""
     from specforge_dflash.adapter import capture_spec
     from specforge_dflash.collate import DFlashCollate
-    from specforge_dspark.capture import with_final
+    from specforge_dflash.final import with_final
     from specforge_dspark.collate import DSparkCollate
 
     tiny = kit.tiny(markov_head="gated")

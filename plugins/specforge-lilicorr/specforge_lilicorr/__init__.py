@@ -9,7 +9,9 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_transform,
     specforge_verify_capture,
 )
+from specforge_dflash.adapter import DFlashAdapter
 from specforge_dflash.collate import DFlashCollate
+from specforge_dflash.final import FinalAdapter
 from specforge_dflash.model import DFlashModel, Frozen
 
 from specforge_core.hookspecs import hookimpl
@@ -25,7 +27,6 @@ from specforge_core.types import (
     TrainStep,
 )
 
-from .capture import LiLiCorrAdapter
 from .collate import LiLiCorrCollate
 from .config import LiLiCorrConfig
 from .export import export_draft, load_export
@@ -45,8 +46,8 @@ def specforge_config() -> type[LiLiCorrConfig]:
 
 @hookimpl
 def specforge_adapter(config: LiLiCorrConfig, target: TargetInfo) -> Adapter:
-    """Capture the chosen layers' outputs side by side, and the final state."""
-    return LiLiCorrAdapter.build(config, target)
+    """Capture the chosen layers' outputs side by side, and the final state if the loss needs it."""
+    return (FinalAdapter if config.penalty_weight else DFlashAdapter).build(config, target)
 
 
 @hookimpl

@@ -14,8 +14,8 @@ from specforge_dflash import build_draft
 from specforge_dflash.adapter import capture_spec
 from specforge_dflash.anchors import DFlashTransform
 from specforge_dflash.collate import DFlashCollate
+from specforge_dflash.final import with_final
 from specforge_lilicorr import extend
-from specforge_lilicorr.capture import with_final
 from specforge_lilicorr.collate import LiLiCorrCollate
 from specforge_lilicorr.config import LiLiCorrConfig
 from specforge_lilicorr.model import LiLiCorrModel, Target
