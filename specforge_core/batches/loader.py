@@ -8,7 +8,6 @@ is dropped leaves its micro-batch smaller.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from collections import deque
@@ -24,6 +23,7 @@ from ..capture.cache import StateCache, capture_through
 from ..capture.samples import capture_in_order
 from ..data.order import Order
 from ..data.stream import Closed as Closed
+from ..draws import draws_of
 from ..errors import DataError
 from ..locks import InTurn
 from ..returned import wrong_tensors
@@ -267,8 +267,7 @@ class Batches:
 
 def sample_generator(seed: int, epoch: int, number: int) -> torch.Generator:
     """Return the generator of one sample's draws, which depend on nothing else."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{number}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return draws_of(seed, epoch, number)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -7,12 +7,13 @@ the first epoch may have one of its own, as later ones find all samples there.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ..draws import draws_of
 
 KEPT = 4  # groups whose order is remembered
 
@@ -30,10 +31,8 @@ def epoch_order(num_samples: int, seed: int, epoch: int, window: int | None = No
 
 def _shuffled(size: int, seed: int, epoch: int, group: int) -> Tensor:
     first = (seed << 20) + epoch
-    if group:
-        digest = hashlib.blake2b(f"{first}/{group}".encode(), digest_size=7).digest()
-        first = int.from_bytes(digest, "big")
-    return torch.randperm(size, generator=torch.Generator().manual_seed(first))
+    draws = draws_of(first, group) if group else torch.Generator().manual_seed(first)
+    return torch.randperm(size, generator=draws)
 
 
 @dataclass(slots=True)

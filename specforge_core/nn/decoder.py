@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from ..config import StrategyConfig
 from ..drafts.dialects import rope_fields
+from ..draws import draws_of
 from ..errors import ConfigError
 from ..types import TargetInfo
 from .rotary import draft_rope
@@ -131,9 +130,7 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
 
     def fill(named: tuple[str, nn.Linear]) -> None:
         name, layer = named
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        nn.init.normal_(layer.weight, std=std, generator=generator)
+        nn.init.normal_(layer.weight, std=std, generator=draws_of(seed, name))
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
