@@ -212,8 +212,8 @@ def block_mask(
 
     partly, wholly = _tiles(limits, starts, context_length, block_size, window)
     return BlockMask.from_kv_blocks(
-        *_ordered(partly & ~wholly),
-        *_ordered(wholly),
+        *ordered(partly & ~wholly),
+        *ordered(wholly),
         BLOCK_SIZE=TILE,
         mask_mod=visible,
         seq_lengths=(queries, keys),
@@ -249,7 +249,7 @@ def _tiles(
     return partly[:, None], wholly[:, None]
 
 
-def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+def ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many tiles of each row are set, and their columns first."""
     columns = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(-1).int(), columns.int()

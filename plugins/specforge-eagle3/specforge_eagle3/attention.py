@@ -56,21 +56,32 @@ def _has_flash(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
 
 
-def eager(q: Tensor, first: KeyValue, own: KeyValue | None, visible: Tensor | None) -> Tensor:
+def eager(
+    q: Tensor,
+    first: KeyValue,
+    own: KeyValue | None,
+    visible: Tensor | None,
+    own_visible: Tensor | None = None,
+) -> Tensor:
     """Return [N, h, d] for queries [N, h, d], keys and values [M, v, d], and own ones [i, N, v, d].
 
-    `visible` [N, M] says which of the M a query sees; None is all of them.
+    `visible` [N, M] says which of the M a query sees, `own_visible` [N, i] which of its own; None
+    is all of them.
     """
-    n, _, d = q.shape
-    grouped = (q * d**-0.5).view(n, first[0].shape[1], -1, d)
+    n, heads, d = q.shape
+    kv_heads = first[0].shape[1]
+    grouped = (q * d**-0.5).view(n, kv_heads, heads // kv_heads, d)
     by_head = grouped.permute(1, 2, 0, 3)  # [v, g, N, d]
     v, g = by_head.shape[:2]
     keys, values = (x.transpose(0, 1) for x in first)  # [v, M, d]
-    scores = (by_head.reshape(v, g * n, d) @ keys.transpose(1, 2)).view(v, g, n, -1)
+    scores = (by_head.reshape(v, g * n, d) @ keys.transpose(1, 2)).view(v, g, n, keys.shape[1])
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     if own is not None:
-        scores = torch.cat([scores, torch.einsum("nvgd,invd->vgni", grouped, own[0])], dim=-1)
+        mine = torch.einsum("nvgd,invd->vgni", grouped, own[0])
+        if own_visible is not None:
+            mine = mine.masked_fill(~own_visible, float("-inf"))
+        scores = torch.cat([scores, mine], dim=-1)
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=wide).to(q.dtype)
     split = keys.shape[1]

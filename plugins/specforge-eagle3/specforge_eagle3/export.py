@@ -73,15 +73,10 @@ def export_draft(
             "with strategy.layer_type=llama"
         )
     dtype: torch.dtype = getattr(torch, config.export_dtype)
-
-    def plain(value: Tensor) -> Tensor:
-        own = value.detach().to("cpu")
-        return (own.to(dtype) if own.is_floating_point() else own).contiguous()
-
-    weights = {NAMES[name]: plain(value) for name, value in model.state_dict().items()}
+    weights = {NAMES[name]: plain(value, dtype) for name, value in model.state_dict().items()}
     speculators = format == "vllm" and shape.qk_norm
     if format == "hf" or speculators:
-        weights["embed_tokens.weight"] = plain(frozen.embed_tokens)
+        weights["embed_tokens.weight"] = plain(frozen.embed_tokens, dtype)
     if speculators:
         weights = {name.replace("midlayer.", "layers.0."): v for name, v in weights.items()}
     make = speculators_config if speculators else export_config
@@ -92,6 +87,12 @@ def export_draft(
         causes=CAUSES,
         base=target.name_or_path,
     )
+
+
+def plain(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as it is written: on the CPU, real numbers in the export's dtype."""
+    own = value.detach().to("cpu")
+    return (own.to(dtype) if own.is_floating_point() else own).contiguous()
 
 
 def serving_options(config: Eagle3Config, shape: DraftShape) -> dict[str, dict[str, Any]]:

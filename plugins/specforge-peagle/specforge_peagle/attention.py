@@ -11,13 +11,13 @@ each, d head size, i own keys.
 from __future__ import annotations
 
 import torch
-from specforge_dflash.attention import TILE, attend
+from specforge_dflash.attention import TILE, attend, ordered
+from specforge_eagle3.attention import eager
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from specforge_core.types import DOCUMENT_IDS, Batch
 
-KeyValue = tuple[Tensor, Tensor]
 MIN_HEAD_DIM = 16  # of flex attention's kernels
 
 
@@ -58,7 +58,8 @@ class Elements:
             )
             keys = k[rows], v[rows]
             parts.append(eager(q[rows], keys, None, next(seen)))
-            deeper.append(eager(q[rest], keys, (k[own], v[own]), next(seen), kept))
+            mine = k[own].transpose(0, 1), v[own].transpose(0, 1)
+            deeper.append(eager(q[rest], keys, mine, next(seen), kept))
             first, low = first + tokens, low + more
         return torch.cat([*parts, *deeper])
 
@@ -67,34 +68,6 @@ class Elements:
         number = torch.arange(rows.start, rows.stop, device=anchors.device)
         same = self.documents[anchors][:, None] == self.documents[rows]
         return same & (anchors[:, None] >= number)
-
-
-def eager(
-    q: Tensor,
-    first: KeyValue,
-    own: KeyValue | None,
-    visible: Tensor,
-    own_visible: Tensor | None = None,
-) -> Tensor:
-    """Return [n, h, d] for queries [n, h, d], keys and values [m, v, d], own ones [n, i, v, d].
-
-    `visible` [n, m] and `own_visible` [n, i] say which a query sees.
-    """
-    n, heads, d = q.shape
-    kv_heads = first[0].shape[1]
-    grouped = (q * d**-0.5).view(n, kv_heads, heads // kv_heads, d)
-    scores = torch.einsum("nvgd,mvd->vgnm", grouped, first[0])
-    scores = scores.masked_fill(~visible, float("-inf"))
-    if own is not None and own_visible is not None:
-        mine = torch.einsum("nvgd,nivd->vgni", grouped, own[0])
-        scores = torch.cat([scores, mine.masked_fill(~own_visible, float("-inf"))], -1)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    weights = scores.softmax(-1, dtype=wide).to(q.dtype)
-    length = visible.shape[1]
-    out = torch.einsum("vgnm,mvd->nvgd", weights[..., :length], first[1])
-    if own is not None:
-        out = out + torch.einsum("vgni,nivd->nvgd", weights[..., length:], own[1])
-    return out.flatten(1, 2)
 
 
 def block_mask(documents: Tensor, anchors: Tensor, depth: Tensor) -> BlockMask:
@@ -131,15 +104,9 @@ def block_mask(documents: Tensor, anchors: Tensor, depth: Tensor) -> BlockMask:
     wholly[:, -1] = False  # it may be short
     partly = (first | own) & ~wholly
     return BlockMask.from_kv_blocks(
-        *_ordered(partly),
-        *_ordered(wholly),
+        *ordered(partly[None, None]),
+        *ordered(wholly[None, None]),
         BLOCK_SIZE=TILE,
         mask_mod=visible,
         seq_lengths=(rows, rows),
     )
-
-
-def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many tiles of each row [.., tiles] are set, and their columns first."""
-    columns = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return tiles.sum(-1).int()[None, None], columns.int()[None, None]

@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from specforge_eagle3.adapter import trained_labels
+from specforge_eagle3.adapter import Eagle3Transform, trained_labels
 from torch import Tensor
 
-from specforge_core.batches.collate import token_fields, truncate
 from specforge_core.types import CaptureSpec, Sample
 
 from .config import PeagleConfig
@@ -36,11 +35,11 @@ class PeagleTransform:
     max_length: int
 
     def __call__(self, sample: Sample, generator: torch.Generator, /) -> Sample | None:
-        cut = truncate(sample, token_fields(self.spec), self.max_length)
-        labels = trained_labels(cut["loss_mask"], self.config.mask_on)
-        if not labels.any():
+        mask_on = self.config.mask_on
+        cut = Eagle3Transform(self.spec, self.max_length, mask_on)(sample, generator)
+        if cut is None:
             return None
-        depths, whole = drop(labels, self.config, generator)
+        depths, whole = drop(trained_labels(cut["loss_mask"], mask_on), self.config, generator)
         return cut | {DEPTHS: depths, WHOLE: whole}
 
 

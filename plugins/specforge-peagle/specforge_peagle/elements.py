@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from specforge_dflash.mask_token import mask_token_occurs
 from specforge_eagle3.adapter import trained_labels
 from specforge_eagle3.rows import FIELDS
 from torch import Tensor
@@ -45,8 +46,6 @@ class PeagleCollate:
                 "Capture again into an empty directory: specforge capture -c RUN.yaml"
             )
         if any(bool((s["input_ids"] == self.mask_token_id).any()) for s in samples):
-            from specforge_dflash.mask_token import mask_token_occurs
-
             raise DataError(mask_token_occurs(self.mask_token_id, "the training data"))
         chosen = [{name: sample[name] for name in ALL_FIELDS} for sample in samples]
         return elements(pack(chosen, ALL_FIELDS), self.t2d, self.config.mask_on, self.mask_token_id)

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 import torch
-from specforge_eagle3.export import CAUSES, export_config, speculators_config
+from specforge_eagle3.export import CAUSES, export_config, plain, speculators_config
 from specforge_eagle3.frozen import Frozen
 from specforge_eagle3.importer import check_config, check_embedding, stored_map
 from specforge_eagle3.vocab import members
@@ -51,16 +51,11 @@ def export_draft(
     if format not in ("hf", "vllm"):
         return None
     dtype: torch.dtype = getattr(torch, config.export_dtype)
-
-    def plain(value: Tensor) -> Tensor:
-        own = value.detach().to("cpu")
-        return (own.to(dtype) if own.is_floating_point() else own).contiguous()
-
-    weights = {published(name): plain(value) for name, value in model.state_dict().items()}
+    weights = {published(name): plain(value, dtype) for name, value in model.state_dict().items()}
     weights["mask_hidden"] = weights["mask_hidden"].view(1, 1, -1)
     speculators = format == "vllm" and model.shape.qk_norm
     if model.embed_tokens is None and (format == "hf" or speculators):
-        weights["embed_tokens.weight"] = plain(frozen.embed_tokens)
+        weights["embed_tokens.weight"] = plain(frozen.embed_tokens, dtype)
     serve = {
         "method": "eagle3",
         "parallel_drafting": True,

@@ -8,6 +8,7 @@ vocabulary.
 from __future__ import annotations
 
 import torch
+from specforge_eagle3.attention import eager
 from specforge_eagle3.frozen import Frozen
 from specforge_eagle3.vocab import target_tokens
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from specforge_core.nn.cache import GrowingCache
 from specforge_core.types import Proposal, Sampling, TargetCapture
 
-from .attention import eager
 from .config import PeagleConfig
 from .model import Pass, PeagleModel
 
