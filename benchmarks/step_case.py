@@ -46,6 +46,25 @@ SMALL = Case(64, 4, 2, 16, 96, 500, 2, 12, 4, 96)
 CHECK = Case(256, 4, 2, 64, 512, 2000, 2, 40, 16, 500)
 
 
+def random_target(case: Any) -> TargetInfo:
+    """Return the target of a case, which names its sizes as `Case` does."""
+    sizes = {
+        "num_attention_heads": case.heads,
+        "num_key_value_heads": case.kv_heads,
+        "head_dim": case.head_dim,
+        "intermediate_size": case.mlp,
+        "rope_theta": 1e6,
+    }
+    return TargetInfo(
+        name_or_path="random",
+        revision=None,
+        hidden_size=case.hidden,
+        num_layers=36,
+        vocab_size=case.vocab,
+        config=sizes,
+    )
+
+
 def build(case: Case, device: str, dtype: torch.dtype, **options: Any) -> tuple[Draft, DFlashStep]:
     config = DFlashConfig.model_validate(
         {
@@ -57,21 +76,7 @@ def build(case: Case, device: str, dtype: torch.dtype, **options: Any) -> tuple[
             **options,
         }
     )
-    sizes = {
-        "num_attention_heads": case.heads,
-        "num_key_value_heads": case.kv_heads,
-        "head_dim": case.head_dim,
-        "intermediate_size": case.mlp,
-        "rope_theta": 1e6,
-    }
-    target = TargetInfo(
-        name_or_path="random",
-        revision=None,
-        hidden_size=case.hidden,
-        num_layers=36,
-        vocab_size=case.vocab,
-        config=sizes,
-    )
+    target = random_target(case)
     gen = torch.Generator(device).manual_seed(0)
     embed, head = (
         torch.empty(case.vocab, case.hidden, device=device, dtype=dtype).normal_(

@@ -13,12 +13,13 @@ from specforge_eagle3.config import Eagle3Config, draft_shape
 from specforge_eagle3.rows import Documents, Eagle3Collate
 from specforge_eagle3.step import Eagle3Step
 from specforge_eagle3.vocab import offsets
+from step_case import random_target
 from torch import Tensor
 
 from specforge_core.batches.loader import to_device
 from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entropy
 from specforge_core.nn.soft_loss import SoftLoss
-from specforge_core.types import Batch, Draft, StepContext, TargetInfo
+from specforge_core.types import Batch, Draft, StepContext
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,7 @@ CHECK = Case(256, 4, 2, 64, 512, 2000, 800, 4, 300)
 def build(case: Case, device: str, dtype: torch.dtype, **options: Any) -> tuple[Draft, Eagle3Step]:
     fields = {"name": "eagle3", "steps": case.steps, "draft_vocab_size": case.draft_vocab}
     config = Eagle3Config.model_validate({**fields, **options})
-    sizes = {
-        "num_attention_heads": case.heads,
-        "num_key_value_heads": case.kv_heads,
-        "head_dim": case.head_dim,
-        "intermediate_size": case.mlp,
-        "rope_theta": 1e6,
-    }
-    target = TargetInfo(
-        name_or_path="random",
-        revision=None,
-        hidden_size=case.hidden,
-        num_layers=36,
-        vocab_size=case.vocab,
-        config=sizes,
-    )
+    target = random_target(case)
     gen = torch.Generator(device).manual_seed(0)
     shape = (case.vocab, case.hidden)
     embed = torch.empty(shape, device=device, dtype=dtype).normal_(std=0.02, generator=gen)
