@@ -58,12 +58,12 @@ def specforge_verify_capture(
 
 
 @hookimpl(trylast=True)
-def specforge_reader(path: Path) -> Reader:
-    """Read the safetensors shards that capture wrote."""
+def specforge_reader(spec: CaptureSpec, path: Path) -> Reader:
+    """Read the safetensors shards that capture wrote, and of them what the spec asks for."""
     from .capture.manifest import CaptureManifest
     from .capture.store import ShardReader
 
-    return ShardReader(path, CaptureManifest.read(path))
+    return ShardReader(path, CaptureManifest.read(path), spec.fields)
 
 
 @hookimpl(trylast=True)

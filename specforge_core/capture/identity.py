@@ -81,12 +81,12 @@ def check_identity(
 ) -> None:
     """Raise CaptureError when a capture is not what the run expects, naming fields and values.
 
-    A run may train on longer samples than it needs (they are cut), but must not
-    `resume` a capture with another length.
+    A run may train on more than it needs: longer samples are cut, and fields that it does not ask
+    for are left out.  It must not `resume` a capture of anything else.
     """
     wrong = [name for name in MUST_AGREE if getattr(found, name) != getattr(expected, name)]
-    if not resume and found.max_length > expected.max_length:
-        wrong = [name for name in wrong if name != "max_length"]
+    if not resume:
+        wrong = [name for name in wrong if not _is_more(name, found, expected)]
     if not wrong:
         return
     lines = "".join(
@@ -97,6 +97,19 @@ def check_identity(
     raise CaptureError(
         f"the capture in {directory} does not fit this run:{lines}\n{MUST_AGREE[wrong[0]][1]}"
     )
+
+
+def _is_more(name: str, found: CaptureIdentity, expected: CaptureIdentity) -> bool:
+    """Say whether a capture holds all that a run asks for under `name`, and more."""
+    if name == "fields":
+        return expected.fields.items() <= found.fields.items()
+    if name == "spec_version":  # each strategy counts its own
+        return found.strategy != expected.strategy
+    if name == "max_length":
+        return found.max_length > expected.max_length
+    if name in ("final", "next_tokens", "logsumexp"):
+        return getattr(expected, name) in ("none", False)
+    return False
 
 
 def _show(identity: CaptureIdentity, name: str) -> str:

@@ -45,7 +45,7 @@ class Shard(Frozen):
 class CaptureIdentity(Frozen):
     """What must agree between a capture and the run that trains on it."""
 
-    strategy: str  # that captured, for information: another that asks for the same may train
+    strategy: str  # that captured: another that asks for no more may train
     strategy_package: str  # distribution name and version, for information
     core_version: str  # for information
     spec_version: int

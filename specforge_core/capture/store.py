@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -30,9 +30,15 @@ class ShardReader:
     checksum the first time.  Threads may share it.
     """
 
-    def __init__(self, directory: Path, manifest: CaptureManifest) -> None:
-        """Look at the size of every shard; CaptureError when one is missing or truncated."""
+    def __init__(
+        self, directory: Path, manifest: CaptureManifest, fields: Collection[str] | None = None
+    ) -> None:
+        """Look at the size of every shard; CaptureError when one is missing or truncated.
+
+        Of each sample `fields` are given, all of them if None.
+        """
         self._directory = directory
+        self._given = None if fields is None else frozenset(fields)
         self._fields = dict(manifest.identity.spec().fields)
         self._lock = threading.Lock()
         self._open: dict[int, OpenShard] = {}
@@ -45,7 +51,9 @@ class ShardReader:
 
     def __getitem__(self, index: int) -> Sample:
         number, row = self._locate(index)
-        return self._shard(number).sample(row)
+        sample = self._shard(number).sample(row)
+        given = self._given
+        return {name: sample[name] for name in sample if given is None or name in given}
 
     def num_tokens(self, index: int) -> int:
         """Return how many tokens a sample has, which is known without reading it."""
@@ -53,9 +61,11 @@ class ShardReader:
         offsets = self._shard(number).offsets
         return offsets[row + 1] - offsets[row]
 
-    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, CaptureManifest]]:
+    def __reduce__(
+        self,
+    ) -> tuple[type[ShardReader], tuple[Path, CaptureManifest, Collection[str] | None]]:
         """Open the files anew wherever it is unpickled."""
-        return type(self), (self._directory, self.manifest)
+        return type(self), (self._directory, self.manifest, self._given)
 
     def prompt_index(self, index: int) -> int:
         """Return which prompt a sample is of."""

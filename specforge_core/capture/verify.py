@@ -70,6 +70,7 @@ def verify_directory(
         check_identity(manifest.identity, job.identity, directory)
         adapter, target = job.adapter, job.target
         fresh = _recapture(job, reader, recapture)
+        reader = ShardReader(directory, manifest, adapter.spec.fields)
 
         def ask(number: int, sample: Sample) -> list[Problem]:
             again = fresh[number].capture() if number in fresh else None

@@ -142,7 +142,7 @@ def _offline(job: Job, directory: Path, share: Share) -> Feed:
         source=source,
         spec=spec,
         target=job.target,
-        identity=manifest.identity,
+        identity=job.identity,  # the capture may hold more, which the draft does not read
         data=DataInfo(
             token_counts=read_token_counts(directory, manifest),
             num_samples=len(reader) if manifest.complete else None,

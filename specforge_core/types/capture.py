@@ -57,7 +57,7 @@ class CaptureSpec:
     fields: Mapping[str, Field]
     next_tokens: bool = False  # the target's own most likely next token
     logsumexp: bool = False  # of the target's logits over its whole vocabulary
-    version: int = 1  # bump when old captures can no longer be trained on
+    version: int = 1  # the strategy's own count: bump when its old captures are of no more use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -133,7 +133,10 @@ def test_another_tokenizer_is_refused(toy_target: Path, copy: Path, strategy: St
         ({"spec_version": 2}, "version of the strategy's capture format: 1 in the capture, 2 in"),
         ({"next_tokens": True}, "target's next tokens: False in the capture, True in this run"),
         ({"logsumexp": True}, "target's log-sum-exp: False in the capture, True in this run"),
-        ({"fields": {}}, "stored fields: {'hidden': 'bfloat16 [None, 64]'} in the capture, {} in"),
+        (
+            {"fields": {"hidden": ((None, 64), "float32")}},
+            "stored fields: {'hidden': 'bfloat16 [None, 64]'} in the capture, {'hidden': 'float32",
+        ),
         ({"max_length": 4096}, "data.max_length: 2048 in the capture, 4096 in this run"),
     ],
 )
@@ -153,6 +156,25 @@ def test_what_is_only_for_information_may_differ(toy_target: Path, strategy: Str
         "strategy_package": "x 2",
     }
     check_identity(found, found.model_copy(update=other), Path("d"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"final": "pre_norm"},
+        {"next_tokens": True, "logsumexp": True},
+        {"fields": {"hidden": ((None, 64), "bfloat16"), "next": ((None,), "int64")}},
+        {"strategy": "another", "spec_version": 2},
+    ],
+)
+def test_a_capture_may_hold_more_than_a_run_asks_for_but_is_resumed_with_the_same(
+    toy_target: Path, strategy: Strategy, more: dict[str, object]
+):
+    wanted = identity(toy_target, strategy)
+    found = wanted.model_copy(update=more)
+    check_identity(found, wanted, Path("d"))
+    with pytest.raises(CaptureError, match="does not fit this run"):
+        check_identity(found, wanted, Path("d"), resume=True)
 
 
 def test_shorter_samples_may_be_trained_on_but_not_mixed_into_a_capture(

@@ -159,13 +159,20 @@ def test_what_a_wrong_engine_captured_is_found(
             "strategy.final=pre_norm",
             "final hidden state: 'post_norm' in the capture, 'pre_norm' in this run",
         ),
-        ("strategy.keep_ids=false", "stored fields: {"),
     ],
 )
 def test_other_options_of_the_strategy_are_found(
     config: Path, directory: Path, override: str, message: str
 ):
     assert message in refused(config, directory, override)
+
+
+@pytest.mark.parametrize("more", [(), ("data.train=[]",)])
+def test_a_capture_of_more_fields_is_verified_as_far_as_they_are_asked_for(
+    config: Path, directory: Path, more: tuple[str, ...]
+):
+    less = load_config(config, ("strategy.keep_ids=false", *more))
+    assert verify_directory(directory, *less, 3).num_recaptured == 3
 
 
 def test_a_manifest_that_claims_other_layers_is_found_by_the_values(config: Path, directory: Path):

@@ -15,7 +15,9 @@ import yaml
 from safetensors.torch import load_file
 
 from specforge_core.capture.job import run_capture
+from specforge_core.capture.verify import verify_directory
 from specforge_core.drafts.checkpoint import STATE, checkpoints, find
+from specforge_core.drafts.load import restore
 from specforge_core.errors import (
     CaptureError,
     CheckpointError,
@@ -234,6 +236,48 @@ def test_a_second_strategy_that_asks_for_the_same_trains_on_one_capture(
     assert losses(tmp_path / "other") == losses(tmp_path / "run")
     with pytest.raises(CaptureError, match=r"captured layers: \[4\] in the capture, \[2\] in this"):
         train(*load(config, offline, other, "strategy.name=variant", "strategy.layer=2"))
+
+
+MORE = """
+    from dataclasses import dataclass, replace
+    from specforge_core import hookimpl
+    from specforge_core.types import Field
+    import specforge_linear
+    from specforge_linear import specforge_config, specforge_draft, specforge_train_step
+    @dataclass
+    class Adapter:
+        less: specforge_linear.LinearAdapter
+        @property
+        def spec(self):
+            spec = self.less.spec
+            fields = {**spec.fields, "next": Field(shape=(None,), dtype="int64")}
+            return replace(spec, fields=fields, next_tokens=True, logsumexp=True,
+                           final="post_norm", version=spec.version + 6)
+        def __call__(self, capture):
+            return {**self.less(capture), "next": capture.next_tokens}
+    @hookimpl
+    def specforge_adapter(config, target):
+        return Adapter(specforge_linear.specforge_adapter(config, target))
+    """
+
+
+def test_a_strategy_that_asks_for_less_trains_on_a_capture_of_more(
+    config: Path, tmp_path: Path, env: Any
+) -> None:
+    env.strategy("more", MORE)
+    train(*load(config))
+    large, small = (f"data.capture_dir={tmp_path / name}" for name in ("large", "small"))
+    more, other = "strategy.name=more", f"output_dir={tmp_path / 'other'}"
+    run_capture(*load(config, large, more))
+    train(*load(config, large, other))
+    assert losses(tmp_path / "other") == losses(tmp_path / "run")
+    run, strategy = load(config)
+    restore(run, strategy, tmp_path / "other")  # what it reads is what online training gave it
+    report = verify_directory(tmp_path / "large", run, strategy, 2)
+    assert report.num_recaptured == 2
+    run_capture(*load(config, small))
+    with pytest.raises(CaptureError, match="target's next tokens: False in the capture, True in"):
+        train(*load(config, small, more))
 
 
 def test_a_run_may_begin_with_another_strategys_weights_if_they_fit(
