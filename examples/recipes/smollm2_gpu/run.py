@@ -4,16 +4,16 @@
 
 Parts, in order, all of them unless some are named; one that is done is left out next time:
 
-    answers   SGLang serves the target, which answers the prompts greedily and, meanwhile, at
-              temperature 1
+    answers   the target answers the prompts greedily and, meanwhile, at temperature 1: served by
+              SGLang, or without it in processes of transformers, which takes longer
     dflash    training                            eagle3    training, on the same answers
     eval      acceptance on held-out prompts, each draft at temperature 0 and 1, side by side
     speed     tokens a second with and without the draft, alone on the machine, fewer prompts
     export    both drafts as SGLang loads them
     report    tables and curves, from what there is
 
-SGLANG_PYTHON names the interpreter of an environment with SGLang, or a script that calls it;
-SGLANG_ARGS are more flags for the server.  KEY=VALUE goes to every specforge command:
+SGLANG_PYTHON names the interpreter of an environment with SGLang, or a script that calls it, if
+there is one; SGLANG_ARGS are more flags for the server.  KEY=VALUE goes to every specforge command:
 `train.max_steps=300`.  OUT/parts.json keeps times; take a part's line out to do it again.
 """
 
@@ -88,12 +88,11 @@ class Recipe:
         files = [self.prompts / "samples.jsonl", self.prompts / "prompts.jsonl"]
         limit = [f"data.limit={self.limit}"] if self.limit else []
         commands = []
-        with serving(self.target, self.out / "server.log") as url:
+        with answering(self.target, self.out / "server.log") as engine:
             for output, temperature in zip(ANSWERS, (0, 1), strict=True):
                 chosen = ",".join(map(str, files[1 - temperature :]))  # greedy ones would repeat
-                options = [f"regenerate.prompts=[{chosen}]", "target.engine=openai"]
-                options += [f"target.options={{urls: [{url}]}}"]
-                options += [f"regenerate.temperature={temperature}", *limit, *self.overrides]
+                options = [f"regenerate.prompts=[{chosen}]", *engine, *limit]
+                options += [f"regenerate.temperature={temperature}", *self.overrides]
                 path = str(self.out / output)
                 commands.append(self.command("regenerate", "dflash", "-o", path, *options))
             return self.call(*commands)
@@ -159,11 +158,19 @@ class Recipe:
 
 
 @contextmanager
-def serving(target: Path, log: Path) -> Iterator[str]:
-    """Serve the target with SGLang while the block runs; a GPU's first try uses CUDA graphs."""
+def answering(target: Path, log: Path) -> Iterator[list[str]]:
+    """Yield the options by which a server answers while the block runs; none without SGLang."""
     python = os.environ.get("SGLANG_PYTHON")
     if python is None:
-        sys.exit("SGLANG_PYTHON must name the interpreter of an environment that has SGLang")
+        yield []
+        return
+    with serving(python, target, log) as url:
+        yield ["target.engine=openai", f"target.options={{urls: [{url}]}}"]
+
+
+@contextmanager
+def serving(python: str, target: Path, log: Path) -> Iterator[str]:
+    """Serve the target with SGLang while the block runs; a GPU's first try uses CUDA graphs."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     gpu = torch.cuda.is_available()
     env |= {"HF_HUB_OFFLINE": "1"} | ({} if gpu else {"SGLANG_USE_CPU_ENGINE": "1"})
