@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from .fitted import Fitted
 from .regeneration import RegenerateConfig as RegenerateConfig
 from .section import (
     MANY,
@@ -20,7 +21,7 @@ from .section import (
     expand,
     fits,
 )
-from .watched import Watched, a_part, check_grows, check_watched
+from .watched import a_part, check_grows, check_watched
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -159,7 +160,7 @@ class CaptureConfig(Section):
     )
 
 
-class TrainConfig(Watched):
+class TrainConfig(Fitted):
     """The optimizer, its schedule, and when to save."""
 
     init_from: Path | None = Field(
@@ -191,9 +192,7 @@ class TrainConfig(Watched):
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over the peak.")
     weight_decay: float = Field(0.01, ge=0, le=1e3)
     betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = Field(
-        1.0, gt=0, le=1e9, description="Gradients are clipped to this norm."
-    )
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="Gradients are clipped to it.")
     max_bad_steps: int = Field(
         3,
         ge=0,

@@ -29,6 +29,7 @@ from ..drafts.load import restore
 from ..errors import SpecForgeError
 from ..evaluate.decode import Limits, generate, generate_plain, pick
 from ..evaluate.run import open_target, ready_proposer
+from ..train.compile import recompute_units
 from ..train.fsdp import cast_inputs
 from ..train.metrics import RESERVED_PREFIXES
 from ..train.run import train
@@ -90,13 +91,20 @@ class StrategyContract:
                 assert not name.startswith(RESERVED_PREFIXES)
 
     def test_every_trained_parameter_gets_a_gradient(self, case: Case) -> None:
-        torch.autograd.backward(case.step(case.samples).loss_sum)
-        without = [
-            name
-            for name, parameter in case.draft.model.named_parameters()
-            if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())
-        ]
-        assert not without, "freeze them or use them"
+        """The same one where the draft's units are recomputed in the backward pass."""
+        found: list[dict[str, Tensor]] = []
+        for recompute in (False, True):
+            if recompute:
+                recompute_units(case.draft.compiled)
+            case.draft.model.zero_grad()
+            loss = case.step(case.samples).loss_sum
+            torch.autograd.backward(loss)
+            trained = [(n, p) for n, p in case.draft.model.named_parameters() if p.requires_grad]
+            without = [name for name, p in trained if p.grad is None or not p.grad.any()]
+            assert not without, "freeze them or use them"
+            gradients = {name: p.grad for name, p in trained if p.grad is not None}
+            found.append({"loss": loss.detach(), **gradients})
+        _equal(found[0], found[1])
 
     def test_a_batch_is_the_sum_of_its_samples(self, case: Case) -> None:
         # also with every token supervised, so that a document's first ones are

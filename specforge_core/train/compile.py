@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's own variable; a user's is left as it is
 
 
-def compile_units(units: Iterable[nn.Module], backend: str | Any = "inductor") -> None:
-    """Compile modules in place, at their first call.
+def compile_units(
+    units: Iterable[nn.Module], backend: str | Any = "inductor", *, inner: bool = False
+) -> None:
+    """Compile modules in place, at their first call; `inner`: without what their hooks do.
 
     All lengths are symbols from the start, two that happen to be equal stay two, and no kernel is
     chosen by comparing them with a number: so batches of any length share a graph, and ranks
@@ -35,10 +40,30 @@ def compile_units(units: Iterable[nn.Module], backend: str | Any = "inductor") -
         symbols.use_duck_shape = False
     options = _options() if backend == "inductor" else None
     for unit in units:
-        unit.compile(backend=backend, dynamic=True, options=options)
+        if inner:
+            forward = unit.forward
+            unit.forward = torch.compile(forward, backend=backend, dynamic=True, options=options)
+        else:
+            unit.compile(backend=backend, dynamic=True, options=options)
 
 
-def _options() -> dict[str, bool]:
+def recompute_units(units: Iterable[nn.Module]) -> None:
+    """Have modules keep their inputs alone, and be made again in the backward pass.
+
+    This stands around what is compiled, and FSDP's hooks around this: they gather weights and cast
+    inputs once, for both times.
+    """
+    for unit in units:
+        unit.forward = partial(_twice, unit.forward)
+
+
+def _twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _options() -> dict[str, Any]:
     """Return inductor's options, as far as this torch has them.
 
     Sums over rows and over columns are fused into one kernel where that is quicker, which

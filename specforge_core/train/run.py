@@ -19,7 +19,7 @@ from ..strategy import Strategy
 from .acceptance import Acceptance
 from .bad_steps import BadSteps
 from .best import Best
-from .compile import compile_units
+from .compile import compile_units, recompute_units
 from .course import Course
 from .dist import World, world
 from .feed import Feed, open_feed, share_of
@@ -90,7 +90,9 @@ def build(
     if draft.frozen is not None:
         draft.frozen.to(world_.device, dtype).requires_grad_(False)
     if config.compile == "always" or (config.compile == "auto" and world_.device.type == "cuda"):
-        compile_units(draft.compiled)
+        compile_units(draft.compiled, inner=config.recompute)
+    if config.recompute:
+        recompute_units(draft.compiled)
     model = shard(draft, world_.mesh, dtype)
     optimizers = strategy.optimizers(config, draft)
     remember_peaks(optimizers)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from specforge_core.train.compile import CACHE, compile_units
+from specforge_core.train.compile import CACHE, compile_units, recompute_units
 
 
 class Unit(nn.Module):
@@ -34,6 +34,39 @@ def test_lengths_share_a_graph_from_the_first(
     for length in (3, 4, 700, 5000):
         unit(torch.ones(1, length, 8)).sum().backward()
     assert counter.frame_count == 1
+
+
+def test_a_recomputed_unit_keeps_its_input_alone_and_is_compiled_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    torch.compiler.reset()
+    counter = CompileCounter()
+    kept: list[list[int]] = []
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        unit = Unit()
+        if recompute:
+            compile_units([unit], counter, inner=True)
+            recompute_units([unit])
+        x = torch.ones(1, 700, 8, requires_grad=True)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t,  # type: ignore[misc]
+            lambda t: t,
+        ):
+            out = unit(x)
+        out.sum().backward()
+        assert unit.linear.weight.grad is not None
+        gradients += [unit.linear.weight.grad]
+        kept.append([size for size in sizes if size == x.numel()])
+    assert torch.equal(*gradients)
+    assert len(kept[0]) == 2  # what the product and the square read
+    assert len(kept[1]) == 1  # the unit's input
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        assert torch.equal(unit(x), out)
 
 
 @pytest.mark.parametrize("given", [None, "/somewhere"])

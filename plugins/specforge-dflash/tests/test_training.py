@@ -41,6 +41,13 @@ def test_offline_training_gives_what_online_training_gives(config: Path, tmp_pat
     assert losses(tmp_path / "offline") == found
 
 
+def test_recomputed_units_train_alike_sharded_and_in_bfloat16(config: Path, tmp_path: Path) -> None:
+    for name in ("false", "true"):
+        options = (f"train.recompute={name}", f"output_dir={tmp_path / name}")
+        train(*load(config, *options, "train.compute_dtype=bfloat16", "train.max_steps=2"))
+    assert losses(tmp_path / "true") == losses(tmp_path / "false")
+
+
 @pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_a_trained_draft_decodes_losslessly_and_its_export_is_the_same_draft(
     config: Path, tmp_path: Path, optimizer: str
