@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from .watched import Watched
@@ -14,4 +16,9 @@ class Fitted(Watched):
         False,
         description="Make the draft's units a second time in the backward pass instead of keeping "
         "what they computed: less memory, more time.",
+    )
+    optimizer_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Of what adamw and muon keep between steps (not of the weights); bfloat16 "
+        "takes half the memory, for `train.betas` up to 0.98.",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,12 @@ def wsd(progress: float, config: TrainConfig) -> float:
     return 1 - (1 - config.min_lr_ratio) * falling
 
 
+KEPT = torch.bfloat16
+# of a state that is kept so: per step it moves by (1 - beta) of its distance from what it follows,
+# and less than half a unit in its last place, 0.4 % of it, is rounded away
+LARGEST_BETA = 0.98
+CHUNK = 1 << 26  # numbers of parameters whose states are float32 at a time
+
 SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}
 
 
@@ -51,6 +57,67 @@ def lr_factor(
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(total_steps - 1 - warmup, 1)
     return schedule(min(progress, 1.0))
+
+
+class Narrow(Optimizer):
+    """An optimizer whose states are kept in bfloat16, and are float32 while it uses them.
+
+    They are rounded to the nearest, not at random: what is kept then hangs on nothing but the
+    gradients, so that ranks that hold the same numbers keep the same, and a resumed run goes on
+    exactly.  No parameter's own step is changed by it: weights stay float32.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter, a few at a time; a closure is not supported."""
+        assert closure is None
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for params in _chunks(group["params"]):
+                    self.param_groups = [group | {"params": params}]
+                    self._keep(params, torch.float32)
+                    super().step()
+                    self._keep(params, KEPT)
+        finally:
+            self.param_groups = groups
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what was kept, which torch makes as wide as the parameters."""
+        super().load_state_dict(state_dict)
+        self._keep(list(self.state), KEPT)
+
+    def _keep(self, params: list[Tensor], dtype: torch.dtype) -> None:
+        for param in params:
+            state = self.state.get(param, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.ndim and value.is_floating_point():
+                    state[name] = value.to(dtype)
+
+
+class NarrowAdamW(Narrow, torch.optim.AdamW):
+    """torch's AdamW, its moments kept in bfloat16."""
+
+
+class NarrowMuon(Narrow, torch.optim.Muon):
+    """torch's Muon, its momentum kept in bfloat16."""
+
+
+class NarrowFloat32Muon(Narrow, Float32Muon):
+    """The same with iterations in float32."""
+
+
+def _chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield parameters that have a gradient, some of them at a time."""
+    chunk: list[Tensor] = []
+    for param in params:
+        if param.grad is not None:
+            chunk.append(param)
+        if sum(p.numel() for p in chunk) >= CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def build_optimizers(draft: Draft, config: TrainConfig) -> list[Optimizer]:
@@ -71,7 +138,14 @@ def build_optimizers(draft: Draft, config: TrainConfig) -> list[Optimizer]:
             "Try: train.optimizer=adamw"
         )
     rest = {n: p for n, p in params.items() if n not in muon}
-    adamw = torch.optim.AdamW(
+    narrow = config.optimizer_dtype == "bfloat16"
+    if narrow and max(config.betas) > LARGEST_BETA:
+        raise ConfigError(
+            f"train.betas has {max(config.betas)}: a moment that moves so little in a step is "
+            "rounded back to what it was in bfloat16. Try: train.optimizer_dtype=float32, or "
+            f"train.betas=[0.9,0.95], up to {LARGEST_BETA}"
+        )
+    adamw = (NarrowAdamW if narrow else torch.optim.AdamW)(
         _groups(rest, draft, config.weight_decay),
         lr=config.learning_rate,
         betas=config.betas,
@@ -80,7 +154,9 @@ def build_optimizers(draft: Draft, config: TrainConfig) -> list[Optimizer]:
     optimizers: list[Optimizer] = [adamw]
     if muon:
         quick = pick_dtype("auto", next(iter(muon.values())).device) == torch.bfloat16
-        kind = torch.optim.Muon if quick else Float32Muon
+        kind: type[torch.optim.Muon] = torch.optim.Muon if quick else Float32Muon
+        if narrow:
+            kind = NarrowMuon if quick else NarrowFloat32Muon
         groups = _groups(muon, draft, config.weight_decay)
         optimizers.append(kind(groups, lr=config.muon_learning_rate))
     return optimizers

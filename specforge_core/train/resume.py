@@ -74,14 +74,15 @@ def _shown(value: int | None) -> str:
 
 def check_optimizer(path: Path, state: TrainState, config: TrainConfig) -> None:
     """Raise CheckpointError when a checkpoint holds the state of another optimizer."""
-    before = state.config["train"]["optimizer"]
-    if before != config.optimizer:
-        raise CheckpointError(
-            f"{path} was trained with train.optimizer={before}, this run has "
-            f"train.optimizer={config.optimizer}, which has no state in it. Try: "
-            f"train.optimizer={before}, or start from its weights: train.init_from={path}, "
-            "and another output_dir"
-        )
+    own = TrainConfig.model_validate(state.config["train"])
+    for key in ("optimizer", "optimizer_dtype"):
+        before, now = getattr(own, key), getattr(config, key)
+        if before != now:
+            raise CheckpointError(
+                f"{path} was trained with train.{key}={before}, this run has train.{key}={now}, "
+                f"which has no state in it. Try: train.{key}={before}, or start from its weights: "
+                f"train.init_from={path}, and another output_dir"
+            )
 
 
 def learning_rate_change(

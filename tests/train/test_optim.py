@@ -184,3 +184,54 @@ def test_orthogonalize_on_the_gram_matrix_is_the_plain_iteration(shape: tuple[in
     found = orthogonalize(matrix, (a, b, c), 5)
     # a Gram matrix rounds small singular values; far less than bfloat16, in which torch iterates
     assert (found - expected).norm() <= 0.1 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
+def fitted(optimizer: str, dtype: str, steps: int = 60) -> tuple[nn.Module, list[float]]:
+    """Return a model that learns to be another one, and its losses."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+    model = nn.Sequential(layer, nn.LayerNorm(16))
+    options = {"optimizer": optimizer, "optimizer_dtype": dtype, "learning_rate": 0.01}
+    draft = Draft(model=model, shard=(layer,))
+    optimizers = build_optimizers(draft, TrainConfig.model_validate(options))
+    wanted, losses = torch.randn(16, 16), []
+    for _ in range(steps):
+        x = torch.randn(64, 16)
+        loss = (model(x) - x @ wanted.softmax(1)).square().mean()
+        loss.backward()
+        for optim in optimizers:
+            optim.step()
+            optim.zero_grad()
+        losses.append(loss.item())
+    assert {
+        value.dtype
+        for optim in optimizers
+        for state in optim.state.values()
+        for value in state.values()
+        if value.ndim
+    } == {getattr(torch, dtype)}
+    return model, losses
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_states_in_bfloat16_train_alike(optimizer: str) -> None:
+    """The last ten losses are within 2 % of those with states in float32, and other ones."""
+    (wide, exact), (narrow, rounded) = (fitted(optimizer, d) for d in ("float32", "bfloat16"))
+    last, first = sum(exact[-10:]), sum(exact[:10])
+    assert last < 0.5 * first
+    assert sum(rounded[-10:]) == pytest.approx(last, rel=0.02)
+    assert rounded[:2] == exact[:2]  # the first step's states are of no effect yet
+    assert rounded != exact
+    assert {p.dtype for p in narrow.parameters()} == {p.dtype for p in wide.parameters()}
+
+
+def test_states_in_bfloat16_that_would_not_move_are_refused() -> None:
+    config = TrainConfig(optimizer_dtype="bfloat16", betas=(0.9, 0.999))
+    with pytest.raises(ConfigError, match=r"train.betas has 0.999.*Try: train.optimizer_dtype="):
+        build_optimizers(Draft(model=nn.Linear(4, 4)), config)
+
+
+def test_a_step_of_many_chunks_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, whole = fitted("adamw", "bfloat16", 5)
+    monkeypatch.setattr("specforge_core.train.optim.CHUNK", 1)
+    assert fitted("adamw", "bfloat16", 5)[1] == whole

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from specforge_core.drafts.checkpoint import checkpoints
 from specforge_core.errors import CheckpointError
 from specforge_core.testing.close import close
 from specforge_core.testing.plugin import FakeSite
@@ -105,3 +109,20 @@ def test_rows_in_another_order_are_refused(
     with pytest.raises(CheckpointError, match="limit=100000000 with the files"):
         train(*load(config, other))
     train(*load(config, other, "data.limit=100000000", "train.max_steps=4"))
+
+
+def test_states_in_bfloat16_are_stored_so_and_go_on_exactly(config: Path, tmp_path: Path) -> None:
+    run, strategy = load(config, "train.optimizer_dtype=bfloat16")
+    found = []
+    for _ in range(2):
+        train(run, strategy)
+        last = checkpoints(tmp_path / "run")[-1]
+        files = sorted(last.glob("*.safetensors"))
+        found.append({name: t for file in files for name, t in load_file(file).items()})
+        shutil.rmtree(last)  # then as if it had been killed after its third step
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    kept = {str(t.dtype) for n, t in found[0].items() if "exp_avg" in n}
+    assert kept == {"torch.bfloat16"}
+    with pytest.raises(CheckpointError, match=r"has train.optimizer_dtype=float32, which has no"):
+        train(*load(config))
