@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from .section import MANY
 from .watched import Watched
 
 
@@ -21,4 +22,11 @@ class Fitted(Watched):
         "float32",
         description="Of what adamw and muon keep between steps (not of the weights); bfloat16 "
         "takes half the memory, for `train.betas` up to 0.98.",
+    )
+    shard_size: int | None = Field(
+        None,
+        gt=0,
+        le=MANY,
+        description="Ranks that share one copy of weights, gradients and optimizer states, of "
+        "ranks that follow each other; the other ranks hold copies. If not set: all share one.",
     )

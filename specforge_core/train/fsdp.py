@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from ..errors import ConfigError
 from ..types import Draft
 
 # of gathered weights, up to which they stay gathered until the backward has used them: gathering
@@ -17,8 +18,28 @@ from ..types import Draft
 KEPT_BYTES = 4 << 30
 
 
+def shards_of(ranks: DeviceMesh, shard_size: int | None) -> DeviceMesh:
+    """Return the mesh that a draft is sharded over: all ranks, or [replicas, shards].
+
+    A rank gathers weights from the `shard_size` ranks beside it, and the replicas meet once a step,
+    for the gradients: so where links differ in speed, most goes over the fast ones.
+    """
+    count = ranks.size()
+    size = shard_size or count
+    if count % size:
+        fits = [n for n in range(1, count + 1) if count % n == 0]
+        raise ConfigError(
+            f"train.shard_size={size} does not divide the {count} rank(s) of this run. "
+            f"Try: train.shard_size={max(n for n in fits if n <= size)}"
+        )
+    if size == count:
+        return ranks
+    names = ("replicas", "shards")
+    return init_device_mesh(ranks.device_type, (count // size, size), mesh_dim_names=names)
+
+
 def shard(draft: Draft, mesh: DeviceMesh, compute_dtype: torch.dtype) -> FSDPModule:
-    """Shard `draft.model` in place over `mesh`: each of `draft.shard`, then the root.
+    """Shard `draft.model` in place over the last axis of `mesh`: each of `draft.shard`, the root.
 
     Gradients are reduced in float32 and averaged over the ranks; the trainer
     rescales them by `world size / global weight`.  A draft of more than `KEPT_BYTES` is freed
@@ -27,7 +48,7 @@ def shard(draft: Draft, mesh: DeviceMesh, compute_dtype: torch.dtype) -> FSDPMod
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     size = sum(p.numel() for p in draft.model.parameters()) * compute_dtype.itemsize
     # alone, gathering again in backward would only repeat the cast
-    reshard = mesh.size() > 1 and size > KEPT_BYTES
+    reshard = mesh.size(mesh.ndim - 1) > 1 and size > KEPT_BYTES
     for unit in draft.shard:
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     root = fully_shard(draft.model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)

@@ -24,7 +24,7 @@ from .course import Course
 from .dist import World, world
 from .feed import Feed, open_feed, share_of
 from .forward import Forward
-from .fsdp import shard
+from .fsdp import shard, shards_of
 from .growth import Growth
 from .log import Log, Phases
 from .machine import Machine, choose
@@ -93,7 +93,9 @@ def build(
         compile_units(draft.compiled, inner=config.recompute)
     if config.recompute:
         recompute_units(draft.compiled)
-    model = shard(draft, world_.mesh, dtype)
+    mesh = shards_of(world_.mesh, config.shard_size)
+    replicas = world_.size // mesh.size(mesh.ndim - 1)
+    model = shard(draft, mesh, dtype)
     optimizers = strategy.optimizers(config, draft)
     remember_peaks(optimizers)
     schedule = strategy.schedule(config)
@@ -116,7 +118,7 @@ def build(
         schedule=schedule,
         forward=forward,
         reducer=Reducer(strategy.package, world_.device),
-        update=Update(optimizers, config.max_grad_norm, world_.size),
+        update=Update(optimizers, config.max_grad_norm, world_.size, replicas),
         trackers=trackers,
         log=Log(config.log_every, trackers if world_.main else None, Phases(config.profile)),
         bad_steps=BadSteps(world_, trackers, config.max_bad_steps),

@@ -230,8 +230,8 @@ class Trainer:
             spent = time.monotonic() - self.began if self.world.main else 0.0  # rank 0's clock
             gradients = local_gradients(self.draft.model)
             # a rank without data has the step left out, on the device
-            left_out = math.nan if supply.short else 1.0
-            square = square_norm(gradients, self.strategy.package) * left_out
+            counted = math.nan if supply.short else 1 / self.update.replicas
+            square = square_norm(gradients, self.strategy.package) * counted
             flags = (float(stop.asked() is not None), float(supply.short))
             extra = (float(tokens), *flags, spent, square)
             reduced = self.reducer.reduce(outputs, extra)

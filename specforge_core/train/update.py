@@ -24,6 +24,7 @@ class Update:
     optimizers: list[Optimizer]
     max_grad_norm: float
     ranks: int
+    replicas: int = 1  # ranks that hold the same part of a gradient
 
     def apply(self, gradients: list[Tensor], reduced: Reduced) -> None:
         """Use `gradients` (this rank's parts) and drop them.

@@ -12,7 +12,7 @@ from specforge_core.config import TrainConfig
 from specforge_core.errors import ConfigError
 from specforge_core.testing.close import close
 from specforge_core.train.dist import world
-from specforge_core.train.fsdp import shard
+from specforge_core.train.fsdp import shard, shards_of
 from specforge_core.train.muon import orthogonalize
 from specforge_core.train.optim import (
     SCHEDULES,
@@ -235,3 +235,10 @@ def test_a_step_of_many_chunks_is_one_step(monkeypatch: pytest.MonkeyPatch) -> N
     _, whole = fitted("adamw", "bfloat16", 5)
     monkeypatch.setattr("specforge_core.train.optim.CHUNK", 1)
     assert fitted("adamw", "bfloat16", 5)[1] == whole
+
+
+def test_ranks_that_no_shards_fill_are_refused() -> None:
+    with world(torch.device("cpu")) as alone:
+        assert shards_of(alone.mesh, None) is shards_of(alone.mesh, 1) is alone.mesh
+        with pytest.raises(ConfigError, match=r"=2 does not divide the 1 rank.*shard_size=1"):
+            shards_of(alone.mesh, 2)

@@ -52,6 +52,25 @@ def test_two_ranks_give_the_losses_of_one(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_replicas_of_shards_give_the_losses_of_one_rank(config: Path, tmp_path: Path) -> None:
+    common = ("train.batch_size=1", "train.max_grad_norm=0.5")
+    train(*load(config, *common, "train.accumulate=4"))
+    want = lines(tmp_path / "run")
+    assert all(row["grad_norm"] > 0.5 for row in want)  # so a wrong norm is clipped otherwise
+    for ranks, shards in ((2, 1), (4, 2)):
+        place = tmp_path / f"{ranks}"
+        size = (f"train.accumulate={4 // ranks}", f"train.shard_size={shards}")
+        options = (*common, *size, f"output_dir={place}")
+        finish(cli("train", "-c", str(config), "--nproc", str(ranks), *options))
+        for key in ("loss", "grad_norm"):
+            found = [row[key] for row in lines(place)]
+            close(found, [row[key] for row in want], terms=6 * (32 + 260), dtype=torch.float32)
+    # and their checkpoint goes on as one process
+    train(*load(config, *common, "train.accumulate=4", f"output_dir={place}", "train.max_steps=7"))
+    assert len(losses(place)) == 7
+
+
+@pytest.mark.slow
 def test_muon_gives_the_same_on_two_ranks(config: Path, tmp_path: Path, env: Any) -> None:
     env.strategy(
         "deep",
