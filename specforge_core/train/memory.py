@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,14 @@ from ..config import RunConfig
 from ..errors import RunError
 from ..text import cut
 from ..types import Draft, TargetEngine
+from .fsdp import KEPT_BYTES
 
 REST = "a step's states, logits and what is kept for its backward pass"
 TARGET = "the target"
+FROZEN = "the target's embedding and head"
+GRADIENTS = "their gradients"
+GATHERED = "the weights as they are computed with"
+STATES = "the optimizer's states"
 
 
 def too_little(
@@ -65,12 +70,52 @@ def parts(
     target = model.parameters() if isinstance(model, nn.Module) else ()
     held: dict[str, Iterable[object]] = {
         "the draft's weights in float32": weights,
-        "their gradients": [p.grad for p in weights],
-        "the optimizer's states": states,
-        "the target's embedding and head": frozen,
+        GRADIENTS: [p.grad for p in weights],
+        STATES: states,
+        FROZEN: frozen,
         TARGET: target,
     }
     return {name: sum(_bytes(value, device) for value in values) for name, values in held.items()}
+
+
+def estimate(
+    draft: Draft,
+    optimizers: Iterable[Optimizer],
+    engine: TargetEngine | None,
+    step: Mapping[str, int] | None,
+    run: RunConfig,
+    ranks: int,
+    item: int,
+) -> dict[str, int]:
+    """Return the bytes that a rank will hold when it holds most, by what they are for.
+
+    The draft and its optimizers are those of one rank, after a step.  `step` is what the step holds
+    (`types.Planned`), of which nothing may be known; `item` are the bytes of a number in it.
+    """
+    shards = run.train.shard_size or ranks
+    device = next(draft.model.parameters()).device
+    found = parts(draft, optimizers, engine, device)
+    held = {
+        name: size if name in (FROZEN, TARGET) else -(-size // shards)
+        for name, size in found.items()
+    }
+    weights = sum(p.numel() for p in draft.model.parameters())
+    units = [sum(p.numel() for p in unit.parameters()) for unit in draft.shard]
+    root = weights - sum(units)  # gathered and reduced together
+    kept = item * weights
+    if shards > 1 and kept > KEPT_BYTES:
+        kept = item * (root + 2 * max(units, default=0))
+    # whole gradients come when a step's states have gone: of the last that are reduced a rank
+    # has what it computed, and its copy in float32
+    trained = sum(p.numel() for p in draft.model.parameters() if p.requires_grad)
+    gradients = -(-4 * trained // shards) + (item + 4) * max(root, *units, 0)
+    states = dict(step or {})
+    if run.train.accumulate > 1:  # then they are there throughout
+        states[GRADIENTS] = -(-4 * trained // shards)
+    if sum(states.values()) < gradients:
+        states = {GRADIENTS: gradients}
+    held.pop(GRADIENTS)
+    return held | {GATHERED: kept} | states
 
 
 def _bytes(value: object, device: torch.device) -> int:
@@ -86,13 +131,19 @@ def _advice(largest: str, run: RunConfig) -> str:
             "Try: specforge capture first, then data.capture_dir=DIR; or target.device=cuda:1, a "
             "GPU of its own"
         )
+    if largest == STATES and train.optimizer_dtype == "float32":
+        return "Try: train.optimizer_dtype=bfloat16, or --nproc N on more GPUs"
     if largest != REST:
         return "Try: --nproc N on more GPUs, which share these, or a smaller draft"
     if train.batch_size > 1:
         half = train.batch_size // 2
         again = f"train.batch_size={half} train.accumulate={train.accumulate * 2}"
-        return f"Try: {again}, which trains on the same samples a step"
+        return f"Try: {again}, which trains on the same samples a step{_again(run)}"
     return (
         f"Try: data.max_length={max(1, run.data.max_length // 2)}, or the strategy's options that "
-        f"bound what it computes at a time: specforge check {run.strategy.name}"
+        f"bound what it computes at a time: specforge check {run.strategy.name}{_again(run)}"
     )
+
+
+def _again(run: RunConfig) -> str:
+    return "" if run.train.recompute else "; or train.recompute=true"

@@ -52,7 +52,7 @@ def _measured(run: RunConfig, strategy: Strategy, nproc: int) -> object:
     from .probe import probe
 
     try:
-        found = probe(run, strategy).as_plan(run, nproc)
+        found = probe(run, strategy, nproc).as_plan(run, nproc)
     except Exception as exc:  # too little memory, too: that is what a plan is for
         return f"nothing: {describe(exc)[0]}"
     found["free_in_output_dir"] = in_units(free_bytes(run.output_dir))

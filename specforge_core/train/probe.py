@@ -14,12 +14,15 @@ from torch import Tensor
 from .. import stop
 from ..capture.estimate import Size, in_units, peak_memory
 from ..config import RunConfig
+from ..cpu import DTYPES
 from ..devices import pick_device
 from ..strategy import Strategy
+from ..types import Planned
 from .course import Course
 from .dist import world
 from .feed import open_feed, share_of
 from .machine import choose
+from .memory import estimate
 from .run import build
 from .supply import Supply
 from .trainer import CLOSE_SECONDS, Trainer
@@ -35,6 +38,7 @@ class Probe:
     step_seconds: float  # of the step itself
     tokens: float  # of a step
     memory: dict[str, str]
+    at_most: dict[str, int]  # bytes that a rank will hold with the longest samples, by what for
     checkpoint_bytes: int
     size: Size
     samples: int | None  # of an epoch; None while the capture grows
@@ -60,6 +64,10 @@ class Probe:
             },
             "tokens_per_second": round(nproc * self.tokens / max(seconds, 1e-9), 1),
             "memory": self.memory,
+            "memory_at_most": {
+                "of_draft_and_step": in_units(sum(self.at_most.values())),
+                **{name: in_units(size) for name, size in self.at_most.items() if size},
+            },
             "checkpoint": in_units(self.checkpoint_bytes),
             "captured_states": {
                 "bytes_per_token": self.size.per_token,
@@ -69,8 +77,8 @@ class Probe:
         }
 
 
-def probe(run: RunConfig, strategy: Strategy) -> Probe:
-    """Do the first steps of a run in this process and forget them.
+def probe(run: RunConfig, strategy: Strategy, nproc: int = 1) -> Probe:
+    """Do the first steps of a run in this process and forget them; it is to have `nproc`.
 
     Raises what `train` does for a run that cannot begin.
     """
@@ -97,11 +105,26 @@ def probe(run: RunConfig, strategy: Strategy) -> Probe:
             step_seconds=seconds,
             tokens=tokens,
             memory=peak_memory(),
+            at_most=_at_most(trainer, nproc),
             checkpoint_bytes=_checkpoint_bytes(trainer),
             size=Size.of(feed.spec),
             samples=feed.data.num_samples,
             total_tokens=feed.num_tokens,
         )
+
+
+def _at_most(trainer: Trainer, nproc: int) -> dict[str, int]:
+    """Return what a rank will hold; of a method that does not say what a step does, the rest."""
+    run, step, draft = trainer.run, trainer.forward.step_function, trainer.draft
+    item = DTYPES[trainer.machine.compute_dtype].itemsize
+    found = None
+    if isinstance(step, Planned):
+        samples = run.train.batch_size
+        tokens, recompute = samples * run.data.max_length, run.train.recompute
+        with trainer.strategy.guard("specforge_train_step"):
+            found = step.step_bytes(draft, tokens, samples, item, recompute=recompute)
+    on = (trainer.optimizers, trainer.feed.engine)
+    return estimate(draft, *on, found, run, nproc, item)
 
 
 def _steps(trainer: Trainer) -> tuple[float, float]:

@@ -37,6 +37,7 @@ from .training import (
     DataInfo as DataInfo,
     Draft as Draft,
     GrowingReader as GrowingReader,
+    Planned as Planned,
     Ratio as Ratio,
     Reader as Reader,
     Simulator as Simulator,

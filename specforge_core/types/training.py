@@ -166,6 +166,21 @@ class Simulator(Protocol):
         ...
 
 
+@runtime_checkable
+class Planned(Protocol):
+    """A TrainStep that also says what it will hold, so that `train --plan` can."""
+
+    def step_bytes(
+        self, draft: Draft, tokens: int, documents: int, item: int, *, recompute: bool
+    ) -> Mapping[str, int]:
+        """Return bytes by what they are for, all there when a step holds most.
+
+        Of so many tokens in so many samples, in a dtype of `item` bytes: the batch, and what is
+        made of it.  Weights, what is frozen and the weights' whole gradients are not counted.
+        """
+        ...
+
+
 class Tracker(Protocol):
     """Where a run's numbers go.  On rank 0 only; a failure warns once and ends no run."""
 

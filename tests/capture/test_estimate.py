@@ -16,6 +16,7 @@ from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.cli import cli
 from specforge_core.errors import ConfigError
 from specforge_core.testing.runs import load, write_run
+from specforge_core.train import memory
 from specforge_core.train.plan import plan_run
 
 Usage = namedtuple("Usage", "total used free")
@@ -107,6 +108,8 @@ def test_a_plan_measures_some_steps_and_writes_nothing(config: Path) -> None:
     assert told["captured_states"]["bytes_per_token"] == spec.per_token
     assert told["captured_states"]["tokens"] > 9 * 10
     assert told["checkpoint"].endswith("B")
+    largest = told["memory_at_most"]
+    assert {"of_draft_and_step", memory.STATES, memory.GRADIENTS} <= largest.keys()
     assert not run.output_dir.exists()
 
 

@@ -13,6 +13,7 @@ from specforge_core.load import load_config
 from specforge_core.train import memory
 from specforge_core.train.run import train
 from specforge_core.train.trainer import Trainer
+from specforge_core.types import Draft
 
 from ..runs import linear_run
 
@@ -26,11 +27,14 @@ def full(self: Trainer, *_: Any) -> NoReturn:
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        ((), "Try: train.batch_size=1 train.accumulate=4, which trains on the same samples a step"),
+        (
+            ("train.recompute=true",),
+            "Try: train.batch_size=1 train.accumulate=4, which trains on the same samples a step",
+        ),
         (
             ("train.batch_size=1", "data.max_length=500"),
             "Try: data.max_length=250, or the strategy's options that bound what it computes at a "
-            "time: specforge check linear",
+            "time: specforge check linear; or train.recompute=true",
         ),
     ],
 )
@@ -67,7 +71,9 @@ def test_each_part_is_counted_where_it_is(tmp_path: Path) -> None:
     ("largest", "advice"),
     [
         (memory.TARGET, "data.capture_dir=DIR; or target.device=cuda:1"),
-        ("their gradients", "--nproc N on more GPUs"),
+        (memory.GRADIENTS, "Try: --nproc N on more GPUs"),
+        (memory.STATES, "Try: train.optimizer_dtype=bfloat16, or --nproc N"),
+        (memory.REST, "; or train.recompute=true"),
     ],
 )
 def test_the_advice_is_for_what_is_largest(
@@ -75,3 +81,33 @@ def test_the_advice_is_for_what_is_largest(
 ) -> None:
     run, _ = load_config(linear_run(tmp_path, toy_target), ())
     assert advice in memory._advice(largest, run)
+
+
+@pytest.mark.parametrize("known", [None, {"states": 10**6}])
+def test_what_is_expected_is_split_among_ranks_and_counts_the_larger_of_states_and_gradients(
+    known: dict[str, int] | None, tmp_path: Path, toy_target: Path
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(4, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    frozen = torch.nn.Linear(2, 3, bias=False)
+    draft = Draft(model=model, frozen=frozen, shard=(model[0],))
+    run, _ = load_config(linear_run(tmp_path, toy_target), ("train.accumulate=1",))
+    found = memory.estimate(draft, [optimizer], None, known, run, 2, 2)
+    weights, root = 32 + 32 + 8, 32 + 8
+    assert found == {
+        "the draft's weights in float32": 4 * weights // 2,
+        memory.STATES: (8 * weights + 3 * 4) // 2,
+        memory.FROZEN: 24,
+        memory.TARGET: 0,
+        memory.GATHERED: 2 * weights,
+        # what a rank keeps of them, and of the root's a narrow copy and one in float32
+        **(known or {memory.GRADIENTS: 4 * weights // 2 + 6 * root}),
+    }
+    alone, _ = load_config(linear_run(tmp_path, toy_target), ("train.shard_size=1",))
+    copies = memory.estimate(draft, [optimizer], None, known, alone, 2, 2)
+    assert copies["the draft's weights in float32"] == 4 * weights
+    # with accumulation they are there while the states are
+    assert copies[memory.GRADIENTS] >= 4 * weights

@@ -5,6 +5,7 @@ Shapes: b rows, A blocks of each, D slots of a block that draft, M = b*A blocks 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .config import DFlashConfig
+from .memory import step_bytes
 from .model import DFlashModel, Frozen
 
 SLOTS_SHOWN = 4  # slots whose accuracy is a metric of its own
@@ -41,6 +43,14 @@ class DFlashStep:
             weight=total,
             metrics=slot_metrics(losses.detach(), hits, valid),
         )
+
+    def step_bytes(
+        self, draft: Draft, tokens: int, documents: int, item: int, *, recompute: bool
+    ) -> Mapping[str, int]:
+        """Say what a step will hold; see `types.Planned`."""
+        assert isinstance(draft.model, DFlashModel)
+        shape = draft.model.shape
+        return step_bytes(self.config, shape, tokens, documents, item, recompute=recompute)
 
     def _slots(self, model: DFlashModel, frozen: Frozen, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return losses (0 where not valid) and hits of the M blocks, both [M, D]."""

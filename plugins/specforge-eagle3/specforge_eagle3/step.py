@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 from .config import Eagle3Config
 from .curriculum import narrowed
 from .frozen import Frozen
+from .memory import step_bytes
 from .model import Eagle3Model, Task
 from .rows import prefix_hits
 from .vocab import target_tokens
@@ -54,6 +56,13 @@ class Eagle3Step:
         hits = target_tokens(model.d2t)[found.best] == batch["choices"][:, None]
         metrics = self._metrics(batch, hits & task.present, found)
         return StepOutput(loss_sum=loss_sum, weight=weight, metrics=metrics)
+
+    def step_bytes(
+        self, draft: Draft, tokens: int, documents: int, item: int, *, recompute: bool
+    ) -> Mapping[str, int]:
+        """Say what a step will hold; see `types.Planned`."""
+        assert isinstance(draft.model, Eagle3Model)
+        return step_bytes(self.config, draft.model.shape, tokens, item, recompute=recompute)
 
     def _metrics(self, batch: Batch, hits: Tensor, found: SoftRows) -> dict[str, Ratio]:
         """Return what the draft would get right, and would get accepted.

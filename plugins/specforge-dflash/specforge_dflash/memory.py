@@ -1,0 +1,42 @@
+"""What a training step holds, by its shapes, on a GPU with compiled layers.
+
+N slots of all blocks, S context tokens, H hidden size, I the MLP's inner one.
+"""
+
+from __future__ import annotations
+
+from .config import DFlashConfig, DraftShape
+
+
+def step_bytes(
+    config: DFlashConfig,
+    shape: DraftShape,
+    tokens: int,
+    documents: int,
+    item: int,
+    *,
+    recompute: bool,
+) -> dict[str, int]:
+    """Return bytes by what they are for, as `types.Planned` says."""
+    each = min(config.num_anchors, max(tokens // documents - 1, 1))
+    slots = documents * each * shape.block_size
+    rows = documents * each * (shape.block_size - config.first_slot)
+    width, inner = shape.hidden_size, shape.intermediate_size
+    wide, narrow = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    # queries and keys before and behind norm and rotation, values; attention's output and
+    # log-sum-exps; the state between attention and MLP, and the MLP's two products
+    layer = item * (slots * (3 * wide + 3 * narrow + width + 2 * inner) + tokens * 3 * narrow)
+    layer += 4 * slots * shape.num_heads
+    inputs = item * slots * width
+    kept = shape.num_layers * inputs + (1 if recompute else shape.num_layers) * layer
+    # of the head: its rows, the states they were taken from, the logits of a chunk
+    head = item * (rows * width + slots * width + min(config.head_chunk, rows) * shape.vocab_size)
+    # of the backward pass: the head's rows and states, then the MLP's inner gradients
+    back = item * (rows * width + slots * (2 * width + 3 * inner))
+    made = "the gradients of the states on the way" if back > head else "logits of a chunk of rows"
+    return {
+        "the batch": item * tokens * len(shape.capture_layers) * width + 8 * 3 * slots,
+        "what the layers keep": kept,
+        "the context and the head's gradient": item * (2 * tokens + rows) * width,
+        made: max(head, back),
+    }

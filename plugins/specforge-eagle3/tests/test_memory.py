@@ -1,0 +1,43 @@
+"""What a step is expected to hold, against what was measured on an H100."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from specforge_eagle3.config import Eagle3Config, draft_shape
+from specforge_eagle3.memory import step_bytes
+from specforge_eagle3.model import Eagle3Model
+
+from specforge_core.types import TargetInfo
+
+LARGE = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "rope_theta": 1e6,
+}
+
+
+@pytest.mark.parametrize(("trained", "measured"), [(True, 5.3), (False, 4.8)])
+def test_the_case_of_the_benchmark_is_expected_within_a_tenth(
+    trained: bool, measured: float
+) -> None:
+    """benchmarks/step.py, E1: GiB with weights and gradients in bfloat16."""
+    config = Eagle3Config(name="eagle3", steps=7, draft_vocab_size=32000, train_head=trained)
+    target = TargetInfo(
+        name_or_path="",
+        revision=None,
+        hidden_size=4096,
+        num_layers=36,
+        vocab_size=151936,
+        config=LARGE,
+    )
+    shape = draft_shape(config, target)
+    with torch.device("meta"):
+        model = Eagle3Model(shape, "auto", config.head_chunk)
+    held = 2 * (sum(p.numel() for p in model.parameters()) + 151936 * 4096)
+    parts = step_bytes(config, shape, 2048, 2, recompute=False)
+    assert (held + sum(parts.values())) / 2**30 == pytest.approx(measured, rel=0.1)
+    again = step_bytes(config, shape, 2048, 2, recompute=True)
+    assert sum(again.values()) < sum(parts.values())
