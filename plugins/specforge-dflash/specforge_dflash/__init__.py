@@ -25,7 +25,7 @@ from specforge_core.types import (
 from .adapter import DFlashAdapter
 from .anchors import DFlashTransform
 from .collate import DFlashCollate, train_slots as train_slots
-from .config import DFlashConfig, draft_shape
+from .config import DFlashConfig, DFlashOptions, draft_shape
 from .export import export_draft, load_export
 from .mask_token import mask_token, mask_token_occurs
 from .model import DFlashModel, Frozen
@@ -34,9 +34,9 @@ from .step import DFlashStep
 
 
 @hookimpl
-def specforge_config() -> type[DFlashConfig]:
+def specforge_config() -> type[DFlashOptions]:
     """Block, objective and shape of the draft."""
-    return DFlashConfig
+    return DFlashOptions
 
 
 @hookimpl

@@ -5,7 +5,8 @@ place p = a + k of the block at anchor a, in a document that starts at s, sees c
 s <= j < a, and in its block
   full layers:    every slot;
   sliding layers: slots up to itself (causal), and of all these only the places
-                  within the last W including its own: p - j < W.
+                  within the last W including its own: p - j < W;
+  causal layers:  slots up to itself: a window that no text is longer than, `NO_END`.
 The sliding rule is what SGLang serves (W - 1 to the left, causal) and vLLM's default.
 A block whose anchor is its document's start sees only itself.
 
@@ -28,6 +29,7 @@ from specforge_core.errors import ConfigError
 
 from .anchored import AnchoredMask, anchored
 
+NO_END = 2**30  # the window of layers that are causal and do not slide
 TILE = 128  # rows and columns that flex attention skips or computes together
 
 
@@ -76,7 +78,7 @@ class EagerMask:
                 x[:, None, first : first + count, None, None, None] for x in (limits, starts)
             )
             seen = (keys >= start) & (keys < limit)
-            if window is not None:
+            if window is not None and window < context_length + block_size:
                 seen = seen & (limit + slots[:, None] - keys < window)
             parts.append(Part(count, begin, seen))
             first += count

@@ -17,7 +17,7 @@ LabelLayout: TypeAlias = Literal["same_position", "next_token"]
 
 
 class DFlashConfig(DecoderOptions):
-    """The `strategy:` section of a DFlash run."""
+    """What all methods on DFlash's blocks can be told."""
 
     block_size: int = Field(
         16, ge=2, le=1024, description="Slots of one block, the known token included."
@@ -103,6 +103,14 @@ class DFlashConfig(DecoderOptions):
         return self.block_size / 2 if self.block_size <= 10 else 5 + (self.block_size - 10) / 3
 
 
+class DFlashOptions(DFlashConfig):
+    """The `strategy:` section of a DFlash run."""
+
+    causal: bool = Field(
+        False, description="Slots see only themselves and those before them in their block."
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftShape(DecoderShape):
     """Everything about a draft's structure, resolved against one target."""
@@ -113,6 +121,7 @@ class DraftShape(DecoderShape):
     layer_types: tuple[LayerType, ...]
     sliding_window: int | None
     mask_token_id: int
+    causal: bool  # also layers that do not slide
 
     def resolved(self) -> dict[str, Any]:
         """Return what options came to for the target, and no tensor's shape shows."""
@@ -138,6 +147,7 @@ def draft_shape(config: DFlashConfig, target: TargetInfo, mask_token_id: int) ->
         layer_types=types,
         sliding_window=config.sliding_window if "sliding_attention" in types else None,
         mask_token_id=mask_token_id,
+        causal=isinstance(config, DFlashOptions) and config.causal,
     )
 
 

@@ -30,6 +30,7 @@ SCALED = {"sglang": ("gemma3", "gemma4"), "vllm": ("gemma4",)}
 # key of config.json -> what goes wrong where it differs, for the method's own keys
 CAUSES = {
     "target_layer_ids": "layer ids",
+    **dict.fromkeys(("is_causal", "causal"), "causal block"),
     **dict.fromkeys(("label_layout", "sample_from_anchor"), "label layout"),
     "mask_token_id": "mask token",
     **dict.fromkeys(("block_size", "num_draft_tokens"), "block size"),
@@ -130,6 +131,8 @@ def export_config(config: DFlashConfig, shape: DraftShape, target: TargetInfo) -
         **decoder_config(shape),
         "dtype": config.export_dtype,
     }
+    if shape.causal:  # SGLang reads the first, vLLM either: all layers are causal
+        out |= {"is_causal": True, "dflash_config": {**out["dflash_config"], "causal": True}}
     special = {n: target.config.get(n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
     out |= {name: value for name, value in special.items() if value is not None}
     if shape.softcap is not None:
@@ -156,7 +159,11 @@ def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) ->
     layers = nested.get("target_layer_ids", given.get("target_layer_ids"))
     depth = int(given.get("num_hidden_layers", shape.num_layers))
     types = given.get("layer_types") or ["full_attention"] * depth
+    # what is said here is of all layers; where nothing is, those that slide are causal
+    causal = given.get("is_causal", nested.get("causal"))
+    slide = [kind == "sliding_attention" for kind in types]
     pairs = {
+        "causal": (bool(causal) and not all(slide), shape.causal and not all(slide)),
         "block_size": (nested.get("block_size", given.get("block_size", 16)), shape.block_size),
         "layers": (layers, list(shape.capture_layers)),
         # published checkpoints have no such field, and all are of this layout
@@ -177,6 +184,11 @@ def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) ->
             raise CheckpointError(
                 f"the export has {name} {theirs}, this run {ours}. Try: strategy.{name}={theirs}"
             )
+    if causal is False and any(slide):
+        raise CheckpointError(
+            "the export says that its sliding layers see their whole block (is_causal false), "
+            "which no layers do here. Try a draft without sliding layers"
+        )
     of_target = {
         "hidden_size": (given.get("hidden_size", shape.hidden_size), shape.hidden_size),
         "rms_norm_eps": (given.get("rms_norm_eps", shape.rms_norm_eps), shape.rms_norm_eps),

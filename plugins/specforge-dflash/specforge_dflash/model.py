@@ -18,7 +18,7 @@ from specforge_core.nn.rotary import Rope, Rotary, rotate
 from specforge_core.target.head import widen
 
 from .anchored import AnchoredMask, takes
-from .attention import EagerMask, Mask, attend, block_mask
+from .attention import NO_END, EagerMask, Mask, attend, block_mask
 from .config import DraftShape, LayerType
 
 MIN_HEAD_DIM = 16  # of flex attention's kernels
@@ -176,7 +176,7 @@ class DFlashModel(nn.Module):
         slots = ((anchors - starts)[..., None] + within).flatten(1)
         build = EagerMask.build if caches is not None else self._mask_kind(anchors.is_cuda)
         windows: dict[LayerType, int | None] = {
-            "full_attention": None,
+            "full_attention": NO_END if self.shape.causal else None,
             "sliding_attention": self.shape.sliding_window,
         }
         return Geometry(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from specforge_dflash import DFlashConfig, build_draft
+from specforge_dflash import DFlashOptions, build_draft
 from specforge_dflash.adapter import capture_spec
 from specforge_dflash.anchors import DFlashTransform
 from specforge_dflash.collate import DFlashCollate
@@ -38,7 +38,7 @@ TARGET_CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Tiny:
-    config: DFlashConfig
+    config: DFlashOptions
     target: TargetInfo
     draft: Draft
 
@@ -53,9 +53,9 @@ class Tiny:
         return self.draft.frozen
 
 
-def make_config(**options: Any) -> DFlashConfig:
+def make_config(**options: Any) -> DFlashOptions:
     defaults: dict[str, Any] = {"name": "dflash", "num_layers": 2, "block_size": 4}
-    return DFlashConfig.model_validate({**defaults, "mask_token_id": MASK, **options})
+    return DFlashOptions.model_validate({**defaults, "mask_token_id": MASK, **options})
 
 
 def make_target(**overrides: Any) -> TargetInfo:
@@ -105,7 +105,7 @@ def make_samples(
     return samples
 
 
-def make_batch(config: DFlashConfig, samples: list[Sample], epoch: int = 0) -> Batch:
+def make_batch(config: DFlashOptions, samples: list[Sample], epoch: int = 0) -> Batch:
     """What the loader makes of samples: transform, then collate."""
     spec = capture_spec((1, 5), HIDDEN)
     transform = DFlashTransform(spec, 10**6, config.num_anchors)
@@ -159,9 +159,11 @@ def block_states(
             k = norm(both @ p["self_attn.k_proj.weight"][kv_rows].t(), p["self_attn.k_norm.weight"])
             v = both @ p["self_attn.v_proj.weight"][kv_rows].t()
             scores = rope(q, positions[anchor:]) @ rope(k, positions).t() / math.sqrt(d)
+            back = positions[anchor:, None] - positions
+            if window is not None or tiny.config.causal:
+                scores = scores.masked_fill(back < 0, float("-inf"))
             if window is not None:
-                back = positions[anchor:, None] - positions
-                scores = scores.masked_fill((back < 0) | (back >= window), float("-inf"))
+                scores = scores.masked_fill(back >= window, float("-inf"))
             heads.append(scores.softmax(-1) @ v)
         x = x + torch.cat(heads, -1) @ p["self_attn.o_proj.weight"].t()
         h = norm(x, p["post_attention_layernorm.weight"])
@@ -197,7 +199,7 @@ def export_of(tiny: Tiny, format: str = "hf") -> Export:
 class Kit:
     """The functions above, for tests."""
 
-    config: Callable[..., DFlashConfig] = make_config
+    config: Callable[..., DFlashOptions] = make_config
     target: Callable[..., TargetInfo] = make_target
     tiny: Callable[..., Tiny] = make_tiny
     samples: Callable[..., list[Sample]] = make_samples

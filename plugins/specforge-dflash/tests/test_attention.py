@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from specforge_dflash.anchored import KEYS, AnchoredMask, _attention, takes
-from specforge_dflash.attention import TILE, EagerMask, attend, block_mask
+from specforge_dflash.attention import NO_END, TILE, EagerMask, attend, block_mask
 from torch import Tensor
 
 from specforge_core.errors import ConfigError
@@ -30,6 +30,9 @@ CASES = [
     ([[(0, [40, 60]), (70, [80]), (250, [260, 400]), (430, [431, 440])]], 450, 16, 50),
     ([[(128 * n, [128 * n + 9, 128 * n + 127]) for n in range(9)]], 1160, 10, None),
     ([[(128 * n, [128 * n + 9, 128 * n + 127]) for n in range(9)]], 1160, 10, 30),
+    # causal in their block, however far back
+    ([[(0, [1, 4, 30])], [(0, [9]), (0, [0, 0])]], 31, 5, NO_END),
+    ([[(0, [40, 60]), (70, [80]), (250, [260, 400]), (430, [431, 440])]], 450, 16, NO_END),
 ]
 Rows = list[list[tuple[int, list[int]]]]
 

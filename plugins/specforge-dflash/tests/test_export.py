@@ -118,8 +118,8 @@ def test_reloading_reproduces_the_logits_bit_for_bit(kit: Any, dtype: str) -> No
 
 
 def test_every_key_of_the_methods_own_has_a_cause(kit: Any) -> None:
-    made = kit.export(kit.tiny())
-    assert made.causes.keys() == made.config["dflash_config"].keys()
+    made = kit.export(kit.tiny(causal=True))
+    assert made.causes.keys() == made.config["dflash_config"].keys() | {"is_causal"}
     assert made.causes["sample_from_anchor"] == made.causes["label_layout"]
 
 
@@ -223,6 +223,40 @@ def test_fc_of_other_layers_is_refused(kit: Any) -> None:
     weights = {**made.weights, "fc.weight": torch.zeros(24, 72)}
     with pytest.raises(CheckpointError, match=r"'fc.weight' has shape \(24, 72\)"):
         load_export(tiny.config, tiny.model, replace(made, weights=weights))
+
+
+@pytest.mark.parametrize("sliding", [{}, {"sliding_window": 6}], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_which_slots_a_slot_sees_is_said_and_compared(
+    kit: Any, causal: bool, sliding: dict[str, Any]
+) -> None:
+    """SGLang reads it at the top, vLLM in either place; both take it for all layers."""
+    tiny = kit.tiny(causal=causal, **sliding)
+    made = kit.export(tiny, "sglang")
+    nested = made.config["dflash_config"]
+    said = (made.config.get("is_causal"), nested.get("causal"))
+    assert said == ((True, True) if causal else (None, None))
+    assert load_export(tiny.config, tiny.model, made)
+    stated = replace(made, config={**made.config, "is_causal": True})
+    if causal or sliding:  # sliding layers are causal at any rate
+        assert load_export(tiny.config, tiny.model, stated)
+    else:
+        with pytest.raises(CheckpointError, match=r"causal True, this run False. Try: strategy"):
+            load_export(tiny.config, tiny.model, stated)
+    stated = replace(
+        made,
+        config={
+            **made.config,
+            "is_causal": False,
+            "dflash_config": {n: x for n, x in nested.items() if n != "causal"},
+        },
+    )
+    if causal or sliding:
+        wanted = "whole block" if sliding else "causal False, this run True"
+        with pytest.raises(CheckpointError, match=wanted):
+            load_export(tiny.config, tiny.model, stated)
+    else:
+        assert load_export(tiny.config, tiny.model, stated)
 
 
 def test_the_oldest_published_layout_is_read(kit: Any) -> None:

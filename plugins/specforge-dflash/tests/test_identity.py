@@ -17,6 +17,7 @@ OTHERWISE = {
     "strategy.mask_token_id=5": r"strategy\.mask_token_id: 259 in it, 5 in this run",
     "strategy.rope_theta=77": r"strategy\.rope_theta: null in it, 77\.0 in this run",
     "strategy.block_size=8": r"strategy\.block_size: 4 in it, 8 in this run",
+    "strategy.causal=true": r"strategy\.causal: false in it, true in this run",
     "strategy.weighting=dpace": r"strategy\.weighting: decay in it, dpace in this run",
     "strategy.num_anchors=9": r"strategy\.num_anchors: 8 in it, 9 in this run",
 }

@@ -33,9 +33,9 @@ def captured(tiny: Any, sample: Any, start: int, end: int) -> TargetCapture:
 
 
 @pytest.mark.parametrize("layout", ["same_position", "next_token"])
-@pytest.mark.parametrize("window", [None, 5])
-def test_cached_drafting_equals_training(kit: Any, layout: str, window: int | None) -> None:
-    tiny = kit.tiny(label_layout=layout, sliding_window=window, softcap=8.0)
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"causal": True}], ids=str)
+def test_cached_drafting_equals_training(kit: Any, layout: str, options: dict[str, Any]) -> None:
+    tiny = kit.tiny(label_layout=layout, softcap=8.0, **options)
     sample = kit.samples((19,))[0]
     found = proposer(tiny)
     found.start(captured(tiny, sample, 0, 5))

@@ -21,7 +21,8 @@ LAYOUTS = ["same_position", "next_token"]
 # what fc, two layers and the head sum over, and then the labels of a batch
 TERMS = 48 + 2 * (3 * 24 + 32 + 40 + 23) + 24 + 41 + 200
 WEIGHTINGS = ["decay", "dpace", "dpace_confidence", "dpace_continuation"]
-
+SLIDING, CAUSAL = {"sliding_window": 6}, {"causal": True}
+MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
 
 Samples = list[dict[str, Tensor]]
 
@@ -122,13 +123,11 @@ def test_loss_weight_metrics_and_gradients(
 
 
 @pytest.mark.parametrize("batches", ["packed", "padded"])
-@pytest.mark.parametrize("types", [None, ["sliding_attention", "full_attention"]])
-def test_sliding_layers_softcap_and_scaled_embeddings(
-    kit: Any, batches: str, types: list[str] | None
+@pytest.mark.parametrize("options", [SLIDING, SLIDING | MIXED, CAUSAL, SLIDING | MIXED | CAUSAL])
+def test_sliding_and_causal_layers_softcap_and_scaled_embeddings(
+    kit: Any, batches: str, options: dict[str, Any]
 ) -> None:
-    tiny = kit.tiny(
-        softcap=4.0, scale=5.0, sliding_window=6, block_size=5, layer_types=types, batches=batches
-    )
+    tiny = kit.tiny(softcap=4.0, scale=5.0, block_size=5, batches=batches, **options)
     samples = kit.samples((19, 11, 6))
     out = run(kit, tiny, samples)
     want = reference(kit, tiny, samples, kit.weights64(tiny))
@@ -140,6 +139,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"sliding_window": 5},
     {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
     {"num_anchors": 3},
+    CAUSAL,
 ]
 
 

@@ -51,6 +51,7 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "eagle3-other_heads": {**EAGLE3, "num_heads": 2, "num_kv_heads": 1, "head_dim": 12},
     "dflash": DFLASH,
     "dflash-sliding": {**DFLASH, **SLIDING},
+    "dflash-causal": {**DFLASH, **SLIDING, "causal": True},
 }
 Tensors = dict[str, Tensor]
 Mistake = Callable[[dict[str, Any], Tensors], None]
@@ -113,12 +114,17 @@ def window(config: dict[str, Any], _weights: Tensors) -> None:
     config["sliding_window"] -= 1
 
 
+def causal(config: dict[str, Any], _weights: Tensors) -> None:
+    config["is_causal"] = False
+
+
 COMMON: tuple[Mistake, ...] = (rope_theta, rope_scaling, norm_eps, layer_ids, layer_order)
 MISTAKES: dict[str, tuple[Mistake, ...]] = {
     "eagle3": (*COMMON, concat_order, vocab_map, norm_output),
     "eagle3-fc_norm": (fc_norm,),
     "dflash": (*COMMON, mask_token),
     "dflash-sliding": (window,),
+    "dflash-causal": (causal,),
 }
 PLANTED = [(draft, mistake) for draft, mistakes in MISTAKES.items() for mistake in mistakes]
 
@@ -228,9 +234,15 @@ def apart(found: Tensors, want: Tensors) -> float:
 
 @pytest.mark.parametrize("name", DRAFTS)
 def test_an_export_computes_the_same(
-    engine: Callable[[str], Tensors], references: dict[str, Tensors], name: str
+    engine: Callable[[str], Tensors],
+    references: dict[str, Tensors],
+    name: str,
+    sglang_version: str,
 ) -> None:
     want = references[name]
+    if (sglang_version, name) == ("0.5.14", "dflash-causal"):
+        assert apart(engine(name), want) > FAR  # it does not read is_causal
+        return
     # not all the same; a few drafted tokens may be
     assert all(float(value.std()) > 0.1 for part, value in want.items() if part != "tokens")
     found = engine(name)
