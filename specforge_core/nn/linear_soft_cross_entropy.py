@@ -5,13 +5,15 @@ Shapes: U teacher rows, R student rows of each, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .soft_loss import SoftLoss, SoftRows, wide
+
+Caps: TypeAlias = "tuple[float | None, float | None]"  # of the student's logits, the teacher's
 
 
 def linear_soft_cross_entropy(
@@ -22,6 +24,7 @@ def linear_soft_cross_entropy(
     row_weights: Tensor,
     loss: SoftLoss | None = None,
     *,
+    softcap: float | None = None,
     teacher_softcap: float | None = None,
     teacher_logsumexp: Tensor | None = None,
     chunk: int = 2048,
@@ -33,7 +36,8 @@ def linear_soft_cross_entropy(
     once for its R students.  row_weights [U, R] scale the losses; a row of weight 0 adds
     nothing to any gradient.  Since they are known here, the gradients of hidden and weight
     are made in the forward pass, while the logits are still there, and only scaled in the
-    backward.  Softmax, sums over chunks and the losses are float32 (float64 for float64).
+    backward.  Softmax, sums over chunks and the losses are float32 (float64 for float64).  A
+    softcap c replaces logits x by c * tanh(x / c), the student's or the teacher's.
 
     teacher_weight may be a part of the teacher's head, the V tokens that the student knows.
     teacher_logsumexp [U] is then over the teacher's whole vocabulary, so that overlaps count
@@ -48,7 +52,7 @@ def linear_soft_cross_entropy(
         row_weights,
         teacher_logsumexp,
         loss or SoftLoss(),
-        teacher_softcap,
+        (softcap, teacher_softcap),
         chunk,
     )
     return total, SoftRows(losses, overlaps, best)
@@ -65,7 +69,7 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
         row_weights: Tensor,
         logsumexp: Tensor | None,
         loss: SoftLoss,
-        softcap: float | None,
+        softcaps: Caps,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
@@ -94,7 +98,7 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
                 row_weights[part],
                 None if logsumexp is None else logsumexp[part],
                 loss,
-                softcap,
+                softcaps,
                 want_hidden or want_weight,
             )
             if grad_hidden is not None:
@@ -135,7 +139,7 @@ def _rows(
     weights: Tensor,
     logsumexp: Tensor | None,
     loss: SoftLoss,
-    softcap: float | None,
+    softcaps: Caps,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return losses, overlaps and best tokens [u, R], and the weighted d(loss)/d(logits)
@@ -144,12 +148,12 @@ def _rows(
         from .triton_soft_cross_entropy import soft_cross_entropy_in_place
 
         return *soft_cross_entropy_in_place(
-            logits, teacher, weights, logsumexp, loss, softcap, want_grad
+            logits, teacher, weights, logsumexp, loss, softcaps, want_grad
         ), logits
-    accurate = weights.dtype
+    accurate, (softcap, teacher_softcap) = weights.dtype, softcaps
     scores = teacher.to(accurate)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    if teacher_softcap is not None:
+        scores = torch.tanh(scores / teacher_softcap) * teacher_softcap
     log_p = scores.log_softmax(dim=-1)
     p = log_p.exp()[:, None]  # [u, 1, V]
     drawn = p  # what the teacher draws these tokens with
@@ -158,6 +162,11 @@ def _rows(
         drawn = p * known[:, None, None]
     # In place from here: a chunk of logits is the largest tensor of a CPU run.
     q = logits.to(accurate).view(*weights.shape, -1)
+    slope = None
+    if softcap is not None:
+        q = torch.tanh(q / softcap)
+        slope = 1 - q**2 if want_grad else None
+        q.mul_(softcap)
     top, best = q.max(dim=-1)
     log_total = (q - top[..., None]).exp_().sum(dim=-1).log_().add_(top)
     losses = log_total - torch.einsum("urv,uv->ur", q, p[:, 0])
@@ -179,4 +188,5 @@ def _rows(
             grad = mix[..., None] * (q - p) - (1 - mix)[..., None] * d_overlap
     if want_grad:
         grad = grad * weights[..., None]
+        grad = grad if slope is None else grad * slope
     return losses, overlaps, best, grad.flatten(0, 1).to(logits.dtype)

@@ -19,14 +19,14 @@ def soft_cross_entropy_in_place(
     weights: Tensor,
     logsumexp: Tensor | None,
     loss: SoftLoss,
-    softcap: float | None,
+    softcaps: tuple[float | None, float | None],
     want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses, overlaps and best tokens, each [u, R], of `logits` [u * R, V].
 
-    `teacher` [u, V] are logits too, capped by `softcap`; `logsumexp` [u] is of the teacher's
-    whole vocabulary, of which V may be a part.  With `want_grad`, `logits` is overwritten by
-    d(loss)/d(logits) times the row's weight.
+    `teacher` [u, V] are logits too; `softcaps` are of the student's and of the teacher's, and
+    `logsumexp` [u] of the teacher's whole vocabulary, of which V may be a part.
+    With `want_grad`, `logits` is overwritten by d(loss)/d(logits) times the row's weight.
     """
     rows, vocab = logits.shape
     labels, students = weights.shape
@@ -36,7 +36,7 @@ def soft_cross_entropy_in_place(
     entropies, known = torch.empty_like(totals), torch.empty_like(totals)
     losses = torch.empty(labels, students, device=logits.device, dtype=torch.float32)
     overlaps, best = torch.empty_like(losses), torch.empty_like(losses, dtype=torch.int64)
-    cap = softcap or 0.0
+    own_cap, cap = (value or 0.0 for value in softcaps)
     with torch.cuda.device(logits.device):
         _teacher[(labels,)](
             teacher,
@@ -56,6 +56,7 @@ def soft_cross_entropy_in_place(
             *(students, vocab, logits.stride(0), teacher.stride(0)),
             loss.scale,
             loss.decay,
+            OWN_CAP=own_cap,
             CAP=cap,
             KIND=_KINDS[loss.objective],
             WANT_GRAD=want_grad,
@@ -114,7 +115,9 @@ def _teacher(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _totals(base, t_base, t_lse, vocab, CAP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _totals(  # type: ignore[no-untyped-def]
+    base, t_base, t_lse, vocab, OWN_CAP: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr
+):
     """A student row's log of summed exponentials, its mean under the teacher, its best token."""
     lane = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], _LOWEST, tl.float32)
@@ -123,7 +126,7 @@ def _totals(base, t_base, t_lse, vocab, CAP: tl.constexpr, BLOCK: tl.constexpr):
     where = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocab, BLOCK):
         cols = start + lane
-        x = _load(base, cols, vocab, 0)
+        x = _load(base, cols, vocab, OWN_CAP)
         p = tl.exp(_load(t_base, cols, vocab, CAP) - t_lse)
         new_top = tl.maximum(top, x)
         total = total * tl.exp(top - new_top) + tl.exp(x - new_top)
@@ -153,6 +156,7 @@ def _student(  # type: ignore[no-untyped-def]
     teacher_stride,
     mix_scale,
     mix_decay,
+    OWN_CAP: tl.constexpr,
     CAP: tl.constexpr,
     KIND: tl.constexpr,
     WANT_GRAD: tl.constexpr,
@@ -165,7 +169,7 @@ def _student(  # type: ignore[no-untyped-def]
     weight = tl.load(weights + row).to(tl.float32)
     lane = tl.arange(0, BLOCK)
     # Its reductions are the barrier between its reads of the row and the writes below.
-    lse, cross, token = _totals(base, t_base, t_lse, vocab, CAP, BLOCK)
+    lse, cross, token = _totals(base, t_base, t_lse, vocab, OWN_CAP, CAP, BLOCK)
     tl.store(best + row, token)
     loss = lse - cross
 
@@ -173,13 +177,16 @@ def _student(  # type: ignore[no-untyped-def]
     below = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
         cols = start + lane
-        q = tl.exp(_load(base, cols, vocab, 0) - lse)
+        x = _load(base, cols, vocab, OWN_CAP)
+        q = tl.exp(x - lse)
         p = tl.exp(_load(t_base, cols, vocab, CAP) - t_lse)
         overlap += tl.minimum(part * p, q)
         if KIND == 0:
             if WANT_GRAD:
-                grad = ((q - p) * weight).to(logits.dtype.element_ty)
-                tl.store(base + cols, grad, mask=cols < vocab)
+                grad = (q - p) * weight
+                if OWN_CAP > 0:
+                    grad *= 1 - (x / OWN_CAP) * (x / OWN_CAP)
+                tl.store(base + cols, grad.to(logits.dtype.element_ty), mask=cols < vocab)
         else:
             below += tl.where(q < part * p, q, 0.0)
     a = tl.sum(overlap, 0)
@@ -204,8 +211,11 @@ def _student(  # type: ignore[no-untyped-def]
         inner = tl.sum(below, 0)
         for start in range(0, vocab, BLOCK):
             cols = start + lane
-            q = tl.exp(_load(base, cols, vocab, 0) - lse)
+            x = _load(base, cols, vocab, OWN_CAP)
+            q = tl.exp(x - lse)
             p = tl.exp(_load(t_base, cols, vocab, CAP) - t_lse)
             d_overlap = q * (tl.where(q < part * p, 1.0, 0.0) - inner)
             grad = kl_part * (q - p) + a_part * d_overlap
+            if OWN_CAP > 0:
+                grad *= 1 - (x / OWN_CAP) * (x / OWN_CAP)
             tl.store(base + cols, grad.to(logits.dtype.element_ty), mask=cols < vocab)

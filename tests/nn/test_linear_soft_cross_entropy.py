@@ -10,6 +10,7 @@ from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entrop
 from specforge_core.nn.soft_loss import Objective, SoftLoss, SoftRows
 from specforge_core.testing.close import close
 
+CAPS = [(None, None), (2.0, None), (2.0, 1.5)]  # the teacher's, the student's
 LOSSES = [
     SoftLoss(),
     SoftLoss("log_overlap"),
@@ -48,7 +49,10 @@ def pruned(given: dict[str, Tensor], known: int, softcap: float | None = None) -
 
 
 def formula(
-    given: dict[str, Tensor], loss: SoftLoss, softcap: float | None = None
+    given: dict[str, Tensor],
+    loss: SoftLoss,
+    softcap: float | None = None,
+    own: float | None = None,
 ) -> tuple[Tensor, SoftRows]:
     """The losses as written, one row at a time."""
     scores = teacher_scores(given, softcap)
@@ -59,6 +63,7 @@ def formula(
             drawn = (scores[label] - given["teacher_logsumexp"][label]).exp()
         for row in rows:
             logits = row @ given["weight"].t()
+            logits = logits if own is None else own * torch.tanh(logits / own)
             q = logits.softmax(-1)
             cross, kl = -(p * q.log()).sum(), (p * (p / q).log()).sum()
             a = torch.minimum(drawn, q).sum()
@@ -84,15 +89,17 @@ def leaves(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.objective}-{loss.scale}")
 @pytest.mark.parametrize("chunk", [1, 6, 10_000])
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("softcap", "own"), CAPS)
 @pytest.mark.parametrize("known", [None, 20])
 def test_values_and_gradients_are_the_formulas(
-    loss: SoftLoss, chunk: int, softcap: float | None, known: int | None
+    loss: SoftLoss, chunk: int, softcap: float | None, own: float | None, known: int | None
 ) -> None:
     given = data() if known is None else pruned(data(), known, softcap)
     ours, theirs = leaves(given), leaves(given)
-    total, rows = linear_soft_cross_entropy(**ours, loss=loss, teacher_softcap=softcap, chunk=chunk)
-    want, want_rows = formula(theirs, loss, softcap)
+    total, rows = linear_soft_cross_entropy(
+        **ours, loss=loss, softcap=own, teacher_softcap=softcap, chunk=chunk
+    )
+    want, want_rows = formula(theirs, loss, softcap, own)
     terms = 16 + 53  # the hidden size and the vocabulary
     # the weighted sum is one more; the overlap's loss is the logarithm of a sum below 1
     close(total, want, terms=terms + rows.losses.numel())
@@ -217,10 +224,10 @@ def test_bfloat16_heads_are_near_the_formula() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.objective}-{loss.scale}")
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("softcap", "own"), CAPS)
 @pytest.mark.parametrize("known", [None, 5003])
 def test_the_gpu_kernel_is_the_formula(
-    loss: SoftLoss, softcap: float | None, known: int | None
+    loss: SoftLoss, softcap: float | None, own: float | None, known: int | None
 ) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -231,8 +238,10 @@ def test_the_gpu_kernel_is_the_formula(
     for name in ("hidden", "weight"):
         ours[name] = ours[name].detach().requires_grad_()
     theirs = leaves({n: t.cuda() for n, t in given.items()})
-    total, rows = linear_soft_cross_entropy(**ours, loss=loss, teacher_softcap=softcap, chunk=100)
-    want, want_rows = formula(theirs, loss, softcap)
+    total, rows = linear_soft_cross_entropy(
+        **ours, loss=loss, softcap=own, teacher_softcap=softcap, chunk=100
+    )
+    want, want_rows = formula(theirs, loss, softcap, own)
     total.backward()
     want.backward()
     terms = 64 + 9001  # the hidden size and the vocabulary
