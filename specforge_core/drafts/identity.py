@@ -163,6 +163,8 @@ def differences(
             found.append(Difference(name, _value(theirs), _value(ours), remedy))
     for field, (name, remedy) in TARGET.items():
         known = field == "layers" and "strategy.layers" in [d.name for d in found]
+        if start and field == "final":  # who reads none does not mind which one another reads
+            known = "none" in (made.identity.final, now.identity.final)
         if not known and getattr(made.identity, field) != getattr(now.identity, field):
             theirs, ours = _shown(made.identity, field), _shown(now.identity, field)
             found.append(Difference(name, theirs, ours, remedy))
