@@ -40,19 +40,20 @@ from results import write_results  # noqa: E402
 from run import ANSWERS, TARGET, Recipe  # noqa: E402
 from served import serve  # noqa: E402
 
-from specforge_core.capture.manifest import CaptureManifest  # noqa: E402
+from specforge_core.capture.manifest import MANIFEST, CaptureManifest  # noqa: E402
+from specforge_core.config import TargetConfig  # noqa: E402
 from specforge_core.errors import SpecForgeError  # noqa: E402
 from specforge_core.load import load_config, read_yaml  # noqa: E402
 from specforge_core.target.info import load_target_info  # noqa: E402
-from specforge_core.types import CaptureSpec  # noqa: E402
+from specforge_core.types import CaptureSpec, TargetInfo  # noqa: E402
 
 STAGES = ("answers", "capture", "train", "eval", "speed", "serve", "table")
 TEMPERATURES = (0, 1)
 PACE_STEPS = 40  # of a training alone, of which the first quarter warms up
 
 
-def preload() -> None:
-    """Import once what every fork needs."""
+def preload(info: TargetInfo) -> None:
+    """Import and make once what every fork needs."""
     import matplotlib.figure  # noqa: F401
     import torch.distributed.fsdp  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
@@ -61,6 +62,9 @@ def preload() -> None:
     import specforge_core.cli
     import specforge_core.evaluate.run
     import specforge_core.train.run  # noqa: F401
+    from specforge_core.target.skeleton import stored_as
+
+    stored_as("", (), info)  # transformers makes its table of renamed weights: half a second
 
 
 class Answers(Recipe):
@@ -91,13 +95,14 @@ class Compare:
         self.target: Path = self.arguments.target.expanduser().resolve()
         self.gpus = [gpu for gpu in (self.arguments.gpus or "").split(",") if gpu]
         self.methods = self._configs()
+        self._info = load_target_info(TargetConfig(path=str(self.target)))
         specs = {method: self._spec(method) for method in self.methods}
         self.widest = max(specs, key=lambda method: len(specs[method].fields))
         for method, spec in specs.items():
             if not covers(specs[self.widest], spec):
                 print(f"   {method} is left out: it asks for other states than {self.widest}")
                 self.methods.remove(method)
-        preload()
+        preload(self._info)
 
     def _configs(self) -> list[str]:
         """Write a config for each method, OUT/configs/METHOD.yaml; return the methods."""
@@ -145,11 +150,14 @@ class Compare:
         recipe.answers()
 
     def capture(self) -> None:
-        self.run([self.command("capture", "all", "capture", self.widest, "--yes")], 1)
+        place, by = self.out / "capture", self.widest
+        if (place / MANIFEST).exists():  # by the method that captured, if fewer are asked for now
+            by = CaptureManifest.read(place).identity.strategy
+        self.run([self.command("capture", "all", "capture", by, "--yes")], 1)
 
     def _spec(self, method: str) -> CaptureSpec:
         run, strategy = load_config(self.config(method), self.overrides)
-        return strategy.adapter(run.strategy, load_target_info(run.target)).spec
+        return strategy.adapter(run.strategy, self._info).spec
 
     def train(self) -> None:
         minutes = self.arguments.minutes
