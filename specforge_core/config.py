@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from .fitted import Fitted
+from .fitted import Fitted, check_batch_tokens
 from .regeneration import RegenerateConfig as RegenerateConfig
 from .section import (
     MANY,
@@ -286,13 +286,14 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _the_sections_agree(self) -> RunConfig:
-        if self.data.follow and self.data.capture_dir is None:
+        data = self.data
+        if data.follow and data.capture_dir is None:
             raise ValueError("data.follow needs data.capture_dir, the directory to follow")
-        validation, prompts = self.data.validation != (), bool(self.eval.prompts)
-        check_watched(self.train, validation=validation, prompts=prompts)
+        check_batch_tokens(self.train, longest=data.max_length, follows=data.follow)
+        check_watched(self.train, validation=data.validation != (), prompts=bool(self.eval.prompts))
         check_grows(
             self.train,
-            online=self.data.capture_dir is None,
+            online=data.capture_dir is None,
             steps=self.train.max_steps is not None,
             prompts=bool(self.regenerate.prompts),
         )

@@ -13,6 +13,13 @@ from .watched import Watched
 class Fitted(Watched):
     """What a step's memory and work are traded by."""
 
+    batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        le=MANY,
+        description="Tokens per micro-batch and rank, about, instead of `batch_size` samples: the "
+        "samples of all ranks are dealt out so that each has as many tokens.",
+    )
     recompute: bool = Field(
         False,
         description="Make the draft's units a second time in the backward pass instead of keeping "
@@ -30,3 +37,23 @@ class Fitted(Watched):
         description="Ranks that share one copy of weights, gradients and optimizer states, of "
         "ranks that follow each other; the other ranks hold copies. If not set: all share one.",
     )
+
+
+def check_batch_tokens(train: Fitted, *, longest: int, follows: bool) -> None:
+    """Raise ValueError where samples cannot be cut into steps by their tokens."""
+    if train.batch_tokens is None:
+        return
+    if train.batch_tokens < longest:
+        raise ValueError(
+            f"train.batch_tokens is {train.batch_tokens}, and a sample may have data.max_length="
+            f"{longest}. Try: train.batch_tokens={4 * longest}"
+        )
+    if follows:
+        raise ValueError(
+            "train.batch_tokens cannot be had with data.follow: the lengths of samples that are "
+            "still captured are not known. Try: train.batch_size"
+        )
+    if train.regenerate_every is not None:
+        raise ValueError(
+            "train.batch_tokens cannot be had with train.regenerate_every. Try: train.batch_size"
+        )

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -42,7 +42,7 @@ from .collate import num_tokens, pinned
 from .made import Made, device_of
 from .prefetch import Prefetcher
 from .stored import StoredSource as StoredSource
-from .turns import Placed as Placed, Share as Share, places
+from .turns import Placed as Placed, Share as Share, Turn, windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ class Micro:
 class Window:
     """Prompts that are captured together."""
 
+    turns: list[Turn]
+    done: int  # of them, before this run began
     numbers: list[tuple[int, int, int]]  # epochs, places in them and prompts
     captured: list[tuple[int, Sample | None]] | None  # None: not captured, for who asks
     made: Made
@@ -115,12 +117,8 @@ class OnlineSource:
     def samples(self, position: int, /, end: int | None = None) -> Iterator[Placed]:
         """Yield this rank's samples; while those of a window are used, the next is captured."""
         order = Order(self.share.seed, self.share.window, self.prompts.wait, self.share.first)
-        ranks = self.share.world_size
-        # windows begin at fixed places, so that a resumed run batches as it did: another batch
-        # would round differently
-        done = position // ranks % self.window if position % ranks == 0 else 0
         device = device_of(self.engine)
-        found = self._windows(order, position, end, done, device)
+        found = self._windows(order, position, end, device)
         windows = Prefetcher(found, 0, device, inner=True)
         try:
             for window in windows:
@@ -131,35 +129,36 @@ class OnlineSource:
                     break
                 for _, sample in captured:
                     window.made.wait(() if sample is None else sample.values())
-                both = zip(window.numbers, captured, strict=True)
-                for (epoch, number, _), (index, sample) in both:
-                    if done:
-                        done -= 1
-                        continue
-                    yield Placed(epoch, number, index, sample)
+                every = list(zip(window.turns, window.numbers, captured, strict=True))
+                for turn, (epoch, number, _), (index, sample) in every[window.done :]:
+                    counted = sample if turn.counts else None
+                    yield Placed(epoch, number, index, counted, turn.reached)
             raise Closed
         finally:
             windows.close()
 
     def _windows(
-        self, order: Order, position: int, end: int | None, done: int, device: torch.device
+        self, order: Order, position: int, end: int | None, device: torch.device
     ) -> Iterator[Window]:
-        """Yield each window in turn, captured unless it begins at `end` or later."""
+        """Yield each window in turn, captured unless it begins at `end` or later.
 
-        def tokens(place: int) -> int:
-            return len(self.prompts[self._number(order, place)[2]].input_ids)
+        Those of a resumed run are the same: in another batch a state would round differently.
+        """
 
-        mine = places(self.share, position, tokens, end=end, back=done)
-        while True:
-            window = list(islice(mine, self.window))
-            use = end is None or window[0] < end
+        def look(place: int) -> tuple[int, int]:
+            epoch, _, prompt = self._number(order, place)
+            return epoch, len(self.prompts[prompt].input_ids)
+
+        whole = partial(self.prompts.wait, None)
+        for turns, done in windows(self.share, position, self.window, look, whole, end=end):
+            use = end is None or turns[0].place < end
             if end is not None and use:  # nothing is captured for no use
-                window = [place for place in window if place < end]
-            numbers = [self._number(order, at) for at in window]
+                turns = [turn for turn in turns if turn.place < end]
+            numbers = [self._number(order, turn.place) for turn in turns]
             captured = self._capture(numbers) if use else None
             if self.closed.is_set():
                 return
-            yield Window(numbers, captured, Made(device))
+            yield Window(turns, done, numbers, captured, Made(device))
 
     def _capture(self, numbers: Sequence[tuple[int, int, int]]) -> list[tuple[int, Sample | None]]:
         """Return a window's prompts and samples; fewer where this source is closed meanwhile."""
@@ -216,9 +215,12 @@ class Batches:
         ahead: deque[Placed] = deque()
         stand_in: list[Sample] = []
         while True:
-            left = min(self.batch_size, self._left(position))  # none is asked for that has no use
-            taken = [ahead.popleft() if ahead else next(samples) for _ in range(left)]
-            position += self.batch_size * self.share.world_size
+            if self.share.tokens is None:
+                left = min(self.batch_size, self._left(position))  # none is asked for without a use
+                taken = [ahead.popleft() if ahead else next(samples) for _ in range(left)]
+                position += self.batch_size * self.share.world_size
+            else:
+                taken, position = self._cut(samples, ahead, position)
             ready = [(placed.index, self._ready(placed)) for placed in taken]
             kept = [sample for _, sample in ready if sample is not None]
             indices = tuple(index for index, sample in ready if sample is not None)
@@ -232,6 +234,17 @@ class Batches:
             moved = to_device(batch, self.device)
             yield Micro(moved, reached, len(kept), tokens, indices, Made(self.device))
             stand_in = kept[:1] or stand_in
+
+    def _cut(
+        self, samples: Iterator[Placed], ahead: deque[Placed], position: int
+    ) -> tuple[list[Placed], int]:
+        """Return the samples up to the end of a micro-batch of tokens, and the position there."""
+        taken: list[Placed] = []
+        while self.end is None or position < self.end:
+            taken.append(ahead.popleft() if ahead else next(samples))
+            if (reached := taken[-1].reached) is not None:
+                return taken, reached
+        return taken, position
 
     def _left(self, position: int) -> int:
         """Return how many of this rank's next samples are before the end."""

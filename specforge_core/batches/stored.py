@@ -14,7 +14,7 @@ from ..data.stream import Closed
 from ..errors import DataError
 from ..progress import console
 from ..types import GrowingReader, Reader, Sample
-from .turns import Placed, Share, places
+from .turns import Placed, Share, Turn, windows
 
 READERS = 4  # threads that read samples of a capture, each a copy out of the page cache
 AHEAD = 8  # samples that are read before they are asked for
@@ -40,23 +40,32 @@ class StoredSource:
         order = Order(self.share.seed, self.share.window, lambda _: len(self.reader))
         count = getattr(self.reader, "num_tokens", None)  # known without reading a sample
         share = self.share if count is not None else replace(self.share, batch=1)
+        if count is None and share.tokens is not None:
+            raise DataError(
+                "train.batch_tokens needs a capture whose reader tells num_tokens(index), and this "
+                "one's does not. Try: train.batch_size"
+            )
 
-        def tokens(place: int) -> int:
-            return int(count(self._locate(place, order)[1])) if count is not None else 0
+        def look(place: int) -> tuple[int, int]:
+            epoch, index = self._locate(place, order)
+            return epoch, int(count(index)) if count is not None else 0
 
-        mine = places(share, position, tokens, end=end)
-        place = next(mine)
-        asked: deque[tuple[int, int, Future[Sample]]] = deque()
+        groups = windows(share, position, 1, look, lambda: len(self.reader), end=end)
+        mine = (turn for group, done in groups for turn in group[done:])
+        turn = next(mine)
+        asked: deque[tuple[int, int, Turn, Future[Sample]]] = deque()
         pool = ThreadPoolExecutor(READERS, thread_name_prefix="specforge-read")
         try:
             while True:
                 # of a capture that grows, what is there already; only the next one is waited for
-                while not asked or (len(asked) < AHEAD and self._is_there(place)):
-                    epoch, index = self._locate(place, order)
-                    asked.append((epoch, index, pool.submit(self.reader.__getitem__, index)))
-                    place = next(mine)
-                epoch, index, read = asked.popleft()
-                yield Placed(epoch, index, index, read.result())
+                while not asked or (len(asked) < AHEAD and self._is_there(turn.place)):
+                    epoch, index = self._locate(turn.place, order)
+                    read = pool.submit(self.reader.__getitem__, index)
+                    asked.append((epoch, index, turn, read))
+                    turn = next(mine)
+                epoch, index, own, read = asked.popleft()
+                sample = read.result() if own.counts else None
+                yield Placed(epoch, index, index, sample, own.reached)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -20,7 +20,7 @@ class Course:
 
     length: int | None  # samples of all epochs; None: total_steps decide
     total_steps: int  # those done and those to come
-    per_step: int  # samples of a step, of all ranks
+    per_step: int  # samples of a step, of all ranks; of steps of tokens, about
     minutes: float | None  # the run ends by then
     lag: int  # steps launched before the numbers of one are read, so that a GPU never runs dry
     spent: float = 0.0  # seconds after the last step that was read, by rank 0's clock
@@ -28,9 +28,23 @@ class Course:
     time_up: bool = False  # another step would end too late
 
     @classmethod
-    def of(cls, config: TrainConfig, num_samples: int | None, ranks: int, lag: int) -> Course:
-        """Return a run's course from its start; `num_samples` are in an epoch, None: not known."""
+    def of(
+        cls,
+        config: TrainConfig,
+        num_samples: int | None,
+        ranks: int,
+        lag: int,
+        num_tokens: int | None = None,
+    ) -> Course:
+        """Return a run's course from its start; so many samples are in an epoch, None: not known.
+
+        With `train.batch_tokens` a step's samples are as many as they are on average.
+        """
         per_step = config.batch_size * config.accumulate * ranks
+        if config.batch_tokens is not None:
+            mean = (num_tokens or 0) / max(num_samples or 0, 1)
+            tokens = config.batch_tokens * config.accumulate * ranks
+            per_step = max(1, round(tokens / mean)) if mean else ranks
         length = None
         if config.max_steps is None:
             if num_samples is None:
@@ -44,9 +58,13 @@ class Course:
 
     def resume(self, step: int, position: int, seconds: float) -> None:
         """Go on after `step` steps, `position` samples and `seconds`."""
+        self.go_on(step, position)
+        self.watch(step, seconds)
+
+    def go_on(self, step: int, position: int) -> None:
+        """Learn how many samples `step` steps came to: the steps that are left follow from it."""
         if self.length is not None:
             self.total_steps = step + math.ceil(max(0, self.length - position) / self.per_step)
-        self.watch(step, seconds)
 
     @property
     def span(self) -> float:

@@ -95,7 +95,8 @@ def share_of(run: RunConfig, rank: int, ranks: int) -> Share:
     not balanced.
     """
     batch = 1 if run.data.follow else run.train.batch_size
-    return Share(rank, ranks, run.train.seed, run.data.shuffle_window, batch=batch)
+    seed, window, tokens = run.train.seed, run.data.shuffle_window, run.train.batch_tokens
+    return Share(rank, ranks, seed, window, batch=batch, tokens=tokens)
 
 
 def open_feed(run: RunConfig, strategy: Strategy, share: Share, *, whole: bool = False) -> Feed:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..batches.loader import Batches, Micro, Share
+from ..batches.loader import Batches, Micro
 from ..config import RunConfig
 from ..strategy import Strategy
 from ..types import CaptureSpec, Draft, Ratio, StepContext, StepOutput, TrainStep
 from .dist import World
+from .feed import share_of
 from .metrics import check_scalars
 
 
@@ -32,7 +33,7 @@ class Forward:
             spec=spec,
             transform=strategy.transform(run.strategy, spec, run.data.max_length),
             collate=strategy.collate(run.strategy, spec, self.draft),
-            share=Share(self.world.rank, self.world.size, run.train.seed),
+            share=share_of(run, self.world.rank, self.world.size),
             batch_size=run.train.batch_size,
             device=self.world.device,
             end=end,

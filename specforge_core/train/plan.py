@@ -26,7 +26,11 @@ def plan_run(run: RunConfig, strategy: Strategy, nproc: int, *, measure: bool = 
     plan: dict[str, object] = {
         "strategy": strategy.package,
         "data": _data(run),
-        "samples_per_step": config.batch_size * config.accumulate * nproc,
+        **(
+            {"samples_per_step": config.batch_size * config.accumulate * nproc}
+            if config.batch_tokens is None
+            else {"tokens_per_step": config.batch_tokens * config.accumulate * nproc}
+        ),
         "processes": nproc,
         "resumes_from": str(resumed[-1]) if resumed else None,
     }

@@ -46,7 +46,7 @@ class Probe:
 
     def as_plan(self, run: RunConfig, nproc: int) -> dict[str, object]:
         """Return what a plan says of the whole run, on `nproc` processes that are as fast each."""
-        course = Course.of(run.train, self.samples, nproc, 0)
+        course = Course.of(run.train, self.samples, nproc, 0, self.total_tokens)
         seconds = self.data_seconds + self.step_seconds
         hours = course.total_steps * seconds / 3600
         if run.train.max_minutes is not None:
@@ -92,7 +92,7 @@ def probe(run: RunConfig, strategy: Strategy, nproc: int = 1) -> Probe:
         feed = open_feed(run, strategy, share, whole=True)
         stack.callback(feed.close)
         trainer = build(run, strategy, world_, feed, machine)
-        per_step = run.train.batch_size * run.train.accumulate
+        per_step = trainer.course.per_step
         # whole windows: the first sample of one waits for the target to run them all
         count = math.ceil(per_step / run.capture.window) * run.capture.window
         started = time.perf_counter()
@@ -119,8 +119,9 @@ def _at_most(trainer: Trainer, nproc: int) -> dict[str, int]:
     item = DTYPES[trainer.machine.compute_dtype].itemsize
     found = None
     if isinstance(step, Planned):
-        samples = run.train.batch_size
-        tokens, recompute = samples * run.data.max_length, run.train.recompute
+        samples = max(1, trainer.course.per_step // run.train.accumulate)
+        tokens = run.train.batch_tokens or samples * run.data.max_length
+        recompute = run.train.recompute
         with trainer.strategy.guard("specforge_train_step"):
             found = step.step_bytes(draft, tokens, samples, item, recompute=recompute)
     on = (trainer.optimizers, trainer.feed.engine)

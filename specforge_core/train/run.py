@@ -124,7 +124,10 @@ def build(
         bad_steps=BadSteps(world_, trackers, config.max_bad_steps),
         milestones=Milestones(run, world_, trackers, validation, acceptance, Best.of(config)),
         growth=Growth.open(run, strategy, world_, feed),
-        course=Course.of(config, feed.data.num_samples, world_.size, steps_ahead(world_.device)),
+        course=Course.of(
+            *(config, feed.data.num_samples, world_.size, steps_ahead(world_.device)),
+            num_tokens=feed.num_tokens,
+        ),
     )
 
 

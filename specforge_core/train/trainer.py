@@ -239,6 +239,7 @@ class Trainer:
                 self.optimizers, lr_factor(place, self.course.span, config, self.schedule)
             )
             self.update.apply(gradients, reduced)
+        self.course.go_on(self.step + 1, self.position)
         rate = self.optimizers[0].param_groups[0]["lr"]
         return Launched(self.step + 1, reduced, rate, indices, before)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -39,21 +38,22 @@ class Validation:
 
         Called on all ranks at once.  A loss that changes over a run is taken as at its end.
         """
-        world, model = self.forward.world, self.forward.draft.model
+        model = self.forward.draft.model
         if self._batches is None:
             self._batches = self.forward.batches(self.spec, self.held_out.num_samples)
-        per_batch = self._batches.batch_size * world.size
-        outputs = []
+        outputs, done = [], 0
         model.eval()
         try:
             with closing(self._batches.micro_batches(self.held_out.source, 0)) as micros:
-                for _ in range(math.ceil(self.held_out.num_samples / per_batch)):
+                while done < self.held_out.num_samples:
                     if self._stopping():
                         self.held_out.source.close()  # the run ends: no window is waited for
                         return None
                     context = self.forward.context(step, total_steps, 1.0, training=False)
+                    micro = next(micros)
+                    done = micro.position
                     with torch.no_grad():
-                        outputs.append(self.forward(next(micros), context))
+                        outputs.append(self.forward(micro, context))
         finally:
             model.train()
             for module in model.modules():

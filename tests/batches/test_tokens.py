@@ -1,0 +1,130 @@
+"""Micro-batches of so many tokens: ranks have as many each, and every sample comes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+import pytest
+import torch
+
+from specforge_core.batches.loader import Share, Source, StoredSource
+from specforge_core.batches.turns import evenly, windows
+from specforge_core.errors import DataError
+
+from .sources import Echo, Stored, batches, online, stored
+
+
+class Counted(Stored):
+    """A reader that knows its samples' lengths without reading them, as the core's does."""
+
+    def num_tokens(self, index: int) -> int:
+        return index + 1
+
+
+def counted(share: Share, count: int = 7) -> StoredSource:
+    return StoredSource(Counted(count), share)
+
+
+def lengths(count: int, seed: int) -> list[int]:
+    drawn = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    return (100 * 20**drawn).long().tolist()  # 100 to 2,000, most of them short
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_have_as_many_tokens_as_each_other_within_5_percent(ranks: int) -> None:
+    sizes, tokens = lengths(3000, ranks), 8192
+    found = []
+    for rank in range(ranks):
+        share = Share(rank, ranks, 0, tokens=tokens)
+        look = lambda place: (place // 3000, sizes[place % 3000])  # noqa: E731
+        groups = windows(share, 0, 1, look, lambda: 3000)
+        found.append([turns for turns, _ in islice(groups, 60)])
+    places: list[int] = []
+    for step, shares in enumerate(zip(*found, strict=True)):
+        (reached,) = {turns[-1].reached for turns in shares}
+        places += [turn.place for turns in shares for turn in turns if turn.counts]
+        assert sorted(places) == list(range(reached or 0))
+        sums = [sum(sizes[turn.place % 3000] for turn in turns) for turns in shares]
+        if (reached or 0) % 3000:  # the last one of an epoch has what is left
+            assert max(sums) < 1.05 * min(sums), step
+            assert ranks * tokens - 2000 < sum(sums) <= ranks * tokens
+
+
+@pytest.mark.parametrize(("sizes", "ranks"), [([], 2), ([5], 2), ([3, 3, 2, 2, 2], 2)])
+def test_samples_are_dealt_out_evenly(sizes: list[int], ranks: int) -> None:
+    taken = evenly(sizes, ranks)
+    assert sorted(at for mine in taken for at in mine) == list(range(len(sizes)))
+    sums = [sum(sizes[at] for at in mine) for mine in taken]
+    if len(sizes) > 2:  # which the largest first alone does not find
+        assert sums == [6, 6]
+
+
+# (ranks, tokens of a micro-batch, micro-batches), one after the other
+PLANS = (
+    [(1, 14, 3), (2, 8, 4), (3, 7, 5), (1, 11, 9)],
+    [(3, 9, 4), (1, 12, 4), (2, 7, 6)],
+)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("make", [counted, online], ids=["offline", "online"])
+@pytest.mark.parametrize("count", [7, 11])
+def test_every_sample_comes_once_an_epoch_however_many_ranks_there_are(
+    plan: Sequence[tuple[int, int, int]], make: Callable[..., Source], count: int
+) -> None:
+    position, found = 0, []
+    for ranks, tokens, steps in plan:
+        reached = set()
+        for rank in range(ranks):
+            share = Share(rank, ranks, 3, tokens=tokens)
+            micros = list(islice(batches(make(share, count=count), share, position), steps))
+            found += [index for micro in micros for index in micro.indices]
+            reached.add(micros[-1].position)
+        (position,) = reached
+    assert position == len(found)
+    epochs, rest = divmod(len(found), count)
+    counts = Counter(found)
+    assert epochs >= 2
+    assert {counts[i] for i in range(count)} <= {epochs, epochs + 1}
+    assert sum(counts[i] == epochs + 1 for i in range(count)) == rest
+
+
+@pytest.mark.parametrize("make", [counted, online], ids=["offline", "online"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_stream_taken_up_again_is_cut_and_captured_as_it_was(
+    make: Callable[..., Source], ranks: int
+) -> None:
+    for rank in range(ranks):
+        share = Share(rank, ranks, 3, tokens=9)
+        engines = Echo(), Echo()
+        options = [{"engine": engine} if make is online else {} for engine in engines]
+        whole = list(islice(batches(make(share, **options[0]), share), 30))
+        for done in (1, 4, 6):
+            position = whole[done - 1].position
+            again = islice(batches(make(share, **options[1]), share, position), 12 - done)
+            for one, other in zip(whole[done:12], again, strict=True):
+                assert (one.position, one.num_tokens) == (other.position, other.num_tokens)
+                assert one.indices == other.indices
+        # what is captured together is what had been, also of windows made ahead
+        assert all(asked in engines[0].asked for asked in engines[1].asked)
+
+
+@pytest.mark.parametrize("make", [counted, online], ids=["offline", "online"])
+def test_the_last_step_ends_with_what_is_trained_on(make: Callable[..., Source]) -> None:
+    found = []
+    for rank in range(2):
+        share = Share(rank, 2, 3, tokens=9)
+        micros = list(islice(batches(make(share), share, end=10), 12))
+        assert micros[-1].position == 10
+        assert micros[-1].num_samples == 0
+        found += [index for micro in micros for index in micro.indices]
+    assert len(found) == 10
+    assert set(found) == set(range(7))
+
+
+def test_a_reader_that_tells_no_lengths_is_refused() -> None:
+    share = Share(0, 1, 3, tokens=9)
+    with pytest.raises(DataError, match=r"Try: train\.batch_size"):
+        next(iter(stored(share).samples(0)))
