@@ -76,13 +76,19 @@ def plugins(as_json: bool) -> None:
 def check(name: str, deep: bool, overrides: tuple[str, ...]) -> None:
     """Check one strategy, plugin or command as a run would, print its options.
 
-    With --deep, KEY=VALUE arguments such as strategy.num_layers=1 are options of the strategy.
+    With target.path=DIR it is checked on that target, which is loaded; KEY=VALUE arguments such as
+    strategy.num_layers=1 are options of the strategy.
     """
     from .listing import check as run_check
 
     for line in run_check(name):
         click.echo(line)
-    if deep or overrides:
+    on_target = any(override.startswith("target.") for override in overrides)
+    if on_target:
+        from .deep import check_target
+
+        click.echo(check_target(name, overrides))
+    if deep or (overrides and not on_target):
         from .deep import check_deep
 
         check_deep(name, overrides)

@@ -1,4 +1,4 @@
-"""`specforge check NAME --deep`: the suite of every strategy, in a process of its own."""
+"""`specforge check`, more of it: on a target, and the suite of every strategy."""
 
 from __future__ import annotations
 
@@ -21,6 +21,26 @@ class TestContract(StrategyContract):
 """
 
 
+def check_target(name: str, overrides: tuple[str, ...]) -> str:
+    """Load the target that overrides name; say what a strategy would capture of it.
+
+    Raises what `specforge capture` does before its first sample.
+    """
+    from .capture.job import Job
+
+    job = Job.open(*validate(_raw(name, overrides), "the command line"))
+    job.engine().close()
+    layers = ", ".join(str(layer) for layer in job.adapter.spec.layers)
+    return f"{name}: can be trained on {job.run.target.path}, from layers {layers or 'none'}"
+
+
+def _raw(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    raw: dict[str, Any] = {"strategy": {"name": name}}
+    for override in overrides:
+        apply_override(raw, override)
+    return raw
+
+
 def check_deep(name: str, overrides: tuple[str, ...]) -> None:
     """Run `specforge_core.testing.contract` on a strategy.
 
@@ -29,9 +49,7 @@ def check_deep(name: str, overrides: tuple[str, ...]) -> None:
     find_strategy(name)
     if find_spec("pytest") is None:
         raise PluginError("the suite is run by pytest, which is missing. Try: pip install pytest")
-    raw: dict[str, Any] = {"strategy": {"name": name}}
-    for override in overrides:
-        apply_override(raw, override)
+    raw = _raw(name, overrides)
     validate({"target": {"path": "toy"}, **raw}, "the command line")  # before a minute of tests
     with tempfile.TemporaryDirectory(prefix="specforge-check-") as directory:
         file = Path(directory) / "test_contract.py"

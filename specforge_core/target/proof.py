@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import CaptureError
 from ..types import CaptureSpec, TargetInfo
+from .asked import finite_advice
 from .head import Head
 from .skeleton import find_parts
 from .taps import tap_states
@@ -32,6 +33,7 @@ def prove(model: Any, info: TargetInfo) -> Head:
     with tap_states(model, spec, stop=False) as taps:
         parts.decoder(input_ids=ids, use_cache=False)
     assert taps.normed is not None
+    _check_finite([taps.hidden_states[layer] for layer in layers], taps.normed, name)
     own = parts.decoder(input_ids=ids, use_cache=False, output_hidden_states=True)
     listed = getattr(own, "hidden_states", None) or ()
     _check_layers([taps.hidden_states[layer] for layer in layers], listed, name)
@@ -45,6 +47,18 @@ def prove(model: Any, info: TargetInfo) -> Head:
             "decoder than a matrix, a bias, a scale and a softcap. Choose another target.path"
         )
     return head
+
+
+def _check_finite(states: Sequence[Tensor], final: Tensor, name: str) -> None:
+    """Raise CaptureError naming the first layer that puts out a NaN or an infinity."""
+    for layer, found in enumerate([*states, final], -1):
+        if not bool(found.isfinite().all()):
+            where = f"layer {layer}" if layer < len(states) - 1 else "the final norm"
+            where = "the embedding" if layer < 0 else where
+            raise CaptureError(
+                f"{where} of {name} puts out values that are not finite in {found.dtype}. "
+                f"{finite_advice(found.dtype)}"
+            )
 
 
 def _check_layers(states: Sequence[Tensor], listed: Sequence[Tensor], name: str) -> None:

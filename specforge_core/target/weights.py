@@ -106,7 +106,8 @@ def _weight_map(index: Path) -> dict[str, str]:
             if not parts or parts[0] == "/" or ".." in parts or not name.isprintable():
                 raise ValueError(f"{name!r:.80} is no file beside it")
     except (OSError, ValueError, RecursionError) as exc:
-        raise CaptureError(f"{index} is damaged: {exc}. Download it again") from exc
+        said = pointer(index) if isinstance(exc, ValueError) else None
+        raise CaptureError(said or f"{index} is damaged: {exc}. Download it again") from exc
     return files
 
 

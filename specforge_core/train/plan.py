@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..capture.estimate import free_bytes, in_units
-from ..capture.manifest import CaptureManifest
+from ..capture.manifest import MANIFEST, CaptureManifest
 from ..config import RunConfig
 from ..drafts.checkpoint import checkpoints
-from ..errors import SpecForgeError
 from ..process import describe
 from ..records import recorded
 from ..strategy import Strategy
@@ -19,13 +20,16 @@ def plan_run(run: RunConfig, strategy: Strategy, nproc: int, *, measure: bool = 
     """Return the plan as YAML: the resolved config under what follows from it.
 
     With `measure` a few steps are done, whose results are forgotten; without, no weight is loaded.
-    Raises what the strategy says of a target that it cannot be trained for.
+    Raises what `specforge train`, or a capture before it, would refuse the run with.
     """
     config = run.train
     resumed = checkpoints(run.output_dir)
+    target = load_target_info(run.target)
+    spec = strategy.adapter(run.strategy, target).spec  # refuses what cannot be trained
+    captured = _captured(run)
     plan: dict[str, object] = {
         "strategy": strategy.package,
-        "data": _data(run),
+        "data": _data(run, captured),
         **(
             {"samples_per_step": config.batch_size * config.accumulate * nproc}
             if config.batch_tokens is None
@@ -33,23 +37,32 @@ def plan_run(run: RunConfig, strategy: Strategy, nproc: int, *, measure: bool = 
         ),
         "processes": nproc,
         "resumes_from": str(resumed[-1]) if resumed else None,
-    }
-    try:
-        target = load_target_info(run.target)
-    except SpecForgeError as exc:
-        plan["target"] = f"not available here: {exc}"
-    else:
-        spec = strategy.adapter(run.strategy, target).spec  # refuses what cannot be trained
-        plan["target"] = {
+        "target": {
             "hidden_size": target.hidden_size,
             "num_layers": target.num_layers,
             "vocab_size": target.vocab_size,
-        }
-        plan["machine"] = str(choose(run))
-        plan["captures"] = {"layers": list(spec.layers), "final": spec.final}
-        if measure:
-            plan["measured"] = _measured(run, strategy, nproc)
+        },
+        "machine": str(choose(run)),
+        "captures": {"layers": list(spec.layers), "final": spec.final},
+    }
+    if measure:
+        ready = captured is not None and (captured.complete or run.data.follow)
+        plan["measured"] = _measured(run if ready else _before_capture(run), strategy, nproc)
     return dump({"plan": plan, "config": recorded(run)})
+
+
+def _captured(run: RunConfig) -> CaptureManifest | None:
+    """Return what a run's capture says of itself; None where none was begun."""
+    directory = run.data.capture_dir
+    if directory is None or not (directory / MANIFEST).exists():
+        return None
+    return CaptureManifest.read(directory)
+
+
+def _before_capture(run: RunConfig) -> RunConfig:
+    """Return a run whose samples come from the target, as those of its capture will."""
+    online = {"capture_dir": None, "follow": False}
+    return run.model_copy(update={"data": run.data.model_copy(update=online)})
 
 
 def _measured(run: RunConfig, strategy: Strategy, nproc: int) -> object:
@@ -57,19 +70,17 @@ def _measured(run: RunConfig, strategy: Strategy, nproc: int) -> object:
 
     try:
         found = probe(run, strategy, nproc).as_plan(run, nproc)
-    except Exception as exc:  # too little memory, too: that is what a plan is for
+    except (MemoryError, torch.OutOfMemoryError) as exc:  # that is what a plan is for
         return f"nothing: {describe(exc)[0]}"
     found["free_in_output_dir"] = in_units(free_bytes(run.output_dir))
     return found
 
 
-def _data(run: RunConfig) -> str:
+def _data(run: RunConfig, captured: CaptureManifest | None) -> str:
     directory = run.data.capture_dir
     if directory is None:
         return f"online, from {len(run.data.train)} file(s) of conversations"
-    try:
-        manifest = CaptureManifest.read(directory)
-    except SpecForgeError:
+    if captured is None:
         return f"offline, from {directory}, which is not captured yet"
-    size = f"{manifest.num_samples} samples, {manifest.num_tokens} tokens"
-    return f"offline, from {directory}: {size}"
+    size = f"{captured.num_samples} samples, {captured.num_tokens} tokens"
+    return f"offline, from {directory}: {size}{'' if captured.complete else ' so far'}"

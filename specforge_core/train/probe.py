@@ -16,6 +16,8 @@ from ..capture.estimate import Size, in_units, peak_memory
 from ..config import RunConfig
 from ..cpu import DTYPES
 from ..devices import pick_device
+from ..errors import SpecForgeError
+from ..process import describe
 from ..strategy import Strategy
 from ..types import Planned
 from .course import Course
@@ -27,6 +29,7 @@ from .run import build
 from .supply import Supply
 from .trainer import CLOSE_SECONDS, Trainer
 
+FORMATS = ("hf", "sglang", "vllm")  # which every method may know
 STEPS = 3  # that are measured, after one that is not
 
 
@@ -43,6 +46,7 @@ class Probe:
     size: Size
     samples: int | None  # of an epoch; None while the capture grows
     total_tokens: int | None  # likewise
+    exports: dict[str, str]  # format -> whether the draft can be written in it, or why not
 
     def as_plan(self, run: RunConfig, nproc: int) -> dict[str, object]:
         """Return what a plan says of the whole run, on `nproc` processes that are as fast each."""
@@ -69,6 +73,7 @@ class Probe:
                 **{name: in_units(size) for name, size in self.at_most.items() if size},
             },
             "checkpoint": in_units(self.checkpoint_bytes),
+            "exports": self.exports,
             "captured_states": {
                 "bytes_per_token": self.size.per_token,
                 "tokens": self.total_tokens,
@@ -110,6 +115,7 @@ def probe(run: RunConfig, strategy: Strategy, nproc: int = 1) -> Probe:
             size=Size.of(feed.spec),
             samples=feed.data.num_samples,
             total_tokens=feed.num_tokens,
+            exports=_exports(trainer),
         )
 
 
@@ -150,6 +156,19 @@ def _steps(trainer: Trainer) -> tuple[float, float]:
         trainer.feed.source.close()
         batches.close(CLOSE_SECONDS)
     return spent / STEPS, tokens / STEPS
+
+
+def _exports(trainer: Trainer) -> dict[str, str]:
+    """Say of each format whether a draft of this run can be exported in it, or why not."""
+    found = {}
+    for name in FORMATS:
+        try:
+            trainer.strategy.export(trainer.run.strategy, trainer.draft, trainer.feed.target, name)
+        except SpecForgeError as exc:
+            found[name] = describe(exc)[0]
+        else:
+            found[name] = "yes"
+    return found
 
 
 def _checkpoint_bytes(trainer: Trainer) -> int:

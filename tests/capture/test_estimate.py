@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
 from specforge_core.capture.estimate import Size, in_units
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.cli import cli
-from specforge_core.errors import ConfigError
+from specforge_core.errors import ConfigError, DataError
 from specforge_core.testing.runs import load, write_run
 from specforge_core.train import memory
 from specforge_core.train.plan import plan_run
@@ -113,11 +114,33 @@ def test_a_plan_measures_some_steps_and_writes_nothing(config: Path) -> None:
     assert not run.output_dir.exists()
 
 
-def test_a_plan_of_what_cannot_be_trained_says_why(config: Path) -> None:
-    run, strategy = load(config, "data.train=[missing.jsonl]")
+def test_a_plan_of_what_is_not_captured_yet_measures_the_target(
+    config: Path, tmp_path: Path
+) -> None:
+    run, strategy = load(config, f"data.capture_dir={tmp_path / 'capture'}")
     plan = yaml.safe_load(plan_run(run, strategy, 1, measure=True))["plan"]
-    assert plan["measured"].startswith("nothing: ")
-    assert "missing.jsonl" in plan["measured"]
+    assert plan["data"].endswith("which is not captured yet")
+    assert plan["measured"]["seconds_per_step"]["data"] > 0
+    assert plan["measured"]["exports"]["hf"] == "yes"
+    assert "cannot export to format 'vllm'" in plan["measured"]["exports"]["vllm"]
+    assert not (tmp_path / "capture").exists()
+
+
+def test_a_plan_of_what_cannot_be_trained_is_refused(config: Path) -> None:
+    run, strategy = load(config, "data.train=[missing.jsonl]")
+    with pytest.raises(DataError, match=r"missing\.jsonl"):
+        plan_run(run, strategy, 1, measure=True)
+
+
+def test_too_little_memory_is_what_a_plan_says(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("specforge_core.train.probe._steps", full)
+    plan = yaml.safe_load(plan_run(*load(config), 1, measure=True))["plan"]
+    assert plan["measured"].startswith("nothing: there is too little memory")
 
 
 def _target(run: Any) -> Any:
