@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from specforge_core.testing.close import close
 from specforge_core.types import CaptureSpec, Prompt
 
 from .. import families
+from . import packed
 
 CPU = torch.device("cpu")
 SIZE = 256
@@ -127,6 +130,25 @@ def test_scales_are_applied(
     close(found.bfloat16(), meant.bfloat16(), terms=8 * SIZE)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the package
+@pytest.mark.parametrize("quantise", [packed.awq, packed.gptq])
+def test_four_bits_of_awq_and_gptq_are_read_by_their_package(
+    quantise: Callable[[Path], dict[str, Tensor]], toy_target: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+    stored, plain = tmp_path / "stored", tmp_path / "plain"
+    for path in (stored, plain):
+        shutil.copytree(toy_target, path)
+    meant = quantise(stored)
+    save_file(
+        {name: weight.contiguous() for name, weight in meant.items()},
+        plain / "model.safetensors",
+        {"format": "pt"},
+    )
+    close(states(stored).half(), states(plain).half(), terms=8 * SIZE)  # its kernels' own dtype
+
+
 def test_a_layout_that_transformers_passes_over_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     path = save(tmp_path, whole, "weight_scale", FINE)
@@ -158,6 +180,8 @@ def test_a_layout_that_transformers_passes_over_is_refused(tmp_path: Path) -> No
 def test_what_cannot_be_read_is_refused_by_name(
     said: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
+    if "gptqmodel" in message and find_spec("gptqmodel"):
+        pytest.skip("its package is installed")
     path = save(tmp_path, whole, "weight_scale", said)
     with pytest.raises(ConfigError, match=message) as error:
         states(path)
