@@ -59,6 +59,9 @@ MEANT = (
     *("documents", "tool_choice", "response_format", "chat_template_kwargs", "tool_calls"),
     *(*REASONING, "weight", "train", "labels", "input_ids", "loss_mask"),
 )
+# of a row: how its own prompt is rendered, or that its answer is a bad one, whatever they say
+SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "chat_template_kwargs")
+BAD = ("label", "is_correct", "correct")  # where they are false
 
 CHATS = ("messages", "conversations")
 KEPT = (*CHATS, "content", "value")  # an empty one says something
@@ -94,7 +97,12 @@ def parse(row: object, ignored: Iterable[str] = ()) -> Parsed:
         trained = _trained(turn, message["role"], number)
         messages.append(message if trained else OnlyRead(message))
     contents = {message["content"] for message in messages}
-    if unused := [key for key in MEANT if key in row and _says(row[key], contents)]:
+    unused = [key for key in MEANT if key in row and _says(row[key], contents)]
+    unused += [key for key in SWITCHES if key in row and key not in unused]
+    unused += [key for key in BAD if row.get(key) is False]
+    if set(CHATS) <= row.keys() and not _alike(*(row[key] for key in CHATS)):
+        unused.append(CHATS[1])
+    if unused:
         raise ValueError(_unused("the row", unused))
     return Parsed(tuple(_with_system(row.get("system"), messages)), tuple(tools_of(row)))
 
@@ -135,6 +143,16 @@ def _without(row: Mapping[str, Any], ignored: Iterable[str]) -> dict[str, Any]:
 def _says(value: object, contents: set[str]) -> bool:
     """Say whether a field of a row holds more than a copy of one of its messages."""
     return value not in (1, True) and not (isinstance(value, str) and value in contents)
+
+
+def _alike(messages: object, conversations: object) -> bool:
+    """Say whether a row's two chats are one: the same texts in the same order."""
+
+    def texts(chat: object) -> list[object]:
+        turns = [turn for turn in chat if isinstance(turn, dict)] if isinstance(chat, list) else []
+        return [turn.get("content", turn.get("value")) for turn in turns]
+
+    return texts(messages) == texts(conversations)
 
 
 def _unused(what: str, names: Iterable[str]) -> str:

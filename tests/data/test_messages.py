@@ -177,6 +177,11 @@ def test_a_conversation_that_is_only_read_is_counted(tmp_path: Path) -> None:
         ({"messages": [ASK, ANSWER], "chosen": [ANSWER]}, "the row has 'chosen'"),
         ({"messages": [ASK, ANSWER], "weight": 0}, "the row has 'weight'"),
         ({"messages": [ASK, ANSWER], "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs"),
+        ({"messages": [ASK, ANSWER], "enable_thinking": True}, "the row has 'enable_thinking'"),
+        ({"messages": [ASK, ANSWER], "thinking": False}, "the row has 'thinking'"),
+        ({"messages": [ASK, ANSWER], "reasoning_effort": "high"}, "has 'reasoning_effort'"),
+        ({"messages": [ASK, ANSWER], "label": False}, "the row has 'label', which is not used"),
+        ({"messages": [ASK, ANSWER], "conversations": [ASK]}, "the row has 'conversations'"),
         ({"messages": [ASK, {**ANSWER, "weight": 0.5}]}, "message 2 has 'weight': 0.5"),
         ({"messages": [ASK, {**ANSWER, "weight": "0"}]}, "message 2 has 'weight': '0'"),
         ({"messages": [{**ASK, "train": True}, ANSWER]}, "'train': true, and is no assistant's"),
@@ -230,6 +235,7 @@ def test_notes_empty_columns_and_copies_are_no_errors() -> None:
     row = {
         "messages": [{**ASK, "images": [], "mask": None, "timestamp": 3}, {**ANSWER, "id": "x"}],
         **{"id": 1, "source": "here", "tools": [], "system": None, "weight": 1, "prompt": "q"},
+        **{"label": "a topic", "conversations": [{"value": "q"}, {"value": "a"}]},
     }
     assert parse(row).messages == (ASK, ANSWER)
 
