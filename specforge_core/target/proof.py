@@ -14,6 +14,7 @@ from .asked import finite_advice
 from .head import Head
 from .skeleton import find_parts
 from .taps import tap_states
+from .weights import embedding_scale
 
 TOKENS = 12
 ROUNDING = 8  # steps of the weights' dtype: the same pass through the same layers
@@ -34,6 +35,7 @@ def prove(model: Any, info: TargetInfo) -> Head:
         parts.decoder(input_ids=ids, use_cache=False)
     assert taps.normed is not None
     _check_finite([taps.hidden_states[layer] for layer in layers], taps.normed, name)
+    _check_embeddings(taps.hidden_states[-1], parts.embedding, ids, info, name)
     own = parts.decoder(input_ids=ids, use_cache=False, output_hidden_states=True)
     listed = getattr(own, "hidden_states", None) or ()
     _check_layers([taps.hidden_states[layer] for layer in layers], listed, name)
@@ -59,6 +61,27 @@ def _check_finite(states: Sequence[Tensor], final: Tensor, name: str) -> None:
                 f"{where} of {name} puts out values that are not finite in {found.dtype}. "
                 f"{finite_advice(found.dtype)}"
             )
+
+
+def _check_embeddings(
+    state: Tensor, embedding: Any, ids: Tensor, info: TargetInfo, name: str
+) -> None:
+    """Compare the factor that embeddings are known to be scaled by with what the model does.
+
+    Not where more is done to them: learned positions, a norm.
+    """
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != state.shape[-1]:
+        return
+    rows = weight[ids].double()
+    found = state.double()
+    factor = float((rows * found).sum() / (rows * rows).sum())
+    known = embedding_scale(info)
+    if relative_error(factor * rows, found) <= _limit(state) and abs(factor / known - 1) > 0.01:
+        raise CaptureError(
+            f"{name} multiplies its embeddings by {factor:.5g}, where its config says {known:.5g}: "
+            "a draft would read others. Choose another target.path"
+        )
 
 
 def _check_layers(states: Sequence[Tensor], listed: Sequence[Tensor], name: str) -> None:

@@ -67,6 +67,16 @@ def test_a_layer_that_is_not_what_the_model_lists_is_named(tmp_path: Path) -> No
         prove(model, info)
 
 
+def test_embeddings_scaled_by_what_no_config_says_are_refused(tmp_path: Path) -> None:
+    for family in ("llama", "gemma2", "granite"):
+        save(family, tmp_path / family)
+        model, info = build(family), info_of(tmp_path / family)
+        prove(model, info)
+        model.get_input_embeddings().register_forward_hook(lambda *a: a[2] * 1.5)
+        with pytest.raises(CaptureError, match="multiplies its embeddings by "):
+            prove(model, info)
+
+
 def test_a_head_that_does_more_is_refused(tmp_path: Path) -> None:
     save("llama", tmp_path)
     model, info = build("llama"), info_of(tmp_path)
