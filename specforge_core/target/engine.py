@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -175,7 +175,7 @@ def _check_loaded(
     8-bit weights for the latter.  Whole modules that a text model has no use for are no error.
     """
     path = info.name_or_path
-    _check_shapes(path, report["mismatched_keys"], method)
+    _check_shapes(path, report["mismatched_keys"], method, info.vocab_size)
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"target.path {path!r} lacks {len(missing)} of its weights, such as {missing[0]}. "
@@ -205,11 +205,12 @@ def _check_loaded(
                     "Try: target.path= its unquantised checkpoint"
                 )
     unused = set(report["unexpected_keys"])
-    used = {name.rpartition(".")[0] for name in (stored.keys() | own.keys()) - unused}
-    if beside := sorted(name for name in unused if name.rpartition(".")[0] in used):
+    used = (stored.keys() | own.keys()) - unused
+    modules = {name.rpartition(".")[0] for name in used}
+    if beside := sorted(n for n in unused if n.rpartition(".")[0] in modules or _inside(n, used)):
         why = (
             "If it is quantised, its config.json lacks the quantization_config that transformers "
-            "reads"
+            "reads; if they are of an adapter, merge it into the weights"
             if method is None
             else f"It is quantised ({method}), in another layout than transformers reads"
         )
@@ -220,13 +221,24 @@ def _check_loaded(
         )
 
 
+def _inside(name: str, used: Collection[str]) -> bool:
+    """Say whether a tensor is part of a module that has a weight of its own, as an adapter's is."""
+    parts = name.split(".")
+    return any(".".join((*parts[:end], "weight")) in used for end in range(1, len(parts) - 1))
+
+
 def _check_shapes(
-    path: str, mismatched: Iterable[tuple[str, Any, Any]], method: str | None
+    path: str, mismatched: Iterable[tuple[str, Any, Any]], method: str | None, vocab_size: int
 ) -> None:
     """Raise ConfigError for a tensor of another shape than the config says: it is not loaded."""
     if not (wrong := sorted(mismatched)):
         return
     name, found, expected = wrong[0]
+    if not method and found[1:] == expected[1:] and expected[0] == vocab_size:
+        raise ConfigError(
+            f"target.path {path!r} has {name} of {found[0]} rows, where the vocab_size in its "
+            f"config.json is {vocab_size}. Correct the one or the other"
+        )
     what = f"quantised ({method})" if method else "packed into fewer bits, or of another model"
     raise ConfigError(
         f"target.path {path!r} has {name} of shape {list(found)}, where its config.json needs "

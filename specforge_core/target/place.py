@@ -43,6 +43,11 @@ def _wrong_with(path: str, place: Path) -> str | None:
             else None
         )
     if not (place / "config.json").is_file():
+        if (place / "adapter_config.json").is_file():
+            return (
+                f"target.path {path!r} is an adapter without its model. Merge them and save the "
+                "result (peft: merge_and_unload, save_pretrained), then target.path=DIRECTORY"
+            )
         return (
             f"target.path {path!r} has no config.json: it is not a saved model. "
             "Try: target.path=DIRECTORY_OF_A_MODEL"

@@ -33,7 +33,7 @@ class NoSafetensors(CaptureError):
 def load_target_tensors(target: TargetInfo, names: Iterable[str]) -> dict[str, Tensor]:
     """Return `embed_tokens` [V, H], `lm_head` [V, H] and `final_norm` [H], as asked, on the CPU.
 
-    They are as stored: V may be padded beyond the vocabulary, and some families
+    They are as stored (of 64 bits in 32): V may be padded beyond the vocabulary, and some families
     add 1 to the norm's weight or scale the embedding (`embedding_scale`).  Only the
     files that hold them are fetched.  Raises CaptureError when the target has no
     safetensors or no such tensor.
@@ -49,6 +49,8 @@ def load_target_tensors(target: TargetInfo, names: Iterable[str]) -> dict[str, T
                 f"{key} of {target.name_or_path!r} has shape {shape}, which does not fit hidden "
                 f"size {hidden}. Check target.path"
             )
+        if tensors[name].dtype == torch.float64:
+            tensors[name] = tensors[name].float()
         if tensors[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise CaptureError(
                 f"{key} of {target.name_or_path!r} is quantised ({tensors[name].dtype}). "

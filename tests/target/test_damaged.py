@@ -18,6 +18,7 @@ from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.fingerprint import target_fingerprint
 from specforge_core.target.info import load_target_info
 from specforge_core.target.tokenizer import load_tokenizer
+from specforge_core.target.weights import load_target_tensors
 
 DEEP = "[" * 100_000
 CPU = torch.device("cpu")
@@ -232,6 +233,42 @@ def test_whole_numbers_that_stand_for_nothing(target: Path, dtype: torch.dtype) 
     save_file(weights | {name: weights[name].to(dtype)}, path, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=f"has {name} in whole numbers"):
         TransformersEngine.load(TargetConfig(path=str(target)), CPU)
+
+
+@pytest.mark.parametrize("inside", ["q_proj.lora_A", "q_proj.base_layer", "q_proj.lora_A.default"])
+def test_tensors_of_an_adapter_that_nothing_reads(target: Path, inside: str) -> None:
+    path = target / "model.safetensors"
+    name = f"model.layers.1.self_attn.{inside}.weight"
+    save_file(load_file(path) | {name: torch.ones(4, 32)}, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"does not use beside .*(lora|base_layer)") as error:
+        TransformersEngine.load(TargetConfig(path=str(target)), CPU)
+    assert "merge it into the weights" in str(error.value)
+
+
+def test_an_adapter_alone_is_no_target(target: Path) -> None:
+    (target / "config.json").rename(target / "adapter_config.json")
+    with pytest.raises(ConfigError, match="is an adapter without its model"):
+        load_target_info(TargetConfig(path=str(target)))
+
+
+def test_more_rows_than_the_vocabulary(target: Path) -> None:
+    path = target / "model.safetensors"
+    weights = load_file(path)
+    name = "model.embed_tokens.weight"
+    rows = len(weights[name])
+    weights[name] = torch.cat([weights[name], torch.zeros(4, 32)])
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match=f"{rows + 4} rows, where the vocab_size .* is {rows}"):
+        TransformersEngine.load(TargetConfig(path=str(target)), CPU)
+
+
+def test_weights_of_64_bits_are_a_targets_too(target: Path) -> None:
+    path = target / "model.safetensors"
+    wide = {name: value.double() for name, value in load_file(path).items()}
+    save_file(wide, path, {"format": "pt"})
+    info = load_target_info(TargetConfig(path=str(target)))
+    (head,) = load_target_tensors(info, ("lm_head",)).values()
+    assert head.dtype == torch.float32
 
 
 @pytest.mark.parametrize("text", ["[", "[]", DEEP, "3", ""])
