@@ -85,9 +85,10 @@ def check(name: str, deep: bool, overrides: tuple[str, ...]) -> None:
         click.echo(line)
     on_target = any(override.startswith("target.") for override in overrides)
     if on_target:
-        from .deep import check_target
+        from .capture.job import check_target
+        from .deep import run_of
 
-        click.echo(check_target(name, overrides))
+        click.echo(check_target(*run_of(name, overrides)))
     if deep or (overrides and not on_target):
         from .deep import check_deep
 

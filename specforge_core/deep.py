@@ -1,4 +1,4 @@
-"""`specforge check`, more of it: on a target, and the suite of every strategy."""
+"""`specforge check`: its arguments, and the suite of every strategy, in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import PluginError, RunError
 from .load import apply_override, validate
 from .plugins import find_strategy
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .strategy import Strategy
 
 SUITE = """
 from specforge_core.testing.contract import StrategyContract
@@ -21,17 +25,9 @@ class TestContract(StrategyContract):
 """
 
 
-def check_target(name: str, overrides: tuple[str, ...]) -> str:
-    """Load the target that overrides name; say what a strategy would capture of it.
-
-    Raises what `specforge capture` does before its first sample.
-    """
-    from .capture.job import Job
-
-    job = Job.open(*validate(_raw(name, overrides), "the command line"))
-    job.engine().close()
-    layers = ", ".join(str(layer) for layer in job.adapter.spec.layers)
-    return f"{name}: can be trained on {job.run.target.path}, from layers {layers or 'none'}"
+def run_of(name: str, overrides: tuple[str, ...]) -> tuple[RunConfig, Strategy]:
+    """Return the run that overrides alone describe: of a strategy, on a target."""
+    return validate(_raw(name, overrides), "the command line")
 
 
 def _raw(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:

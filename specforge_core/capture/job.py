@@ -78,6 +78,17 @@ class Job:
         return self.strategy.target_engine(target, pick_device(target.device, "target.device"))
 
 
+def check_target(run: RunConfig, strategy: Strategy) -> str:
+    """Load a run's target; say what is captured of it.
+
+    Raises what a capture does before its first sample.
+    """
+    job = Job.open(run, strategy)
+    job.engine().close()
+    layers = ", ".join(str(layer) for layer in job.adapter.spec.layers)
+    return f"{strategy.name}: can be trained on {run.target.path}, from layers {layers or 'none'}"
+
+
 Prepare = Callable[[Job, int, int], None]
 
 
