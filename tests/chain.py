@@ -26,7 +26,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-def open_run(strategy: str, target: Path, directory: Path) -> tuple[RunConfig, Strategy]:
+def open_run(
+    strategy: str, target: Path, directory: Path, *overrides: str
+) -> tuple[RunConfig, Strategy]:
     """Return a run of 2 steps in float32 on a few short conversations, with its evaluation."""
     directory.mkdir()
     prompts = write_conversations(directory / "prompts.jsonl", 2, seed=7)
@@ -39,15 +41,17 @@ def open_run(strategy: str, target: Path, directory: Path) -> tuple[RunConfig, S
         train={"max_steps": 2, "batch_size": 2, "learning_rate": 1e-3, "compute_dtype": "float32"},
         eval={"prompts": {"toy": str(prompts)}, "max_new_tokens": 10, "dtype": "float32"},
     )
-    return load(config)
+    return load(config, *overrides)
 
 
-def whole_chain(strategy_name: str, target: Path, directory: Path, model: Any) -> str:
+def whole_chain(
+    strategy_name: str, target: Path, directory: Path, model: Any, *overrides: str
+) -> str:
     """Take a saved target through everything; return the formats that refused it.
 
     `model` is the target as transformers made it, which the captured states are compared with.
     """
-    run, strategy = open_run(strategy_name, target, directory)
+    run, strategy = open_run(strategy_name, target, directory, *overrides)
     run_capture(run, strategy)
     check_states(run, strategy, model)
     train(run, strategy)
@@ -60,7 +64,7 @@ def whole_chain(strategy_name: str, target: Path, directory: Path, model: Any) -
     for format in FORMATS:
         place = directory / format
         try:
-            export_checkpoint(run.output_dir, format, place, force=False)
+            export_checkpoint(run.output_dir, format, place, force=False, overrides=overrides)
         except ConfigError as exc:
             refused.append(f"{format}: {exc}")
             continue

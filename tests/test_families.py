@@ -17,7 +17,10 @@ import pytest
 import torch
 import transformers
 
+from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError, SpecForgeError
+from specforge_core.target.head import head_scale
+from specforge_core.target.info import load_target_info
 
 from . import families
 from .chain import STRATEGIES, whole_chain
@@ -87,3 +90,41 @@ def outcome(family: str, strategy: str, folder: Path) -> tuple[str, str]:
             whole_chain(strategy, folder / "target", folder / "run", model)
         return "refused", str(refused.value)
     return "right", whole_chain(strategy, folder / "target", folder / "run", model)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **options):
+        output = super().forward(*args, **options)
+        output.logits = 0.5 * output.logits
+        return output
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of transformers' own code
+def test_a_target_that_brings_its_own_code_goes_the_whole_way(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    families.save("llama", target)
+    (target / "own.py").write_text(OWN_CODE)
+    said = json.loads((target / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    said |= {"model_type": "own_llama", "auto_map": classes, "architectures": ["OwnForCausalLM"]}
+    (target / "config.json").write_text(json.dumps(said))
+    model = families.build("llama")
+    model.lm_head.register_forward_hook(lambda _, __, logits: 0.5 * logits)
+    with pytest.raises(SpecForgeError, match=r"Try: target\.trust_remote_code=true"):
+        whole_chain("eagle3", target, tmp_path / "untrusted", model)
+    trusted = "target.trust_remote_code=true"
+    whole_chain("eagle3", target, tmp_path / "run", model, trusted)
+    info = load_target_info(TargetConfig(path=str(target), trust_remote_code=True))
+    assert head_scale(info).scale == 0.5

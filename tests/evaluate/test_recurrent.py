@@ -20,7 +20,10 @@ from ..families import build
 
 PROMPT = [5, 17, 3, 44, 8, 29, 11]
 SPEC = CaptureSpec(layers=(1, 6), final="post_norm", fields={})
-RECURRENT = ["qwen3_next", "jamba", "bamba", "lfm2", "minimax", "mamba2", "recurrent_gemma"]
+RECURRENT = [
+    *("qwen3_next", "qwen3_5_text", "falcon_h1", "jamba", "bamba", "lfm2", "minimax", "mamba2"),
+    "recurrent_gemma",
+]
 
 
 class Guesser:
