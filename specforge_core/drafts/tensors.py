@@ -49,6 +49,37 @@ def check_alike(outer: Mapping[str, Any], nested: Mapping[str, Any], key: str) -
             )
 
 
+def check_options(
+    options: Mapping[str, tuple[Any, Any]], of_target: Mapping[str, tuple[Any, Any]] | None = None
+) -> None:
+    """Raise CheckpointError at the first value of an export that is not this run's.
+
+    Both map names to the export's value and this run's: `options` those of the section
+    `strategy`, `of_target` what the target decides.
+    """
+    for name, (theirs, ours) in options.items():
+        if theirs != ours:
+            raise CheckpointError(
+                f"the export has {name} {theirs}, this run {ours}. Try: strategy.{name}={theirs}"
+            )
+    for name, (theirs, ours) in (of_target or {}).items():
+        if theirs != ours:
+            raise CheckpointError(
+                f"the export has {name} {theirs}, this run {ours}. Try the target it was trained "
+                "for: target.path"
+            )
+
+
+def written(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Return tensors as an export holds them: on the CPU, real numbers in torch's `dtype`."""
+    real: torch.dtype = getattr(torch, dtype)
+    own = {name: value.detach().to("cpu") for name, value in tensors.items()}
+    return {
+        name: (value.to(real) if value.is_floating_point() else value).contiguous()
+        for name, value in own.items()
+    }
+
+
 def is_finite(value: Tensor) -> bool:
     """Say whether a tensor holds no NaN and no infinity.
 

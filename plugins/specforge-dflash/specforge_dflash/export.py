@@ -10,10 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from specforge_core.drafts.tensors import check_alike, check_given, readable_config
+from specforge_core.drafts.tensors import (
+    check_alike,
+    check_given,
+    check_options,
+    readable_config,
+    written,
+)
 from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.nn.decoder import decoder_config
 from specforge_core.nn.rotary import stored_rope
@@ -48,11 +53,6 @@ def export_draft(
     assert isinstance(frozen, Frozen)
     if format != "hf" and (reason := _not_served(config, frozen, target, format)):
         raise ConfigError(reason)
-    dtype: torch.dtype = getattr(torch, config.export_dtype)
-    weights = {
-        name: value.detach().to(device="cpu", dtype=dtype).contiguous()
-        for name, value in model.state_dict().items()
-    }
     # SGLang takes the length of a block from config.json; vLLM counts the drafted tokens
     serve: dict[str, dict[str, Any]] = {
         "sglang": {"speculative_algorithm": "DFLASH"},
@@ -60,7 +60,7 @@ def export_draft(
     }
     return Export(
         config=export_config(config, model.shape, target),
-        weights=weights,
+        weights=written(model.state_dict(), config.export_dtype),
         serve={
             engine: options
             for engine, options in serve.items()
@@ -179,16 +179,6 @@ def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) ->
         "head_dim": (given.get("head_dim"), shape.head_dim),
         "rope_theta": (rope["rope_theta"], shape.rope["rope_theta"]),
     }
-    for name, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            raise CheckpointError(
-                f"the export has {name} {theirs}, this run {ours}. Try: strategy.{name}={theirs}"
-            )
-    if causal is False and any(slide):
-        raise CheckpointError(
-            "the export says that its sliding layers see their whole block (is_causal false), "
-            "which no layers do here. Try a draft without sliding layers"
-        )
     of_target = {
         "hidden_size": (given.get("hidden_size", shape.hidden_size), shape.hidden_size),
         "rms_norm_eps": (given.get("rms_norm_eps", shape.rms_norm_eps), shape.rms_norm_eps),
@@ -196,10 +186,10 @@ def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) ->
         "softcap": (given.get("final_logit_softcapping", shape.softcap), shape.softcap),
         "rope parameters": (rope, dict(shape.rope)),
     }
-    for name, (theirs, ours) in of_target.items():
-        if theirs != ours:
-            raise CheckpointError(
-                f"the export has {name} {theirs}, this run {ours}. Try the target it was trained "
-                "for: target.path"
-            )
+    if causal is False and any(slide):
+        raise CheckpointError(
+            "the export says that its sliding layers see their whole block (is_causal false), "
+            "which no layers do here. Try a draft without sliding layers"
+        )
+    check_options(pairs, of_target)
     check_alike(given, nested, "dflash_config")

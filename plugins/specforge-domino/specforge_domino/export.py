@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from specforge_dflash.export import CAUSES, export_config, load_export, target_not_served
 from specforge_dflash.model import Frozen
 
-from specforge_core.drafts.tensors import check_given, readable_config
+from specforge_core.drafts.tensors import check_given, check_options, readable_config, written
 from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.types import Draft, Export, TargetInfo
 
@@ -44,17 +43,14 @@ def export_draft(
         return None
     if format != "hf" and (reason := _not_served(config, frozen, target, format)):
         raise ConfigError(reason)
-    dtype: torch.dtype = getattr(torch, config.export_dtype)
     out = export_config(config, model.backbone.shape, target)
     out["dflash_config"] |= {name: getattr(config, name) for name in OPTIONS}
     shifted = config.label_layout == "next_token"
+    weights = {n.removeprefix(BACKBONE): value for n, value in model.state_dict().items()}
     out["dflash_config"] |= {"projector_type": "domino", "shift_label": shifted}
     return Export(
         config=out | {"emb_dim": config.emb_dim},  # read from either place, and must agree
-        weights={
-            name.removeprefix(BACKBONE): value.detach().to(device="cpu", dtype=dtype).contiguous()
-            for name, value in model.state_dict().items()
-        },
+        weights=written(weights, config.export_dtype),
         serve={} if _not_served(config, frozen, target, "sglang") else {"sglang": SGLANG},
         causes={**CAUSES, **OWN_CAUSES},
     )
@@ -114,13 +110,11 @@ def _check(config: DominoConfig, said: Mapping[str, Any], outer: Mapping[str, An
             f"config.json of the export has shift_label {shifted!r}, which says what its slots "
             "predict: it must be true or false. Add it as the draft was trained"
         )
-    theirs: list[tuple[str, object]] = [
-        ("label_layout", "next_token" if shifted else "same_position"),
-        *((name, said.get(name)) for name in OPTIONS),
-        ("emb_dim", outer.get("emb_dim", config.emb_dim)),  # engines want both alike
-    ]
-    for name, value in theirs:
-        if value != (ours := getattr(config, name)):
-            raise CheckpointError(
-                f"the export has {name} {value}, this run {ours}. Try: strategy.{name}={value}"
-            )
+    layout = "next_token" if shifted else "same_position"
+    check_options(
+        {
+            "label_layout": (layout, config.label_layout),
+            **{name: (said.get(name), getattr(config, name)) for name in OPTIONS},
+        }
+    )
+    check_options({"emb_dim": (outer.get("emb_dim", config.emb_dim), config.emb_dim)})  # both alike
