@@ -27,7 +27,7 @@ from specforge_core.types import (
 )
 
 from .adapter import Eagle3Adapter, Eagle3Transform, check_choices
-from .config import DraftShape, Eagle3Config, draft_shape
+from .config import DraftShape, Eagle3Config, VocabularyOptions, draft_shape
 from .export import export_draft
 from .frozen import Frozen
 from .importer import load_export
@@ -35,7 +35,7 @@ from .model import Eagle3Model
 from .proposer import Eagle3Proposer
 from .rows import Eagle3Collate
 from .step import Eagle3Step
-from .vocab import frequent_tokens, members, offsets, read_map, target_tokens
+from .vocab import frequent_tokens, offsets, read_map
 
 
 @hookimpl
@@ -45,7 +45,7 @@ def specforge_config() -> type[Eagle3Config]:
 
 
 @hookimpl
-def specforge_adapter(config: Eagle3Config, target: TargetInfo) -> Adapter:
+def specforge_adapter(config: VocabularyOptions, target: TargetInfo) -> Adapter:
     """Capture three layers, the final state, the target's own choices and its log-sum-exp."""
     return Eagle3Adapter.build(config, target)
 
@@ -76,13 +76,20 @@ def specforge_collate(config: Eagle3Config, draft: Draft) -> Collate:
 def specforge_draft(config: Eagle3Config, target: TargetInfo, data: DataInfo | None) -> Draft:
     """Build the draft around the target's embedding, with its vocabulary's rows of the head."""
     shape = draft_shape(config, target)
+    return build_draft(config, shape, *target_parts(config, shape, target, data))
+
+
+def target_parts(
+    config: VocabularyOptions, shape: DraftShape, target: TargetInfo, data: DataInfo | None
+) -> tuple[Tensor, Callable[[], Tensor], Tensor | None]:
+    """Return what a draft is built around: embedding [V, H], the head's loader, and d2t [Vd]."""
     # rows beyond the vocabulary are padding
     embedding = load_target_tensors(target, ("embed_tokens",))["embed_tokens"][: target.vocab_size]
     d2t = None if data is None else draft_map(config, shape, data.token_counts)
-    return build_draft(config, shape, embedding, lambda: Head.load(target).joined(), d2t)
+    return embedding, lambda: Head.load(target).joined(), d2t
 
 
-def draft_map(config: Eagle3Config, shape: DraftShape, token_counts: Tensor | None) -> Tensor:
+def draft_map(config: VocabularyOptions, shape: DraftShape, token_counts: Tensor | None) -> Tensor:
     """Return d2t [Vd] of a new draft: the user's, or the most frequent supervised tokens."""
     if config.vocab_map is not None:
         return read_map(config.vocab_map, shape.draft_vocab_size, shape.vocab_size)
@@ -113,16 +120,8 @@ def build_draft(
     the same for the same seed.
     """
     with torch.device("meta"):
-        model = Eagle3Model(shape, config.attention, config.head_chunk)
-    model.to_empty(device="cpu")
-    model.init_weights(config.seed)
-    if d2t is not None:
-        model.d2t.copy_(d2t)
-        model.t2d.copy_(members(d2t, shape.vocab_size))
-        with torch.no_grad():
-            rows = load_head()[target_tokens(d2t)]
-            model.lm_head.weight.copy_(rows[:, : shape.hidden_size])
-    model.lm_head.requires_grad_(config.train_head)
+        model = Eagle3Model(shape, config)
+    model.start(config, load_head, d2t)
     model.to(device)
     frozen = Frozen(embed_tokens, load_head)
     return Draft(

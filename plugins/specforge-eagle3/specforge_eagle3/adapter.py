@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from specforge_core.batches.collate import token_fields, truncate
 from specforge_core.types import CaptureSpec, Field, Problem, Sample, TargetCapture, TargetInfo
 
-from .config import Eagle3Config, draft_shape
+from .config import VocabularyOptions, shape_fields
 
 VERSION = 2
 
@@ -48,8 +48,8 @@ class Eagle3Adapter:
     mask_on: str
 
     @classmethod
-    def build(cls, config: Eagle3Config, target: TargetInfo) -> Eagle3Adapter:
-        layers = draft_shape(config, target).capture_layers  # refuses what cannot be trained
+    def build(cls, config: VocabularyOptions, target: TargetInfo) -> Eagle3Adapter:
+        layers = shape_fields(config, target)["capture_layers"]  # refuses what cannot be trained
         return cls(capture_spec(layers, target.hidden_size), config.mask_on)
 
     def __call__(self, capture: TargetCapture, /) -> Sample | None:

@@ -17,15 +17,12 @@ from specforge_core.types import TargetInfo
 SINCE_0_1 = {"grow_steps", "hard_share", "hard_until"}  # options that 0.1 did not have
 
 
-class Eagle3Config(DecoderOptions):
-    """The `strategy:` section of an EAGLE-3 run."""
+class VocabularyOptions(DecoderOptions):
+    """Base of a `strategy:` section whose draft is trained on the target's distributions.
 
-    steps: Annotated[int, MayChange.AT_START] = Field(
-        7, gt=0, le=1024, description="Steps of training-time test."
-    )
-    step_decay: Annotated[float, MayChange.AT_START] = Field(
-        0.8, gt=0, le=1, description="Step i weighs step_decay^i."
-    )
+    It reads three layers of the target, and drafts from a vocabulary of its own.
+    """
+
     layers: Annotated[tuple[int, int, int] | None, MayChange.ALWAYS] = Field(
         None, description="Target layers whose outputs are read; the published formula if not set."
     )
@@ -47,23 +44,9 @@ class Eagle3Config(DecoderOptions):
     mask_on: Annotated[Literal["label", "input", "feature"], MayChange.AT_START] = Field(
         "label", description="Whose token must be supervised: t+2, t+1 or t of row t."
     )
-    mean_over: Annotated[Literal["positions", "supervised"], MayChange.AT_START] = Field(
-        "positions", description="What the loss is divided by: all positions, or trained ones."
-    )
-    grow_steps: Annotated[float, MayChange.AT_START] = Field(
-        0.0, ge=0, le=1, description="Part of the training in which steps grow from 1 to all."
-    )
-    hard_share: Annotated[float, MayChange.AT_START] = Field(
-        0.0, ge=0, lt=1, description="Part of the labels, of highest entropy, left out at first."
-    )
-    hard_until: Annotated[float, MayChange.AT_START] = Field(
-        0.5, gt=0, le=1, description="Part of the training in which these come back, bit by bit."
-    )
     layer_type: Literal["llama", "qwen3"] = Field(
         "llama", description="qwen3 norms queries and keys; SGLang serves llama only."
     )
-    fc_norm: bool = Field(False, description="Norm each captured state before fc (EAGLE-3.1).")
-    norm_output: bool = Field(False, description="Feed the normed state back (EAGLE-3.1).")
     train_head: Annotated[bool, MayChange.AT_START] = Field(
         True, description="Train the draft's head, or keep the target's rows."
     )
@@ -73,15 +56,6 @@ class Eagle3Config(DecoderOptions):
     head_chunk: Annotated[int, MayChange.ALWAYS] = Field(
         3584, gt=0, le=10**6, description="Rows whose logits exist at a time, about."
     )
-    draft_length: Annotated[int, MayChange.ALWAYS] = Field(
-        7, gt=0, le=1024, description="Tokens of a drafted chain; levels of a tree."
-    )
-    tree_top_k: Annotated[int, MayChange.ALWAYS] = Field(
-        1, gt=0, le=1024, description="Branches of a drafted tree; 1 drafts a chain."
-    )
-    tree_tokens: Annotated[int, MayChange.ALWAYS] = Field(
-        31, gt=0, le=10**5, description="Tokens of a drafted tree, at most."
-    )
     export_dtype: Annotated[Literal["bfloat16", "float16", "float32"], MayChange.ALWAYS] = Field(
         "bfloat16", description="Of the exported weights."
     )
@@ -89,22 +63,12 @@ class Eagle3Config(DecoderOptions):
         0, ge=0, le=2**32 - 1, description="Of the draft's first weights."
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _as_0_1_stored_it(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or not raw.keys() >= cls.model_fields.keys() - SINCE_0_1:
-            return raw  # a person's, not a stored one, which names all options
-        kept = {key: value for key, value in raw.items() if key != "batches"}
-        return kept | ({"attention": "auto"} if kept.get("attention") == "flash" else {})
-
     @model_validator(mode="after")
-    def _options_agree(self) -> Eagle3Config:
+    def _vocabulary_and_loss_agree(self) -> VocabularyOptions:
         if isinstance(self.draft_vocab_size, int) and self.draft_vocab_size <= 0:
             raise ValueError(f"draft_vocab_size {self.draft_vocab_size} must be above 0, or full")
         if self.vocab_map is not None and self.draft_vocab_size == "full":
             raise ValueError("vocab_map has no effect with draft_vocab_size=full: remove one")
-        if not self.hard_share and self.hard_until != type(self).model_fields["hard_until"].default:
-            raise ValueError("hard_until has no effect with hard_share 0: remove it")
         for name in ("lk_decay", "lk_scale"):  # a stored config names all options
             default = type(self).model_fields[name].default
             if self.loss != "lk_lambda" and getattr(self, name) != default:
@@ -117,6 +81,54 @@ class Eagle3Config(DecoderOptions):
         if self.loss == "lk_lambda":
             return SoftLoss("hybrid", self.lk_scale, self.lk_decay)
         return SoftLoss("cross_entropy" if self.loss == "kl" else "log_overlap")
+
+
+class Eagle3Config(VocabularyOptions):
+    """The `strategy:` section of an EAGLE-3 run."""
+
+    steps: Annotated[int, MayChange.AT_START] = Field(
+        7, gt=0, le=1024, description="Steps of training-time test."
+    )
+    step_decay: Annotated[float, MayChange.AT_START] = Field(
+        0.8, gt=0, le=1, description="Step i weighs step_decay^i."
+    )
+    mean_over: Annotated[Literal["positions", "supervised"], MayChange.AT_START] = Field(
+        "positions", description="What the loss is divided by: all positions, or trained ones."
+    )
+    grow_steps: Annotated[float, MayChange.AT_START] = Field(
+        0.0, ge=0, le=1, description="Part of the training in which steps grow from 1 to all."
+    )
+    hard_share: Annotated[float, MayChange.AT_START] = Field(
+        0.0, ge=0, lt=1, description="Part of the labels, of highest entropy, left out at first."
+    )
+    hard_until: Annotated[float, MayChange.AT_START] = Field(
+        0.5, gt=0, le=1, description="Part of the training in which these come back, bit by bit."
+    )
+    fc_norm: bool = Field(False, description="Norm each captured state before fc (EAGLE-3.1).")
+    norm_output: bool = Field(False, description="Feed the normed state back (EAGLE-3.1).")
+    draft_length: Annotated[int, MayChange.ALWAYS] = Field(
+        7, gt=0, le=1024, description="Tokens of a drafted chain; levels of a tree."
+    )
+    tree_top_k: Annotated[int, MayChange.ALWAYS] = Field(
+        1, gt=0, le=1024, description="Branches of a drafted tree; 1 drafts a chain."
+    )
+    tree_tokens: Annotated[int, MayChange.ALWAYS] = Field(
+        31, gt=0, le=10**5, description="Tokens of a drafted tree, at most."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_0_1_stored_it(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not raw.keys() >= cls.model_fields.keys() - SINCE_0_1:
+            return raw  # a person's, not a stored one, which names all options
+        kept = {key: value for key, value in raw.items() if key != "batches"}
+        return kept | ({"attention": "auto"} if kept.get("attention") == "flash" else {})
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Eagle3Config:
+        if not self.hard_share and self.hard_until != type(self).model_fields["hard_until"].default:
+            raise ValueError("hard_until has no effect with hard_share 0: remove it")
+        return self
 
     @property
     def step_weights(self) -> list[float]:
@@ -131,8 +143,9 @@ class DraftShape(DecoderShape):
     capture_layers: tuple[int, ...]
     draft_vocab_size: int
     qk_norm: bool
-    fc_norm: bool
-    norm_output: bool
+    fc_norm: bool = False
+    norm_output: bool = False
+    num_layers: int = 1
 
     def resolved(self) -> dict[str, Any]:
         """Return what options came to for the target, and no tensor's shape shows."""
@@ -149,23 +162,31 @@ class DraftShape(DecoderShape):
 
 def draft_shape(config: Eagle3Config, target: TargetInfo) -> DraftShape:
     """Resolve the options against the target.  Raises ConfigError when they do not fit it."""
+    return DraftShape(
+        **shape_fields(config, target), fc_norm=config.fc_norm, norm_output=config.norm_output
+    )
+
+
+def shape_fields(config: VocabularyOptions, target: TargetInfo) -> dict[str, Any]:
+    """Return the fields of a DraftShape without a default.
+
+    Raises ConfigError when the options do not fit the target.
+    """
     wanted = config.draft_vocab_size
     if wanted != "full" and wanted > target.vocab_size:
         raise ConfigError(
             f"strategy.draft_vocab_size {wanted} is larger than the target's vocabulary of "
             f"{target.vocab_size}. Try: strategy.draft_vocab_size=full"
         )
-    return DraftShape(
+    return {
         **decoder_fields(config, target),
-        capture_layers=capture_layers(config, target.num_layers),
-        draft_vocab_size=target.vocab_size if wanted == "full" else wanted,
-        qk_norm=config.layer_type == "qwen3",
-        fc_norm=config.fc_norm,
-        norm_output=config.norm_output,
-    )
+        "capture_layers": capture_layers(config, target.num_layers),
+        "draft_vocab_size": target.vocab_size if wanted == "full" else wanted,
+        "qk_norm": config.layer_type == "qwen3",
+    }
 
 
-def capture_layers(config: Eagle3Config, num_layers: int) -> tuple[int, ...]:
+def capture_layers(config: VocabularyOptions, num_layers: int) -> tuple[int, ...]:
     """Return the target layers to read, low to high, counted from 0 by their outputs.
 
     By default the published ones, 1, n/2 - 1 and n - 4.  The last layer is not allowed:

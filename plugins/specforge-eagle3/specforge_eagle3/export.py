@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from specforge_core.drafts.dialects import layer_inputs
+from specforge_core.drafts.tensors import written
 from specforge_core.errors import ConfigError
 from specforge_core.nn.decoder import decoder_config
 from specforge_core.types import Draft, Export, TargetInfo
 
-from .config import DraftShape, Eagle3Config
+from .config import DraftShape, Eagle3Config, VocabularyOptions
 from .frozen import Frozen
 from .model import Eagle3Model
 
@@ -72,27 +70,21 @@ def export_draft(
             "draft's out without a word: little would be accepted. Try: --format vllm, or train "
             "with strategy.layer_type=llama"
         )
-    dtype: torch.dtype = getattr(torch, config.export_dtype)
-    weights = {NAMES[name]: plain(value, dtype) for name, value in model.state_dict().items()}
+    weights = {NAMES[name]: value for name, value in model.state_dict().items()}
     speculators = format == "vllm" and shape.qk_norm
     if format == "hf" or speculators:
-        weights["embed_tokens.weight"] = plain(frozen.embed_tokens, dtype)
+        weights["embed_tokens.weight"] = frozen.embed_tokens
     if speculators:
         weights = {name.replace("midlayer.", "layers.0."): v for name, v in weights.items()}
-    make = speculators_config if speculators else export_config
     return Export(
-        config=make(config, shape, target),
-        weights=weights,
+        config=speculators_config(config, shape, target, config.draft_length)
+        if speculators
+        else export_config(config, shape, target),
+        weights=written(weights, config.export_dtype),
         serve=serving_options(config, shape),
         causes=CAUSES,
         base=target.name_or_path,
     )
-
-
-def plain(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor as it is written: on the CPU, real numbers in the export's dtype."""
-    own = value.detach().to("cpu")
-    return (own.to(dtype) if own.is_floating_point() else own).contiguous()
 
 
 def serving_options(config: Eagle3Config, shape: DraftShape) -> dict[str, dict[str, Any]]:
@@ -109,7 +101,9 @@ def serving_options(config: Eagle3Config, shape: DraftShape) -> dict[str, dict[s
     return {"vllm": vllm} if shape.qk_norm else {"sglang": sglang, "vllm": vllm}
 
 
-def export_config(config: Eagle3Config, shape: DraftShape, target: TargetInfo) -> dict[str, Any]:
+def export_config(
+    config: VocabularyOptions, shape: DraftShape, target: TargetInfo
+) -> dict[str, Any]:
     """Return config.json."""
     ids = list(shape.capture_layers)
     return {
@@ -122,12 +116,14 @@ def export_config(config: Eagle3Config, shape: DraftShape, target: TargetInfo) -
     }
 
 
-def layer_config(config: Eagle3Config, shape: DraftShape, target: TargetInfo) -> dict[str, Any]:
-    """Return the part that describes the decoder layer."""
+def layer_config(
+    config: VocabularyOptions, shape: DraftShape, target: TargetInfo
+) -> dict[str, Any]:
+    """Return the part that describes the decoder layers."""
     special = {n: target.config.get(n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {
         "model_type": "qwen3" if shape.qk_norm else "llama",
-        "num_hidden_layers": 1,
+        "num_hidden_layers": shape.num_layers,
         **decoder_config(shape),
         "mlp_bias": False,
         "dtype": config.export_dtype,
@@ -137,20 +133,27 @@ def layer_config(config: Eagle3Config, shape: DraftShape, target: TargetInfo) ->
 
 
 def speculators_config(
-    config: Eagle3Config, shape: DraftShape, target: TargetInfo
+    config: VocabularyOptions,
+    shape: DraftShape,
+    target: TargetInfo,
+    draft_length: int,
+    names: tuple[str, str] = (SPECULATORS, "eagle3"),
 ) -> dict[str, Any]:
-    """Return config.json in the form by which vLLM finds layers with normed queries and keys."""
+    """Return config.json in the form by which vLLM finds layers with normed queries and keys.
+
+    `names` are those of the draft's class and of the method.
+    """
     verifier = {
         "name_or_path": target.name_or_path,
         "architectures": target.config.get("architectures") or [],
     }
-    proposal = {"proposal_type": "greedy", "speculative_tokens": config.draft_length}
+    proposal = {"proposal_type": "greedy", "speculative_tokens": draft_length}
     return {
-        "architectures": [SPECULATORS],
-        "speculators_model_type": "eagle3",
+        "architectures": [names[0]],
+        "speculators_model_type": names[1],
         "speculators_version": SPECULATORS_VERSION,
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": names[1],
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
             "verifier": verifier,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specforge_core.drafts.dialects import from_layer_inputs
-from specforge_core.drafts.tensors import FLOATS, check_given, readable_config
+from specforge_core.drafts.tensors import FLOATS, check_given, check_options, readable_config
 from specforge_core.errors import CheckpointError
 from specforge_core.nn.rotary import stored_rope
 from specforge_core.types import Draft, Export
@@ -17,7 +17,7 @@ from specforge_core.types import Draft, Export
 from .config import DraftShape
 from .export import ARCHITECTURES, NAMES, SPECULATORS
 from .frozen import Frozen
-from .model import Eagle3Model
+from .model import Eagle3Model, VocabularyModel
 from .vocab import check_map, members
 
 KNOWN = {*ARCHITECTURES.values(), SPECULATORS, "Eagle3LlamaForCausalLM"}
@@ -41,27 +41,40 @@ def load_export(draft: Draft, export: Export) -> bool:
     assert isinstance(frozen, Frozen)
     shape = model.shape
     with readable_config():
+        layer = export.config.get("transformer_layer_config") or export.config
+        if int(layer.get("num_hidden_layers", 1)) != 1:
+            raise CheckpointError(
+                f"the export has {layer['num_hidden_layers']} layers, and engines disagree on how "
+                "more than one is served. Use a checkpoint of one layer"
+            )
         check_config(shape, export.config)
     weights = published_names(export.weights)
     if (embedding := weights.pop("embed_tokens.weight", None)) is not None:
         check_embedding(embedding, frozen.embed_tokens)
-    d2t = stored_map(weights, shape)
-    weights |= {"d2t": d2t, "t2d": members(d2t, shape.vocab_size)}
-    check_given(weights, {NAMES[name]: value for name, value in model.state_dict().items()})
-    model.load_state_dict({name: weights[NAMES[name]] for name in model.state_dict()})
+    load_named(model, weights, NAMES.__getitem__)
     return True
 
 
-def stored_map(weights: Mapping[str, Tensor], shape: DraftShape) -> Tensor:
-    """Return the d2t [Vd] that a checkpoint's tensors say, or go without."""
+def load_named(
+    model: VocabularyModel, weights: dict[str, Tensor], published: Callable[[str], str]
+) -> None:
+    """Load tensors that have the names `published` gives the model's, and the vocabulary they say.
+
+    Raises CheckpointError where they are those of another draft.
+    """
+    shape, own = model.shape, model.state_dict()
     if "d2t" in weights or "t2d" in weights:
-        return check_map(weights, shape.draft_vocab_size, shape.vocab_size, "the export")
-    if shape.full_vocab:
-        return torch.zeros(shape.vocab_size, dtype=torch.int64)
-    raise CheckpointError(
-        f"the export has no d2t, so it drafts all {shape.vocab_size} tokens. "
-        "Try: strategy.draft_vocab_size=full"
-    )
+        d2t = check_map(weights, shape.draft_vocab_size, shape.vocab_size, "the export")
+    elif shape.full_vocab:
+        d2t = torch.zeros(shape.vocab_size, dtype=torch.int64)
+    else:
+        raise CheckpointError(
+            f"the export has no d2t, so it drafts all {shape.vocab_size} tokens. "
+            "Try: strategy.draft_vocab_size=full"
+        )
+    given = {**weights, "d2t": d2t, "t2d": members(d2t, shape.vocab_size)}
+    check_given(given, {published(name): value for name, value in own.items()})
+    model.load_state_dict({name: given[published(name)] for name in own})
 
 
 def published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,21 +101,22 @@ def check_embedding(given: Tensor, own: Tensor) -> None:
         )
 
 
-def check_config(shape: DraftShape, given: Mapping[str, Any]) -> None:
-    """Compare everything that would load without an error and then be accepted nowhere."""
+def check_config(
+    shape: DraftShape, given: Mapping[str, Any], unknown: tuple[str, ...] = ()
+) -> None:
+    """Compare everything that would load without an error and then be accepted nowhere.
+
+    `unknown` are options of EAGLE-3 that a method has not.
+    """
     layer: Mapping[str, Any] = given.get("transformer_layer_config") or given
     speculators = SPECULATORS in given.get("architectures", ())
-    for name, default in (("norm_before_residual", speculators), ("norm_before_fc", False)):
+    defaults = {"norm_before_residual": speculators, "norm_before_fc": False}
+    for name, default in {**defaults, **dict.fromkeys(unknown, False)}.items():
         if given.get(name, default):
             raise CheckpointError(
                 f"the export was trained with {name}, which this package does not know. "
                 "Use another checkpoint"
             )
-    if int(layer.get("num_hidden_layers", 1)) != 1:
-        raise CheckpointError(
-            f"the export has {layer['num_hidden_layers']} layers, and engines disagree on how "
-            "more than one is served. Use a checkpoint of one layer"
-        )
     if given.get("target_hidden_size") not in (None, shape.hidden_size):
         raise CheckpointError(
             f"the export reads states of size {given['target_hidden_size']}, this target's are of "
@@ -111,6 +125,7 @@ def check_config(shape: DraftShape, given: Mapping[str, Any]) -> None:
     rope = stored_rope(layer)
     vocab = given.get("draft_vocab_size") or layer.get("vocab_size")
     pairs = {
+        "num_layers": (int(layer.get("num_hidden_layers", 1)), shape.num_layers),
         "layers": (_layers(given, list(shape.capture_layers)), list(shape.capture_layers)),
         "draft_vocab_size": (vocab, shape.draft_vocab_size),
         "fc_norm": (bool(given.get("fc_norm", given.get("use_aux_norm"))), shape.fc_norm),
@@ -126,17 +141,9 @@ def check_config(shape: DraftShape, given: Mapping[str, Any]) -> None:
         "rms_norm_eps": (layer.get("rms_norm_eps"), shape.rms_norm_eps),
         "rope parameters": (rope, dict(shape.rope)),
     }
-    for name, (theirs, ours) in pairs.items():
-        if theirs is not None and theirs != ours:
-            raise CheckpointError(
-                f"the export has {name} {theirs}, this run {ours}. Try: strategy.{name}={theirs}"
-            )
-    for name, (theirs, ours) in of_target.items():
-        if theirs is not None and theirs != ours:
-            raise CheckpointError(
-                f"the export has {name} {theirs}, this run {ours}. Try the target it was trained "
-                "for: target.path"
-            )
+    # what is not said is as engines take it
+    said = [{n: pair for n, pair in x.items() if pair[0] is not None} for x in (pairs, of_target)]
+    check_options(*said)
 
 
 def _layers(given: Mapping[str, Any], ours: list[int]) -> list[int] | None:

@@ -8,7 +8,7 @@ Vd draft vocabulary, Q = (h + 2 v) d.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from specforge_core.target.head import widen
 from specforge_core.types import Batch
 
 from .attention import KeyValue, attend
-from .config import DraftShape
+from .config import DraftShape, VocabularyOptions
 from .rows import Documents
 from .summed import Tapped, linear
+from .vocab import members, target_tokens
 
 
 class _Gather(torch.autograd.Function):
@@ -50,38 +51,49 @@ class _Gather(torch.autograd.Function):
         return grad[: ctx.count], None, None
 
 
-class Task:
-    """What the objective wants of one batch.
+class Teacher:
+    """What rows of a batch are to draft, R of them for each of the U labels.
 
     No dataclass: FSDP's mixed precision casts the tensors in those.
     """
 
     def __init__(self, batch: Batch, teacher_head: Tensor, loss: SoftLoss) -> None:
-        self.documents = Documents.of(batch)
-        self.students, self.present = batch["students"], batch["present"]  # [U, R]
         self.row_weights = batch["row_weights"]  # [U, R]
-        self.teacher, self.logsumexp = batch["final"], batch["logsumexp"]  # [U, H], [U]
+        self.final, self.logsumexp = batch["final"], batch["logsumexp"]  # [U, H], [U]
         self.teacher_head = teacher_head  # [Vd, H], or wider with a bias
         self.loss = loss
 
 
-class BeforeAttention(nn.Module):
-    """From a feature, and the embedding's half of the product, to queries, keys and values."""
+class Task(Teacher):
+    """What the objective wants of one batch."""
 
-    def __init__(self, shape: DraftShape) -> None:
+    def __init__(self, batch: Batch, teacher_head: Tensor, loss: SoftLoss) -> None:
+        super().__init__(batch, teacher_head, loss)
+        self.documents = Documents.of(batch)
+        self.students, self.present = batch["students"], batch["present"]  # [U, R]
+
+
+class Projections(nn.Module):
+    """What a layer has in front of attention; one that is not its draft's first reads no token."""
+
+    def __init__(self, shape: DraftShape, *, first: bool = True) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
         self.sizes = [n * shape.head_dim for n in (shape.num_heads, *(shape.num_kv_heads,) * 2)]
         width, eps = shape.hidden_size, shape.rms_norm_eps
-        self.input_layernorm = nn.RMSNorm(width, eps=eps)  # of the embedding
-        self.hidden_norm = nn.RMSNorm(width, eps=eps)  # of the feature
+        self.input_layernorm = nn.RMSNorm(width, eps=eps)  # of the embedding in a first layer
+        self.hidden_norm = nn.RMSNorm(width, eps=eps) if first else None  # of the feature
         self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(2 * width, size, bias=False) for size in self.sizes
+            nn.Linear(2 * width if first else width, size, bias=False) for size in self.sizes
         )
         self.q_norm, self.k_norm = (
             nn.RMSNorm(shape.head_dim, eps=eps) if shape.qk_norm else nn.Identity()
             for _ in range(2)
         )
+
+
+class BeforeAttention(Projections):
+    """From a feature, and the embedding's half of the product, to queries, keys and values."""
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Return the halves of the joint projection, [Q, H] each: embedding's and feature's."""
@@ -101,6 +113,7 @@ class BeforeAttention(nn.Module):
 
         The fourth is what `weight` was multiplied with [N, H], a constant.
         """
+        assert self.hidden_norm is not None
         x = self.hidden_norm(feature)
         joint = embedded + linear(x, weight, tap)
         parts = torch.split(joint, self.sizes, dim=-1)
@@ -108,18 +121,25 @@ class BeforeAttention(nn.Module):
         return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v, x.detach()
 
 
-class AfterAttention(nn.Module):
-    """From attention's output to the step's state, as it is and normed for the head."""
+class Outputs(nn.Module):
+    """What a layer has behind attention."""
 
     def __init__(self, shape: DraftShape) -> None:
         super().__init__()
-        width, eps, inner = shape.hidden_size, shape.rms_norm_eps, shape.intermediate_size
+        width, inner = shape.hidden_size, shape.intermediate_size
         self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, width, bias=False)
-        self.post_attention_layernorm = nn.RMSNorm(width, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps=shape.rms_norm_eps)
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
-        self.norm = nn.RMSNorm(width, eps=eps)
+
+
+class AfterAttention(Outputs):
+    """From attention's output to the step's state, as it is and normed for the head."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__(shape)
+        self.norm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
 
     def weights(self) -> tuple[Tensor, ...]:
         """Return what `forward` multiplies with, in the order of its taps."""
@@ -142,18 +162,62 @@ class AfterAttention(nn.Module):
         return hidden, self.norm(hidden), x.detach(), inner.detach()
 
 
-class Eagle3Model(nn.Module):
-    """The trained part, and the draft vocabulary it is for."""
+class VocabularyModel(nn.Module):
+    """Base of a trained part with a head `lm_head` of its own, and the vocabulary it is for."""
 
+    lm_head: nn.Linear
     d2t: Tensor  # [Vd] int64, offsets
     t2d: Tensor  # [V] bool
 
-    def __init__(self, shape: DraftShape, attention: str, head_chunk: int) -> None:
+    def __init__(self, shape: DraftShape, config: VocabularyOptions) -> None:
         super().__init__()
         self.shape = shape
-        self.attention = attention
-        self.head_chunk = head_chunk
+        self.attention = config.attention
+        self.head_chunk = config.head_chunk
         self.rotary = Rotary(shape.rope, shape.head_dim, shape.max_positions)
+        self.register_buffer("d2t", torch.zeros(shape.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.ones(shape.vocab_size, dtype=torch.bool))
+
+    def start(
+        self, config: VocabularyOptions, load_head: Callable[[], Tensor], d2t: Tensor | None
+    ) -> None:
+        """Give a model that is on "meta" its first weights, on the CPU, alike on every rank.
+
+        The head is the target's, its rows of the vocabulary `d2t` [Vd]; that is None where
+        weights, and the vocabulary with them, are about to be loaded.
+        """
+        self.to_empty(device="cpu")
+        init_weights(self, self.shape.init_std, config.seed)
+        nn.init.zeros_(self.d2t)
+        nn.init.ones_(self.t2d)
+        if d2t is not None:
+            self.d2t.copy_(d2t)
+            self.t2d.copy_(members(d2t, self.shape.vocab_size))
+            with torch.no_grad():
+                rows = load_head()[target_tokens(d2t)]
+                self.lm_head.weight.copy_(rows[:, : self.shape.hidden_size])
+        self.lm_head.requires_grad_(config.train_head)
+
+    def losses(self, states: Tensor, teacher: Teacher) -> tuple[Tensor, SoftRows]:
+        """Return the weighted sum of the losses of states [U, R, H], and each label's rows."""
+        return linear_soft_cross_entropy(
+            states,
+            self.lm_head.weight,
+            widen(teacher.final, teacher.teacher_head.shape[1]),
+            teacher.teacher_head,
+            teacher.row_weights,
+            teacher.loss,
+            teacher_softcap=self.shape.softcap,
+            teacher_logsumexp=teacher.logsumexp,
+            chunk=self.head_chunk,
+        )
+
+
+class Eagle3Model(VocabularyModel):
+    """The trained part, and the draft vocabulary it is for."""
+
+    def __init__(self, shape: DraftShape, config: VocabularyOptions) -> None:
+        super().__init__(shape, config)
         width, eps, captured = shape.hidden_size, shape.rms_norm_eps, len(shape.capture_layers)
         self.fc = nn.Linear(captured * width, width, bias=False)
         norms = [nn.RMSNorm(width, eps=eps) for _ in range(captured if shape.fc_norm else 0)]
@@ -161,14 +225,6 @@ class Eagle3Model(nn.Module):
         self.before = BeforeAttention(shape)
         self.after = AfterAttention(shape)
         self.lm_head = nn.Linear(width, shape.draft_vocab_size, bias=False)
-        self.register_buffer("d2t", torch.zeros(shape.draft_vocab_size, dtype=torch.int64))
-        self.register_buffer("t2d", torch.ones(shape.vocab_size, dtype=torch.bool))
-
-    def init_weights(self, seed: int) -> None:
-        """Fill the weights from `seed` alone, so that every rank has the same."""
-        init_weights(self, self.shape.init_std, seed)
-        nn.init.zeros_(self.d2t)
-        nn.init.ones_(self.t2d)
 
     def forward(self, features: Tensor, embeddings: Tensor, task: Task) -> tuple[Tensor, SoftRows]:
         """Return the weighted sum of the losses of all steps, and each label's rows.
@@ -179,17 +235,7 @@ class Eagle3Model(nn.Module):
         states = torch.cat(self.unroll(features, embeddings, task.documents, steps))  # [R N, H]
         places = task.students + torch.arange(steps, device=states.device) * len(features)
         by_label: Tensor = _Gather.apply(states, places, task.present)  # type: ignore[no-untyped-call]
-        return linear_soft_cross_entropy(
-            by_label,
-            self.lm_head.weight,
-            widen(task.teacher, task.teacher_head.shape[1]),
-            task.teacher_head,
-            task.row_weights,
-            task.loss,
-            teacher_softcap=self.shape.softcap,
-            teacher_logsumexp=task.logsumexp,
-            chunk=self.head_chunk,
-        )
+        return self.losses(by_label, task)
 
     def unroll(
         self, features: Tensor, embeddings: Tensor, documents: Documents, steps: int

@@ -19,7 +19,7 @@ from specforge_core.types import Proposal, Sampling, TargetCapture
 from .attention import eager
 from .config import Eagle3Config
 from .frozen import Frozen
-from .model import Eagle3Model
+from .model import Eagle3Model, VocabularyModel
 from .vocab import target_tokens
 
 
@@ -38,20 +38,43 @@ class _Leaves:
         )
 
 
-class Eagle3Proposer:
+class FeatureProposer:
+    """Keeps what of the verified tokens no cache of keys and values has yet."""
+
+    def __init__(self, model: VocabularyModel, frozen: Frozen) -> None:
+        self._frozen = frozen
+        self._layers, self._vocab_size = model.shape.capture_layers, model.shape.vocab_size
+        with torch.no_grad():
+            self._tokens = target_tokens(model.d2t)  # [Vd]
+        self._ids: list[int] = []  # tokens whose features are not in the cache yet
+        self._features: list[Tensor] = []  # theirs, [n, 3H] each
+
+    def start(self, prefix: TargetCapture, /) -> None:
+        self._ids, self._features = [], []
+        self.accept(prefix)
+
+    def accept(self, accepted: TargetCapture, /) -> None:
+        self._ids += accepted.input_ids.tolist()
+        states = [accepted.hidden_states[i] for i in self._layers]
+        self._features.append(torch.cat(states, dim=-1))
+
+    def _spread(self, probs: Tensor) -> Tensor:
+        """Return [K, V] of distributions [K, Vd] over the draft vocabulary."""
+        out = probs.new_zeros(len(probs), self._vocab_size)
+        return out.index_copy_(1, self._tokens, probs)
+
+
+class Eagle3Proposer(FeatureProposer):
     """Drafts for one sequence at a time."""
 
     def __init__(self, config: Eagle3Config, model: Eagle3Model, frozen: Frozen) -> None:
+        super().__init__(model, frozen)
         self._config = config
         self._model = model
-        self._frozen = frozen
         with torch.no_grad():
             self._weights = model.before.weights()
-            self._tokens = target_tokens(model.d2t)  # [Vd]
         self._cache = GrowingCache(0)
         self._first: tuple[Tensor, Tensor]  # all cached keys and values
-        self._ids: list[int] = []  # tokens whose features are not in the cache yet
-        self._features: list[Tensor] = []  # theirs, [n, 3H] each
 
     @property
     def max_tokens(self) -> int:
@@ -60,13 +83,7 @@ class Eagle3Proposer:
 
     def start(self, prefix: TargetCapture, /) -> None:
         self._cache = GrowingCache(0)
-        self._ids, self._features = [], []
-        self.accept(prefix)
-
-    def accept(self, accepted: TargetCapture, /) -> None:
-        layers = self._model.shape.capture_layers
-        self._ids += accepted.input_ids.tolist()
-        self._features.append(torch.cat([accepted.hidden_states[i] for i in layers], dim=-1))
+        super().start(prefix)
 
     @torch.no_grad()
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
@@ -165,8 +182,3 @@ class Eagle3Proposer:
         renamed[kept] = torch.arange(len(kept))
         chosen_tokens = tokens[kept.to(tokens.device)]
         return Proposal(tokens=chosen_tokens, probs=None, parents=renamed[parents[kept]])
-
-    def _spread(self, probs: Tensor) -> Tensor:
-        """Return [K, V] of distributions [K, Vd] over the draft vocabulary."""
-        out = probs.new_zeros(len(probs), self._model.shape.vocab_size)
-        return out.index_copy_(1, self._tokens, probs)

@@ -80,13 +80,46 @@ class Eagle3Collate:
 
     def __call__(self, samples: Sequence[Sample], /) -> Batch:
         """Return what `label_rows` does.  Raises CaptureError when the samples lack a field."""
-        if missing := [name for name in FIELDS if any(name not in s for s in samples)]:
-            raise CaptureError(
-                f"the captured samples have no {', '.join(missing)}, which EAGLE-3 trains on. "
-                "Capture again into an empty directory: specforge capture -c RUN.yaml"
-            )
-        chosen = [{name: sample[name] for name in FIELDS} for sample in samples]
-        return label_rows(pack(chosen, FIELDS), self.t2d, self.mask_on, self.step_weights)
+        batch = pack_fields(samples, FIELDS, "EAGLE-3")
+        return label_rows(batch, self.t2d, self.mask_on, self.step_weights)
+
+
+def pack_fields(samples: Sequence[Sample], names: Sequence[str], method: str) -> Batch:
+    """Put these fields of samples behind each other.  Raises CaptureError when one is missing."""
+    if missing := [name for name in names if any(name not in s for s in samples)]:
+        raise CaptureError(
+            f"the captured samples have no {', '.join(missing)}, which {method} trains on. "
+            "Capture again into an empty directory: specforge capture -c RUN.yaml"
+        )
+    return pack([{name: sample[name] for name in names} for sample in samples], names)
+
+
+class Tokens:
+    """A packed or padded batch without its padding, N tokens, and which positions are labels."""
+
+    def __init__(self, batch: Batch, names: Sequence[str], mask_on: str) -> None:
+        self.flat, self.documents = flat_rows(batch, (*names, POSITION_IDS))
+        loss_mask = self.flat["loss_mask"]
+        self.asked = trained_labels(loss_mask, mask_on, self.documents)
+        self.within = trained_labels(loss_mask, "label", self.documents)
+        self.starts = torch.zeros_like(self.asked)  # the row starts a draft within an answer
+        self.starts[:-1] = (self.asked & self.within & loss_mask.bool())[1:]
+
+    def by_token(self, **more: Tensor) -> Batch:
+        """Return what a batch has by token, [1, N] each."""
+        kept = {name: self.flat[name] for name in ("input_ids", "hidden_states", POSITION_IDS)}
+        found = {**kept, DOCUMENT_IDS: self.documents, **more}
+        return {name: tensor[None] for name, tensor in found.items()}
+
+    def by_label(self, labels: Tensor) -> Batch:
+        """Return final, choices, logsumexp and answers of labels [U]: see `label_rows`."""
+        final = self.flat["final"]
+        return {
+            "final": final[to_device({"labels": labels}, final.device)["labels"]],
+            "choices": self.flat["target_argmax"][labels],
+            "logsumexp": self.flat["target_logsumexp"][labels],
+            "answers": self.within[labels],
+        }
 
 
 def label_rows(batch: Batch, t2d: Tensor, mask_on: str, step_weights: Sequence[float]) -> Batch:
@@ -106,34 +139,20 @@ def label_rows(batch: Batch, t2d: Tensor, mask_on: str, step_weights: Sequence[f
     and what `document_bounds` says of the documents.  States may be on another device than all
     else, which is on the CPU.
     """
-    flat, documents = flat_rows(batch, (*FIELDS, POSITION_IDS))
-    loss_mask, positions, choices = (
-        flat[name] for name in ("loss_mask", POSITION_IDS, "target_argmax")
-    )
-    asked = trained_labels(loss_mask, mask_on, documents)
-    labels = (asked & t2d[choices]).nonzero().squeeze(1)
-    final, back = flat["final"], 1 + torch.arange(len(step_weights))
+    tokens = Tokens(batch, FIELDS, mask_on)
+    positions, choices = tokens.flat[POSITION_IDS], tokens.flat["target_argmax"]
+    labels = (tokens.asked & t2d[choices]).nonzero().squeeze(1)
+    back = 1 + torch.arange(len(step_weights))
     present = positions[labels, None] >= back
-    supervised, starts = torch.zeros_like(asked), torch.zeros_like(asked)
-    supervised[:-1] = asked[1:]
-    within = trained_labels(loss_mask, "label", documents)
-    starts[:-1] = (asked & within & loss_mask.bool())[1:]
-    by_token = {
-        **{name: flat[name] for name in ("input_ids", "hidden_states", POSITION_IDS)},
-        DOCUMENT_IDS: documents,
-        "supervised": supervised,
-        "starts": starts,
-    }
+    supervised = torch.zeros_like(tokens.asked)
+    supervised[:-1] = tokens.asked[1:]
     return {
-        **{name: tensor[None] for name, tensor in by_token.items()},
-        "final": final[to_device({"labels": labels}, final.device)["labels"]],
-        "choices": choices[labels],
-        "logsumexp": flat["target_logsumexp"][labels],
-        "answers": within[labels],
+        **tokens.by_token(supervised=supervised, starts=tokens.starts),
+        **tokens.by_label(labels),
         "students": (labels[:, None] - back).masked_fill_(~present, 0),
         "present": present,
         "row_weights": present * torch.tensor(step_weights, dtype=torch.float32),
-        **document_bounds(documents),
+        **document_bounds(tokens.documents),
     }
 
 

@@ -35,7 +35,7 @@ def test_the_case_of_the_benchmark_is_expected_within_a_tenth(
     )
     shape = draft_shape(config, target)
     with torch.device("meta"):
-        model = Eagle3Model(shape, "auto", config.head_chunk)
+        model = Eagle3Model(shape, config)
     held = 2 * (sum(p.numel() for p in model.parameters()) + 151936 * 4096)
     parts = step_bytes(config, shape, 2048, 2, recompute=False)
     assert (held + sum(parts.values())) / 2**30 == pytest.approx(measured, rel=0.1)

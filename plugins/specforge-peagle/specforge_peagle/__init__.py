@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from specforge_eagle3 import draft_map, specforge_verify_capture  # noqa: F401  # found by its name
-from specforge_eagle3.adapter import Eagle3Adapter
+from specforge_eagle3 import (  # noqa: F401  # a hook is found by its name
+    specforge_adapter,
+    specforge_verify_capture,
+    target_parts,
+)
 from specforge_eagle3.frozen import Frozen
-from specforge_eagle3.vocab import members, target_tokens
 from torch import Tensor
 
 from specforge_core.hookspecs import hookimpl
-from specforge_core.target.head import Head
-from specforge_core.target.weights import load_target_tensors
 from specforge_core.types import (
-    Adapter,
     CaptureSpec,
     Collate,
     DataInfo,
     Draft,
-    Export,
     Proposer,
     TargetInfo,
     TrainStep,
@@ -30,7 +28,7 @@ from specforge_core.types import (
 from .config import PeagleConfig, PeagleShape, peagle_shape
 from .dropping import PeagleTransform
 from .elements import PeagleCollate
-from .export import export_draft, load_draft
+from .export import specforge_export as specforge_export, specforge_import as specforge_import
 from .model import PeagleLayer, PeagleModel
 from .proposer import PeagleProposer
 from .step import PeagleStep
@@ -40,12 +38,6 @@ from .step import PeagleStep
 def specforge_config() -> type[PeagleConfig]:
     """Objective, draft vocabulary and shape of the draft."""
     return PeagleConfig
-
-
-@hookimpl
-def specforge_adapter(config: PeagleConfig, target: TargetInfo) -> Adapter:
-    """Capture what EAGLE-3 does."""
-    return Eagle3Adapter.build(config.eagle3, target)
 
 
 @hookimpl
@@ -68,10 +60,7 @@ def specforge_collate(config: PeagleConfig, draft: Draft) -> Collate:
 def specforge_draft(config: PeagleConfig, target: TargetInfo, data: DataInfo | None) -> Draft:
     """Build the draft around the target's embedding, with its vocabulary's rows of the head."""
     shape = peagle_shape(config, target)
-    # rows beyond the vocabulary are padding
-    embedding = load_target_tensors(target, ("embed_tokens",))["embed_tokens"][: target.vocab_size]
-    d2t = None if data is None else draft_map(config.eagle3, shape, data.token_counts)
-    return build_draft(config, shape, embedding, lambda: Head.load(target).joined(), d2t)
+    return build_draft(config, shape, *target_parts(config, shape, target, data))
 
 
 def build_draft(
@@ -81,33 +70,18 @@ def build_draft(
     load_head: Callable[[], Tensor],
     d2t: Tensor | None,
 ) -> Draft:
-    """Build the draft from the target's embedding [V, H] and head, wherever they are from.
-
-    The head is a matrix as `Head.joined` makes it, [V, H] or wider.  `d2t` is None where weights,
-    and the vocabulary with them, are about to be loaded.  The weights are float32, the same for
-    the same seed.
-    """
+    """Build the draft as `specforge_eagle3.build_draft` does, from the same."""
     with torch.device("meta"):
-        model = PeagleModel(shape, config.attention, config.head_chunk, config.train_embedding)
-    model.to_empty(device="cpu")
-    model.init_weights(config.seed)
-    with torch.no_grad():
-        if model.embed_tokens is not None:
-            model.embed_tokens.weight.copy_(embed_tokens)
-        if d2t is not None:
-            model.d2t.copy_(d2t)
-            model.t2d.copy_(members(d2t, shape.vocab_size))
-            rows = load_head()[target_tokens(d2t)]
-            model.lm_head.weight.copy_(rows[:, : shape.hidden_size])
-    model.lm_head.requires_grad_(config.train_head)
+        model = PeagleModel(shape, config)
+    model.start(config, load_head, d2t)
+    model.start_inputs(config, embed_tokens)
     layers = [layer for layer in model.layers if isinstance(layer, PeagleLayer)]
-    parts = [part for layer in layers for part in (layer.before, layer.after)]
     return Draft(
         model=model,
         # an embedding of its own takes the target's place
         frozen=Frozen(embed_tokens[:0] if config.train_embedding else embed_tokens, load_head),
         shard=tuple(layers),
-        compile=tuple(parts),
+        compile=tuple(part for layer in layers for part in (layer.before, layer.after)),
         # shrunk, the rows of tokens that are rare would vanish
         decayed=lambda name: "embed_tokens" not in name,
         resolved=shape.resolved(),
@@ -126,17 +100,3 @@ def specforge_proposer(config: PeagleConfig, draft: Draft) -> Proposer:
     assert isinstance(draft.model, PeagleModel)
     assert isinstance(draft.frozen, Frozen)
     return PeagleProposer(config, draft.model, draft.frozen)
-
-
-@hookimpl
-def specforge_export(
-    config: PeagleConfig, draft: Draft, target: TargetInfo, format: str
-) -> Export | None:
-    """Write the published layout: formats hf and vllm; sglang is refused with the reason."""
-    return export_draft(config, draft, target, format)
-
-
-@hookimpl
-def specforge_import(draft: Draft, export: Export) -> bool:
-    """Read a published checkpoint, in any of its spellings."""
-    return load_draft(draft, export)

@@ -3,7 +3,7 @@
 Of the latter those of depths up to their own.
 
 Two paths: flex attention on a GPU, which skips the tiles that nothing sees, and eager, which
-scores depth-0 keys and own keys apart; on a CPU in one document after the other.
+scores depth-0 keys and own keys apart.
 Shapes: N tokens, M deeper elements, E = N + M, h heads, v key/value heads of g = h / v heads
 each, d head size, i own keys.
 """
@@ -27,47 +27,26 @@ class Elements:
     def __init__(self, batch: Batch) -> None:
         self.documents = batch[DOCUMENT_IDS][0]  # [N]
         self.anchors, self.depth = batch["anchors"], batch["depth"]  # [E]
-        self.own, self.sizes = batch["own"], batch["sizes"]  # [M, i], [D, 2]
+        self.own = batch["own"]  # [M, i]
         self._mask: BlockMask | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, path: str) -> Tensor:
         """Return [E, h, d] for queries [E, h, d], keys and values [E, v, d]."""
+        count = len(self.documents)
         if path == "auto" and q.is_cuda and q.shape[-1] >= MIN_HEAD_DIM:
             if self._mask is None:
                 self._mask = block_mask(self.documents, self.anchors, self.depth)
-            count = len(self.documents)
             by_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
             keys, values = ((x[:, :, :count], x[:, :, count:]) for x in by_head[1:])
             out = attend(by_head[0], (keys[0], values[0]), (keys[1], values[1]), self._mask)
             return out[0].transpose(0, 1)
-        sizes = [[len(self.documents), len(self.own)]]
-        return self._eager(q, k, v, sizes if q.is_cuda else self.sizes.tolist())
-
-    def _eager(self, q: Tensor, k: Tensor, v: Tensor, sizes: list[list[int]]) -> Tensor:
-        """Attend in each of the stretches of so many tokens and deeper elements."""
-        count, parts, deeper = len(self.documents), [], []
+        seen = self.documents[self.anchors][:, None] == self.documents
+        seen &= self.anchors[:, None] >= torch.arange(count, device=q.device)
         number = torch.arange(self.own.shape[1], device=q.device)
-        first, low = 0, 0
-        for tokens, more in sizes:
-            rows, rest = slice(first, first + tokens), slice(count + low, count + low + more)
-            own = self.own[low : low + more]
-            kept = number < self.depth[rest, None]
-            seen = (
-                self._seen(self.anchors[part], slice(first, first + tokens))
-                for part in (rows, rest)
-            )
-            keys = k[rows], v[rows]
-            parts.append(eager(q[rows], keys, None, next(seen)))
-            mine = k[own].transpose(0, 1), v[own].transpose(0, 1)
-            deeper.append(eager(q[rest], keys, mine, next(seen), kept))
-            first, low = first + tokens, low + more
-        return torch.cat([*parts, *deeper])
-
-    def _seen(self, anchors: Tensor, rows: slice) -> Tensor:
-        """Say which of the rows' depth-0 keys elements of these anchors see."""
-        number = torch.arange(rows.start, rows.stop, device=anchors.device)
-        same = self.documents[anchors][:, None] == self.documents[rows]
-        return same & (anchors[:, None] >= number)
+        first, kept = (k[:count], v[:count]), number < self.depth[count:, None]
+        mine = k[self.own].transpose(0, 1), v[self.own].transpose(0, 1)
+        rows = eager(q[:count], first, None, seen[:count])
+        return torch.cat([rows, eager(q[count:], first, mine, seen[count:], kept)])
 
 
 def block_mask(documents: Tensor, anchors: Tensor, depth: Tensor) -> BlockMask:

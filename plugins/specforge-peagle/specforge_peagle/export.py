@@ -10,15 +10,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
-from specforge_eagle3.export import CAUSES, export_config, plain, speculators_config
+from specforge_eagle3.export import CAUSES, export_config, speculators_config
 from specforge_eagle3.frozen import Frozen
-from specforge_eagle3.importer import check_config, check_embedding, stored_map
-from specforge_eagle3.vocab import members
-from torch import Tensor
+from specforge_eagle3.importer import check_config, check_embedding, load_named, published_names
 
-from specforge_core.drafts.tensors import check_given, readable_config
+from specforge_core.drafts.tensors import check_options, readable_config, written
 from specforge_core.errors import CheckpointError, ConfigError
+from specforge_core.hookspecs import hookimpl
 from specforge_core.types import Draft, Export, TargetInfo
 
 from .config import PeagleConfig
@@ -36,10 +34,11 @@ def published(name: str) -> str:
     return re.sub(r"^(layers\.\d+)\.(before|after)\.", r"\1.", name)
 
 
-def export_draft(
+@hookimpl
+def specforge_export(
     config: PeagleConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
-    """Return the files' contents; None for a format this package does not know."""
+    """Write the published layout: formats hf and vllm; sglang is refused with the reason."""
     model, frozen = draft.model, draft.frozen
     assert isinstance(model, PeagleModel)
     assert isinstance(frozen, Frozen)
@@ -50,12 +49,11 @@ def export_draft(
         )
     if format not in ("hf", "vllm"):
         return None
-    dtype: torch.dtype = getattr(torch, config.export_dtype)
-    weights = {published(name): plain(value, dtype) for name, value in model.state_dict().items()}
-    weights["mask_hidden"] = weights["mask_hidden"].view(1, 1, -1)
+    weights = {published(name): value for name, value in model.state_dict().items()}
+    weights["mask_hidden"] = model.mask_hidden.view(1, 1, -1)
     speculators = format == "vllm" and model.shape.qk_norm
     if model.embed_tokens is None and (format == "hf" or speculators):
-        weights["embed_tokens.weight"] = plain(frozen.embed_tokens, dtype)
+        weights["embed_tokens.weight"] = frozen.embed_tokens
     serve = {
         "method": "eagle3",
         "parallel_drafting": True,
@@ -63,7 +61,7 @@ def export_draft(
     }
     return Export(
         config=_config(config, model, target, speculators),
-        weights=weights,
+        weights=written(weights, config.export_dtype),
         serve={"vllm": serve},
         causes={**CAUSES, **OWN_CAUSES},
         base=target.name_or_path,
@@ -74,56 +72,33 @@ def _config(
     config: PeagleConfig, model: PeagleModel, target: TargetInfo, speculators: bool
 ) -> dict[str, Any]:
     """Return config.json: EAGLE-3's, with what is P-EAGLE's own."""
-    shape = model.shape
+    shape, length = model.shape, config.draft_tokens
     mask = dict.fromkeys(MASKS, shape.mask_token_id)
-    depth = {"num_hidden_layers": shape.num_layers}
     if not speculators:
-        return {**export_config(config.eagle3, shape, target), **depth, **mask}
-    out = speculators_config(config.eagle3, shape, target)
-    return {
-        **out,
-        **mask,
-        "architectures": [OWN_SPECULATORS],
-        "speculators_model_type": "peagle",
-        "speculators_config": {**out["speculators_config"], "algorithm": "peagle"},
-        "transformer_layer_config": {**out["transformer_layer_config"], **depth},
-        "embed_requires_grad": config.train_embedding,
-    }
+        return {**export_config(config, shape, target), **mask}
+    out = speculators_config(config, shape, target, length, (OWN_SPECULATORS, "peagle"))
+    return {**out, **mask, "embed_requires_grad": config.train_embedding}
 
 
-def load_draft(draft: Draft, export: Export) -> bool:
-    """Load an export into `draft`, its draft vocabulary too.
+@hookimpl
+def specforge_import(draft: Draft, export: Export) -> bool:
+    """Read a published checkpoint, in any of its spellings; its draft vocabulary too.
 
     Raises CheckpointError when it was made for another draft than the config describes.
     """
     model, frozen, given = draft.model, draft.frozen, export.config
     assert isinstance(model, PeagleModel)
     assert isinstance(frozen, Frozen)
-    weights = _own_names(export.weights)
+    named = published_names(export.weights)
+    weights = {name.replace("midlayer.", "layers.0."): value for name, value in named.items()}
     if "mask_hidden" not in weights and OWN_SPECULATORS not in (given.get("architectures") or ()):
         return False
-    shape = model.shape
     with readable_config():
-        layer = given.get("transformer_layer_config") or given
+        check_config(model.shape, given, unknown=("fc_norm", "use_aux_norm", "norm_output"))
+        ours = model.shape.mask_token_id
         masks = [given[name] for name in MASKS if given.get(name) is not None] or [None]
-        theirs = {
-            "num_layers": int(layer.get("num_hidden_layers", 1)),
-            # of several that differ, one that is not ours
-            "mask_token_id": next((m for m in masks if m != shape.mask_token_id), masks[0]),
-        }
-        for name in ("fc_norm", "use_aux_norm", "norm_output"):
-            if given.get(name):
-                raise CheckpointError(
-                    f"the export was trained with {name}, which P-EAGLE drafts here do not have. "
-                    "Use another checkpoint"
-                )
-        one = {**layer, "num_hidden_layers": 1}  # what EAGLE-3 compares is the first layer's
-        check_config(shape, {**given, **one, "transformer_layer_config": one})
-    for name, value in theirs.items():
-        if value != (ours := getattr(shape, name)):
-            raise CheckpointError(
-                f"the export has {name} {value}, this run {ours}. Try: strategy.{name}={value}"
-            )
+        # of several that differ, one that is not ours
+        check_options({"mask_token_id": (next((m for m in masks if m != ours), ours), ours)})
     embedding = weights.get("embed_tokens.weight")
     if model.embed_tokens is None and embedding is not None:
         try:
@@ -138,19 +113,7 @@ def load_draft(draft: Draft, export: Export) -> bool:
             "the export has no embedding: it reads the target's. "
             "Try: strategy.train_embedding=false"
         )
-    d2t = stored_map(weights, shape)
-    weights |= {"d2t": d2t, "t2d": members(d2t, shape.vocab_size)}
-    own = {published(name): value for name, value in model.state_dict().items()}
-    check_given(weights, own)
-    model.load_state_dict({name: weights[published(name)] for name in model.state_dict()})
+    if "mask_hidden" in weights:
+        weights["mask_hidden"] = weights["mask_hidden"].reshape(-1)
+    load_named(model, weights, published)
     return True
-
-
-def _own_names(given: Any) -> dict[str, Tensor]:
-    """Return the tensors as `published` names them, whichever of the spellings they have."""
-    found = {}
-    for name, value in given.items():
-        plain = name.removeprefix("model.").replace("midlayer.", "layers.0.")
-        plain = {"draft_id_to_target_id": "d2t"}.get(plain, plain)
-        found[plain] = value.reshape(-1) if plain == "mask_hidden" else value
-    return found

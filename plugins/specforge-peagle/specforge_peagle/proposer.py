@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from specforge_eagle3.attention import eager
 from specforge_eagle3.frozen import Frozen
-from specforge_eagle3.vocab import target_tokens
+from specforge_eagle3.proposer import FeatureProposer
 from torch import Tensor
 
 from specforge_core.nn.cache import GrowingCache
@@ -20,32 +20,19 @@ from .config import PeagleConfig
 from .model import Pass, PeagleModel
 
 
-class PeagleProposer:
+class PeagleProposer(FeatureProposer):
     """Drafts for one sequence at a time."""
 
     def __init__(self, config: PeagleConfig, model: PeagleModel, frozen: Frozen) -> None:
-        self._config = config
+        super().__init__(model, frozen)
         self._model = model
-        self._frozen = frozen
-        self._tokens = target_tokens(model.d2t)  # [Vd]
+        self.max_tokens = config.draft_tokens
         self._caches: list[GrowingCache] = []
-        self._ids: list[int] = []  # tokens whose features are not in the caches yet
-        self._features: list[Tensor] = []  # theirs, [n, 3H] each
-        self._last: Tensor  # the last of those in the caches, [1, 3H]
-
-    @property
-    def max_tokens(self) -> int:
-        return self._config.draft_tokens
+        self._last: Tensor  # the last of the features in the caches, [1, 3H]
 
     def start(self, prefix: TargetCapture, /) -> None:
         self._caches = [GrowingCache(0) for _ in self._model.layers]
-        self._ids, self._features = [], []
-        self.accept(prefix)
-
-    def accept(self, accepted: TargetCapture, /) -> None:
-        layers = self._model.shape.capture_layers
-        self._ids += accepted.input_ids.tolist()
-        self._features.append(torch.cat([accepted.hidden_states[i] for i in layers], dim=-1))
+        super().start(prefix)
 
     @torch.no_grad()
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
@@ -54,11 +41,7 @@ class PeagleProposer:
             return Proposal(tokens=self._tokens[logits.argmax(-1)], probs=None)
         q = torch.softmax(logits / sampling.temperature, dim=-1)
         drawn = torch.multinomial(q.cpu(), 1, generator=sampling.generator).squeeze(1)
-        probs = q.new_zeros(len(q), self._model.shape.vocab_size)
-        return Proposal(
-            tokens=self._tokens[drawn.to(q.device)],
-            probs=probs.index_copy_(1, self._tokens, q),
-        )
+        return Proposal(tokens=self._tokens[drawn.to(q.device)], probs=self._spread(q))
 
     @torch.no_grad()
     def logits(self, last_token: int, count: int) -> Tensor:
@@ -88,6 +71,6 @@ class PeagleProposer:
             return eager(q, keys, None, visible)
 
         inputs = ids if model.embed_tokens is not None else self._frozen.embed(ids)
-        states = model.states(features, inputs, Pass(model.rotary(seen), attend), deeper)
+        states = model.states(features, inputs, deeper, Pass(model.rotary(seen), attend))
         found: Tensor = model.lm_head(states[rows - 1 :]).float()
         return found

@@ -33,7 +33,7 @@ class PeagleStep:
         model, frozen = draft.model, draft.frozen
         assert isinstance(model, PeagleModel)
         assert isinstance(frozen, Frozen)
-        task = Task(batch, frozen.teacher_head(model.d2t), self.config.eagle3.objective)
+        task = Task(batch, frozen.teacher_head(model.d2t), self.config.objective)
         inputs = batch["inputs"]
         if not self.config.train_embedding:
             inputs = frozen.embed(inputs)

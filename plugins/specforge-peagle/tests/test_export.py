@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from specforge_peagle.export import export_draft, load_draft
+from specforge_peagle import specforge_export, specforge_import
 
 from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.types import Export
@@ -28,7 +28,7 @@ KNOWN = {
 
 
 def export(tiny: Any, format: str = "vllm") -> Export:
-    made = export_draft(tiny.config, tiny.draft, tiny.target, format)
+    made: Export | None = specforge_export(tiny.config, tiny.draft, tiny.target, format)
     assert made is not None
     json.dumps(made.config)
     return made
@@ -77,7 +77,7 @@ def test_normed_queries_go_to_vllm_in_the_speculators_form(kit: Any) -> None:
 )
 def test_an_export_is_read_back(kit: Any, format: str, options: dict[str, Any]) -> None:
     tiny, other = (kit.tiny(export_dtype="float32", seed=s, **options) for s in (0, 9))
-    assert load_draft(other.draft, export(tiny, format))
+    assert specforge_import(other.draft, export(tiny, format))
     for name, weight in tiny.model.state_dict().items():
         assert torch.equal(other.model.state_dict()[name], weight), name
 
@@ -90,7 +90,7 @@ def test_other_spellings_are_read(kit: Any) -> None:
     weights = {n.replace("layers.0.", "midlayer."): w for n, w in made.weights.items()}
     weights["mask_hidden"] = weights["mask_hidden"].flatten()
     del weights["t2d"]
-    assert load_draft(other.draft, replace(made, config=config, weights=weights))
+    assert specforge_import(other.draft, replace(made, config=config, weights=weights))
     assert torch.equal(other.model.mask_hidden, tiny.model.mask_hidden)
 
 
@@ -98,7 +98,7 @@ def test_what_is_not_served_is_refused(kit: Any) -> None:
     tiny = kit.tiny()
     with pytest.raises(ConfigError, match=r"SGLang .* has no P-EAGLE"):
         export(tiny, "sglang")
-    assert export_draft(tiny.config, tiny.draft, tiny.target, "other") is None
+    assert specforge_export(tiny.config, tiny.draft, tiny.target, "other") is None
 
 
 def changed(**changes: Any) -> Callable[[Export], Export]:
@@ -130,10 +130,10 @@ def test_a_draft_made_for_another_run_is_refused_and_nothing_is_loaded(
     tiny, other = kit.tiny(), kit.tiny(seed=9)
     before = {name: w.clone() for name, w in other.model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message):
-        load_draft(other.draft, change(export(tiny)))
+        specforge_import(other.draft, change(export(tiny)))
     assert all(torch.equal(w, before[n]) for n, w in other.model.state_dict().items())
 
 
 def test_an_eagle3_draft_is_not_ours(kit: Any) -> None:
     tiny = kit.tiny()
-    assert not load_draft(tiny.draft, without("mask_hidden")(export(tiny)))
+    assert not specforge_import(tiny.draft, without("mask_hidden")(export(tiny)))
