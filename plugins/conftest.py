@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specforge_core.config import TargetConfig
+from specforge_core.testing.toy import save_toy_target
 
 SGLANG = Path(__file__).parent / "specforge-sglang" / "tests"
 Tensors = dict[str, Tensor]
@@ -100,6 +101,14 @@ class Exports:
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return lambda name: load_file(out / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> TargetConfig:
+    """Return a toy target whose head is not its embedding."""
+    path = tmp_path_factory.mktemp("target") / "model"
+    save_toy_target(path, tie_word_embeddings=False)
+    return TargetConfig(path=str(path), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -53,21 +53,25 @@ def export_draft(
     assert isinstance(frozen, Frozen)
     if format != "hf" and (reason := _not_served(config, frozen, target, format)):
         raise ConfigError(reason)
-    # SGLang takes the length of a block from config.json; vLLM counts the drafted tokens
-    serve: dict[str, dict[str, Any]] = {
-        "sglang": {"speculative_algorithm": "DFLASH"},
-        "vllm": {"method": "dflash", "num_speculative_tokens": config.num_draft_tokens},
-    }
     return Export(
         config=export_config(config, model.shape, target),
         weights=written(model.state_dict(), config.export_dtype),
         serve={
             engine: options
-            for engine, options in serve.items()
+            for engine, options in serving_options(config).items()
             if _not_served(config, frozen, target, engine) is None
         },
         causes=CAUSES,
     )
+
+
+def serving_options(config: DFlashConfig) -> dict[str, dict[str, Any]]:
+    """Return what each engine is started with."""
+    # SGLang takes the length of a block from config.json; vLLM counts the drafted tokens
+    return {
+        "sglang": {"speculative_algorithm": "DFLASH"},
+        "vllm": {"method": "dflash", "num_speculative_tokens": config.num_draft_tokens},
+    }
 
 
 def _not_served(

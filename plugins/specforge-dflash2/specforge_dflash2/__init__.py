@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import specforge_dflash
 from specforge_dflash import (  # noqa: F401  # a hook is found by its name
+    around,
     specforge_adapter,
     specforge_transform,
     specforge_verify_capture,
 )
-from specforge_dflash.collate import DFlashCollate
 from specforge_dflash.model import DFlashModel, Frozen
 
 from specforge_core.hookspecs import hookimpl
@@ -18,7 +18,6 @@ from specforge_core.types import (
     CaptureSpec,
     Collate,
     Draft,
-    Export,
     Proposer,
     TargetInfo,
     TrainStep,
@@ -26,7 +25,7 @@ from specforge_core.types import (
 
 from .collate import DFlash2Collate
 from .config import DFlash2Config
-from .export import extend_export, load_export
+from .export import specforge_export as specforge_export, specforge_import as specforge_import
 from .model import DFlash2Model
 from .proposer import DFlash2Proposer
 from .step import DFlash2Step
@@ -41,9 +40,7 @@ def specforge_config() -> type[DFlash2Config]:
 @hookimpl
 def specforge_collate(config: DFlash2Config, spec: CaptureSpec, draft: Draft) -> Collate:
     """Make DFlash's batches, and add the token before each slot."""
-    assert isinstance(draft.model, DFlash2Model)
-    mask = draft.model.backbone.shape.mask_token_id
-    return DFlash2Collate(DFlashCollate(config, spec, mask))
+    return DFlash2Collate(around.specforge_collate(config=config, spec=spec, draft=draft))
 
 
 @hookimpl
@@ -81,22 +78,3 @@ def specforge_proposer(config: DFlash2Config, draft: Draft) -> Proposer:
     assert isinstance(draft.model, DFlash2Model)
     assert isinstance(draft.frozen, Frozen)
     return DFlash2Proposer(config, draft.model, draft.frozen)
-
-
-@hookimpl
-def specforge_export(
-    config: DFlash2Config, draft: Draft, target: TargetInfo, format: str
-) -> Export | None:
-    """Write the published layout: formats hf, sglang, vllm."""
-    assert isinstance(draft.model, DFlash2Model)
-    backbone = replace(draft, model=draft.model.backbone)
-    plain: Export | None = specforge_dflash.specforge_export(
-        config=config, draft=backbone, target=target, format=format
-    )
-    return None if plain is None else extend_export(config, draft.model, plain, format)
-
-
-@hookimpl
-def specforge_import(config: DFlash2Config, draft: Draft, export: Export) -> bool:
-    """Read the published layout back, refusing what was made for another draft."""
-    return load_export(config, draft.model, export)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import gcd
 from typing import Annotated, Literal
 
@@ -13,12 +14,9 @@ from specforge_core.errors import ConfigError
 from specforge_core.types import TargetInfo
 
 
-class DFlash2Config(DFlashConfig):
-    """The `strategy:` section of a DFlash 2 run."""
+class ConvolvedConfig(DFlashConfig):
+    """Base of a `strategy:` section whose DFlash layers can have convolutions."""
 
-    block_size: int = Field(
-        8, ge=2, le=1024, description="Slots of one block, the known token included."
-    )
     label_layout: Literal["same_position"] = Field(
         "same_position", description="Slot k predicts token a+k (k >= 1): the only one served."
     )
@@ -30,6 +28,40 @@ class DFlash2Config(DFlashConfig):
         gt=0,
         le=10**6,
         description="Channels whose kernels change together; divides the hidden size.",
+    )
+
+    @model_validator(mode="after")
+    def _taps_fit(self) -> ConvolvedConfig:
+        if self.conv_kernel_size > self.block_size:
+            raise ValueError(
+                f"conv_kernel_size {self.conv_kernel_size} is more than the {self.block_size} "
+                f"slots of a block: set conv_kernel_size={self.block_size}"
+            )
+        return self
+
+    def check_sizes(self, target: TargetInfo, top_k: str, divided: Mapping[str, int]) -> None:
+        """Raise ConfigError when options do not fit the target.
+
+        `top_k` names that of a slot's candidates, `divided` those that divide a size.
+        """
+        for name, size in divided.items():
+            if size % (given := getattr(self, name)):
+                raise ConfigError(
+                    f"strategy.{name} {given} does not divide the hidden size {size}. "
+                    f"Try: strategy.{name}={gcd(size, given)}"
+                )
+        if (given := getattr(self, top_k)) > target.vocab_size:
+            raise ConfigError(
+                f"strategy.{top_k} {given} is more than the target's {target.vocab_size} tokens. "
+                f"Try: strategy.{top_k}={target.vocab_size}"
+            )
+
+
+class DFlash2Config(ConvolvedConfig):
+    """The `strategy:` section of a DFlash 2 run."""
+
+    block_size: int = Field(
+        8, ge=2, le=1024, description="Slots of one block, the known token included."
     )
     selector_rank: int = Field(
         256, gt=0, le=10**5, description="Width of the selector's token tables."
@@ -47,25 +79,6 @@ class DFlash2Config(DFlashConfig):
         1.0, gt=0, description="The head's logits are multiplied by it, before a soft cap."
     )
 
-    @model_validator(mode="after")
-    def _taps_fit(self) -> DFlash2Config:
-        if self.conv_kernel_size > self.block_size:
-            raise ValueError(
-                f"conv_kernel_size {self.conv_kernel_size} is more than the {self.block_size} "
-                f"slots of a block: set conv_kernel_size={self.block_size}"
-            )
-        return self
-
     def check(self, target: TargetInfo) -> None:
         """Raise ConfigError when the options do not fit the target."""
-        if target.hidden_size % self.conv_group_size:
-            fits = gcd(target.hidden_size, self.conv_group_size)
-            raise ConfigError(
-                f"strategy.conv_group_size {self.conv_group_size} does not divide the target's "
-                f"hidden size {target.hidden_size}. Try: strategy.conv_group_size={fits}"
-            )
-        if self.selector_top_k > target.vocab_size:
-            raise ConfigError(
-                f"strategy.selector_top_k {self.selector_top_k} is more than the target's "
-                f"{target.vocab_size} tokens. Try: strategy.selector_top_k={target.vocab_size}"
-            )
+        self.check_sizes(target, "selector_top_k", {"conv_group_size": target.hidden_size})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from specforge_dflash.model import BlockLayer, Geometry
+from specforge_dflash.model import BlockLayer, DFlashModel, Geometry
 from torch import Tensor, nn
 
 from specforge_core.nn.cache import GrowingCache
@@ -80,3 +80,14 @@ class ConvLayer(nn.Module):
         x, deltas = self.mlp_conv.before(self.post_attention_layernorm(hidden))
         out: Tensor = hidden + self.mlp_conv.after(self.mlp(x), deltas)
         return out
+
+
+def convolve(backbone: DFlashModel, taps: int, group_size: int) -> None:
+    """Put convolutions, which change nothing as made, into the layers of a backbone."""
+    shape = backbone.shape
+
+    def conv() -> GroupedConv:
+        return GroupedConv(shape.hidden_size, shape.block_size, taps, group_size)
+
+    layers = [layer for layer in backbone.layers if isinstance(layer, BlockLayer)]
+    backbone.layers = nn.ModuleList(ConvLayer(layer, conv(), conv()) for layer in layers)

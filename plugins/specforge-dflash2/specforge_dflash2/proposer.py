@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from specforge_dflash.around import Walk
 from specforge_dflash.model import Frozen
 from specforge_dflash.proposer import DFlashProposer
 from torch import Tensor
@@ -11,7 +12,7 @@ from specforge_core.nn.linear_top_k import linear_top_k
 from specforge_core.types import Proposal, Sampling
 
 from .config import DFlash2Config
-from .model import DFlash2Model, scale
+from .model import DFlash2Model
 
 
 class DFlash2Proposer(DFlashProposer):
@@ -26,27 +27,17 @@ class DFlash2Proposer(DFlashProposer):
     @torch.no_grad()
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
         ids, logits, states = self.lattice(last_token)
-        greedy = sampling.temperature == 0
-        token = ids.new_tensor([last_token])
-        tokens: list[Tensor] = []
-        probs = torch.zeros(len(ids[:max_tokens]), len(self._frozen.lm_head), device=ids.device)
-        for k in range(len(probs)):
+        token, walk = ids.new_tensor(last_token), Walk(sampling, len(self._frozen.lm_head))
+        for k in range(len(ids[:max_tokens])):
             slot = slice(k, k + 1)
-            scores = self._selector(states[slot], token, ids[slot], logits[slot])
-            if greedy:
-                index = scores.argmax(1)
-            else:
-                spread = torch.softmax(scores / sampling.temperature, dim=1)
-                probs[slot].scatter_(1, ids[slot], spread)
-                index = torch.multinomial(spread.cpu(), 1, generator=sampling.generator)[0]
-            token = ids[k, index.to(ids.device)]
-            tokens.append(token)
-        return Proposal(tokens=torch.cat(tokens), probs=None if greedy else probs)
+            scores = self._selector(states[slot], token[None], ids[slot], logits[slot])[0]
+            token = ids[k, walk.draw(scores, ids[k])]
+        return walk.proposal()
 
     @torch.no_grad()
     def lattice(self, last_token: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the candidates [D, K], their logits float32 and the states [D, H] of D slots."""
         states, frozen = self.block_states(last_token), self._frozen
-        scaled = scale(frozen.states(states), self._multiplier)
+        scaled = frozen.states(states) * self._multiplier
         ids, logits = linear_top_k(scaled, frozen.lm_head, self._top_k, softcap=frozen.softcap)
         return ids, logits, states

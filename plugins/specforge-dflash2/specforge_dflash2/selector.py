@@ -50,10 +50,7 @@ def candidates(
     """
     ids, logits = linear_top_k(states, head, top_k, softcap=softcap, chunk=chunk)
     found = (ids == labels[:, None]).any(dim=1)
-    rows = F.embedding(labels, head)
-    own = torch.einsum("rh,rh->r", states.to(head.dtype), rows).to(logits.dtype)
-    if softcap is not None:
-        own = softcap * torch.tanh(own / softcap)
+    own = label_logits(states, head, labels, logits.dtype, softcap)
     last = torch.arange(top_k, device=ids.device) == top_k - 1
     missing = last & ~found[:, None]
     return (
@@ -61,3 +58,12 @@ def candidates(
         torch.where(missing, own[:, None], logits),
         found,
     )
+
+
+def label_logits(
+    states: Tensor, head: Tensor, labels: Tensor, dtype: torch.dtype, softcap: float | None
+) -> Tensor:
+    """Return the logits [R] that states [R, H] give labels [R], rounded as the head's product."""
+    wide = [x.to(head.dtype).to(dtype) for x in (states, F.embedding(labels, head))]
+    own = (wide[0] * wide[1]).sum(-1).to(head.dtype).to(dtype)
+    return own if softcap is None else softcap * torch.tanh(own / softcap)

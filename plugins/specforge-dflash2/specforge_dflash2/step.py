@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from specforge_dflash.model import Frozen
 from specforge_dflash.step import by_slot, slot_metrics, slot_weights
+from torch import Tensor
 
 from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
-from specforge_core.types import Batch, Draft, StepContext, StepOutput
+from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .config import DFlash2Config
 
@@ -32,18 +33,7 @@ class DFlash2Step:
         frozen, rows = draft.frozen, batch["rows"]
         assert isinstance(frozen, Frozen)
         labels = batch["labels"].flatten()[rows]
-        states, scores, gold, found = draft.model(
-            batch["hidden_states"],
-            frozen.embed(batch["block_ids"].flatten(1)),
-            batch["anchors"],
-            batch["starts"],
-            batch["position_ids"],
-            rows,
-            batch["previous"].flatten()[rows],
-            labels,
-            frozen.lm_head,
-            frozen.softcap,
-        )
+        states, scores, gold, found = draft.model(batch, frozen)
         losses, best = linear_cross_entropy(
             states, frozen.lm_head, labels, softcap=frozen.softcap, chunk=self.config.head_chunk
         )
@@ -57,18 +47,25 @@ class DFlash2Step:
         )
         weights, total = slot_weights(self.config, losses.detach(), valid)
         both = losses + self.config.selector_weight * chosen
-        walk, head, oracle = (
-            slot_metrics(x.detach(), hits, valid)
-            for x, hits in ((chosen, right), (losses, base), (losses, found))
-        )
-        # Behind hits alone the token before a slot is the true one, so the length of the walk is
-        # what the served one gets accepted.
-        metrics = walk | {
-            "cross_entropy": head["cross_entropy"],
-            "selector_cross_entropy": walk["cross_entropy"],
-            "base_accuracy": head["accuracy"],
-            "base_acceptance_length": head["acceptance_length"],
-            f"recall_at_{scores.shape[1]}": oracle["accuracy"],
-            "oracle_acceptance_length": oracle["acceptance_length"],
-        }
+        metrics = path_metrics(losses.detach(), right, base, found, valid, scores.shape[1])
+        spent = (chosen.detach() * valid).sum()
+        metrics["selector_cross_entropy"] = Ratio(num=spent, den=valid.sum().float())
         return StepOutput(loss_sum=(weights * both).sum(), weight=total, metrics=metrics)
+
+
+def path_metrics(
+    losses: Tensor, right: Tensor, base: Tensor, found: Tensor, valid: Tensor, top_k: int
+) -> dict[str, Ratio]:
+    """Return DFlash's metrics for a path through the `top_k` candidates of slots, all [M, D].
+
+    `right` where it takes the true token behind the true one: behind hits alone that is what is
+    served, so its length is what the served one gets accepted.  `base_`: the head alone, right
+    at `base`; `oracle_`: any path, right at `found`.
+    """
+    path, head, oracle = (slot_metrics(losses, hits, valid) for hits in (right, base, found))
+    return path | {
+        "base_accuracy": head["accuracy"],
+        "base_acceptance_length": head["acceptance_length"],
+        f"recall_at_{top_k}": oracle["accuracy"],
+        "oracle_acceptance_length": oracle["acceptance_length"],
+    }

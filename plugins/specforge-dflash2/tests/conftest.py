@@ -9,113 +9,51 @@ from typing import Any
 
 import pytest
 import torch
-from specforge_dflash import build_draft
-from specforge_dflash.adapter import capture_spec
-from specforge_dflash.anchors import DFlashTransform
-from specforge_dflash.collate import DFlashCollate
-from specforge_dflash.model import Frozen
 from specforge_dflash2 import extend
 from specforge_dflash2.collate import DFlash2Collate
 from specforge_dflash2.config import DFlash2Config
-from specforge_dflash2.model import DFlash2Model
 from torch import Tensor
 
-from specforge_core.batches.loader import sample_generator
-from specforge_core.types import Batch, Draft, Sample, StepContext, TargetInfo
+from specforge_core.types import Batch, Sample, StepContext, TargetInfo
 
-VOCAB, HIDDEN, LAYERS, MASK = 41, 24, 8, 40
-TARGET_CONFIG: dict[str, Any] = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 40,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
-    "tie_word_embeddings": True,
-    "initializer_range": 0.2,
-}
+from ... import dflash_kit as dflash
+from ...dflash_kit import Tiny
+
 OPTIONS: dict[str, Any] = {
     "name": "dflash2",
     "num_layers": 2,
     "block_size": 4,
-    "mask_token_id": MASK,
+    "mask_token_id": 40,
     "conv_group_size": 6,
     "selector_rank": 5,
     "selector_top_k": 6,
 }
 
 
-@dataclass(frozen=True)
-class Tiny:
-    config: DFlash2Config
-    target: TargetInfo
-    draft: Draft
-
-    @property
-    def model(self) -> DFlash2Model:
-        assert isinstance(self.draft.model, DFlash2Model)
-        return self.draft.model
-
-    @property
-    def frozen(self) -> Frozen:
-        assert isinstance(self.draft.frozen, Frozen)
-        return self.draft.frozen
-
-
 def make_target(**overrides: Any) -> TargetInfo:
-    return TargetInfo(
-        name_or_path="tiny",
-        revision=None,
-        hidden_size=HIDDEN,
-        num_layers=LAYERS,
-        vocab_size=VOCAB,
-        config={**TARGET_CONFIG, **overrides},
-    )
+    return dflash.make_target(41, **overrides)
 
 
 def make_tiny(softcap: float | None = None, *, fresh: bool = False, **options: Any) -> Tiny:
     """A draft whose weights are not its first ones, unless `fresh`."""
     config = DFlash2Config.model_validate({**OPTIONS, **options})
-    target = make_target(final_logit_softcapping=softcap)
-    gen = torch.Generator().manual_seed(1)
-    embed = torch.randn(VOCAB, HIDDEN, generator=gen)
-    head = torch.randn(VOCAB, HIDDEN, generator=gen)
-    draft = extend(config, build_draft(config, target, embed, head, mask_token_id=MASK))
-    for name, weight in draft.model.named_parameters():
-        size = 0.3 if "conv" in name or "norm" in name else 0.0
-        size = 1.0 if "selector" in name else size  # enough to change what is drafted
-        if not fresh:
-            weight.data += size * torch.randn(weight.shape, generator=gen)
-    return Tiny(config, target, draft)
+
+    def vary(name: str) -> float:
+        if fresh:
+            return 0.0
+        if "selector" in name:
+            return 1.0  # enough to change what is drafted
+        return 0.3 if "conv" in name or "norm" in name else 0.0
+
+    return dflash.make_tiny(config, lambda plain, _: extend(config, plain), vary, softcap=softcap)
 
 
 def make_samples(lengths: tuple[int, ...] = (19, 11), seed: int = 2) -> list[Sample]:
-    """Ragged samples; part of each is supervised, with holes in it."""
-    gen = torch.Generator().manual_seed(seed)
-    samples = []
-    for length in lengths:
-        mask = (torch.rand(length, generator=gen) < 0.7).to(torch.uint8)
-        mask[3:5] = 1
-        ids = torch.randint(1, MASK, (length,), generator=gen)
-        features = torch.randn(length, 2 * HIDDEN, generator=gen)
-        samples.append({"input_ids": ids, "loss_mask": mask, "hidden_states": features})
-    return samples
+    return dflash.make_samples(lengths, seed)
 
 
 def make_batch(config: DFlash2Config, samples: list[Sample]) -> Batch:
-    """What the loader makes of samples: transform, then collate."""
-    spec = capture_spec((1, 5), HIDDEN)
-    transform = DFlashTransform(spec, 10**6, config.num_anchors)
-    drawn = [transform(s, sample_generator(0, 0, i)) for i, s in enumerate(samples)]
-    kept = [s for s in drawn if s is not None]
-    return DFlash2Collate(DFlashCollate(config, spec, MASK))(kept)
-
-
-def make_context() -> StepContext:
-    mesh: Any = None
-    generator = torch.Generator().manual_seed(0)
-    return StepContext(step=0, total_steps=1, generator=generator, training=True, mesh=mesh)
+    return dflash.make_batch(config, samples, DFlash2Collate)
 
 
 # ---- the method, one block, one slot, one channel at a time ----------------
@@ -180,7 +118,7 @@ def block_states(
 ) -> Tensor:
     """Final states [B, H] in float64 of the block that starts with `token` at `anchor`."""
     shape, group = tiny.model.backbone.shape, tiny.config.conv_group_size
-    ids = torch.full((shape.block_size,), MASK)
+    ids = torch.full((shape.block_size,), 40)
     ids[0] = token
     x = tiny.frozen.embed_tokens.double()[ids]
     context = norm(
@@ -207,8 +145,7 @@ def block_states(
 
 def logits_of(tiny: Tiny, state: Tensor) -> Tensor:
     logits = tiny.config.output_multiplier * (tiny.frozen.lm_head.double() @ state)
-    cap = tiny.frozen.softcap
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    return dflash.capped(logits, tiny.frozen.softcap)
 
 
 def edges(weights: dict[str, Tensor], state: Tensor, before: int, tokens: list[int]) -> Tensor:
@@ -235,7 +172,7 @@ class Kit:
     tiny: Callable[..., Tiny] = make_tiny
     samples: Callable[..., list[Sample]] = make_samples
     batch: Callable[..., Batch] = make_batch
-    context: Callable[..., StepContext] = make_context
+    context: Callable[..., StepContext] = dflash.make_context
     states64: Callable[..., Tensor] = block_states
     logits64: Callable[..., Tensor] = logits_of
     edges64: Callable[..., Tensor] = edges

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from specforge_dflash import build_draft, specforge_export as export_plain
-from specforge_dflash2 import DFlash2Config, specforge_export
-from specforge_dflash2.export import load_export
+from specforge_dflash2 import DFlash2Config, specforge_export, specforge_import
 from torch import Tensor
 
 from specforge_core.errors import CheckpointError, ConfigError
@@ -78,7 +77,7 @@ def test_reloading_gives_every_weight_back(kit: Any) -> None:
     tiny, other = kit.tiny(export_dtype="float32"), kit.tiny(export_dtype="float32", seed=9)
     made = export(tiny)
     assert not torch.equal(export(other).weights["fc.weight"], made.weights["fc.weight"])
-    assert load_export(other.config, other.model, made)
+    assert specforge_import(other.config, other.draft, made)
     again = export(other)
     assert again.config == made.config
     assert all(torch.equal(again.weights[name], value) for name, value in made.weights.items())
@@ -90,14 +89,14 @@ def test_a_published_draft_without_our_own_fields_is_read(kit: Any) -> None:
     config = {k: v for k, v in made.config.items() if k != "final_logit_softcapping"}
     ours = ("label_layout", "sample_from_anchor", "num_draft_tokens", "output_multiplier")
     config["dflash_config"] = {k: v for k, v in config["dflash_config"].items() if k not in ours}
-    assert load_export(tiny.config, tiny.model, replace(made, config=config))
+    assert specforge_import(tiny.config, tiny.draft, replace(made, config=config))
 
 
 def test_another_methods_export_is_left_to_it(kit: Any) -> None:
     tiny = kit.tiny()
     made = export(tiny)
     config = {**made.config, "architectures": ["DFlashDraftModel"]}
-    assert not load_export(tiny.config, tiny.model, replace(made, config=config))
+    assert not specforge_import(tiny.config, tiny.draft, replace(made, config=config))
 
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
@@ -126,7 +125,7 @@ def test_another_draft_is_refused_and_nothing_is_loaded(
     change(config, weights)
     before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message):
-        load_export(tiny.config, tiny.model, replace(made, config=config, weights=weights))
+        specforge_import(tiny.config, tiny.draft, replace(made, config=config, weights=weights))
     assert all(torch.equal(before[name], v) for name, v in tiny.model.state_dict().items())
 
 

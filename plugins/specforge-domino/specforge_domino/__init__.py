@@ -10,22 +10,19 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_transform,
     specforge_verify_capture,
 )
-from specforge_dflash.collate import DFlashCollate
+from specforge_dflash.around import specforge_collate as specforge_collate
 from specforge_dflash.model import DFlashModel, Frozen
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import (
-    CaptureSpec,
-    Collate,
     Draft,
-    Export,
     Proposer,
     TargetInfo,
     TrainStep,
 )
 
 from .config import DominoConfig
-from .export import export_draft, load_draft
+from .export import specforge_export as specforge_export, specforge_import as specforge_import
 from .model import DominoModel
 from .proposer import DominoProposer
 from .step import DominoStep
@@ -35,13 +32,6 @@ from .step import DominoStep
 def specforge_config() -> type[DominoConfig]:
     """Block, objective and shape of the draft."""
     return DominoConfig
-
-
-@hookimpl
-def specforge_collate(config: DominoConfig, spec: CaptureSpec, draft: Draft) -> Collate:
-    """Make DFlash's batches."""
-    assert isinstance(draft.model, DominoModel)
-    return DFlashCollate(config, spec, draft.model.backbone.shape.mask_token_id)
 
 
 @hookimpl
@@ -64,17 +54,3 @@ def specforge_proposer(config: DominoConfig, draft: Draft) -> Proposer:
     assert isinstance(draft.model, DominoModel)
     assert isinstance(draft.frozen, Frozen)
     return DominoProposer(config, draft.model, draft.frozen)
-
-
-@hookimpl
-def specforge_export(
-    config: DominoConfig, draft: Draft, target: TargetInfo, format: str
-) -> Export | None:
-    """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
-    return export_draft(config, draft, target, format)
-
-
-@hookimpl
-def specforge_import(config: DominoConfig, draft: Draft, export: Export) -> bool:
-    """Read the published layout back, refusing what was made for another draft."""
-    return load_draft(config, draft, export)

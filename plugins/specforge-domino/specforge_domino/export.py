@@ -10,18 +10,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from specforge_dflash.export import CAUSES, export_config, load_export, target_not_served
+from specforge_dflash.around import export_around, load_around
+from specforge_dflash.export import ARCHITECTURE, target_not_served
 from specforge_dflash.model import Frozen
 
-from specforge_core.drafts.tensors import check_given, check_options, readable_config, written
-from specforge_core.errors import CheckpointError, ConfigError
+from specforge_core.drafts.tensors import check_options, readable_config
+from specforge_core.errors import CheckpointError
+from specforge_core.hookspecs import hookimpl
 from specforge_core.types import Draft, Export, TargetInfo
 
 from .config import DominoConfig
 from .model import DominoModel
 
-ARCHITECTURES = ("DFlashDraftModel", "DominoDraftModel")  # what engines load, and another spelling
-BACKBONE = "backbone."
+ARCHITECTURES = (ARCHITECTURE, "DominoDraftModel")  # what engines load, and another spelling
 OPTIONS = ("gru_hidden_dim", "emb_dim", "pure_draft_prefix_len")
 # key of config.json -> what goes wrong where it differs, for the correction's own keys
 OWN_CAUSES = {
@@ -32,28 +33,29 @@ OWN_CAUSES = {
 SGLANG = {"speculative_algorithm": "DFLASH", "speculative_domino_candidate_pool_size": 0}
 
 
-def export_draft(
+@hookimpl
+def specforge_export(
     config: DominoConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
-    """Return the files' contents; None for a format this package does not know."""
-    model, frozen = draft.model, draft.frozen
-    assert isinstance(model, DominoModel)
-    assert isinstance(frozen, Frozen)
-    if format not in ("hf", "sglang", "vllm"):
-        return None
-    if format != "hf" and (reason := _not_served(config, frozen, target, format)):
-        raise ConfigError(reason)
-    out = export_config(config, model.backbone.shape, target)
-    out["dflash_config"] |= {name: getattr(config, name) for name in OPTIONS}
+    """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
+    assert isinstance(draft.frozen, Frozen)
+    own = {name: getattr(config, name) for name in OPTIONS}
     shifted = config.label_layout == "next_token"
-    weights = {n.removeprefix(BACKBONE): value for n, value in model.state_dict().items()}
-    out["dflash_config"] |= {"projector_type": "domino", "shift_label": shifted}
-    return Export(
-        config=out | {"emb_dim": config.emb_dim},  # read from either place, and must agree
-        weights=written(weights, config.export_dtype),
-        serve={} if _not_served(config, frozen, target, "sglang") else {"sglang": SGLANG},
-        causes={**CAUSES, **OWN_CAUSES},
+    made = export_around(
+        config,
+        draft.model,
+        target,
+        format,
+        architecture=ARCHITECTURE,
+        own={**own, "projector_type": "domino", "shift_label": shifted},
+        serve={"sglang": SGLANG},
+        refused={e: _not_served(config, draft.frozen, target, e) for e in ("sglang", "vllm")},
+        causes=OWN_CAUSES,
     )
+    if made is None:
+        return None
+    # read from either place, and must agree
+    return replace(made, config={**made.config, "emb_dim": config.emb_dim})
 
 
 def _not_served(
@@ -74,31 +76,21 @@ def _not_served(
     return target_not_served(frozen, target, engine)
 
 
-def load_draft(config: DominoConfig, draft: Draft, export: Export) -> bool:
-    """Load an export into `draft`.  Raises CheckpointError when it was made for another one."""
-    model = draft.model
-    assert isinstance(model, DominoModel)
-    nested = export.config.get("dflash_config")
-    names = export.config.get("architectures") or ()
+@hookimpl
+def specforge_import(config: DominoConfig, draft: Draft, export: Export) -> bool:
+    """Read the published layout back.  Raises CheckpointError when it is another draft's."""
+    given = export.config
+    assert isinstance(draft.model, DominoModel)
+    nested, names = given.get("dflash_config"), given.get("architectures") or ()
     if not isinstance(nested, Mapping) or not any(name in names for name in ARCHITECTURES):
         return False
-    said = {**export.config, **nested}  # engines read either place
+    said = {**given, **nested}  # engines read either place
     if said.get("projector_type") != "domino":
         return False
     with readable_config():
-        _check(config, said, export.config)
-    own = {n: t for n, t in model.state_dict().items() if not n.startswith(BACKBONE)}
-    given = {n: t for n, t in export.weights.items() if n in own}
-    check_given(given, own)
+        _check(config, said, given)
     layout = {**nested, "label_layout": config.label_layout}  # compared above, as published
-    backbone = replace(
-        export,
-        config={**export.config, "architectures": ARCHITECTURES[:1], "dflash_config": layout},
-        weights={n: t for n, t in export.weights.items() if n not in own},
-    )
-    if not load_export(config, model.backbone, backbone):
-        return False
-    model.load_state_dict(given, strict=False)
+    load_around(config, draft.model, export, {**given, "dflash_config": layout})
     return True
 
 

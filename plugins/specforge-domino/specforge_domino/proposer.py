@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from specforge_dflash.around import Walk
 from specforge_dflash.model import Frozen
 from specforge_dflash.proposer import DFlashProposer
 
@@ -28,18 +29,12 @@ class DominoProposer(DFlashProposer):
         base = F.linear(frozen.states(hidden).to(head.dtype), head).float()  # no softcap yet
         token = torch.tensor([last_token], device=hidden.device)
         state = None
-        tokens, probs = [], []
+        walk = Walk(sampling, len(head))
         for k, logits in enumerate(base):
             state = draft.prefix_gru(frozen.embed(token)[None], state)[:, 0]
             if k >= draft.pure:
                 logits = logits + draft.embed_proj[2](draft.codes(hidden[k], state[0])).float()
             if frozen.softcap is not None:
                 logits = frozen.softcap * torch.tanh(logits / frozen.softcap)
-            if sampling.temperature == 0:
-                token = logits.argmax(dim=-1, keepdim=True)
-            else:
-                probs.append(torch.softmax(logits / sampling.temperature, dim=-1))
-                drawn = torch.multinomial(probs[-1].cpu(), 1, generator=sampling.generator)
-                token = drawn.to(hidden.device)
-            tokens.append(token)
-        return Proposal(tokens=torch.cat(tokens), probs=torch.stack(probs) if probs else None)
+            token = walk.draw(logits)[None]
+        return walk.proposal()

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from specforge_domino.export import export_draft, load_draft
+from specforge_domino import specforge_export, specforge_import
 
 from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.types import Export
 
 
 def export(tiny: Any, format: str = "hf") -> Export:
-    made = export_draft(tiny.config, tiny.draft, tiny.target, format)
+    made: Export | None = specforge_export(tiny.config, tiny.draft, tiny.target, format)
     assert made is not None
     return made
 
@@ -70,7 +70,7 @@ def test_a_published_checkpoint_is_read_back(kit: Any, architecture: str) -> Non
         del nested[name]
     config = {**made.config, "architectures": [architecture], "dflash_config": nested}
     other = kit.tiny(export_dtype="float32", seed=9)
-    assert load_draft(other.config, other.draft, replace(made, config=config))
+    assert specforge_import(other.config, other.draft, replace(made, config=config))
     for name, weight in tiny.model.state_dict().items():
         assert torch.equal(other.model.state_dict()[name], weight), name
 
@@ -100,7 +100,7 @@ def test_targets_whose_embedding_scales_itself_are_served(kit: Any, kind: str) -
 
 def test_an_unknown_format_is_not_ours(kit: Any) -> None:
     tiny = kit.tiny()
-    assert export_draft(tiny.config, tiny.draft, tiny.target, "other") is None
+    assert specforge_export(tiny.config, tiny.draft, tiny.target, "other") is None
 
 
 def nested(**changes: Any) -> Callable[[Export], Export]:
@@ -142,13 +142,13 @@ def test_a_draft_made_for_another_run_is_refused_and_nothing_is_loaded(
     tiny, other = kit.tiny(), kit.tiny(seed=9)
     before = {name: w.clone() for name, w in other.model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message):
-        load_draft(other.config, other.draft, change(export(tiny)))
+        specforge_import(other.config, other.draft, change(export(tiny)))
     assert all(torch.equal(w, before[n]) for n, w in other.model.state_dict().items())
 
 
 def test_drafts_without_a_correction_are_not_ours(kit: Any) -> None:
     tiny = kit.tiny()
-    assert not load_draft(tiny.config, tiny.draft, nested(projector_type=None)(export(tiny)))
+    assert not specforge_import(tiny.config, tiny.draft, nested(projector_type=None)(export(tiny)))
 
 
 def test_a_dflash_run_refuses_a_domino_draft(kit: Any) -> None:

@@ -172,11 +172,12 @@ def test_a_batch_without_anchors_has_zero_loss_and_gradients(kit: Any) -> None:
     """A rank whose samples have none must still take part in every collective."""
     from specforge_dflash.adapter import capture_spec
     from specforge_dflash.collate import DFlashCollate
+    from specforge_dflash.final import with_final
 
     tiny = kit.tiny(weighting="dpace")
     none = torch.empty(0, dtype=torch.int64)
     samples = [{**sample, "anchors": none} for sample in kit.samples()]
-    collate = DFlashCollate(tiny.config, capture_spec((1, 5), 24), 40)
+    collate = DFlashCollate(tiny.config, with_final(capture_spec((1, 5), 24), 24), 40)
     out = DominoStep(tiny.config)(tiny.draft, collate(samples), kit.context())
     assert not any(gradient.any() for gradient in gradients(tiny.model, out.loss_sum).values())
     assert float(out.loss_sum.detach()) == float(out.weight) == 0.0

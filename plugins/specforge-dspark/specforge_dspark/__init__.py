@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import specforge_dflash
 from specforge_dflash import (  # noqa: F401  # a hook is found by its name
+    around,
     specforge_transform,
     specforge_verify_capture,
 )
-from specforge_dflash.collate import DFlashCollate
-from specforge_dflash.final import FinalAdapter
+from specforge_dflash.final import FinalAdapter, Target
 from specforge_dflash.model import DFlashModel, Frozen
 
 from specforge_core.hookspecs import hookimpl
@@ -21,7 +21,6 @@ from specforge_core.types import (
     CaptureSpec,
     Collate,
     Draft,
-    Export,
     Proposer,
     TargetInfo,
     TrainStep,
@@ -29,8 +28,8 @@ from specforge_core.types import (
 
 from .collate import DSparkCollate
 from .config import DSparkConfig
-from .export import export_draft, load_export
-from .model import DSparkModel, Target
+from .export import specforge_export as specforge_export, specforge_import as specforge_import
+from .model import DSparkModel
 from .proposer import DSparkProposer
 from .step import DSparkStep
 
@@ -50,9 +49,7 @@ def specforge_adapter(config: DSparkConfig, target: TargetInfo) -> Adapter:
 @hookimpl
 def specforge_collate(config: DSparkConfig, spec: CaptureSpec, draft: Draft) -> Collate:
     """Make DFlash's batches; leave out the slots behind a block's first gap."""
-    assert isinstance(draft.model, DSparkModel)
-    mask_token_id = draft.model.backbone.shape.mask_token_id
-    return DSparkCollate(DFlashCollate(config, spec, mask_token_id))
+    return DSparkCollate(around.specforge_collate(config=config, spec=spec, draft=draft))
 
 
 @hookimpl
@@ -82,18 +79,3 @@ def specforge_proposer(config: DSparkConfig, draft: Draft) -> Proposer:
     assert isinstance(draft.model, DSparkModel)
     assert isinstance(draft.frozen, Target)
     return DSparkProposer(config, draft.model, draft.frozen)
-
-
-@hookimpl
-def specforge_export(
-    config: DSparkConfig, draft: Draft, target: TargetInfo, format: str
-) -> Export | None:
-    """Write the published layout: formats hf, sglang, vllm."""
-    return export_draft(config, draft, target, format)
-
-
-@hookimpl
-def specforge_import(config: DSparkConfig, draft: Draft, export: Export) -> bool:
-    """Read the published layout back, refusing what was made for another draft."""
-    assert isinstance(draft.model, DSparkModel)
-    return load_export(config, draft.model, export)

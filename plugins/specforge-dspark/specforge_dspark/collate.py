@@ -26,8 +26,7 @@ class DSparkCollate:
     blocks: DFlashCollate
 
     def __call__(self, samples: Sequence[Sample], /) -> Batch:
-        batch = self.blocks(samples)
-        first = self.blocks.config.first_slot
+        batch, first = self.blocks(samples), self.blocks.config.first_slot
         valid = batch["valid"].clone()
         valid[..., first:] = valid[..., first:].cumprod(dim=-1).bool()
         batch = train_slots(batch, valid)

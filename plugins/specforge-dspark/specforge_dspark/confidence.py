@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -60,26 +60,20 @@ class Record:
         return cls(logits, accepted)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Calibration:
-    """One temperature for each place of a draft, and the errors without and with them."""
+    """One temperature for each place of a draft, and the errors without and with them.
 
-    temperatures: tuple[float, ...]
-    drafts: int
-    before: tuple[float, ...]
-    after: tuple[float, ...]
+    The fields are those of the JSON that SGLang reads: --speculative-dspark-confidence-sts-path.
+    """
+
+    num_samples: int  # drafts
+    temperatures: list[float] = field(default_factory=list)
+    ece_before: list[float] = field(default_factory=list)
+    ece_after: list[float] = field(default_factory=list)
 
     def to_json(self) -> str:
-        """Return what SGLang reads as --speculative-dspark-confidence-sts-path."""
-        return json.dumps(
-            {
-                "temperatures": self.temperatures,
-                "num_samples": self.drafts,
-                "ece_before": self.before,
-                "ece_after": self.after,
-            },
-            indent=2,
-        )
+        return json.dumps(asdict(self), indent=2)
 
 
 def calibrate(record: Record) -> Calibration:
@@ -89,11 +83,8 @@ def calibrate(record: Record) -> Calibration:
     sigmoid(logit / temperature) over them.  At each place the temperature of `TEMPERATURES` is
     chosen that makes that product's expected calibration error least, those before it fixed.
     """
-    ones = torch.ones(len(record.logits), dtype=torch.float64)
-    plain, fitted = ones, ones
-    chosen: list[float] = []
-    before: list[float] = []
-    after: list[float] = []
+    plain = fitted = torch.ones(len(record.logits), dtype=torch.float64)
+    out = Calibration(len(plain))
     for place, logits in enumerate(record.logits.unbind(1)):
         kept = (record.accepted > place).double()
         plain = plain * torch.sigmoid(logits)
@@ -101,10 +92,10 @@ def calibrate(record: Record) -> Calibration:
         errors = [calibration_error(survival, kept) for survival in tried]
         best = min(range(len(errors)), key=errors.__getitem__)
         fitted = tried[best]
-        chosen.append(float(TEMPERATURES[best]))
-        before.append(calibration_error(plain, kept))
-        after.append(errors[best])
-    return Calibration(tuple(chosen), len(ones), tuple(before), tuple(after))
+        out.temperatures.append(float(TEMPERATURES[best]))
+        out.ece_before.append(calibration_error(plain, kept))
+        out.ece_after.append(errors[best])
+    return out
 
 
 def calibration_error(probabilities: Tensor, happened: Tensor) -> float:

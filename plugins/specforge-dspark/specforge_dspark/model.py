@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from specforge_dflash.around import slot_states
+from specforge_dflash.final import Target
 from specforge_dflash.model import DFlashModel, Frozen
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from specforge_core.nn.soft_loss import wide
-from specforge_core.target.measure import HeadScale
 from specforge_core.types import Batch
 
 from .config import DSparkConfig
@@ -34,30 +35,6 @@ class Slots(NamedTuple):
     confidence: Tensor  # logits; 0 without a confidence head
 
 
-class Target(Frozen):
-    """The target's embedding and head, also to say what the target itself would draw."""
-
-    def __init__(self, frozen: Frozen, beside: HeadScale) -> None:
-        super().__init__(frozen.embed_tokens, frozen.lm_head, frozen.scale, beside.softcap)
-        self.lm_head = self.embed_tokens if frozen.lm_head is frozen.embed_tokens else self.lm_head
-        self.head_scale = beside.scale
-
-    def distribution(self, finals: Tensor) -> Tensor:
-        """Return the target's probabilities [..., V] behind normed final states [..., H]."""
-        out = self.base_logits(finals) * self.head_scale
-        if self.softcap is not None:
-            out = self.softcap * torch.tanh(out / self.softcap)
-        return torch.softmax(out, dim=-1)
-
-    def base_logits(self, hidden: Tensor) -> Tensor:
-        """Return the head's product with states [..., H]: [..., V], float32 or wider.
-
-        Neither scale nor soft cap of the target's: engines leave them out for this method's drafts.
-        """
-        dtype = self.lm_head.dtype
-        return F.linear(self.states(hidden).to(dtype), self.lm_head).to(wide(dtype))
-
-
 class DSparkModel(nn.Module):
     """The trained part: everything but the target's embedding and head."""
 
@@ -65,19 +42,15 @@ class DSparkModel(nn.Module):
         super().__init__()
         shape = backbone.shape
         self.config = config
+        width, rank, confidence = shape.hidden_size, config.markov_rank, None
         with torch.device("meta"):
-            markov = MarkovHead(
-                config.markov_head, shape.vocab_size, shape.hidden_size, config.markov_rank
-            )
-            confidence = ConfidenceHead(
-                shape.hidden_size, config.markov_rank, with_markov=config.confidence_with_markov
-            )
-        heads = nn.ModuleList([markov, confidence] if config.confidence_head else [markov])
+            markov = MarkovHead(config.markov_head, shape.vocab_size, width, rank)
+            if config.confidence_head:
+                confidence = ConfidenceHead(width, rank, with_markov=config.confidence_with_markov)
+        heads = nn.ModuleList([markov] if confidence is None else [markov, confidence])
         heads.to_empty(device=backbone.fc.weight.device)
         init_heads(heads, shape.init_std, config.seed)
-        self.backbone = backbone
-        self.markov_head = markov
-        self.confidence_head = confidence if config.confidence_head else None
+        self.backbone, self.markov_head, self.confidence_head = backbone, markov, confidence
 
     def forward(self, batch: Batch, frozen: Target) -> Slots:
         """Compare every trained slot with its label and with the target's distribution.
@@ -85,13 +58,7 @@ class DSparkModel(nn.Module):
         The token before a slot is the data's own, which a served draft has too as long as
         all it drafted before was right.
         """
-        hidden = self.backbone(
-            batch["hidden_states"],
-            frozen.embed(batch["block_ids"].flatten(1)),
-            batch["anchors"],
-            batch["starts"],
-            batch["position_ids"],
-        )
+        hidden = slot_states(self.backbone, frozen, batch)
         block, first = self.config.block_size, self.config.first_slot
         hidden = hidden.reshape(-1, block, hidden.shape[-1])[:, first:]
         labels = batch["labels"].flatten(0, 1)[:, first:]
@@ -126,9 +93,18 @@ class DSparkModel(nn.Module):
         return tuple(torch.cat(column) for column in zip(*done, strict=True))
 
 
+def base_logits(hidden: Tensor, frozen: Frozen) -> Tensor:
+    """Return the head's product with states [..., H]: [..., V], float32 or wider.
+
+    Neither scale nor soft cap of the target's: engines leave them out for this method's drafts.
+    """
+    dtype = frozen.lm_head.dtype
+    return F.linear(frozen.states(hidden).to(dtype), frozen.lm_head).to(wide(dtype))
+
+
 def draft_logits(hidden: Tensor, latents: Tensor, frozen: Target, w2: Tensor) -> Tensor:
     """Return logits [..., V], float32 or wider, for states [..., H] and latents [..., r]."""
-    base = frozen.base_logits(hidden)
+    base = base_logits(hidden, frozen)
     return base + F.linear(latents, w2).to(base.dtype)
 
 
@@ -138,7 +114,7 @@ def compare(
     """Return cross-entropy, variation and hits of some rows, whose logits are made here."""
     logits = draft_logits(hidden, latents, frozen, w2)
     with torch.no_grad():
-        target = frozen.distribution(finals)
+        target = torch.softmax(frozen.own_logits(base_logits(finals, frozen)), dim=-1)
     log_probs = torch.log_softmax(logits, dim=-1)
     variation = (log_probs.exp() - target).abs().sum(dim=-1)
     cross_entropy = -log_probs.gather(1, labels[:, None]).squeeze(1)

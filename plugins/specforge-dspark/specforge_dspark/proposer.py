@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from specforge_dflash.around import Walk
+from specforge_dflash.final import Target
 from specforge_dflash.proposer import DFlashProposer
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from specforge_core.types import Proposal, Sampling, TargetCapture
 
 from .confidence import Record, calibrate, survives
 from .config import DSparkConfig
-from .model import DSparkModel, Target, draft_logits
+from .model import DSparkModel, draft_logits
 
 
 class DSparkProposer(DFlashProposer):
@@ -25,7 +27,7 @@ class DSparkProposer(DFlashProposer):
         super().__init__(config, model.backbone, frozen)
         self._options, self._draft, self._target = config, model, frozen
         self._confidence: list[float] = []  # logits of the draft that is being verified
-        self._temperatures = (1.0,) * self.max_tokens
+        self._temperatures = [1.0] * self.max_tokens
         if config.calibration is not None:
             record = Record.read(config.calibration, self.max_tokens)
             self._temperatures = calibrate(record).temperatures
@@ -48,23 +50,15 @@ class DSparkProposer(DFlashProposer):
         hidden = self.block_states(last_token)[:max_tokens]
         token = torch.tensor(last_token, device=hidden.device)
         state = markov.first_state(1, hidden)[0]
-        tokens: list[Tensor] = []
-        probs: list[Tensor] = []
+        walk = Walk(sampling, len(self._frozen.lm_head))
         self._confidence = []
-        for slot in hidden:
+        for k, slot in enumerate(hidden):
             embedding = markov.markov_w1(token)
-            if self._ends(slot, embedding, first=not tokens):
+            if self._ends(slot, embedding, first=k == 0):
                 break
             latent, state = markov.step(embedding, slot, state)
-            logits = draft_logits(slot, latent, self._target, markov.markov_w2.weight)
-            if sampling.temperature == 0:
-                token = logits.argmax()
-            else:
-                probs.append(torch.softmax(logits / sampling.temperature, dim=-1))
-                drawn = torch.multinomial(probs[-1].cpu(), 1, generator=sampling.generator)
-                token = drawn[0].to(hidden.device)
-            tokens.append(token)
-        return Proposal(tokens=torch.stack(tokens), probs=torch.stack(probs) if probs else None)
+            token = walk.draw(draft_logits(slot, latent, self._target, markov.markov_w2.weight))
+        return walk.proposal()
 
     def _ends(self, slot: Tensor, embedding: Tensor, *, first: bool) -> bool:
         """Note the confidence of the next token; say whether the draft ends before it."""

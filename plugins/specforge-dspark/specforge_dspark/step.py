@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from specforge_dflash.step import SLOTS_SHOWN, by_slot, slot_weights
+from specforge_dflash.final import Target
+from specforge_dflash.step import by_slot, slot_metrics, slot_weights
 from torch import Tensor
 
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .config import DSparkConfig
-from .model import DSparkModel, Slots, Target
+from .model import DSparkModel, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,30 +57,18 @@ class DSparkStep:
         )
 
     def _metrics(self, slots: Slots, accepted: Tensor, valid: Tensor) -> dict[str, Ratio]:
-        """Return what the draft gets right, and would get accepted.
+        """Return DFlash's metrics, and what the target's distribution says of the draft's.
 
-        acceptance_rate: mean of a over trained slots.  acceptance_length counts the verified
-        token too: 1 + the hits before the first miss, over the blocks that have a trained slot;
-        expected_acceptance_length is 1 + a_1 + a_1 a_2 + ..., what drawing at temperature 1
-        gets on the data.  confidence_error: mean |confidence - a|.
+        acceptance_rate: mean of a over trained slots.  expected_acceptance_length: 1 + a_1 +
+        a_1 a_2 + ..., mean over blocks, what drawing at temperature 1 gets on the data.
+        confidence_error: mean |confidence - a|.
         """
-        count, blocks = valid.sum().float(), valid.any(1).sum().float()
-        hits, kept = slots.hits & valid, accepted * valid
-        right, shown = hits.sum(0).float(), valid.sum(0).float()
-
-        def length(each: Tensor) -> Ratio:
-            return Ratio(num=each.cumprod(dim=1).sum().float() + blocks, den=blocks)
-
-        metrics = {
-            "cross_entropy": Ratio(num=slots.cross_entropy.detach().sum(), den=count),
-            "accuracy": Ratio(num=right.sum(), den=count),
-            "acceptance_rate": Ratio(num=kept.sum(), den=count),
-            "acceptance_length": length(hits),
-            "expected_acceptance_length": length(kept),
-        }
+        count, blocks, kept = valid.sum().float(), valid.any(1).sum().float(), accepted * valid
+        metrics = slot_metrics(slots.cross_entropy.detach(), slots.hits, valid)
+        metrics["acceptance_rate"] = Ratio(num=kept.sum(), den=count)
+        expected = kept.cumprod(dim=1).sum() + blocks
+        metrics["expected_acceptance_length"] = Ratio(num=expected, den=blocks)
         if self.config.confidence_head:
             error = (torch.sigmoid(slots.confidence.detach()) - accepted).abs() * valid
             metrics["confidence_error"] = Ratio(num=error.sum(), den=count)
-        for k in range(min(SLOTS_SHOWN, valid.shape[1])):
-            metrics[f"accuracy_{k + 1}"] = Ratio(num=right[k], den=shown[k])
         return metrics

@@ -33,8 +33,8 @@ def test_temperatures_of_a_known_kind_are_found() -> None:
     record = Record(true * torch.tensor([3.0, 0.5]), kept.long().cumprod(1).sum(1))
     found = calibrate(record)
     assert found.temperatures == pytest.approx([3.0, 0.5], rel=0.2)
-    assert max(found.after) < 0.02 < min(found.before)
-    assert found.drafts == 20000
+    assert max(found.ece_after) < 0.02 < min(found.ece_before)
+    assert found.num_samples == 20000
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from specforge_dspark.export import export_draft, load_export
+from specforge_dspark import specforge_export, specforge_import
 
 from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.types import Export, ExportFile
 
 
 def export(tiny: Any, format: str = "hf") -> Export:
-    made = export_draft(tiny.config, tiny.draft, tiny.target, format)
+    made: Export | None = specforge_export(tiny.config, tiny.draft, tiny.target, format)
     assert made is not None
     return made
 
@@ -92,7 +92,7 @@ def test_a_published_checkpoint_is_read_back(
     copies = {n: torch.ones(41, 24) for n in ("embed_tokens.weight", "lm_head.weight")}
     config = place({**made.config, "architectures": [architecture]})
     given = replace(made, config=config, weights={**made.weights, **copies})
-    assert load_export(other.config, other.model, given)
+    assert specforge_import(other.config, other.draft, given)
     for name, weight in tiny.model.state_dict().items():
         assert torch.equal(other.model.state_dict()[name], weight), name
 
@@ -124,7 +124,7 @@ def test_what_engines_are_started_with(kit: Any, tmp_path: Path) -> None:
         "vllm": {"method": "dspark", "num_speculative_tokens": 4},
     }
     assert not made.files
-    assert export_draft(tiny.config, tiny.draft, tiny.target, "other") is None
+    assert specforge_export(tiny.config, tiny.draft, tiny.target, "other") is None
     record = tmp_path / "record.jsonl"
     rows = [{"logits": [2.0, 1.0, 0.5, 0.1], "accepted": n} for n in (0, 2, 4)]
     record.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -176,11 +176,11 @@ def test_a_draft_made_for_another_run_is_refused_and_nothing_is_loaded(
     tiny, other = kit.tiny(), kit.tiny(seed=9)
     before = {name: w.clone() for name, w in other.model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message):
-        load_export(other.config, other.model, change(export(tiny)))
+        specforge_import(other.config, other.draft, change(export(tiny)))
     assert all(torch.equal(w, before[n]) for n, w in other.model.state_dict().items())
 
 
 def test_other_drafts_are_not_ours(kit: Any) -> None:
     tiny = kit.tiny()
     made = replace(export(tiny), config={"architectures": ["DFlashDraftModel"]})
-    assert not load_export(tiny.config, tiny.model, made)
+    assert not specforge_import(tiny.config, tiny.draft, made)

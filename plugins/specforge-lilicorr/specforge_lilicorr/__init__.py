@@ -6,22 +6,22 @@ from dataclasses import replace
 
 import specforge_dflash
 from specforge_dflash import (  # noqa: F401  # a hook is found by its name
+    around,
     specforge_transform,
     specforge_verify_capture,
 )
 from specforge_dflash.adapter import DFlashAdapter
-from specforge_dflash.collate import DFlashCollate
-from specforge_dflash.final import FinalAdapter
+from specforge_dflash.final import FinalAdapter, Target
 from specforge_dflash.model import DFlashModel, Frozen
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.target.head import head_scale
+from specforge_core.target.measure import HeadScale
 from specforge_core.types import (
     Adapter,
     CaptureSpec,
     Collate,
     Draft,
-    Export,
     Proposer,
     TargetInfo,
     TrainStep,
@@ -29,8 +29,8 @@ from specforge_core.types import (
 
 from .collate import LiLiCorrCollate
 from .config import LiLiCorrConfig
-from .export import export_draft, load_export
-from .model import LiLiCorrModel, Target
+from .export import specforge_export as specforge_export, specforge_import as specforge_import
+from .model import LiLiCorrModel
 from .proposer import LiLiCorrProposer
 from .step import LiLiCorrStep
 
@@ -53,9 +53,7 @@ def specforge_adapter(config: LiLiCorrConfig, target: TargetInfo) -> Adapter:
 @hookimpl
 def specforge_collate(config: LiLiCorrConfig, spec: CaptureSpec, draft: Draft) -> Collate:
     """Make DFlash's batches, and say which blocks have a lattice."""
-    assert isinstance(draft.model, LiLiCorrModel)
-    mask = draft.model.backbone.shape.mask_token_id
-    return LiLiCorrCollate(DFlashCollate(config, spec, mask))
+    return LiLiCorrCollate(around.specforge_collate(config=config, spec=spec, draft=draft))
 
 
 @hookimpl
@@ -63,11 +61,11 @@ def specforge_draft(config: LiLiCorrConfig, target: TargetInfo) -> Draft:
     """Build DFlash's draft around the target's embedding and head, and the lattice."""
     config.check(target)
     plain = specforge_dflash.specforge_draft(config=config, target=target)
-    return extend(config, plain, head_scale(target).scale)
+    return extend(config, plain, head_scale(target))
 
 
-def extend(config: LiLiCorrConfig, plain: Draft, scale: float) -> Draft:
-    """Return a LiLiCorr draft around a DFlash draft; `scale` is what the target's logits have."""
+def extend(config: LiLiCorrConfig, plain: Draft, beside: HeadScale) -> Draft:
+    """Return a LiLiCorr draft around a DFlash draft; `beside` is what the target does to logits."""
     assert isinstance(plain.model, DFlashModel)
     assert isinstance(plain.frozen, Frozen)
     model = LiLiCorrModel(config, plain.model)
@@ -75,7 +73,7 @@ def extend(config: LiLiCorrConfig, plain: Draft, scale: float) -> Draft:
     return replace(
         plain,
         model=model,
-        frozen=Target(plain.frozen, scale),
+        frozen=Target(plain.frozen, beside),
         shard=(*layers, *lattice),
         compile=layers,
         hidden=(*layers, *lattice),
@@ -95,18 +93,3 @@ def specforge_proposer(config: LiLiCorrConfig, draft: Draft) -> Proposer:
     assert isinstance(draft.model, LiLiCorrModel)
     assert isinstance(draft.frozen, Target)
     return LiLiCorrProposer(config, draft.model, draft.frozen)
-
-
-@hookimpl
-def specforge_export(
-    config: LiLiCorrConfig, draft: Draft, target: TargetInfo, format: str
-) -> Export | None:
-    """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
-    return export_draft(config, draft, target, format)
-
-
-@hookimpl
-def specforge_import(config: LiLiCorrConfig, draft: Draft, export: Export) -> bool:
-    """Read the published layout back, refusing what was made for another draft."""
-    assert isinstance(draft.model, LiLiCorrModel)
-    return load_export(config, draft.model, export)

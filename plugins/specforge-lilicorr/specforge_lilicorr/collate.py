@@ -19,16 +19,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from specforge_dflash.collate import DFlashCollate
 
-from specforge_core.types import Batch, Sample
+from specforge_core.types import Batch, Collate, Sample
 
 
 @dataclass(frozen=True, slots=True)
 class LiLiCorrCollate:
     """Puts samples together, with their blocks."""
 
-    blocks: DFlashCollate
+    blocks: Collate
 
     def __call__(self, samples: Sequence[Sample], /) -> Batch:
         batch = self.blocks(samples)

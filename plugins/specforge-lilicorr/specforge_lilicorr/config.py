@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
-from specforge_dflash.config import DFlashConfig
+from specforge_dflash2.config import ConvolvedConfig
 
 from specforge_core.config import MayChange
-from specforge_core.errors import ConfigError
 from specforge_core.types import TargetInfo
 
 
-class LiLiCorrConfig(DFlashConfig):
+class LiLiCorrConfig(ConvolvedConfig):
     """The `strategy:` section of a LiLiCorr run."""
 
     block_size: int = Field(
         16, ge=3, le=1024, description="Slots of one block, the known token included."
-    )
-    label_layout: Literal["same_position"] = Field(
-        "same_position", description="Slot k predicts token a+k (k >= 1): the only one served."
     )
     candidate_top_k: int = Field(
         8, ge=2, le=1024, description="Candidates of a slot, the most likely tokens of the head."
@@ -74,11 +70,6 @@ class LiLiCorrConfig(DFlashConfig):
                 f"conv_kernel_size is {self.conv_kernel_size} and conv_group_size "
                 f"{self.conv_group_size}: set both (2 and 16 as published) or neither"
             )
-        if self.conv_kernel_size > self.block_size:
-            raise ValueError(
-                f"conv_kernel_size {self.conv_kernel_size} is more than the {self.block_size} "
-                f"slots of a block: set conv_kernel_size={self.block_size}"
-            )
         return self
 
     @property
@@ -95,17 +86,7 @@ class LiLiCorrConfig(DFlashConfig):
 
     def check(self, target: TargetInfo) -> None:
         """Raise ConfigError when the options do not fit the target."""
-        if self.candidate_top_k > target.vocab_size:
-            raise ConfigError(
-                f"strategy.candidate_top_k {self.candidate_top_k} is more than the target's "
-                f"{target.vocab_size} tokens. Try: strategy.candidate_top_k={target.vocab_size}"
-            )
         sizes = {"lattice_heads": self.lattice_width(target.hidden_size)}
         if self.conv_group_size:
             sizes["conv_group_size"] = target.hidden_size
-        for name, size in sizes.items():
-            if size % (given := getattr(self, name)):
-                raise ConfigError(
-                    f"strategy.{name} {given} does not divide the hidden size {size}. "
-                    f"Try: strategy.{name}={math.gcd(size, given)}"
-                )
+        self.check_sizes(target, "candidate_top_k", sizes)

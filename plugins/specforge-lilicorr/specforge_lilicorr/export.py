@@ -6,23 +6,20 @@ convolutions where the draft has them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-import specforge_dflash
-import torch
-from specforge_dflash.export import ARCHITECTURE as PLAIN, load_export as load_backbone
+from specforge_dflash.around import export_around, load_around
+from specforge_dflash.export import serving_options, target_not_served
+from specforge_dflash.final import Target
 
-from specforge_core.drafts.tensors import check_given, readable_config
-from specforge_core.errors import CheckpointError, ConfigError
+from specforge_core.drafts.tensors import check_options, readable_config
+from specforge_core.hookspecs import hookimpl
 from specforge_core.types import Draft, Export, TargetInfo
 
 from .config import LiLiCorrConfig
-from .model import LiLiCorrModel, Target
+from .model import LiLiCorrModel
 
 ARCHITECTURE = "LiLiCorrDraftModel"
-LATTICE = "lilicorr."
 MOST_CANDIDATES = 16  # of a slot, that SGLang's kernel walks over
 # option -> its key in dflash_config; no engine has a default for them
 OPTIONS = {
@@ -42,44 +39,32 @@ CAUSES = {
 }
 
 
-def export_draft(
+@hookimpl
+def specforge_export(
     config: LiLiCorrConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
-    """Return the files' contents; None for a format this package does not know."""
-    model, frozen = draft.model, draft.frozen
-    assert isinstance(model, LiLiCorrModel)
-    assert isinstance(frozen, Target)
-    reasons = {name: _not_served(config, frozen, target, name) for name in ("sglang", "vllm")}
-    if reason := reasons.get(format):
-        raise ConfigError(reason)
-    plain: Export | None = specforge_dflash.specforge_export(
-        config=config, draft=replace(draft, model=model.backbone), target=target, format=format
-    )
-    if plain is None:
-        return None
-    dtype: torch.dtype = getattr(torch, config.export_dtype)
-    lattice = {
-        LATTICE + name: value.detach().to(device="cpu", dtype=dtype).contiguous()
-        for name, value in model.lilicorr.state_dict().items()
-    }
+    """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
+    assert isinstance(draft.frozen, Target)
     own = {key: getattr(config, name) for name, key in OPTIONS.items()}
     own |= {name: getattr(config, name) for name in CONVOLUTIONS if config.conv_kernel_size}
-    nested = {**plain.config["dflash_config"], "lilicorr_enabled": True, **own}
-    return replace(
-        plain,
-        config={**plain.config, "architectures": [ARCHITECTURE], "dflash_config": nested},
-        weights={**plain.weights, **lattice},
-        serve={engine: how for engine, how in plain.serve.items() if not reasons[engine]},
-        causes={**plain.causes, **CAUSES},
+    return export_around(
+        config,
+        draft.model,
+        target,
+        format,
+        architecture=ARCHITECTURE,
+        own={"lilicorr_enabled": True, **own},
+        serve=serving_options(config),
+        refused={
+            "sglang": _not_served(config, draft.frozen, target),
+            "vllm": "vLLM has no class for LiLiCorr drafts. Try: --format sglang",
+        },
+        causes=CAUSES,
     )
 
 
-def _not_served(
-    config: LiLiCorrConfig, frozen: Target, target: TargetInfo, engine: str
-) -> str | None:
-    """Return why an engine would draft something else than was trained."""
-    if engine == "vllm":
-        return "vLLM has no class for LiLiCorr drafts. Try: --format sglang"
+def _not_served(config: LiLiCorrConfig, frozen: Target, target: TargetInfo) -> str | None:
+    """Return why SGLang would draft something else than was trained."""
     top_k = config.candidate_top_k
     if top_k > MOST_CANDIDATES or top_k.bit_count() != 1:
         fits = min(1 << (top_k.bit_length() - 1), MOST_CANDIDATES)
@@ -98,40 +83,24 @@ def _not_served(
             f"target {target.name_or_path!r} {does}, and SGLang's candidates are described without "
             "that: other tokens would be picked than in training. Try: --format hf"
         )
-    return None
+    return target_not_served(frozen, target, "sglang")
 
 
-def load_export(config: LiLiCorrConfig, model: LiLiCorrModel, export: Export) -> bool:
-    """Load an export into `model`.  Raises CheckpointError when it was made for another draft."""
-    if ARCHITECTURE not in (export.config.get("architectures") or ()):
+@hookimpl
+def specforge_import(config: LiLiCorrConfig, draft: Draft, export: Export) -> bool:
+    """Read the published layout back.  Raises CheckpointError when it is another draft's."""
+    model, given = draft.model, export.config
+    assert isinstance(model, LiLiCorrModel)
+    if ARCHITECTURE not in (given.get("architectures") or ()):
         return False
     with readable_config():
-        _check(config, model, export.config)
-    lattice = {
-        name.removeprefix(LATTICE): value
-        for name, value in export.weights.items()
-        if name.startswith(LATTICE)
-    }
-    check_given(lattice, model.lilicorr.state_dict())
-    rest = {name: x for name, x in export.weights.items() if not name.startswith(LATTICE)}
-    plain = {**export.config, "architectures": [PLAIN]}
-    load_backbone(config, model.backbone, replace(export, config=plain, weights=rest))
-    model.lilicorr.load_state_dict(lattice)
+        nested: dict[str, Any] = given.get("dflash_config") or {}
+        theirs = {name: nested.get(key) for name, key in OPTIONS.items()}
+        theirs |= {name: nested.get(name) or 0 for name in CONVOLUTIONS}
+        ours = {name: getattr(config, name) for name in theirs}
+        width = "lattice_hidden_size"
+        if {theirs[width], ours[width]} == {0, model.backbone.shape.hidden_size}:
+            theirs[width] = ours[width]  # 0 is the draft's width
+        check_options({name: (value, ours[name]) for name, value in theirs.items()})
+    load_around(config, model, export, given)
     return True
-
-
-def _check(config: LiLiCorrConfig, model: LiLiCorrModel, given: Mapping[str, Any]) -> None:
-    """Compare what would load without an error and then draft something else."""
-    nested: Mapping[str, Any] = given.get("dflash_config") or {}
-    theirs = {name: nested.get(key) for name, key in OPTIONS.items()}
-    theirs |= {name: nested.get(name) or 0 for name in CONVOLUTIONS}
-    width = model.backbone.shape.hidden_size
-    for name, value in theirs.items():
-        ours = getattr(config, name)
-        same = value == ours
-        if name == "lattice_hidden_size":  # 0 is the draft's width
-            same = value is not None and (value or width) == (ours or width)
-        if not same:
-            raise CheckpointError(
-                f"the export has {name} {value}, this run {ours}. Try: strategy.{name}={value}"
-            )

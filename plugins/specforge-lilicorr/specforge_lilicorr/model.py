@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from specforge_dflash.model import DFlashModel, Frozen
-from specforge_dflash2.convolution import ConvLayer, GroupedConv
+from specforge_dflash.around import slot_states
+from specforge_dflash.final import Target
+from specforge_dflash.model import DFlashModel
+from specforge_dflash2.convolution import convolve
+from specforge_dflash2.selector import label_logits
 from torch import Tensor, nn
 
 from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
@@ -30,26 +32,6 @@ class Slots(NamedTuple):
     scores: Tensor  # [R, K] behind the true candidate of the slot before
 
 
-class Target(Frozen):
-    """The target's embedding and head, also to say what the target makes of a candidate."""
-
-    def __init__(self, frozen: Frozen, head_scale: float) -> None:
-        super().__init__(frozen.embed_tokens, frozen.lm_head, frozen.scale, frozen.softcap)
-        self.head_scale = head_scale
-
-    def token_logits(self, states: Tensor, ids: Tensor) -> Tensor:
-        """Return the target's logits [n, K] float32 for tokens [n, K] behind final states [n, H].
-
-        `states` multiply the K rows of the head alone.
-        """
-        rows = F.embedding(ids, self.lm_head)
-        found = torch.matmul(rows, self.states(states).to(rows.dtype)[..., None]).squeeze(-1)
-        return self.cap(found.float() * self.head_scale)
-
-    def cap(self, logits: Tensor) -> Tensor:
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
 class LiLiCorrModel(nn.Module):
     """The trained part: everything but the target's embedding and head."""
 
@@ -58,13 +40,7 @@ class LiLiCorrModel(nn.Module):
         self.config = config
         shape = backbone.shape
         if config.conv_kernel_size:
-
-            def conv() -> GroupedConv:
-                taps, group = config.conv_kernel_size, config.conv_group_size
-                return GroupedConv(shape.hidden_size, shape.block_size, taps, group)
-
-            layers = (ConvLayer(x, conv(), conv()) for x in backbone.layers)  # type: ignore[arg-type]
-            backbone.layers = nn.ModuleList(layers)
+            convolve(backbone, config.conv_kernel_size, config.conv_group_size)
         self.backbone = backbone
         self.lilicorr = Lattice(config, shape.hidden_size, shape.rms_norm_eps, shape.init_std)
 
@@ -74,13 +50,7 @@ class LiLiCorrModel(nn.Module):
         Candidates are scored behind the label of the slot before where it is a candidate; where
         it is none, nothing behind it counts.
         """
-        hidden = self.backbone(
-            batch["hidden_states"],
-            frozen.embed(batch["block_ids"].flatten(1)),
-            batch["anchors"],
-            batch["starts"],
-            batch["position_ids"],
-        )
+        hidden = slot_states(self.backbone, frozen, batch)
         hidden = hidden.reshape(-1, self.config.block_size, hidden.shape[-1])
         states, labels = hidden[batch["lattices"], 1:], batch["slot_labels"]
         features = batch["hidden_states"].flatten(0, 1)[batch["before"]]
@@ -123,9 +93,8 @@ def candidates(
     head, cap, chunk = frozen.lm_head, frozen.softcap, config.head_chunk
     losses, best = linear_cross_entropy(wide, head, rows, softcap=cap, chunk=chunk)
     ids, logits = linear_top_k(wide, head, config.candidate_top_k, softcap=cap, chunk=chunk)
-    # a label's loss and its logit, rounded as the head's product is, give the sum over all tokens
-    exact = [x.to(head.dtype).to(logits.dtype) for x in (wide, F.embedding(rows, head))]
-    own = (exact[0] * exact[1]).sum(-1).to(head.dtype).to(logits.dtype)
-    log_probs = logits - (losses + frozen.cap(own))[:, None]
+    # a label's loss and its logit give the sum over all tokens
+    own = label_logits(wide, head, rows, logits.dtype, cap)
+    log_probs = logits - (losses + own)[:, None]
     shape = *labels.shape, config.candidate_top_k
     return losses, best, ids.view(shape), log_probs.view(shape)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from specforge_dflash.around import Walk
+from specforge_dflash.final import Target
 from specforge_dflash.proposer import DFlashProposer
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from specforge_core.types import Proposal, Sampling, TargetCapture
 
 from .config import LiLiCorrConfig
 from .lattice import Vectors, scores
-from .model import LiLiCorrModel, Target, candidates
+from .model import LiLiCorrModel, candidates
 
 
 class LiLiCorrProposer(DFlashProposer):
@@ -35,29 +37,19 @@ class LiLiCorrProposer(DFlashProposer):
     @torch.no_grad()
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
         ids, vectors = self.lattice(last_token)
-        greedy = sampling.temperature == 0
-        before = vectors.anchors[0]
-        tokens: list[Tensor] = []
-        probs = torch.zeros(len(ids[:max_tokens]), len(self._frozen.lm_head), device=ids.device)
-        for k in range(len(probs)):
+        before, walk = vectors.anchors[0], Walk(sampling, len(self._frozen.lm_head))
+        for k in range(len(ids[:max_tokens])):
             found = scores(before, vectors.ins[0, k], self._options.logit_scale)
-            if greedy:
-                index = found.argmax(0, keepdim=True)
-            else:
-                spread = torch.softmax(found / sampling.temperature, dim=0)
-                probs[k].scatter_(0, ids[k], spread.to(probs.dtype))
-                drawn = torch.multinomial(spread.cpu(), 1, generator=sampling.generator)
-                index = drawn.to(ids.device)
-            tokens.append(ids[k, index])
-            before = vectors.outs[0, k, index[0]]
-        return Proposal(tokens=torch.cat(tokens), probs=None if greedy else probs)
+            before = vectors.outs[0, k, walk.draw(found, ids[k])]
+        return walk.proposal()
 
     @torch.no_grad()
     def lattice(self, last_token: int) -> tuple[Tensor, Vectors]:
         """Return the candidates [D, K] of D slots, and what scores them, of one lattice."""
-        device, fc = self._frozen.embed_tokens.device, self._model.fc
-        anchored = self._last is not None
-        features = torch.zeros(1, fc.in_features) if self._last is None else self._last
+        device, features = self._frozen.embed_tokens.device, self._last
+        anchored = features is not None
+        if features is None:
+            features = torch.zeros(1, self._model.fc.in_features)
         states = self.block_states(last_token)[None]
         labels = torch.zeros(states.shape[:2], dtype=torch.int64, device=device)
         _, _, ids, log_probs = candidates(states, labels, self._target, self._options)

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from specforge_dflash.step import slot_metrics, slot_weights
+from specforge_dflash.final import Target
+from specforge_dflash.step import slot_weights
+from specforge_dflash2.step import path_metrics
 from torch import Tensor
 
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .config import LiLiCorrConfig
-from .model import LiLiCorrModel, Slots, Target
+from .model import LiLiCorrModel, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,10 @@ class LiLiCorrStep:
             share = weight * config.mean_slot_weight
             loss = loss + share * (terms[name].view(labels.shape) * trained).sum()
         right = reached & (slots.scores.argmax(-1).view(labels.shape) == gold)
-        metrics = self._metrics(losses.detach(), right, slots.best.view(labels.shape), found, batch)
+        base = slots.best.view(labels.shape) == labels
+        metrics = path_metrics(
+            losses.detach() * valid, right, base, found, valid, config.candidate_top_k
+        )
         metrics["trained"] = Ratio(num=trained.sum().float(), den=valid.sum().float())
         for name, term in terms.items():
             num = (term.detach().view(labels.shape) * trained).sum()
@@ -71,29 +76,19 @@ class LiLiCorrStep:
         if "penalty" in wanted:
             with torch.no_grad():
                 finals = batch["final"].flatten(0, 1)[batch["teachers"].flatten()]
-                parts = zip(
-                    *(torch.split(x, self.config.head_chunk) for x in (finals, slots.ids)),
-                    strict=True,
-                )
-                logits = torch.cat([frozen.token_logits(*part) for part in parts])
+                chunks = (torch.split(x, self.config.head_chunk) for x in (finals, slots.ids))
+                parts = zip(*chunks, strict=True)
+                logits = torch.cat([token_logits(frozen, *part) for part in parts])
                 gaps = torch.relu(logits.gather(1, gold[:, None]) - logits)
             terms["penalty"] = (torch.softmax(scores, dim=1) * gaps).sum(1)
         return terms
 
-    def _metrics(
-        self, losses: Tensor, right: Tensor, best: Tensor, found: Tensor, batch: Batch
-    ) -> dict[str, Ratio]:
-        """Return DFlash's metrics for the path; `base_`: the head alone, `oracle_`: any path.
 
-        The path is right where all before it is: so its length is what the served one gets.
-        """
-        labels, valid = batch["slot_labels"], batch["slot_valid"]
-        path, base, oracle = (
-            slot_metrics(losses * valid, hits, valid) for hits in (right, best == labels, found)
-        )
-        return path | {
-            "base_accuracy": base["accuracy"],
-            "base_acceptance_length": base["acceptance_length"],
-            f"recall_at_{self.config.candidate_top_k}": oracle["accuracy"],
-            "oracle_acceptance_length": oracle["acceptance_length"],
-        }
+def token_logits(frozen: Target, finals: Tensor, ids: Tensor) -> Tensor:
+    """Return the target's logits [n, K] float32 for tokens [n, K] behind final states [n, H].
+
+    They multiply the K rows of the head alone.
+    """
+    rows = F.embedding(ids, frozen.lm_head)
+    found = torch.matmul(rows, frozen.states(finals).to(rows.dtype)[..., None]).squeeze(-1)
+    return frozen.own_logits(found.float())

@@ -10,27 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from specforge_dflash import build_draft
-from specforge_dflash.adapter import capture_spec
-from specforge_dflash.anchors import DFlashTransform
-from specforge_dflash.collate import DFlashCollate
-from specforge_dflash.final import with_final
 from specforge_lilicorr import extend
 from specforge_lilicorr.collate import LiLiCorrCollate
 from specforge_lilicorr.config import LiLiCorrConfig
-from specforge_lilicorr.model import LiLiCorrModel, Target
 from torch import Tensor
 
-from specforge_core.batches.loader import sample_generator
-from specforge_core.target.head import Head
-from specforge_core.types import Batch, Draft, Sample, StepContext, TargetCapture, TargetInfo
+from specforge_core.types import Batch, Sample, StepContext, TargetCapture
 
-VOCAB, HIDDEN, MASK = 13, 24, 12
+from ... import dflash_kit as dflash
+from ...dflash_kit import Tiny
+
+VOCAB = 13
 OPTIONS: dict[str, Any] = {
     "name": "lilicorr",
     "num_layers": 2,
     "block_size": 4,
-    "mask_token_id": MASK,
+    "mask_token_id": VOCAB - 1,
     "candidate_top_k": 6,
     "lattice_hidden_size": 16,
     "lattice_heads": 2,
@@ -38,23 +33,6 @@ OPTIONS: dict[str, Any] = {
     "factor_dim": 6,
     "logit_scale": 3.0,
 }
-
-
-@dataclass(frozen=True)
-class Tiny:
-    config: LiLiCorrConfig
-    target: TargetInfo
-    draft: Draft
-
-    @property
-    def model(self) -> LiLiCorrModel:
-        assert isinstance(self.draft.model, LiLiCorrModel)
-        return self.draft.model
-
-    @property
-    def frozen(self) -> Target:
-        assert isinstance(self.draft.frozen, Target)
-        return self.draft.frozen
 
 
 def make_tiny(
@@ -68,68 +46,30 @@ def make_tiny(
 ) -> Tiny:
     """A draft whose weights are not its first ones, unless `fresh`."""
     config = LiLiCorrConfig.model_validate({**OPTIONS, **options})
-    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    settings = {"intermediate_size": 40, "rms_norm_eps": 1e-6, "initializer_range": 0.2}
-    target = TargetInfo(
-        name_or_path="tiny",
-        revision=None,
-        hidden_size=HIDDEN,
-        num_layers=8,
-        vocab_size=VOCAB,
-        config={**shape, **settings, "rope_theta": 1e3, "final_logit_softcapping": softcap},
+
+    def vary(name: str) -> float:
+        varied = any(part in name for part in ("conv", "norm", "lilicorr"))
+        return 0.3 if varied and not fresh else 0.0
+
+    return dflash.make_tiny(
+        config,
+        lambda plain, beside: extend(config, plain, beside),
+        vary,
+        vocab=VOCAB,
+        softcap=softcap,
+        scale=scale,
+        head_scale=head_scale,
+        bias=bias,
     )
-    gen = torch.Generator().manual_seed(1)
-    embed, head = (torch.randn(VOCAB, HIDDEN, generator=gen) for _ in range(2))
-    if bias:
-        head = Head(weight=head, bias=2 * torch.randn(VOCAB, generator=gen)).joined()
-    plain = build_draft(config, target, embed, head, scale=scale, mask_token_id=MASK)
-    tiny = Tiny(config, target, extend(config, plain, head_scale))
-    for name, weight in tiny.model.named_parameters():
-        size = 0.3 if "conv" in name or "norm" in name or "lilicorr" in name else 0.0
-        if not fresh:
-            weight.data += size * torch.randn(weight.shape, generator=gen)
-    return tiny
-
-
-def make_samples(lengths: tuple[int, ...] = (19, 11, 7), seed: int = 2) -> list[Sample]:
-    """Ragged samples; part of each is supervised, with holes in it."""
-    gen = torch.Generator().manual_seed(seed)
-    samples = []
-    for length in lengths:
-        mask = (torch.rand(length, generator=gen) < 0.8).to(torch.uint8)
-        mask[:5] = 1  # a block may start where nothing is before it
-        ids = torch.randint(1, MASK, (length,), generator=gen)
-        features = torch.randn(length, 2 * HIDDEN, generator=gen)
-        final = torch.randn(length, HIDDEN, generator=gen)
-        tokens = {"input_ids": ids, "loss_mask": mask}
-        samples.append({**tokens, "hidden_states": features, "final": final})
-    return samples
 
 
 def make_batch(config: LiLiCorrConfig, samples: list[Sample]) -> Batch:
-    """What the loader makes of samples: transform, then collate."""
-    spec = with_final(capture_spec((1, 5), HIDDEN), HIDDEN)
-    transform = DFlashTransform(spec, 10**6, config.num_anchors)
-    drawn = [transform(s, sample_generator(0, 0, i)) for i, s in enumerate(samples)]
-    return LiLiCorrCollate(DFlashCollate(config, spec, MASK))([s for s in drawn if s is not None])
+    return dflash.make_batch(config, samples, LiLiCorrCollate, VOCAB)
 
 
-def make_context() -> StepContext:
-    mesh: Any = None
-    generator = torch.Generator().manual_seed(0)
-    return StepContext(step=1, total_steps=9, generator=generator, training=True, mesh=mesh)
-
-
-def captured(sample: Sample, start: int, end: int) -> TargetCapture:
-    """What the target says of a part of a sample."""
-    states = sample["hidden_states"][start:end].split(HIDDEN, dim=-1)
-    ids = sample["input_ids"][start:end]
-    return TargetCapture(
-        index=0,
-        input_ids=ids,
-        loss_mask=torch.zeros_like(ids),
-        hidden_states=dict(zip((1, 5), states, strict=True)),
-    )
+def make_samples(lengths: tuple[int, ...] = (19, 11, 7), seed: int = 2) -> list[Sample]:
+    """A block may start where nothing is before it."""
+    return dflash.make_samples(lengths, seed, vocab=VOCAB, share=0.8, sure=slice(5))
 
 
 # ---- the method, one block and one candidate at a time, in float64 ----------
@@ -154,30 +94,23 @@ class Block:
         return torch.stack([self.scale * (known * x).sum() for x in self.ins[slot]])
 
 
-def model64(tiny: Tiny) -> LiLiCorrModel:
+def model64(tiny: Tiny) -> Any:
     return deepcopy(tiny.model).double()
 
 
 def head_logits(tiny: Tiny, state: Tensor, scale: float = 1.0) -> Tensor:
-    head = tiny.frozen.lm_head.double()
-    out = head[:, :HIDDEN] @ state + (head[:, HIDDEN] if tiny.frozen.has_bias else 0)
-    cap, out = tiny.frozen.softcap, out * scale
-    return out if cap is None else cap * torch.tanh(out / cap)
+    return dflash.capped(dflash.head_product(tiny, state) * scale, tiny.frozen.softcap)
 
 
 def target_logits(tiny: Tiny, final: Tensor) -> Tensor:
-    return head_logits(tiny, final.double(), tiny.frozen.head_scale)
+    return head_logits(tiny, final.double(), tiny.frozen.beside.scale)
 
 
-def make_block(
-    model: LiLiCorrModel, tiny: Tiny, features: Tensor, token: int, anchor: int
-) -> Block:
+def make_block(model: Any, tiny: Tiny, features: Tensor, token: int, anchor: int) -> Block:
     """The block that starts with `token` at `anchor`, behind `features` of the text."""
     config, features = tiny.config, features.double()
     embed = tiny.frozen.embed_tokens.double() * tiny.frozen.scale
-    slots = embed[[token] + [MASK] * (config.block_size - 1)]
-    where = torch.tensor([[anchor]]), torch.tensor([[0]]), torch.arange(anchor)[None]
-    states = model.backbone(features[None, :anchor], slots[None], *where)[0, 1:]
+    states = dflash.block_states(model, tiny, features, token, anchor)[1:]
     log_probs = torch.stack([head_logits(tiny, s).log_softmax(0) for s in states])
     ids = [row.argsort(descending=True)[: config.candidate_top_k].tolist() for row in log_probs]
     p = {n.removeprefix("lilicorr."): w for n, w in model.named_parameters()}
@@ -262,9 +195,9 @@ class Kit:
     tiny: Callable[..., Tiny] = make_tiny
     samples: Callable[..., list[Sample]] = make_samples
     batch: Callable[..., Batch] = make_batch
-    context: Callable[..., StepContext] = make_context
-    captured: Callable[..., TargetCapture] = captured
-    model64: Callable[[Tiny], LiLiCorrModel] = model64
+    context: Callable[..., StepContext] = dflash.make_context
+    captured: Callable[..., TargetCapture] = dflash.captured
+    model64: Callable[[Tiny], Any] = model64
     block: Callable[..., Block] = make_block
     target_logits: Callable[..., Tensor] = target_logits
 

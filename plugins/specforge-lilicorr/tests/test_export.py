@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from specforge_dflash import build_draft, specforge_export as export_plain
-from specforge_lilicorr import specforge_export
-from specforge_lilicorr.export import load_export
+from specforge_lilicorr import specforge_export, specforge_import
 from torch import Tensor
 
 from specforge_core.errors import CheckpointError, ConfigError
@@ -129,7 +128,7 @@ def test_reloading_gives_every_weight_back(kit: Any, options: dict[str, Any]) ->
     tiny, other = (kit.tiny(export_dtype="float32", seed=s, **options) for s in (0, 9))
     made = export(tiny)
     assert not torch.equal(export(other).weights["fc.weight"], made.weights["fc.weight"])
-    assert load_export(other.config, other.model, made)
+    assert specforge_import(other.config, other.draft, made)
     again = export(other)
     assert again.config == made.config
     assert all(torch.equal(again.weights[name], value) for name, value in made.weights.items())
@@ -141,14 +140,14 @@ def test_a_published_draft_without_our_own_fields_is_read(kit: Any) -> None:
     nested = {k: v for k, v in made.config["dflash_config"].items() if k not in ours}
     nested |= {"lilicorr_hidden_size": 24, "conv_kernel_size": 0}
     given = replace(made, config={**made.config, "dflash_config": nested})
-    assert load_export(tiny.config, tiny.model, given)
+    assert specforge_import(tiny.config, tiny.draft, given)
 
 
 def test_another_methods_export_is_left_to_it(kit: Any) -> None:
     tiny = kit.tiny()
     made = export(tiny)
     config = {**made.config, "architectures": ["DFlashDraftModel"]}
-    assert not load_export(tiny.config, tiny.model, replace(made, config=config))
+    assert not specforge_import(tiny.config, tiny.draft, replace(made, config=config))
 
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
@@ -177,5 +176,5 @@ def test_another_draft_is_refused_and_nothing_is_loaded(
     before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
     config = {**made.config, "dflash_config": nested}
     with pytest.raises(CheckpointError, match=message):
-        load_export(tiny.config, tiny.model, replace(made, config=config, weights=weights))
+        specforge_import(tiny.config, tiny.draft, replace(made, config=config, weights=weights))
     assert all(torch.equal(before[name], v) for name, v in tiny.model.state_dict().items())
