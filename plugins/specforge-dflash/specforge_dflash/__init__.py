@@ -8,6 +8,7 @@ import torch
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.nn.decoder import init_weights
+from specforge_core.target.measure import HeadScale
 from specforge_core.types import (
     Adapter,
     CaptureSpec,
@@ -22,11 +23,12 @@ from specforge_core.types import (
     Transform,
 )
 
-from .adapter import DFlashAdapter
+from .adapter import DFlashAdapter, check_choices
 from .anchors import DFlashTransform
 from .collate import DFlashCollate, train_slots as train_slots
-from .config import DFlashConfig, DFlashOptions, draft_shape
+from .config import DFlashConfig, DFlashOptions, draft_shape, objective
 from .export import export_draft, load_export
+from .final import FinalAdapter
 from .mask_token import mask_token, mask_token_occurs
 from .model import DFlashModel, Frozen
 from .proposer import DFlashProposer
@@ -41,17 +43,21 @@ def specforge_config() -> type[DFlashOptions]:
 
 @hookimpl
 def specforge_adapter(config: DFlashConfig, target: TargetInfo) -> Adapter:
-    """Capture the chosen layers' outputs, side by side."""
+    """Capture the chosen layers' outputs side by side, and what the objective asks for besides."""
+    if objective(config).loss == "kl":
+        return FinalAdapter.build(config, target)
     return DFlashAdapter.build(config, target)
 
 
 @hookimpl
-def specforge_verify_capture(config: DFlashConfig, sample: Sample) -> list[Problem]:
-    """Report a mask token named in the config that occurs in the text."""
-    token = config.mask_token_id
-    if token is None or not bool((sample["input_ids"] == token).any()):
-        return []
-    return [Problem(where="input_ids", message=mask_token_occurs(token, "the sample"))]
+def specforge_verify_capture(
+    config: DFlashConfig, target: TargetInfo, sample: Sample
+) -> list[Problem]:
+    """Report a mask token named in the config that occurs in the text, and choices of no token."""
+    problems, token = check_choices(sample, target.vocab_size), config.mask_token_id
+    if token is not None and bool((sample["input_ids"] == token).any()):
+        problems.append(Problem(where="input_ids", message=mask_token_occurs(token, "the sample")))
+    return problems
 
 
 @hookimpl
@@ -64,7 +70,8 @@ def specforge_transform(config: DFlashConfig, spec: CaptureSpec, max_length: int
 def specforge_collate(config: DFlashConfig, spec: CaptureSpec, draft: Draft) -> Collate:
     """Put samples behind each other, with the blocks that start at their anchors."""
     assert isinstance(draft.model, DFlashModel)
-    return DFlashCollate(config, spec, draft.model.shape.mask_token_id)
+    targets_own = objective(config).labels == "target"
+    return DFlashCollate(config, spec, draft.model.shape.mask_token_id, targets_own)
 
 
 @hookimpl
@@ -75,13 +82,15 @@ def specforge_draft(config: DFlashConfig, target: TargetInfo) -> Draft:
 
     embedding = load_target_tensors(target, ("embed_tokens",))["embed_tokens"]
     embedding = embedding[: target.vocab_size]  # no padding
-    head = replace(Head.load(target), scale=1.0).joined()
+    given = Head.load(target)
+    head = replace(given, scale=1.0).joined()
     return build_draft(
         config,
         target,
         embedding,
         embedding if torch.equal(head, embedding) else head,
         scale=embedding_scale(target),
+        beside=HeadScale(scale=given.scale, softcap=given.softcap),
         mask_token_id=mask_token(config, target),
     )
 
@@ -93,12 +102,14 @@ def build_draft(
     lm_head: torch.Tensor,
     *,
     scale: float = 1.0,
+    beside: HeadScale | None = None,
     mask_token_id: int,
     device: str = "cpu",
 ) -> Draft:
     """Build the draft from the target's embedding [V, H] and head, wherever they are from.
 
-    The head is a matrix as `Head.joined` makes it, [V, H] or wider.
+    The head is a matrix as `Head.joined` makes it, [V, H] or wider; `beside` is what the target
+    does to its logits else, not set as the draft's.
 
     The weights are float32 on `device`, the same for the same seed.
     """
@@ -110,7 +121,7 @@ def build_draft(
     # states of unit size then give logits that spread by about 1, whatever the head's scale
     torch.nn.init.constant_(model.norm.weight, 1 / float(lm_head.float().norm(dim=1).mean()))
     model.to(device)
-    frozen = Frozen(embed_tokens, lm_head, scale, shape.softcap)
+    frozen = Frozen(embed_tokens, lm_head, scale, shape.softcap, beside)
     return Draft(model=model, frozen=frozen, shard=tuple(model.layers), resolved=shape.resolved())
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from specforge_core.errors import DataError
-from specforge_core.types import CaptureSpec, Field, Sample, TargetCapture, TargetInfo
+from specforge_core.types import CaptureSpec, Field, Problem, Sample, TargetCapture, TargetInfo
 
 from .anchors import start_places
-from .config import DFlashConfig, draft_shape
+from .config import DFlashConfig, draft_shape, objective
 from .mask_token import mask_token, mask_token_occurs
 
 VERSION = 1
+CHOICES = "target_argmax"  # the target's own next token at each position
 
 
 def capture_spec(layers: tuple[int, ...], hidden_size: int) -> CaptureSpec:
@@ -24,6 +25,21 @@ def capture_spec(layers: tuple[int, ...], hidden_size: int) -> CaptureSpec:
         "hidden_states": Field(shape=(None, len(layers) * hidden_size), dtype="bfloat16"),
     }
     return CaptureSpec(layers=layers, fields=fields, version=VERSION)
+
+
+def with_choices(spec: CaptureSpec) -> CaptureSpec:
+    """Return `spec` with the target's own next tokens."""
+    choices = Field(shape=(None,), dtype="int64")
+    return replace(spec, next_tokens=True, fields={**spec.fields, CHOICES: choices})
+
+
+def check_choices(sample: Sample, vocab_size: int) -> list[Problem]:
+    """Report choices of the target that are no tokens of it."""
+    choices = sample.get(CHOICES)
+    if choices is None or bool(((choices >= 0) & (choices < vocab_size)).all()):
+        return []
+    text = f"has values beyond the target's {vocab_size} tokens. Capture again"
+    return [Problem(where=f"field {CHOICES!r}", message=text)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +53,10 @@ class DFlashAdapter:
     def build(cls, config: DFlashConfig, target: TargetInfo) -> DFlashAdapter:
         mask = mask_token(config, target)
         layers = draft_shape(config, target, mask).capture_layers  # refuses what cannot be trained
-        return cls(capture_spec(layers, target.hidden_size), mask)
+        spec = capture_spec(layers, target.hidden_size)
+        if objective(config).labels == "target":
+            spec = with_choices(spec)
+        return cls(spec, mask)
 
     def __call__(self, capture: TargetCapture, /) -> Sample | None:
         if not len(start_places(capture.loss_mask)):
@@ -45,8 +64,12 @@ class DFlashAdapter:
         if bool((capture.input_ids == self.mask_token_id).any()):
             raise DataError(mask_token_occurs(self.mask_token_id, f"sample {capture.index}"))
         states = [capture.hidden_states[layer] for layer in self.spec.layers]
-        return {
+        sample = {
             "input_ids": capture.input_ids.long(),
             "loss_mask": capture.loss_mask.to(torch.uint8),
             "hidden_states": torch.cat([s.to(torch.bfloat16) for s in states], dim=-1),
         }
+        if CHOICES not in self.spec.fields:
+            return sample
+        assert capture.next_tokens is not None
+        return {**sample, CHOICES: capture.next_tokens}

@@ -6,7 +6,8 @@ Besides the tokens' fields a batch has
     anchors    [b, A]     where in its row each block starts, ascending in a row
     starts     [b, A]     where in its row the block's document starts
     block_ids  [b, A, B]  the token at the anchor, then mask tokens
-    labels     [b, A, B]  the token each slot predicts; 0 where there is none
+    labels     [b, A, B]  the token each slot predicts, or the target's own likeliest in its place;
+                          0 where there is none
     valid      [b, A, B]  bool: the slot predicts a supervised token of its document
     rows       [R]        the slots that are valid, counted over all of b * A * B
 
@@ -27,6 +28,7 @@ from specforge_core.batches.collate import pack, pad, token_fields
 from specforge_core.errors import DataError
 from specforge_core.types import Batch, CaptureSpec, Sample
 
+from .adapter import CHOICES
 from .anchors import ANCHORS
 from .config import DFlashConfig
 from .mask_token import mask_token_occurs
@@ -39,6 +41,7 @@ class DFlashCollate:
     config: DFlashConfig
     spec: CaptureSpec
     mask_token_id: int
+    targets_own: bool = False  # labels are what the target would have said
 
     def __call__(self, samples: Sequence[Sample], /) -> Batch:
         for sample in samples:
@@ -76,6 +79,8 @@ class DFlashCollate:
         inside = (places < ends[..., None]) & (slots >= self.config.first_slot)
         flat = places.masked_fill(~inside, 0).flatten(1)
         valid = inside & supervised.gather(1, flat).view(places.shape)
+        if self.targets_own:  # said where the token before is read
+            ids, flat = batch[CHOICES], (flat - 1).clamp(min=0)
         labels = ids.gather(1, flat).view(places.shape).masked_fill(~valid, 0)
         fields = {"anchors": anchors, "starts": starts, "block_ids": block_ids, "labels": labels}
         return train_slots({name: x.contiguous() for name, x in fields.items()}, valid)

@@ -17,7 +17,7 @@ LabelLayout: TypeAlias = Literal["same_position", "next_token"]
 
 
 class DFlashConfig(DecoderOptions):
-    """What all methods on DFlash's blocks can be told."""
+    """What all methods on DFlash's blocks can be told, and variants of DFlash extend."""
 
     block_size: int = Field(
         16, ge=2, le=1024, description="Slots of one block, the known token included."
@@ -39,7 +39,8 @@ class DFlashConfig(DecoderOptions):
         "same_position", description="Slot k predicts token a+k (k >= 1), or a+k+1 (k >= 0)."
     )
     weighting: Annotated[
-        Literal["decay", "dpace", "dpace_confidence", "dpace_continuation"], MayChange.AT_START
+        Literal["decay", "uniform", "dpace", "dpace_confidence", "dpace_continuation"],
+        MayChange.AT_START,
     ] = Field("decay", description="How slots are weighted within their block.")
     decay_gamma: Annotated[float | None, MayChange.AT_START] = Field(
         None, gt=0, description="Decay of the slots' weights; 7, 5, 4 for blocks of 16, 10, 8."
@@ -109,6 +110,33 @@ class DFlashOptions(DFlashConfig):
     causal: bool = Field(
         False, description="Slots see only themselves and those before them in their block."
     )
+    labels: Annotated[Literal["data", "target"], MayChange.AT_START] = Field(
+        "data", description="A slot's label: the data's token, or the target's own likeliest."
+    )
+    loss: Annotated[Literal["ce", "kl"], MayChange.AT_START] = Field(
+        "ce", description="Cross-entropy of the label, or KL divergence from the target's."
+    )
+    kl_temperature: Annotated[float, MayChange.AT_START] = Field(
+        1.0, gt=0, le=1e3, description="kl: T divides both logits, the loss is multiplied by T^2."
+    )
+
+    @model_validator(mode="after")
+    def _objective_agrees(self) -> DFlashOptions:
+        if self.loss == "kl" and self.weighting.startswith("dpace"):
+            raise ValueError(
+                f"weighting {self.weighting!r} weighs by what the label costs, which loss kl does "
+                "not know: set weighting=uniform or decay"
+            )
+        if self.loss != "kl" and self.kl_temperature != 1:
+            raise ValueError("kl_temperature has no effect with loss 'ce': remove it")
+        return self
+
+
+def objective(config: DFlashConfig) -> DFlashOptions:
+    """Return the options of DFlash alone: of a config that has none of them their defaults."""
+    if isinstance(config, DFlashOptions):
+        return config
+    return DFlashOptions.model_construct(name=config.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +175,7 @@ def draft_shape(config: DFlashConfig, target: TargetInfo, mask_token_id: int) ->
         layer_types=types,
         sliding_window=config.sliding_window if "sliding_attention" in types else None,
         mask_token_id=mask_token_id,
-        causal=isinstance(config, DFlashOptions) and config.causal,
+        causal=objective(config).causal,
     )
 
 

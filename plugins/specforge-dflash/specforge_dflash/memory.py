@@ -5,7 +5,7 @@ N slots of all blocks, S context tokens, H hidden size, I the MLP's inner one.
 
 from __future__ import annotations
 
-from .config import DFlashConfig, DraftShape
+from .config import DFlashConfig, DraftShape, objective
 
 
 def step_bytes(
@@ -29,13 +29,15 @@ def step_bytes(
     layer += 4 * slots * shape.num_heads
     inputs = item * slots * width
     kept = shape.num_layers * inputs + (1 if recompute else shape.num_layers) * layer
-    # of the head: its rows, the states they were taken from, the logits of a chunk
-    head = item * (rows * width + slots * width + min(config.head_chunk, rows) * shape.vocab_size)
+    # of the head: its rows, the states they were taken from, the logits of a chunk; the teacher's
+    kl = 1 if objective(config).loss == "kl" else 0
+    each_row = rows * width + min(config.head_chunk, rows) * shape.vocab_size
+    head = item * (slots * width + (1 + kl) * each_row)
     # of the backward pass: the head's rows and states, then the MLP's inner gradients
     back = item * (rows * width + slots * (2 * width + 3 * inner))
     made = "the gradients of the states on the way" if back > head else "logits of a chunk of rows"
     return {
-        "the batch": item * tokens * len(shape.capture_layers) * width + 8 * 3 * slots,
+        "the batch": item * tokens * (len(shape.capture_layers) + kl) * width + 8 * 3 * slots,
         "what the layers keep": kept,
         "the context and the head's gradient": item * (2 * tokens + rows) * width,
         made: max(head, back),

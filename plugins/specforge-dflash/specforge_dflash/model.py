@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from specforge_core.nn.cache import GrowingCache
 from specforge_core.nn.rotary import Rope, Rotary, rotate
 from specforge_core.target.head import widen
+from specforge_core.target.measure import HeadScale
 
 from .anchored import AnchoredMask, takes
 from .attention import NO_END, EagerMask, Mask, attend, block_mask
@@ -201,11 +202,17 @@ class Frozen(nn.Module):
     """The target's embedding [V, H] and head: read, never trained, never saved.
 
     `lm_head` is [V, H], or with a bias wider, as `Head.joined` makes it.  A scale of the target's
-    logits is left out: the draft's own norm takes its place.
+    logits is left out: the draft's own norm takes its place.  What the target does to its own
+    logits is `beside`, which only a teacher needs.
     """
 
     def __init__(
-        self, embed_tokens: Tensor, lm_head: Tensor, scale: float, softcap: float | None
+        self,
+        embed_tokens: Tensor,
+        lm_head: Tensor,
+        scale: float,
+        softcap: float | None,
+        beside: HeadScale | None = None,
     ) -> None:
         super().__init__()
         tied = lm_head is embed_tokens
@@ -215,6 +222,7 @@ class Frozen(nn.Module):
         )  # one parameter stays one when moved or cast
         self.scale = scale
         self.softcap = softcap
+        self.beside = beside or HeadScale(scale=1.0, softcap=softcap)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the target's embeddings of `ids`, scaled as it scales them."""

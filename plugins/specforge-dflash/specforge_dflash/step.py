@@ -9,21 +9,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
+from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entropy
+from specforge_core.nn.soft_loss import SoftLoss
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
-from .config import DFlashConfig
+from .config import DFlashConfig, objective
 from .memory import step_bytes
 from .model import DFlashModel, Frozen
 
 SLOTS_SHOWN = 4  # slots whose accuracy is a metric of its own
+KL = SoftLoss("hybrid", decay=0.0)  # a mix that is all KL
 
 
 @dataclass(frozen=True, slots=True)
 class DFlashStep:
-    """Loss and metrics of one micro-batch."""
+    """Loss and metrics of one micro-batch.
+
+    A slot's loss is the cross-entropy of its label, or with `loss: kl` T^2 KL(p || q), where p
+    is the target's distribution and q the draft's, both of logits divided by T.
+    """
 
     config: DFlashConfig
 
@@ -35,8 +43,25 @@ class DFlashStep:
         frozen, model = draft.frozen, draft.model
         assert isinstance(frozen, Frozen)
         assert isinstance(model, DFlashModel)
-        losses, hits = self._slots(model, frozen, batch)
-        valid = batch["valid"].flatten(0, 1)[:, self.config.first_slot :]
+        hidden = model(
+            batch["hidden_states"],
+            frozen.embed(batch["block_ids"].flatten(1)),
+            batch["anchors"],
+            batch["starts"],
+            batch["position_ids"],
+        )
+        states = hidden.flatten(0, 1)[batch["rows"]]
+        if objective(self.config).loss == "kl":
+            return self._distilled(states, frozen, batch)
+        labels = batch["labels"].flatten()[batch["rows"]]
+        row_losses, best = linear_cross_entropy(
+            frozen.states(states),
+            frozen.lm_head,
+            labels,
+            softcap=frozen.softcap,
+            chunk=self.config.head_chunk,
+        )
+        losses, hits, valid = self._drafted(batch, row_losses, best == labels)
         weights, total = slot_weights(self.config, losses.detach(), valid)
         return StepOutput(
             loss_sum=(weights * losses).sum(),
@@ -52,27 +77,48 @@ class DFlashStep:
         shape = draft.model.shape
         return step_bytes(self.config, shape, tokens, documents, item, recompute=recompute)
 
-    def _slots(self, model: DFlashModel, frozen: Frozen, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return losses (0 where not valid) and hits of the M blocks, both [M, D]."""
-        rows = batch["rows"]
-        labels = batch["labels"].flatten()[rows]
-        hidden = model(
-            batch["hidden_states"],
-            frozen.embed(batch["block_ids"].flatten(1)),
-            batch["anchors"],
-            batch["starts"],
-            batch["position_ids"],
+    def _drafted(self, batch: Batch, *values: Tensor) -> list[Tensor]:
+        """Return values [R] of the trained slots as [M, D], 0 elsewhere, and which are trained."""
+        places = [*(by_slot(batch, x) for x in values), batch["valid"].flatten(0, 1)]
+        return [x[:, self.config.first_slot :] for x in places]
+
+    def _distilled(self, states: Tensor, frozen: Frozen, batch: Batch) -> StepOutput:
+        """Return what the slots' states [R, H] come to against the target's distribution."""
+        rows, temperature = batch["rows"], objective(self.config).kl_temperature
+        (valid,) = self._drafted(batch)
+        weights, total = slot_weights(
+            self.config, torch.zeros_like(valid, dtype=torch.float), valid
         )
-        row_losses, best = linear_cross_entropy(
-            frozen.states(hidden.flatten(0, 1)[rows]),
+        given = F.pad(weights, (self.config.first_slot, 0)).flatten()[rows] * temperature**2
+        final = batch["final"].flatten(0, 1)[self._teachers(batch)]
+        beside, cap = frozen.beside, frozen.softcap
+        loss_sum, found = linear_soft_cross_entropy(
+            (frozen.states(states) / temperature)[:, None],
             frozen.lm_head,
-            labels,
-            softcap=frozen.softcap,
+            frozen.states(final) * (beside.scale / temperature),
+            frozen.lm_head,
+            given[:, None],
+            KL,
+            softcap=None if cap is None else cap / temperature,
+            teacher_softcap=None if beside.softcap is None else beside.softcap / temperature,
             chunk=self.config.head_chunk,
         )
-        first = self.config.first_slot
-        hits = by_slot(batch, best == labels)
-        return by_slot(batch, row_losses)[:, first:], hits[:, first:]
+        hit = found.best[:, 0] == batch["labels"].flatten()[rows]
+        losses, overlaps, hits, _ = self._drafted(
+            batch, found.losses[:, 0] * temperature**2, found.overlaps[:, 0], hit
+        )
+        metrics = slot_metrics(losses, hits, valid)
+        metrics["kl"] = metrics.pop("cross_entropy")
+        if temperature == 1:  # else it is not what the target draws with
+            metrics["acceptance_rate"] = Ratio(num=overlaps.sum(), den=valid.sum().float())
+        return StepOutput(loss_sum=loss_sum, weight=total, metrics=metrics)
+
+    def _teachers(self, batch: Batch) -> Tensor:
+        """Return [R] where over all of b * S the token before each trained slot's label is."""
+        rows, anchors = batch["rows"], batch["anchors"]
+        block, length = rows // self.config.block_size, batch["input_ids"].shape[1]
+        place = anchors.flatten()[block] + rows % self.config.block_size - self.config.first_slot
+        return block // anchors.shape[1] * length + place
 
 
 def by_slot(batch: Batch, values: Tensor) -> Tensor:
@@ -85,8 +131,9 @@ def slot_weights(config: DFlashConfig, losses: Tensor, valid: Tensor) -> tuple[T
     """Return each slot's weight [M, D] and what the summed loss is divided by.
 
     decay: w_k = exp(-k / gamma), k = 0 at the first slot that drafts; divided by the sum
-    of the weights.  D-PACE: with q_k = exp(-loss_k), s_k = (1 - alpha) q_k + alpha and
-    P_k = s_0 ... s_k (slots that are not valid have s = 1 and weight 0),
+    of the weights.  uniform: w_k = 1.  D-PACE: with q_k = exp(-loss_k),
+    s_k = (1 - alpha) q_k + alpha and P_k = s_0 ... s_k (slots that are not valid have s = 1 and
+    weight 0),
         dpace               w_k = P_k + P_{k+1} + ...
         dpace_confidence    w_k = P_k
         dpace_continuation  w_k = (P_k + P_{k+1} + ...) / P_k
@@ -97,6 +144,8 @@ def slot_weights(config: DFlashConfig, losses: Tensor, valid: Tensor) -> tuple[T
         slots = torch.arange(valid.shape[1], device=valid.device)
         weights = mask * torch.exp(-slots / config.gamma)
         return weights, weights.sum()
+    if config.weighting == "uniform":
+        return mask, mask.sum()
     alpha = config.dpace_alpha
     smoothed = (1 - alpha) * torch.exp(-losses) + alpha
     prefix = torch.where(valid, smoothed, 1.0).cumprod(dim=1)

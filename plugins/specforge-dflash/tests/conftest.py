@@ -5,21 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from specforge_dflash import DFlashOptions, build_draft
-from specforge_dflash.adapter import capture_spec
-from specforge_dflash.anchors import DFlashTransform
-from specforge_dflash.collate import DFlashCollate
+from specforge_dflash import (
+    DFlashOptions,
+    build_draft,
+    specforge_adapter,
+    specforge_collate,
+    specforge_transform,
+)
 from specforge_dflash.export import export_draft
 from specforge_dflash.model import DFlashModel, Frozen
 from torch import Tensor
 
 from specforge_core.batches.loader import sample_generator
 from specforge_core.target.head import Head
-from specforge_core.types import Batch, Draft, Export, Sample, StepContext, TargetInfo
+from specforge_core.target.measure import HeadScale
+from specforge_core.types import Batch, CaptureSpec, Draft, Export, Sample, StepContext, TargetInfo
 
 VOCAB, HIDDEN, LAYERS = 41, 24, 8
 MASK = 40
@@ -74,6 +79,7 @@ def make_tiny(
     scale: float = 1.0,
     bias: bool = False,
     model_type: str = "tiny",
+    beside: HeadScale | None = None,
     **options: Any,
 ) -> Tiny:
     config = make_config(**options)
@@ -83,7 +89,7 @@ def make_tiny(
     head = torch.randn(VOCAB, HIDDEN, generator=gen)
     if bias:
         head = Head(weight=head, bias=torch.randn(VOCAB, generator=gen)).joined()
-    draft = build_draft(config, target, embed, head, scale=scale, mask_token_id=MASK)
+    draft = build_draft(config, target, embed, head, scale=scale, beside=beside, mask_token_id=MASK)
     for name, weight in draft.model.named_parameters():  # norms of ones would hide their order
         if "norm" in name:
             weight.data += 0.3 * torch.randn(weight.shape, generator=gen)
@@ -105,12 +111,35 @@ def make_samples(
     return samples
 
 
+def make_taught(lengths: tuple[int, ...] = (19, 11)) -> list[Sample]:
+    """Return such samples with what the target says of each position besides."""
+    samples, gen = make_samples(lengths), torch.Generator().manual_seed(3)
+    for sample in samples:
+        length = len(sample["input_ids"])
+        sample["target_argmax"] = torch.randint(VOCAB, (length,), generator=gen)
+        sample["final"] = torch.randn(length, HIDDEN, generator=gen)
+    return samples
+
+
 def make_batch(config: DFlashOptions, samples: list[Sample], epoch: int = 0) -> Batch:
     """What the loader makes of samples: transform, then collate."""
-    spec = capture_spec((1, 5), HIDDEN)
-    transform = DFlashTransform(spec, 10**6, config.num_anchors)
-    drawn = [transform(s, sample_generator(0, epoch, i)) for i, s in enumerate(samples)]
-    return DFlashCollate(config, spec, MASK)([s for s in drawn if s is not None])
+    spec, draft = make_spec(config), any_draft()
+    transform = specforge_transform(config, spec, 10**6)
+    stored = [{name: sample[name] for name in spec.fields} for sample in samples]
+    drawn = [transform(s, sample_generator(0, epoch, i)) for i, s in enumerate(stored)]
+    return specforge_collate(config, spec, draft)([s for s in drawn if s is not None])
+
+
+@cache
+def any_draft() -> Draft:
+    """Collate asks it for nothing but the mask token."""
+    return make_tiny().draft
+
+
+def make_spec(config: DFlashOptions) -> CaptureSpec:
+    """What the strategy stores, of the layers that the samples have."""
+    config = config.model_copy(update={"layers": (1, 5)})
+    return specforge_adapter(config, make_target()).spec
 
 
 def make_context() -> StepContext:
@@ -173,14 +202,15 @@ def block_states(
 
 
 def block_logits(
-    weights: dict[str, Tensor], tiny: Tiny, features: Tensor, token: int, anchor: int
+    weights: dict[str, Tensor], tiny: Tiny, features: Tensor, known: int | list[int], anchor: int
 ) -> Tensor:
-    """Logits [B, V] of the block that starts with `token` at `anchor`, in float64."""
+    """Logits [B, V] of the block that starts with the tokens `known` at `anchor`, in float64."""
     ids = torch.full((tiny.config.block_size,), MASK)
-    ids[0] = token
+    known = [known] if isinstance(known, int) else known
+    ids[: len(known)] = torch.tensor(known)
     slots = tiny.frozen.embed_tokens.double()[ids] * tiny.frozen.scale
     states = block_states(weights, tiny, features.double(), slots, anchor)
-    logits = states @ tiny.frozen.lm_head.double().t()
+    logits = tiny.frozen.states(states) @ tiny.frozen.lm_head.double().t()
     cap = tiny.frozen.softcap
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -203,6 +233,8 @@ class Kit:
     target: Callable[..., TargetInfo] = make_target
     tiny: Callable[..., Tiny] = make_tiny
     samples: Callable[..., list[Sample]] = make_samples
+    taught: Callable[..., list[Sample]] = make_taught
+    spec: Callable[[DFlashOptions], CaptureSpec] = make_spec
     batch: Callable[..., Batch] = make_batch
     context: Callable[..., StepContext] = make_context
     logits64: Callable[..., Tensor] = block_logits

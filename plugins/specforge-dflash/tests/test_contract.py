@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from specforge_core.testing.contract import StrategyContract
 
 
@@ -14,3 +16,16 @@ class TestContract(StrategyContract):
         "num_anchors": 64,
     }
     other_shape = {"num_layers": 2}  # noqa: RUF012
+
+
+@pytest.mark.slow
+class TestJetSpecContract(StrategyContract):
+    """Blocks as JetSpec's, and the target's own choices as labels."""
+
+    strategy = {  # noqa: RUF012
+        **TestContract.strategy,
+        "causal": True,
+        "loss": "kl",
+        "weighting": "uniform",
+        "labels": "target",
+    }

@@ -266,35 +266,3 @@ def test_a_draft_learns_one_batch_by_heart(kit: Any) -> None:
         optimizer.step()
     accuracy = out.metrics["accuracy"]
     assert float(accuracy.num / accuracy.den) > 0.95
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-# what torch says when the debug mode is switched on
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize("attention", ["auto", "flex", "eager"])
-@pytest.mark.parametrize("batches", ["packed", "padded"])
-def test_a_step_never_waits_for_the_device(kit: Any, attention: str, batches: str) -> None:
-    tiny = kit.tiny(
-        head_dim=16, attention=attention, batches=batches, weighting="dpace", sliding_window=9
-    )
-    tiny.model.cuda()
-    tiny.frozen.cuda()
-    step = DFlashStep(tiny.config)
-
-    def once(lengths: tuple[int, ...], mode: str) -> StepOutput:
-        batch = kit.batch(tiny.config, kit.samples(lengths))
-        moved = {name: tensor.cuda() for name, tensor in batch.items()}
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            out = step(tiny.draft, moved, kit.context())
-            torch.autograd.backward(out.loss_sum)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return out
-
-    for lengths in ((190, 110), (170, 150), (210, 130)):  # compiled, and tables moved
-        once(lengths, "default")
-    assert float(once((200, 140), "error").loss_sum.detach()) > 0
