@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from specforge_core.errors import ConfigError
 from specforge_core.hookspecs import hookimpl
 from specforge_core.nn.decoder import init_weights
 from specforge_core.target.measure import HeadScale
@@ -63,7 +64,8 @@ def specforge_verify_capture(
 @hookimpl
 def specforge_transform(config: DFlashConfig, spec: CaptureSpec, max_length: int) -> Transform:
     """Cut samples to `max_length` and draw their anchors; drop those without one."""
-    return DFlashTransform(spec, max_length, config.num_anchors)
+    weights = objective(config).prefix_weights
+    return DFlashTransform(spec, max_length, config.num_anchors, weights)
 
 
 @hookimpl
@@ -134,6 +136,12 @@ def specforge_train_step(config: DFlashConfig) -> TrainStep:
 @hookimpl
 def specforge_proposer(config: DFlashConfig, draft: Draft) -> Proposer:
     """Draft one block at a time, with the context's keys and values cached."""
+    if (fewest := objective(config).variable_prefix) > 1:
+        raise ConfigError(
+            f"a draft trained with variable_prefix {fewest} goes on behind "
+            "another's tokens, and was never asked to draft from the last verified one alone. "
+            "Try: train with strategy.variable_prefix=1, which asks both"
+        )
     assert isinstance(draft.model, DFlashModel)
     assert isinstance(draft.frozen, Frozen)
     return DFlashProposer(config, draft.model, draft.frozen)

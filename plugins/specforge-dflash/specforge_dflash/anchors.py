@@ -13,19 +13,23 @@ from torch import Tensor
 from specforge_core.batches.collate import token_fields, truncate
 from specforge_core.types import CaptureSpec, Sample
 
-ANCHORS = "anchors"  # the field that the transform adds, [A] int64, ascending
+# fields that the transform adds
+ANCHORS = "anchors"  # [A] int64, ascending
+PREFIXES = "prefixes"  # [A] int64: the known tokens that each block begins with, where it varies
 
 
 @dataclass(frozen=True, slots=True)
 class DFlashTransform:
     """Cuts a sample to `max_length` tokens and draws its anchors; None where no block can start.
 
-    Up to `num_anchors` distinct places are drawn, all equally likely.
+    Up to `num_anchors` distinct places are drawn, all equally likely.  With `prefix_weights`, of
+    1, 2, ... known tokens, it is drawn for each block how many it begins with.
     """
 
     spec: CaptureSpec
     max_length: int
     num_anchors: int
+    prefix_weights: tuple[float, ...] | None = None
 
     def __call__(self, sample: Sample, generator: torch.Generator, /) -> Sample | None:
         cut = truncate(sample, token_fields(self.spec), self.max_length)
@@ -33,7 +37,12 @@ class DFlashTransform:
         if not len(places):
             return None
         chosen = torch.randperm(len(places), generator=generator)[: self.num_anchors]
-        return cut | {ANCHORS: places[chosen].sort().values}
+        drawn = {ANCHORS: places[chosen].sort().values}
+        if self.prefix_weights is not None:
+            weights = torch.tensor(self.prefix_weights, dtype=torch.float64)
+            counts = torch.multinomial(weights, len(chosen), replacement=True, generator=generator)
+            drawn[PREFIXES] = counts + 1
+        return cut | drawn
 
 
 def start_places(loss_mask: Tensor) -> Tensor:

@@ -120,6 +120,13 @@ class DFlashOptions(DFlashConfig):
         1.0, gt=0, le=1e3, description="kl: T divides both logits, the loss is multiplied by T^2."
     )
 
+    variable_prefix: Annotated[int, MayChange.AT_START] = Field(
+        0, ge=0, le=1023, description="Blocks begin with so many known tokens or more; 0: with 1."
+    )
+    prefix_weight_base: Annotated[float, MayChange.AT_START] = Field(
+        0.9, gt=0, le=1, description="variable_prefix: l known tokens are as likely as this^l."
+    )
+
     @model_validator(mode="after")
     def _objective_agrees(self) -> DFlashOptions:
         if self.loss == "kl" and self.weighting.startswith("dpace"):
@@ -129,7 +136,24 @@ class DFlashOptions(DFlashConfig):
             )
         if self.loss != "kl" and self.kl_temperature != 1:
             raise ValueError("kl_temperature has no effect with loss 'ce': remove it")
+        if self.variable_prefix >= self.block_size:
+            raise ValueError(
+                f"variable_prefix {self.variable_prefix} leaves no slot of a block of "
+                f"{self.block_size} to draft: set at most {self.block_size - 1}"
+            )
+        default = type(self).model_fields["prefix_weight_base"].default
+        if not self.variable_prefix and self.prefix_weight_base != default:
+            raise ValueError("prefix_weight_base has no effect with variable_prefix 0: remove it")
         return self
+
+    @property
+    def prefix_weights(self) -> tuple[float, ...] | None:
+        """How likely blocks begin with 1, 2, ... known tokens, up to a factor; None: all with 1."""
+        least = self.variable_prefix
+        if not least:
+            return None
+        counts = range(1, self.block_size)
+        return tuple(self.prefix_weight_base ** (n - least) if n >= least else 0.0 for n in counts)
 
 
 def objective(config: DFlashConfig) -> DFlashOptions:

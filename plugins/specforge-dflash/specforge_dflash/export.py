@@ -24,7 +24,7 @@ from specforge_core.nn.decoder import decoder_config
 from specforge_core.nn.rotary import stored_rope
 from specforge_core.types import Draft, Export, TargetInfo
 
-from .config import DFlashConfig, DraftShape
+from .config import DFlashConfig, DraftShape, objective
 from .model import DFlashModel, Frozen
 
 ARCHITECTURE = "DFlashDraftModel"
@@ -83,6 +83,12 @@ def _not_served(
             f"{engine} serves DFlash blocks whose slot k holds token a+k, and this draft was "
             f"trained with label_layout {config.label_layout!r}: nothing would be accepted. "
             "Try: --format hf, or train with strategy.label_layout=same_position"
+        )
+    if (fewest := objective(config).variable_prefix) > 1:
+        return (
+            f"{engine} drafts from the last verified token alone, and this draft was trained "
+            f"behind {fewest} known tokens or more (variable_prefix): little would "
+            "be accepted. Try: --format hf, or train with strategy.variable_prefix=1"
         )
     return target_not_served(frozen, target, engine)
 

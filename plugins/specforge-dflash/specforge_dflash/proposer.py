@@ -45,12 +45,15 @@ class DFlashProposer:
         return Proposal(tokens=drawn.to(probs.device), probs=probs)
 
     @torch.no_grad()
-    def block_logits(self, last_token: int) -> Tensor:
-        """Return logits [max_tokens, V] float32 for the tokens after `last_token`."""
-        return self._frozen.logits(self.block_states(last_token))
+    def block_logits(self, last_token: int, *known: int) -> Tensor:
+        """Return logits [max_tokens, V] float32 for the tokens after `last_token`.
+
+        With `known` drafted tokens, which are taken as they are, those for the tokens after them.
+        """
+        return self._frozen.logits(self.block_states(last_token, *known))
 
     @torch.no_grad()
-    def block_states(self, last_token: int) -> Tensor:
+    def block_states(self, last_token: int, *known: int) -> Tensor:
         """Return the final states [max_tokens, H], normed, that `Frozen.logits` takes.
 
         For methods that correct a block's logits, token by token, by its states.
@@ -59,6 +62,8 @@ class DFlashProposer:
         shape = self._model.shape
         block = torch.full((1, shape.block_size), shape.mask_token_id, device=device)
         block[:, 0] = last_token
+        for slot, token in enumerate(known, 1):
+            block[:, slot] = token
         width = self._model.fc.in_features
         new = [f.to(device) for f in self._pending] or [torch.empty(0, width, device=device)]
         features = torch.cat(new)[None]
@@ -74,5 +79,5 @@ class DFlashProposer:
             positions,
             self._caches,
         )
-        states: Tensor = hidden[0, self._config.first_slot :]
+        states: Tensor = hidden[0, self._config.first_slot + len(known) :]
         return states

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
@@ -17,6 +16,7 @@ from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entrop
 from specforge_core.nn.soft_loss import SoftLoss
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
+from .anchors import PREFIXES
 from .config import DFlashConfig, objective
 from .memory import step_bytes
 from .model import DFlashModel, Frozen
@@ -78,9 +78,19 @@ class DFlashStep:
         return step_bytes(self.config, shape, tokens, documents, item, recompute=recompute)
 
     def _drafted(self, batch: Batch, *values: Tensor) -> list[Tensor]:
-        """Return values [R] of the trained slots as [M, D], 0 elsewhere, and which are trained."""
+        """Return values [R] of the trained slots as [M, D], 0 elsewhere, and which are trained.
+
+        Each block's slots from the first one that drafts: the one behind its known tokens.
+        """
         places = [*(by_slot(batch, x) for x in values), batch["valid"].flatten(0, 1)]
-        return [x[:, self.config.first_slot :] for x in places]
+        drafted = [x[:, self.config.first_slot :] for x in places]
+        if PREFIXES not in batch:
+            return drafted
+        known = batch[PREFIXES].flatten()[:, None]
+        index = torch.arange(drafted[0].shape[1], device=known.device) + known - 1
+        beyond = index >= index.shape[1]
+        index = index.masked_fill(beyond, 0)
+        return [x.gather(1, index).masked_fill(beyond, 0) for x in drafted]
 
     def _distilled(self, states: Tensor, frozen: Frozen, batch: Batch) -> StepOutput:
         """Return what the slots' states [R, H] come to against the target's distribution."""
@@ -89,7 +99,11 @@ class DFlashStep:
         weights, total = slot_weights(
             self.config, torch.zeros_like(valid, dtype=torch.float), valid
         )
-        given = F.pad(weights, (self.config.first_slot, 0)).flatten()[rows] * temperature**2
+        block = rows // self.config.block_size
+        slot = rows % self.config.block_size - self.config.first_slot
+        if PREFIXES in batch:
+            slot = slot - (batch[PREFIXES].flatten()[block] - 1)
+        given = weights[block, slot] * temperature**2
         final = batch["final"].flatten(0, 1)[self._teachers(batch)]
         beside, cap = frozen.beside, frozen.softcap
         loss_sum, found = linear_soft_cross_entropy(

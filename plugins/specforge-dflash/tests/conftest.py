@@ -123,11 +123,17 @@ def make_taught(lengths: tuple[int, ...] = (19, 11)) -> list[Sample]:
 
 def make_batch(config: DFlashOptions, samples: list[Sample], epoch: int = 0) -> Batch:
     """What the loader makes of samples: transform, then collate."""
-    spec, draft = make_spec(config), any_draft()
+    drawn = draw(config, samples, epoch)
+    return specforge_collate(config, make_spec(config), any_draft())(drawn)
+
+
+def draw(config: DFlashOptions, samples: list[Sample], epoch: int = 0) -> list[Sample]:
+    """Transform what the strategy stores of samples."""
+    spec = make_spec(config)
     transform = specforge_transform(config, spec, 10**6)
     stored = [{name: sample[name] for name in spec.fields} for sample in samples]
     drawn = [transform(s, sample_generator(0, epoch, i)) for i, s in enumerate(stored)]
-    return specforge_collate(config, spec, draft)([s for s in drawn if s is not None])
+    return [s for s in drawn if s is not None]
 
 
 @cache
@@ -235,6 +241,7 @@ class Kit:
     samples: Callable[..., list[Sample]] = make_samples
     taught: Callable[..., list[Sample]] = make_taught
     spec: Callable[[DFlashOptions], CaptureSpec] = make_spec
+    draw: Callable[..., list[Sample]] = draw
     batch: Callable[..., Batch] = make_batch
     context: Callable[..., StepContext] = make_context
     logits64: Callable[..., Tensor] = block_logits

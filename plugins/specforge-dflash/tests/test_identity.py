@@ -19,11 +19,12 @@ OTHERWISE = {
     "strategy.block_size=8": r"strategy\.block_size: 4 in it, 8 in this run",
     "strategy.causal=true": r"strategy\.causal: false in it, true in this run",
     "strategy.weighting=dpace": r"strategy\.weighting: decay in it, dpace in this run",
+    "strategy.variable_prefix=1": r"strategy\.variable_prefix: 0 in it, 1 in this run",
     "strategy.loss=kl": r"strategy\.loss: ce in it, kl in this run",
     "strategy.labels=target": r"strategy\.labels: data in it, target in this run",
     "strategy.num_anchors=9": r"strategy\.num_anchors: 8 in it, 9 in this run",
 }
-SAID_AT_START = ("weighting", "num_anchors", "loss", "labels")
+SAID_AT_START = ("weighting", "num_anchors", "loss", "labels", "variable_prefix")
 
 
 @pytest.fixture(scope="module")

@@ -28,13 +28,18 @@ TERMS = 48 + 2 * (3 * 24 + 32 + 40 + 23) + 24 + 41 + 200
 JETSPEC = {"causal": True, "loss": "kl", "weighting": "uniform"}
 CASES: list[dict[str, Any]] = [
     {"labels": "target"},
+    {**JETSPEC, "kl_temperature": 0.5, "softcap": 3.0, "beside": HeadScale(0.25, 2.0)},
+    {**JETSPEC, "label_layout": "next_token", "labels": "target", "scale": 3.0},
+    {"variable_prefix": 2},
+]
+MORE_CASES: list[dict[str, Any]] = [
     {"labels": "target", "label_layout": "next_token", "weighting": "dpace", "causal": True},
     {"labels": "target", "weighting": "uniform", "sliding_window": 5},
-    JETSPEC,
     {"loss": "kl", "kl_temperature": 2.0, "bias": True},
-    {**JETSPEC, "label_layout": "next_token", "labels": "target", "scale": 3.0},
-    {**JETSPEC, "kl_temperature": 0.5, "softcap": 3.0, "beside": HeadScale(0.25, 2.0)},
+    {"variable_prefix": 1, "label_layout": "next_token", "weighting": "dpace", "block_size": 5},
+    {"variable_prefix": 2, **JETSPEC, "weighting": "decay", "prefix_weight_base": 0.5},
 ]
+ALL = [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)]
 Samples = list[dict[str, Tensor]]
 
 
@@ -47,23 +52,29 @@ def teacher(tiny: Any, final: Tensor) -> Tensor:
 
 
 def reference(kit: Any, tiny: Any, samples: Samples, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Loss, weight and metrics, slot by slot; every possible anchor is taken."""
+    """Loss, weight and metrics, slot by slot; every possible anchor is taken.
+
+    Where prefixes vary, blocks begin with as many known tokens as were drawn.
+    """
     config = tiny.config
     first = 1 if config.label_layout == "same_position" else 0
     loss, total = torch.zeros((), dtype=torch.float64), 0.0
     hits: list[bool] = []
     lengths: list[float] = []
     overlaps: list[float] = []
-    for sample in samples:
+    for sample, drawn in zip(samples, kit.draw(config, samples), strict=True):
         ids, mask, features = (sample[n] for n in ("input_ids", "loss_mask", "hidden_states"))
+        places = drawn["anchors"].tolist()
+        prefixes = dict(zip(places, drawn.get("prefixes", [1] * len(places)), strict=True))
         for a in range(len(ids) - 1):
             if not (mask[a] and mask[a + 1]):
                 continue
-            logits = kit.logits64(weights, tiny, features, int(ids[a]), a)
+            known = int(prefixes[a])
+            logits = kit.logits64(weights, tiny, features, ids[a : a + known].tolist(), a)
             row: list[tuple[int, Tensor, float]] = []  # of a trained slot: number, loss, q
             right: list[bool] = []
-            for k in range(config.num_draft_tokens):
-                place, q = a + 1 + k, logits[first + k]
+            for k in range(config.num_draft_tokens - known + 1):
+                place, q = a + known + k, logits[first + known - 1 + k]
                 if place >= len(ids) or not mask[place]:
                     right.append(False)
                     continue
@@ -107,10 +118,10 @@ def gradients(tiny: Any, out: StepOutput) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.parametrize("options", ALL, ids=str)
 def test_loss_weight_metrics_and_gradients(kit: Any, options: dict[str, Any]) -> None:
     """Packed and padded: the formula, and what autograd makes of it."""
-    samples, exact = kit.taught((11, 8, 6)), None
+    samples, exact = kit.taught((9, 6)), None
     for batches in ("packed", "padded"):
         tiny = kit.tiny(batches=batches, head_chunk=7, **options)
         out = run(kit, tiny, samples)
@@ -130,11 +141,14 @@ def test_loss_weight_metrics_and_gradients(kit: Any, options: dict[str, Any]) ->
             assert (gradient.double() - given).norm() / given.norm() < 1e-4, name
 
 
-@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.parametrize("options", ALL, ids=str)
 def test_a_batch_is_the_sum_of_its_samples(kit: Any, options: dict[str, Any]) -> None:
     """So two ranks give what one gives."""
     tiny, samples = kit.tiny(**options), kit.taught((12, 9, 7))
-    whole, parts = run(kit, tiny, samples), [run(kit, tiny, [s]) for s in samples]
+    drawn, step = kit.draw(tiny.config, samples), DFlashStep(tiny.config)
+    collate = specforge_collate(tiny.config, kit.spec(tiny.config), tiny.draft)
+    whole = step(tiny.draft, collate(drawn), kit.context())
+    parts = [step(tiny.draft, collate([sample]), kit.context()) for sample in drawn]
     pairs = [
         (whole.loss_sum, [p.loss_sum for p in parts]),
         (whole.weight, [p.weight for p in parts]),
@@ -183,6 +197,8 @@ def test_choices_that_are_no_tokens_are_a_problem(kit: Any) -> None:
     [
         ({"loss": "kl", "weighting": "dpace"}, "weighting=uniform or decay"),
         ({"kl_temperature": 2.0}, "no effect with loss 'ce'"),
+        ({"variable_prefix": 4}, "leaves no slot of a block of 4 to draft: set at most 3"),
+        ({"prefix_weight_base": 0.5}, "no effect with variable_prefix 0"),
     ],
 )
 def test_objectives_that_disagree_are_refused(
@@ -224,6 +240,7 @@ def test_a_variant_that_extends_the_shared_options_trains_as_dflash(kit: Any) ->
 DEVICE_CASES: list[dict[str, Any]] = [
     {"weighting": "dpace", "sliding_window": 9},
     {**JETSPEC, "labels": "target"},
+    {"variable_prefix": 2, "loss": "kl"},
 ]
 
 
