@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
@@ -28,6 +29,7 @@ from .sources import told
 
 SLICE_SECONDS = 1.0  # of a batch of answers, after which others get the engine that wait for it
 POLL_SECONDS = 0.005  # between two looks whether all is answered
+CHECKSUM = "share_checksum"  # in each row of a share: of all its rows, without this field
 
 Range = tuple[int, int]  # the first prompt of a share, and the one behind its last
 
@@ -169,9 +171,8 @@ class Shares:
         turns = Turns(self._engine, self._lock, size, self._closed)
         chats = list(Answerer(self._run, self._tokenizer, turns).answer(tasks))
         kept = sorted((c for c in chats if c.messages), key=lambda chat: chat.task.place)
-        text = "".join(json.dumps(answered(chat, self._origin)) + "\n" for chat in kept)
         prepare_folder(self._folder)
-        write_file(path, text.encode())
+        write_file(path, share_text([answered(chat, self._origin) for chat in kept]))
         dropped = Counter(str(chat.dropped) for chat in chats if not chat.messages)
         why = f" ({told(dropped)})" if dropped else ""
         console.print(f"{path}: {len(kept)} of {len(tasks)} prompts answered{why}", markup=False)
@@ -181,6 +182,8 @@ class Shares:
         asked = {task.id: _others(m for turn in task.turns for m in turn) for task in tasks}
         try:
             rows = read_share(path)
+            if {row[CHECKSUM] for row in rows} != {_checksum(rows)}:
+                return False  # also where there are none
             if len({row["id"] for row in rows}) < len(rows):
                 return False
             for row in rows:
@@ -189,12 +192,26 @@ class Shares:
                     return False
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return False
-        return bool(rows)
+        return True
 
 
 def _others(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the messages that are not the assistant's, whose calls of tools are asked, too."""
     return [message for message in messages if message["role"] != "assistant"]
+
+
+def share_text(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return a share's file: a row that is changed, missing or of another share is noticed."""
+    whole = {CHECKSUM: _checksum(rows)}
+    return b"".join(json.dumps({**row, **whole}).encode() + b"\n" for row in rows)
+
+
+def _checksum(rows: Iterable[Mapping[str, Any]]) -> str:
+    digest = xxhash.xxh3_128()
+    for row in rows:
+        own = {name: value for name, value in row.items() if name != CHECKSUM}
+        digest.update(json.dumps(own).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def read_share(path: Path) -> list[Mapping[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from specforge_core.config import TargetConfig
 from specforge_core.data import shares as module
 from specforge_core.data.regenerate import origin_of
-from specforge_core.data.shares import Shares, file_of, read_share
+from specforge_core.data.shares import Shares, file_of, read_share, share_text
 from specforge_core.errors import CaptureError
 from specforge_core.files import temporary
 from specforge_core.locks import InTurn
@@ -159,11 +160,22 @@ def pipe(path: Path) -> None:
 
 
 def another(key: str, value: Any) -> Callable[[Path], None]:
+    """Write rows with another value, as a run would have; what is compared is more than bytes."""
+
     def change(path: Path) -> None:
         rows = [json.loads(line) | {key: value} for line in path.read_text().splitlines()]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_bytes(share_text(rows))
 
     return change
+
+
+def edit(path: Path) -> None:
+    begin = '"assistant", "content": "'
+    path.write_text(path.read_text().replace(begin, f"{begin}never ", 1))
+
+
+def token(path: Path) -> None:
+    path.write_text(re.sub(r'("input_ids": \[)\d+', r"\g<1>3", path.read_text(), count=1))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +183,9 @@ def another(key: str, value: Any) -> Callable[[Path], None]:
     [
         twice,  # a row would be trained on twice
         pipe,  # which would be waited for
+        edit,  # an answer
+        token,  # which is trained on
+        lambda path: path.write_bytes(path.read_bytes().splitlines(keepends=True)[1]),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(path.read_bytes()[:-20]),
         lambda path: path.write_bytes(b"[" * 100_000),
@@ -217,7 +232,7 @@ def test_what_is_there_is_kept_also_of_conversations_with_tools(
     for content, calls in (("one", 0), ("two", 1)):
         messages = [{**question, "content": content}, *read, answer]
         row = {"id": "0", "messages": messages, **origin_of(run, TOKENIZER)}
-        (tmp_path / file_of((0, 1))).write_text(json.dumps(row) + "\n")
+        (tmp_path / file_of((0, 1))).write_bytes(share_text([row]))
         shares = Shares(run, TOKENIZER, engine, InTurn(), [task], tmp_path)
         shares.ask((0, 1))
         assert shares.wait(20)
