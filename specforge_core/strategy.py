@@ -16,7 +16,13 @@ from .calls import Calls
 from .errors import CheckpointError, PluginError
 from .returned import wrong_draft, wrong_export, wrong_optimizers, wrong_spec
 from .types import CaptureSpec, Draft, Export, NotServed, Problem
-from .watch import WatchedEngine, WatchedProposer, watched_reader, watched_rows
+from .watch import (
+    WatchedEngine,
+    WatchedProposer,
+    watched_optimizer,
+    watched_reader,
+    watched_rows,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -186,7 +192,7 @@ class Strategy(Calls):
         with self.guard(hook, status=2):  # a group may lack its parameters
             wrong = wrong_optimizers(found, draft.model)
         self.check(hook, wrong, value=found[0] if found else None)
-        return list(found)
+        return [self.watched(hook, optimizer, watched_optimizer) for optimizer in found]
 
     def schedule(self, train: TrainConfig) -> Callable[[float], float]:
         found: Callable[[float], float] | None = self._first("specforge_schedule", train=train)

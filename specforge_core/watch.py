@@ -52,14 +52,7 @@ class Watched:
             found = getattr(self._inner, name, MISSING)
         if found is MISSING:
             raise AttributeError(f"{type(self._inner).__name__!r} has no attribute {name!r}")
-        return self._called(found) if callable(found) else found
-
-    def _called(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            with self._watch.guard():
-                return method(*arguments, **named)
-
-        return call
+        return _guarded(found, self._watch) if callable(found) else found
 
     def _each(
         self, method: Callable[[], Iterable[Any]], wrong: Callable[[object], Wrong | None]
@@ -161,6 +154,21 @@ class WatchedKnown(WatchedRows):
             found: str = self._inner.fingerprint()
         self._watch.check(wrong_type(found, str, "a fingerprint, a text"))
         return found
+
+
+def watched_optimizer(inner: Any, watch: Watch) -> Any:
+    """Watch an optimizer, which stays what it is: torch looks at its class and attributes."""
+    for name in ("step", "zero_grad", "state_dict", "load_state_dict"):
+        setattr(inner, name, _guarded(getattr(inner, name), watch))
+    return inner
+
+
+def _guarded(method: Callable[..., Any], watch: Watch) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        with watch.guard():
+            return method(*arguments, **named)
+
+    return call
 
 
 def watched_reader(inner: Any, watch: Watch) -> WatchedReader:

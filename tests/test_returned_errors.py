@@ -124,6 +124,22 @@ CALLABLES = {
         ("adapter", "config, target", "return Raises(LinearAdapter(SPEC))"),
         "specforge-bad 0.1.0, specforge_adapter: ValueError: no states",
     ),
+    "an optimizer whose step raises": (
+        ("optimizers", "draft", "return [Worn(draft.model.parameters())]"),
+        "specforge-bad 0.1.0, specforge_optimizers: ArithmeticError: worn out",
+    ),
+    "an optimizer without a state": (
+        ("optimizers", "draft", "return [Lost(draft.model.parameters())]"),
+        "specforge-bad 0.1.0, specforge_optimizers: KeyError: 'momentum'",
+    ),
+    "torch's own optimizer, misused": (
+        (
+            "optimizers",
+            "draft",
+            "return [without_momentum(torch.optim.SGD(draft.model.parameters()))]",
+        ),
+        "specforge-bad 0.1.0, specforge_optimizers: KeyError: 'momentum'",
+    ),
 }
 HELPERS = """
 from dataclasses import replace
@@ -153,6 +169,18 @@ def alone():
 class Returns(LinearAdapter):
     def __call__(self, capture):
         return list(super().__call__(capture).values())
+
+class Worn(torch.optim.SGD):
+    def step(self, closure=None):
+        raise ArithmeticError("worn out")
+
+class Lost(torch.optim.SGD):
+    def state_dict(self):
+        raise KeyError("momentum")
+
+def without_momentum(optimizer):
+    del optimizer.param_groups[0]["momentum"]
+    return optimizer
 
 class Raises:
     def __init__(self, inner):
