@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
@@ -80,18 +81,18 @@ class ChildServer:
         receiver: str = "",
     ) -> None:
         assert options.python is not None
-        self._secrets = secret_values({"args": options.server_args, "env": options.env})
         self._check_python(options.python)
+        flags = with_key(server_flags(target, info, options) if flags is None else flags)
+        self._secrets = secret_values({"args": flags, "env": options.env})
         self._directory = Path(tempfile.mkdtemp(prefix="specforge-sglang-"))
         self._log = self._directory / "server.log"
         (self._directory / MADE).write_text(MADE_BY, encoding="utf-8")
         write_overlay(self._directory)
         self._receiver = receiver
         self.url = f"http://127.0.0.1:{free_port()}"
-        flags = server_flags(target, info, options) if flags is None else flags
         shown = {name: value for name, value in flags.items() if not is_secret(name)}
         command = [options.python, *launch, *as_arguments(shown)]
-        self._key = None if flags.get("api_key") is None else str(flags["api_key"])
+        self._key = None if flags.get("api_key") in (None, False) else str(flags["api_key"])
         command += ["--host", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1]]
         reading, self._lifeline = os.pipe()
         try:
@@ -144,7 +145,7 @@ class ChildServer:
             )
 
     def client(self, timeout: float) -> Client:
-        """Return what speaks to the server, with the key that its flags name, if they do."""
+        """Return what speaks to the server, with its key."""
         return Client(self.url, timeout, self._key)
 
     def wait(self, client: Client, timeout: float) -> None:
@@ -217,6 +218,16 @@ def server_flags(target: TargetConfig, info: TargetInfo, options: SGLangOptions)
         _, _, number = target.device.partition(":")
         flags["base_gpu_id"] = int(number or os.environ.get("LOCAL_RANK", "0"))
     return {**flags, **options.server_args}
+
+
+def with_key(flags: Mapping[str, Flag]) -> Mapping[str, Flag]:
+    """Return flags with a key for once, where they have none: a port is open to every user here.
+
+    SGLang takes none where it has several tokenizers.
+    """
+    if "api_key" in flags or flags.get("tokenizer_worker_num", 1) != 1:
+        return flags
+    return {**flags, "api_key": secrets.token_hex(16)}
 
 
 def uses_cpu(target: TargetConfig) -> bool:

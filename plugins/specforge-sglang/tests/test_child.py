@@ -24,6 +24,7 @@ from specforge_sglang.child import (
     as_arguments,
     free_port,
     server_flags,
+    with_key,
     write_overlay,
 )
 from specforge_sglang.client import Client
@@ -58,13 +59,12 @@ HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 PARENT = """
 import json, os, sys, time
 from specforge_sglang.child import ChildServer
-from specforge_sglang.client import Client
 from specforge_sglang.options import read_options
 from specforge_core.target.info import load_target_info
 from specforge_core.config import TargetConfig
 target = TargetConfig(**json.loads(sys.argv[1]))
 child = ChildServer(target, load_target_info(target), read_options(target))
-client = Client(child.url, 5.0)
+client = child.client(5.0)
 child.wait(client, 60)
 print(json.dumps(client.get("/")), flush=True)
 os.kill(os.getpid(), 9)
@@ -114,7 +114,7 @@ def test_a_child_gets_its_flags_and_the_plugin(
         monkeypatch.setenv(name, value)
     target = configure(server_args={"tp-size": 2})
     child = start(target)
-    client = Client(child.url, 5.0)
+    client = child.client(5.0)
     child.wait(client, 60)
     told = client.get("/")
     child.close()
@@ -141,7 +141,7 @@ def test_an_interpreter_that_sets_its_own_path_finds_the_plugin(
     script.chmod(0o755)
     options = {**target.options, "python": str(script)}
     child = start(target.model_copy(update={"options": options}))
-    client = Client(child.url, 5.0)
+    client = child.client(5.0)
     child.wait(client, 60)
     told = client.get("/")
     child.close()
@@ -161,25 +161,30 @@ def test_a_child_that_ends_says_why(
 ) -> None:
     child = start(configure(behave, version))
     with pytest.raises(CaptureError, match=message):
-        child.wait(Client(child.url, 5.0), 60)
+        child.wait(child.client(5.0), 60)
     child.close()
 
 
 def test_what_a_child_says_last_is_shown_without_its_key(configure: Configure) -> None:
     behave = "print(sys.argv[sys.argv.index('--api-key'):], flush=True); sys.exit(3)"
-    child = start(configure(behave, server_args={"api_key": "a-secret-key"}))
+    child = start(configure(behave))
     with pytest.raises(CaptureError, match=r"ended with status 3(.|\n)*--api-key") as found:
-        child.wait(Client(child.url, 5.0), 60)
-    assert "a-secret-key" not in str(found.value)
+        child.wait(child.client(5.0), 60)
+    assert child.client(5.0).key
+    assert str(child.client(5.0).key) not in str(found.value)
     child.close()
 
 
-@pytest.mark.parametrize("launch", [CAPTURE, PLAIN], ids=["capture", "plain"])
+@pytest.mark.parametrize(
+    ("launch", "given"),
+    [(CAPTURE, {"api_key": "a-secret-key"}), (PLAIN, {})],
+    ids=["its own", "made for once"],
+)
 def test_the_key_of_a_child_is_in_no_command_line_and_is_sent(
-    configure: Configure, launch: tuple[str, str]
+    configure: Configure, launch: tuple[str, str], given: dict[str, str]
 ) -> None:
-    """Anybody on the machine reads the command lines of all processes."""
-    target = configure(server_args={"api_key": "a-secret-key", "tp-size": 2})
+    """Anybody on the machine reads the command lines of all processes, and may ask its ports."""
+    target = configure(server_args={**given, "tp-size": 2})
     child = ChildServer(target, load_target_info(target), read_options(target), launch=launch)
     client = child.client(5.0)
     child.wait(client, 60)
@@ -188,11 +193,21 @@ def test_the_key_of_a_child_is_in_no_command_line_and_is_sent(
     told = client.get("/")
     lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in told["pids"]]
     child.close()
-    assert told["argv"][told["argv"].index("--api-key") + 1] == "a-secret-key"
+    key = told["argv"][told["argv"].index("--api-key") + 1]
+    assert key == given.get("api_key", key)
+    assert len(key) >= 12
     assert b"--tp-size" in lines[0]
-    assert all(b"a-secret-key" not in line for line in lines)
-    assert "a-secret-key" not in str(told["env"])  # which its workers get
-    assert "a-secret-key" not in repr(client)
+    assert all(key.encode() not in line for line in lines)
+    assert key not in str(told["env"])  # which its workers get
+    assert key not in repr(client)
+
+
+def test_a_key_is_made_where_sglang_takes_one() -> None:
+    one, other = (str(with_key({"tp_size": 2})["api_key"]) for _ in range(2))
+    assert len(one) == len(other) == 32
+    assert one != other
+    for given in ({"api_key": "k"}, {"api_key": False}, {"tokenizer_worker_num": 2}):
+        assert with_key(given) == given
 
 
 def test_a_child_that_never_answers_is_an_error(configure: Configure) -> None:

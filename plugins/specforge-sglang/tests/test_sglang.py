@@ -30,7 +30,6 @@ from specforge_core.train.run import train
 from specforge_core.types import CaptureSpec, GenerateOptions, TargetCapture
 
 CPU = torch.device("cpu")
-KEY = "the-key-of-these-tests"
 pytestmark = pytest.mark.slow
 
 
@@ -41,7 +40,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(sglang_python: str, toy_target: Path, directory: Path) -> Iterator[SGLangEngine]:
-    """A server started as a child, with every default but a key."""
+    """A server started as a child, with every default: SGLang takes the key that is made for it."""
     config = TargetConfig(
         path=str(toy_target),
         engine="sglang",
@@ -51,7 +50,6 @@ def engine(sglang_python: str, toy_target: Path, directory: Path) -> Iterator[SG
             "python": sglang_python,
             "directory": str(directory),
             "env": {"SPECFORGE_SGLANG_RECEIVERS": "127.0.0.1"},
-            "server_args": {"api_key": KEY},
         },
     )
     made = SGLangEngine.load(config, CPU)
@@ -70,8 +68,8 @@ def by_url(
     engine: SGLangEngine, toy_target: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
     """The target section of a config that names the running server."""
-    monkeypatch.setenv("SPECFORGE_API_KEY", KEY)
     (server,) = engine.pool.servers
+    monkeypatch.setenv("SPECFORGE_API_KEY", str(server.client.key))
     options = {"url": server.client.url, "directory": str(directory)}
     return {"path": str(toy_target), "engine": "sglang", "device": "cpu", "options": options}
 
@@ -222,7 +220,8 @@ def test_the_key_of_a_server_is_in_no_command_line(engine: SGLangEngine) -> None
         with suppress(OSError):  # it has ended
             lines.append(process.read_bytes())
     assert any(b"--skip-tokenizer-init" in line for line in lines)
-    assert not any(KEY.encode() in line for line in lines)
+    key = str(engine.pool.servers[0].client.key).encode()
+    assert not any(key in line for line in lines)
     with pytest.raises(Refused, match="HTTP 401"):
         Client(engine.pool.servers[0].client.url, 5.0).get("/server_info")
 
