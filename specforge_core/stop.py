@@ -139,12 +139,13 @@ def listening() -> Iterator[None]:
     if _state.fd >= 0 or threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {number: signal.getsignal(number) for number in SIGNALS}
+    old, hook = {number: signal.getsignal(number) for number in SIGNALS}, sys.unraisablehook
     thread = _start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(-1)
+        sys.unraisablehook = hook
         for number, handler in old.items():
             signal.signal(number, handler)
         os.close(_state.fd)
@@ -160,6 +161,11 @@ def _start() -> threading.Thread:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _handle)
     signal.set_wakeup_fd(_state.fd, warn_on_full_buffer=False)
+    before = sys.unraisablehook
+    # in a finalizer, as Python's imports have many, it is lost: the thread ends the command then
+    sys.unraisablehook = lambda found: (
+        None if isinstance(found.exc_value, Interrupted) else before(found)
+    )
     thread = threading.Thread(target=_watch, args=(reading,), name="specforge-stop", daemon=True)
     thread.start()
     return thread

@@ -111,6 +111,20 @@ while True:
     assert out.startswith("stopped by SIGTERM")
 
 
+def test_a_finalizer_that_swallows_it_says_nothing_of_it() -> None:
+    """Python would print a traceback and go on; each import has such code."""
+    body = """class Gone:
+    def __del__(self):
+        ready()
+        time.sleep(1)
+gone = Gone()
+del gone
+while True: time.sleep(0.1)"""
+    status, out, err = end(begin(body), signal.SIGTERM)
+    assert (status, err) == (143, "")
+    assert out.startswith("stopped by SIGTERM")
+
+
 def test_nohup_goes_on() -> None:
     def ignore() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
