@@ -15,6 +15,7 @@ import torch
 from specforge_core.capture.job import run_capture
 from specforge_core.capture.verify import verify_directory
 from specforge_core.data.journal import Journal
+from specforge_core.data.shares import Shares, file_of
 from specforge_core.drafts.checkpoint import checkpoints
 from specforge_core.drafts.export import read_export, write_export
 from specforge_core.drafts.load import export_checkpoint, restore
@@ -38,6 +39,7 @@ from specforge_core.train.run import train
 from specforge_core.types import Export
 
 from .runs import linear_run
+from .train.growing import GROWS
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
@@ -148,6 +150,34 @@ def test_ranks_that_cannot_go_on_say_it_once(
     filler.unlink()
     assert "finished at step 6/6" in finish(cli(*two))
     assert "2 checkpoints are as they were written" in str(verify_draft(run))
+
+
+def test_answers_that_find_no_room_end_a_run_whose_data_grows(
+    disk: Path, tmp_path: Path, toy_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = linear_run(tmp_path, toy_target), disk / "run"
+    options = (*GROWS, f"regenerate.prompts=[{tmp_path / 'train.jsonl'}]", f"output_dir={run}")
+    options = (*options, "train.max_steps=6")
+    answer = Shares._answer
+    fillers: list[Path] = []
+    before: dict[str, str] = {}
+
+    def without_room(self: Shares, share: tuple[int, int]) -> None:
+        if share[0] == 3:  # the second share
+            before.update(state(run / "regenerated"), **state(run / "checkpoints"))
+            fillers.append(fill(disk))
+        answer(self, share)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shares, "_answer", without_room)
+        with pytest.raises(RunError, match=NO_ROOM + "Make room there. Start the same") as error:
+            train(*load(config, *options, "train.save_every=3"))
+    refused(RunError, "did not come: " + str(run / "regenerated"), error.value)
+    assert {**state(run / "regenerated"), **state(run / "checkpoints")} == before
+    assert len([name for name in before if name.endswith(".jsonl")]) == 1
+    fillers[0].unlink()
+    assert train(*load(config, *options)).finished
+    assert sorted(state(run / "regenerated")) == [file_of((0, 3)), file_of((3, 6))]
 
 
 def write_lines(metrics: MetricsFile) -> None:

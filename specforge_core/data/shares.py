@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
 from ..documents import check_regular
-from ..files import prepare_folder, write_file
+from ..errors import RunError
+from ..files import prepare_folder, refusing, write_file
 from ..locks import InTurn
 from ..progress import console
 from ..target.engine import TransformersEngine
@@ -171,8 +172,9 @@ class Shares:
         turns = Turns(self._engine, self._lock, size, self._closed)
         chats = list(Answerer(self._run, self._tokenizer, turns).answer(tasks))
         kept = sorted((c for c in chats if c.messages), key=lambda chat: chat.task.place)
-        prepare_folder(self._folder)
-        write_file(path, share_text([answered(chat, self._origin) for chat in kept]))
+        with refusing(RunError, "Make room there"):
+            prepare_folder(self._folder)
+            write_file(path, share_text([answered(chat, self._origin) for chat in kept]))
         dropped = Counter(str(chat.dropped) for chat in chats if not chat.messages)
         why = f" ({told(dropped)})" if dropped else ""
         console.print(f"{path}: {len(kept)} of {len(tasks)} prompts answered{why}", markup=False)

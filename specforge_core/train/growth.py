@@ -34,7 +34,7 @@ from .forward import Forward
 FOLDER = "regenerated"  # in output_dir
 ROUND_SECONDS = 60.0  # after which all ranks hear that answers are still waited for
 POLL_SECONDS = 0.2  # between two looks whether a stop is asked for
-CLOSE_SECONDS = 2.0  # that what still answers has to notice that it is over
+CLOSE_SECONDS = 1.0  # that what still answers has to notice that it is over
 
 
 @dataclass(slots=True)
@@ -181,9 +181,10 @@ class Growth:
             self._ask(share)
 
     def close(self) -> None:
-        """Give up what is still being answered."""
-        if self.shares is not None:
-            self.shares.close(CLOSE_SECONDS)
+        """Give up what is still being answered; a second call has nothing to wait for."""
+        shares, self.shares = self.shares, None
+        if shares is not None:
+            shares.close(CLOSE_SECONDS)
 
     def _seed(self) -> int:
         """Return what decides an epoch's order and draws: the run's own seed for the first one."""

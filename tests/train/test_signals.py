@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from specforge_core.capture.job import run_capture
 from specforge_core.capture.manifest import MANIFEST
 from specforge_core.drafts import checkpoint
 from specforge_core.testing.forked import cli
+from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import finish, lines, load
 
 from ..processes import end, wait
 from ..runs import linear_run
+from .growing import EPOCHS, GROWS
 from .started import LONG, num_lines, start
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
@@ -77,6 +80,49 @@ def test_a_follower_of_a_dead_capture_stops_and_keeps_its_steps(
     assert err.splitlines()[1:] == []  # the first says on what it trains
     state = checkpoint.read_state(checkpoint.find(tmp_path / "run"))
     assert (state.step, state.position) == (steps, 20)
+
+
+# as a server that is asked for answers, and gives none
+SILENT = """
+    import threading
+    from specforge_core import hookimpl
+    from specforge_core.target.engine import TransformersEngine
+
+    class Silent(TransformersEngine):
+        answers_beside = True
+
+        def generate(self, prompts, options):
+            threading.Event().wait()
+
+    @hookimpl
+    def specforge_target_engine(target, device):
+        return Silent.load(target, device) if target.engine == "silent" else None
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "signals"), [(1, [signal.SIGTERM]), (2, [signal.SIGINT, signal.SIGINT])]
+)
+def test_a_wait_for_answers_stops_and_keeps_its_steps(
+    config: Path, tmp_path: Path, fake_site: FakeSite, ranks: int, signals: list[int]
+) -> None:
+    group = {"specforge.plugins": {"silent": "silent_engine"}}
+    fake_site.dist("silent-engine", "0.1.0", group, module="silent_engine", source=SILENT)
+    options = (*GROWS, f"regenerate.prompts=[{tmp_path / 'train.jsonl'}]", "target.engine=silent")
+    command = ("train", "-c", str(config), "--nproc", str(ranks), *options)
+    env = os.environ | {"PYTHONPATH": str(fake_site.path)}
+    process = cli(*command, f"train.batch_size={2 // ranks}", env=env)
+    wait(process, lambda: num_lines(tmp_path) == EPOCHS[0])
+    time.sleep(0.5)  # in which the next step would be done
+    status, out, err = end(process, *signals)
+    assert status == 128 + signals[0]
+    assert out.startswith(f"stopped at step {EPOCHS[0]}/16"), err
+    assert out.endswith(". Start the same command again to go on\n")
+    assert err.splitlines()[1:] == []
+    state = checkpoint.read_state(checkpoint.find(tmp_path / "run"))
+    assert state.step == num_lines(tmp_path) == EPOCHS[0]
+    assert state.grown is not None
+    assert state.grown.asked == [(0, 3), (3, 6)]
 
 
 def test_ranks_that_have_unequal_data_left_stop_at_one_step(
