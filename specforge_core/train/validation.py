@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from .. import stop
 from ..batches.loader import Batches
+from ..batches.prefetch import Prefetcher
 from ..types import CaptureSpec
 from .feed import HeldOut
 from .forward import Forward
 from .metrics import Reducer
 
 PREFIX = "validation/"
+CLOSE_SECONDS = 1.0  # that a capture has to end when a stop is asked for
 
 
 @dataclass(slots=True)
@@ -41,20 +43,27 @@ class Validation:
         model = self.forward.draft.model
         if self._batches is None:
             self._batches = self.forward.batches(self.spec, self.held_out.num_samples)
-        outputs, done = [], 0
+        world, outputs, done = self.forward.world, [], 0
         model.eval()
+        # alone, it hears of a stop while it waits; others may wait for this rank in the same batch
+        made = self._batches.micro_batches(self.held_out.source, 0)
+        micros = Prefetcher(made, 0, world.device, inner=world.size > 1)
         try:
-            with closing(self._batches.micro_batches(self.held_out.source, 0)) as micros:
-                while done < self.held_out.num_samples:
-                    if self._stopping():
-                        self.held_out.source.close()  # the run ends: no window is waited for
-                        return None
-                    context = self.forward.context(step, total_steps, 1.0, training=False)
-                    micro = next(micros)
-                    done = micro.position
-                    with torch.no_grad():
-                        outputs.append(self.forward(micro, context))
+            while done < self.held_out.num_samples:
+                try:
+                    micro = None if self._stopping() else next(micros)
+                except stop.Interrupted:
+                    micro = None
+                if micro is None:
+                    self.held_out.source.close()  # the run ends: no window is waited for
+                    return None
+                micro.arrive()
+                done = micro.position
+                context = self.forward.context(step, total_steps, 1.0, training=False)
+                with torch.no_grad():
+                    outputs.append(self.forward(micro, context))
         finally:
+            micros.close(math.inf if stop.asked() is None else CLOSE_SECONDS)
             model.train()
             for module in model.modules():
                 if isinstance(module, FSDPModule):

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from specforge_core.batches import loader
 from specforge_core.capture.job import Job, run_capture
 from specforge_core.errors import CaptureError, ConfigError, DataError
 from specforge_core.testing.forked import cli
 from specforge_core.testing.runs import finish, lines, load
 from specforge_core.testing.toy import write_conversations
 from specforge_core.train.run import train
+from specforge_core.train.validation import Validation
 
 from ..runs import linear_run
 
@@ -171,3 +178,34 @@ def test_two_ranks_find_what_one_finds(config: Path, tmp_path: Path) -> None:
     ]
     assert lengths[0] == lengths[1]
     assert len(lengths[0]) == 1
+
+
+def test_a_stop_does_not_wait_for_the_states_of_a_validation(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor for those that the training captures ahead: both windows would take 20 s."""
+    run, capture = Validation.run, loader.capture_in_order
+    asked: list[float] = []
+
+    def stop_soon() -> None:
+        asked.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def slow(*how: Any) -> Iterator[tuple[int, Any]]:
+        for one in capture(*how):
+            time.sleep(1.0 if timers else 0)
+            yield one
+
+    def watched(self: Validation, *arguments: int) -> dict[str, float] | None:
+        timers.append(threading.Timer(0.7, stop_soon))
+        timers[-1].start()
+        return run(self, *arguments)
+
+    timers: list[threading.Timer] = []
+    monkeypatch.setattr(loader, "capture_in_order", slow)
+    monkeypatch.setattr(Validation, "run", watched)
+    settings = ("capture.window=20", "data.validation=0.5", "train.validate_every=1")
+    report = train(*load(config, *settings, "train.max_steps=9", "train.save_every=100"))
+    assert time.monotonic() - asked[0] < 5
+    assert (report.step, report.finished, len(timers)) == (1, False, 1)
+    assert not [row for row in lines(config.parent / "run") if "validation/loss" in row]
