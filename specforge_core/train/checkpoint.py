@@ -91,7 +91,8 @@ def tidy(output_dir: Path, kept: Kept) -> None:
 
     Raises OSError.
     """
-    found = checkpoints(output_dir)
+    if not (found := checkpoints(output_dir)):
+        return
     for name, path in ((LATEST, found[-1]), (BEST, place_of(output_dir, kept.best))):
         if path in found:
             _link(output_dir, name, path)

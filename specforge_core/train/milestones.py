@@ -94,7 +94,7 @@ class Milestones:
 
         The checkpoint of `step`, the last one, is there.
         """
-        self._tidy()
+        self._tidy()  # a run that was killed behind its last checkpoint may have too many
         self.saved(step)
         if self.acceptance is not None:
             self._hear(self.acceptance.rest(), None)
@@ -194,8 +194,8 @@ class Milestones:
         return save
 
     def _tidy(self) -> None:
-        if self.world.main and (self.best is not None or self.acceptance is not None):
-            with self._warning("train.keep_best"):
+        if self.world.main:
+            with self._warning("checkpoints"):
                 tidy(self.run.output_dir, self.kept)
 
     @contextmanager

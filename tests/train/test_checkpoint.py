@@ -121,3 +121,26 @@ def test_a_checkpoint_whose_files_were_changed_is_not_used(config: Path, tmp_pat
     (path / "checksums.json").unlink()  # as a version without them would have written it
     assert "1 of 1 checkpoint have no checksums" in str(verify_draft(path))
     restore(run, strategy, tmp_path / "run")
+
+
+def test_a_run_that_was_killed_behind_its_last_checkpoint_keeps_no_more_than_it_may(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before old ones were dropped: the run has nothing left to do, but for that."""
+    options = ("train.save_every=2", "train.keep=2", "train.max_steps=6")
+
+    def killed(*_: object) -> None:
+        if len(checkpoints(tmp_path / "run")) == 3:
+            raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "tidy", killed)
+        with pytest.raises(SystemExit):
+            train(*load(config, *options))
+    assert len(checkpoints(tmp_path / "run")) == 3
+    assert train(*load(config, *options)).finished
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [
+        "step-00000004",
+        "step-00000006",
+    ]
+    assert (tmp_path / "run" / "latest").resolve() == find(tmp_path / "run")
