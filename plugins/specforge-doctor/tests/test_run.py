@@ -261,6 +261,11 @@ def test_an_export_is_no_checkpoint(trained: Path) -> None:
         examine(trained, export=trained / "run")
 
 
+def test_a_checkpoint_that_was_made_otherwise_is_refused(trained: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"strategy\.layer: -2 in it, 0 in this run"):
+        examine(trained, "strategy.layer=0")
+
+
 @pytest.mark.slow
 def test_an_export_of_another_tool_needs_its_format(trained: Path) -> None:
     (trained / "export" / "provenance.json").unlink()
