@@ -23,3 +23,15 @@ def linear_run(directory: Path, target: Path) -> Path:
             "save_every": 3,
         },
     )
+
+
+# a method whose head is wider than the linear one's
+WIDE = """
+    from specforge_core import hookimpl
+    from specforge_core.types import Draft
+    from specforge_linear import (
+        Head, specforge_adapter, specforge_config, specforge_train_step)
+    @hookimpl
+    def specforge_draft(target):
+        return Draft(model=Head(target.hidden_size, target.vocab_size + 1))
+    """

@@ -15,11 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from specforge_core.capture.job import run_capture
-from specforge_core.capture.verify import verify_directory
 from specforge_core.drafts.checkpoint import STATE, checkpoints, find
-from specforge_core.drafts.load import restore
 from specforge_core.errors import (
-    CaptureError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -30,7 +27,7 @@ from specforge_core.train.metrics import Reducer
 from specforge_core.train.plan import plan_run
 from specforge_core.train.run import train
 
-from ..runs import linear_run
+from ..runs import WIDE, linear_run
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
@@ -94,17 +91,6 @@ def test_only_the_newest_checkpoints_are_kept(config: Path, tmp_path: Path) -> N
     train(*load(config, "train.save_every=1", "train.keep=2"))
     names = [path.name for path in checkpoints(tmp_path / "run")]
     assert names == ["step-00000005", "step-00000006"]
-
-
-WIDE = """
-    from specforge_core import hookimpl
-    from specforge_core.types import Draft
-    from specforge_linear import (
-        Head, specforge_adapter, specforge_config, specforge_train_step)
-    @hookimpl
-    def specforge_draft(target):
-        return Draft(model=Head(target.hidden_size, target.vocab_size + 1))
-    """
 
 
 def test_a_checkpoint_of_another_strategy_or_shape_is_refused(
@@ -215,88 +201,6 @@ def test_a_step_in_which_nothing_is_supervised_changes_nothing(
     first, *_, last = checkpoints(tmp_path / "run")
     one, other = weights(first), weights(last)
     assert all(torch.equal(one[name], other[name]) for name in one if name.startswith("model."))
-
-
-VARIANT = """
-    from specforge_core import hookimpl
-    from specforge_linear import (
-        specforge_adapter, specforge_config, specforge_draft, specforge_train_step)
-    """
-
-
-def test_a_second_strategy_that_asks_for_the_same_trains_on_one_capture(
-    config: Path, tmp_path: Path, env: Any
-) -> None:
-    env.strategy("variant", VARIANT)
-    offline = f"data.capture_dir={tmp_path / 'capture'}"
-    run_capture(*load(config, offline))
-    train(*load(config, offline))
-    other = f"output_dir={tmp_path / 'other'}"
-    train(*load(config, offline, other, "strategy.name=variant"))
-    assert losses(tmp_path / "other") == losses(tmp_path / "run")
-    with pytest.raises(CaptureError, match=r"captured layers: \[4\] in the capture, \[2\] in this"):
-        train(*load(config, offline, other, "strategy.name=variant", "strategy.layer=2"))
-
-
-MORE = """
-    from dataclasses import dataclass, replace
-    from specforge_core import hookimpl
-    from specforge_core.types import Field
-    import specforge_linear
-    from specforge_linear import specforge_config, specforge_draft, specforge_train_step
-    @dataclass
-    class Adapter:
-        less: specforge_linear.LinearAdapter
-        @property
-        def spec(self):
-            spec = self.less.spec
-            fields = {**spec.fields, "next": Field(shape=(None,), dtype="int64")}
-            return replace(spec, fields=fields, next_tokens=True, logsumexp=True,
-                           final="post_norm", version=spec.version + 6)
-        def __call__(self, capture):
-            return {**self.less(capture), "next": capture.next_tokens}
-    @hookimpl
-    def specforge_adapter(config, target):
-        return Adapter(specforge_linear.specforge_adapter(config, target))
-    """
-
-
-def test_a_strategy_that_asks_for_less_trains_on_a_capture_of_more(
-    config: Path, tmp_path: Path, env: Any
-) -> None:
-    env.strategy("more", MORE)
-    train(*load(config))
-    large, small = (f"data.capture_dir={tmp_path / name}" for name in ("large", "small"))
-    more, other = "strategy.name=more", f"output_dir={tmp_path / 'other'}"
-    run_capture(*load(config, large, more))
-    train(*load(config, large, other))
-    assert losses(tmp_path / "other") == losses(tmp_path / "run")
-    run, strategy = load(config)
-    restore(run, strategy, tmp_path / "other")  # what it reads is what online training gave it
-    report = verify_directory(tmp_path / "large", run, strategy, 2)
-    assert report.num_recaptured == 2
-    run_capture(*load(config, small))
-    with pytest.raises(CaptureError, match="target's next tokens: False in the capture, True in"):
-        train(*load(config, small, more))
-
-
-def test_a_run_may_begin_with_another_strategys_weights_if_they_fit(
-    config: Path, tmp_path: Path, env: Any
-) -> None:
-    env.strategy("variant", VARIANT)
-    train(*load(config))
-    variant, more = "strategy.name=variant", f"output_dir={tmp_path / 'more'}"
-    begun = f"train.init_from={tmp_path / 'run'}"
-    train(*load(config, variant, more, begun, "train.learning_rate=1e-9"))
-    ours, theirs = weights(tmp_path / "more"), weights(tmp_path / "run")
-    for name in theirs:
-        if name.startswith("model."):
-            torch.testing.assert_close(ours[name], theirs[name])
-    with pytest.raises(ConfigError, match=r"already began from .* and would be resumed"):
-        train(*load(config, variant, more, "train.init_from=elsewhere"))
-    env.strategy("wide", WIDE)
-    with pytest.raises(CheckpointError, match=r"model\.weight has shape \[260, 32\] in it"):
-        train(*load(config, "strategy.name=wide", f"output_dir={tmp_path / 'wide'}", begun))
 
 
 def test_the_plan_says_what_would_happen_and_does_nothing(config: Path, tmp_path: Path) -> None:
