@@ -72,6 +72,7 @@ def test_report_of_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "- parts: answers 9 s" in lines
 
 
+@pytest.mark.slow
 def test_parts_are_named(tmp_path: Path) -> None:
     command = [sys.executable, str(RECIPE / "run.py"), str(tmp_path / "out"), "train"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -178,6 +178,7 @@ class StrategyContract:
                 alone = generate_plain(engine.model, prompt, ends, _greedy())
                 assert found.tokens == alone.tokens
 
+    @pytest.mark.slow
     def test_the_proposer_gets_accepted_what_the_step_simulates(self, tmp_path: Path) -> None:
         """On a target's own answers, greedily, once the draft has learned a part of them."""
         save_predictable_target(tmp_path / "predictable")
@@ -241,6 +242,7 @@ class StrategyContract:
                     other.strategy, draft, target, read_export(tmp_path / "export")
                 )
 
+    @pytest.mark.slow
     def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not(self, case: Case) -> None:
         # the config stays the same throughout: a step may hang on how long the run is to be
         run, strategy = load(case.config, "train.save_every=2")

@@ -55,6 +55,7 @@ def test_a_planted_fault_fails_at_its_point(
         run_point(point, case, tmp_path)
 
 
+@pytest.mark.slow
 def test_without_a_fault_the_same_strategy_passes_every_point(
     template: FakeSite, toy_target: Path, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def progress(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seen
 
 
+@pytest.mark.slow
 def test_the_schedule_and_the_steps_progress_end_with_the_time(
     tmp_path: Path, toy_target: Path, monkeypatch: pytest.MonkeyPatch, progress: list[float]
 ) -> None:

@@ -78,6 +78,7 @@ def steps(output_dir: Path) -> list[int]:
     return [read_state(path).step for path in checkpoints(output_dir)]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_whose_acceptance_is_best_is_kept(config: Path, tmp_path: Path) -> None:
     train(*load(config, *BY_ACCEPTANCE))
     out = tmp_path / "run"
@@ -149,6 +150,7 @@ def test_a_resumed_run_keeps_the_best_one(
     assert found[4] == max(found.values())
 
 
+@pytest.mark.slow
 def test_validations_that_a_signal_cut_off_are_made_up_for_with_the_weights_of_their_step(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

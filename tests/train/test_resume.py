@@ -95,6 +95,7 @@ def test_another_optimizer_is_named(config: Path, env: FakeSite) -> None:
         train(*load(config, *common, "train.optimizer=muon", "train.max_steps=8"))
 
 
+@pytest.mark.slow
 def test_rows_in_another_order_are_refused(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,7 @@ def test_a_capture_without_it_is_refused(config: Path, tmp_path: Path) -> None:
         train(*load(config, offline, "data.validation=0.3"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_every_validation_once(config: Path, tmp_path: Path) -> None:
     part = ("data.validation=0.3", "train.validate_every=1", "train.log_every=5")
     train(*load(config, *part, "train.max_steps=4"))

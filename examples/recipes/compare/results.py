@@ -133,6 +133,9 @@ def notes(out: Path, rows: dict[str, dict[str, Any]]) -> list[str]:
     return told
 
 
+ABOVE: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}  # hides no bar
+
+
 def draw(out: Path, rows: dict[str, dict[str, Any]], names: list[str], png: Path) -> None:
     """Draw acceptance by prompt set at both temperatures, and its growth in training."""
     figure = Figure(figsize=(13, 4.2), dpi=140, layout="constrained")
@@ -146,7 +149,7 @@ def draw(out: Path, rows: dict[str, dict[str, Any]], names: list[str], png: Path
         axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
         axes.set_xlabel(f"acceptance length, {title}")
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(frameon=False, fontsize="small", ncols=4, **ABOVE)
     for place, method in enumerate(rows):
         steps = [row for row in curve(out / "train" / method) if "acceptance_length" in row]
         tokens = [row["tokens"] / 1e6 for row in steps]

@@ -94,6 +94,7 @@ def test_greedy_tokens_and_fewer_of_them(kit: Any) -> None:
     assert proposal.tokens.tolist() == found.block_logits(3)[:2].argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_sampled_tokens_follow_the_probabilities_they_come_with(kit: Any) -> None:
     tiny, sample = kit.tiny(softcap=2.0), kit.samples((19,))[0]
     found = proposer(tiny)

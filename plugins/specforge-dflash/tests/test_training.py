@@ -31,6 +31,7 @@ def config(tmp_path: Path, toy_target: Path) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_offline_training_gives_what_online_training_gives(config: Path, tmp_path: Path) -> None:
     train(*load(config))
     found = losses(tmp_path / "run")

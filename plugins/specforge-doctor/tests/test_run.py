@@ -157,6 +157,7 @@ def edit(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+@pytest.mark.slow
 def test_trainer_reference_and_engine_agree(trained: Path) -> None:
     report = examine(trained)
     assert report.verdict.healthy, report.verdict.message
@@ -171,6 +172,7 @@ def test_trainer_reference_and_engine_agree(trained: Path) -> None:
     assert "stand-in 1.0: 8 of 8 answers are the reference's own" in report.notes
 
 
+@pytest.mark.slow
 def test_what_only_the_engine_reads_is_found_by_serving_repaired_copies(trained: Path) -> None:
     edit(trained / "export" / "config.json", layer_ids=[0])
     report = examine(trained)

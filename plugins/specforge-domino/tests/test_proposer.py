@@ -75,6 +75,7 @@ def test_the_correction_changes_the_chain(kit: Any) -> None:
     assert changed > 8
 
 
+@pytest.mark.slow
 def test_sampled_tokens_follow_the_probabilities_they_come_with(kit: Any) -> None:
     tiny, sample = kit.tiny(softcap=2.0), kit.samples((19,))[0]
     found = proposer(tiny)

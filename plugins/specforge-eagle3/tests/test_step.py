@@ -67,6 +67,7 @@ def test_loss_gradients_and_metrics_are_the_formulas(kit: Any, options: dict[str
         close(metrics[f"accuracy_{k + 1}"], sum(right) / len(right), terms=1, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_some_rows_hit_and_some_tokens_cannot_be_drafted(kit: Any) -> None:
     """What the comparison above is over: hits, misses and labels outside of the vocabulary."""
     tiny = kit.tiny(torch.float64)

@@ -121,6 +121,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(config: Path, tmp_path: Path) ->
     assert losses(tmp_path / "short") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_muon_takes_the_layers_matrices(config: Path, tmp_path: Path) -> None:
     train(*load(config, "train.optimizer=muon", "train.max_steps=12"))
     found = losses(tmp_path / "run")
