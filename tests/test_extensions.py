@@ -125,6 +125,7 @@ def test_a_name_that_nobody_has_is_an_error(config: Path, option: str, message: 
         train(*load(config, option))
 
 
+@pytest.mark.slow
 def test_a_tracker_is_off_unless_named_and_told_everything(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows"
     train(*load(config))

@@ -74,6 +74,7 @@ def capture(directory: Path) -> None:
             writer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 def test_a_capture_goes_on_from_wherever_it_failed(tmp_path: Path, number: int) -> None:
     place, names = 0, set[str]()

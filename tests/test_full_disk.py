@@ -101,6 +101,7 @@ def test_a_run_that_cannot_begin_leaves_nothing(
     assert list(disk.iterdir()) == [filler]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pages", "what"), [(0, "metrics.jsonl"), (1, "step-00000006"), (6, "step-00000006")]
 )
@@ -152,6 +153,7 @@ def test_ranks_that_cannot_go_on_say_it_once(
     assert "2 checkpoints are as they were written" in str(verify_draft(run))
 
 
+@pytest.mark.slow
 def test_answers_that_find_no_room_end_a_run_whose_data_grows(
     disk: Path, tmp_path: Path, toy_target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +199,7 @@ def test_a_line_of_metrics_is_written_whole_or_not(disk: Path) -> None:
     assert text.endswith(b"}\n")
 
 
+@pytest.mark.slow
 def test_export_evaluation_and_plots(disk: Path, tmp_path: Path, toy_target: Path) -> None:
     config = linear_run(tmp_path, toy_target)
     train(*load(config, "train.max_steps=3"))
@@ -223,6 +226,7 @@ def test_export_evaluation_and_plots(disk: Path, tmp_path: Path, toy_target: Pat
     assert read_export(disk / "draft").weights
 
 
+@pytest.mark.slow
 def test_a_capture_goes_on_when_there_is_room(disk: Path, tmp_path: Path, toy_target: Path) -> None:
     config = linear_run(tmp_path, toy_target)
     options = (f"data.capture_dir={disk / 'capture'}", "capture.shard_tokens=200")

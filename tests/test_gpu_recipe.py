@@ -47,6 +47,7 @@ def measured(path: Path, length: float, **more: Any) -> None:
     (path / "eval/report.json").write_text(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_report_of_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report(tmp_path, monkeypatch) == "- parts: \n"
     (tmp_path / "dflash").mkdir()

@@ -49,6 +49,7 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_a_whole_run_calls_every_hook_in_order(
     calls: Path, tmp_path: Path, toy_target: Path
 ) -> None:

@@ -168,6 +168,7 @@ class StrategyContract:
         pieces = _propose(proposer, int(capture.input_ids[-1]), proposer.max_tokens)
         assert pieces.tokens.tolist() == whole.tokens.tolist()
 
+    @pytest.mark.slow
     def test_greedy_answers_are_the_targets_own_behind_one_token_too(self, case: Case) -> None:
         run, strategy, ends = case.job.run, case.job.strategy, Limits(24, frozenset())
         with open_target(run, strategy) as (engine, spec, _):

@@ -244,6 +244,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
+@pytest.mark.slow
 def test_a_second_epoch_and_a_second_run_read_what_the_first_captured(
     tmp_path: Path, toy_target: Path, asked: list[int]
 ) -> None:

@@ -231,6 +231,7 @@ def test_without_data_the_stored_tokens_are_captured_again(config: Path, directo
     assert "values: layer 2 looks like the output of layer 1" in text
 
 
+@pytest.mark.slow
 def test_without_data_and_stored_tokens_it_is_said_what_is_missing(config: Path, tmp_path: Path):
     run_capture(*load_config(config, ("strategy.keep_ids=false",)))
     text = refused(config, tmp_path / "capture", "strategy.keep_ids=false", "data.train=[]")

@@ -166,6 +166,7 @@ def test_with_tools_the_answer_behind_the_last_result_is_written(tmp_path: Path)
 LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("scripted")
 @pytest.mark.parametrize("name", [name for name, style in STYLES.items() if style.calls])
 def test_calls_and_answers_behind_results_are_the_generated_tokens(

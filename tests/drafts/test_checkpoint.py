@@ -32,6 +32,7 @@ def config(tmp_path: Path, toy_target: Path) -> Path:
     return linear_run(tmp_path, toy_target)
 
 
+@pytest.mark.slow
 def test_a_run_of_0_1_goes_on_as_it_would_have(config: Path, tmp_path: Path) -> None:
     train(*load(config))
     whole = losses(tmp_path / "run")

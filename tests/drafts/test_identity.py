@@ -62,6 +62,7 @@ SAID_AT_START = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "message", "remedy"), [*REFUSED, *SAID_AT_START])
 def test_what_made_a_draft_is_compared_wherever_it_is_read(
     config: Path,
@@ -91,6 +92,7 @@ def test_what_options_came_to_is_compared_with_another_target_too(config: Path) 
         begin(f"target.path={config.parent / 'eps'}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -120,6 +122,7 @@ def test_what_may_change_may(config: Path, options: tuple[str, ...]) -> None:
         use(*options)
 
 
+@pytest.mark.slow
 def test_a_target_that_moved_is_the_same(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = config.parent
     moved = f"target.path={path / 'moved'}"
@@ -189,6 +192,7 @@ class Remote(LlamaConfig):
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_decides_about_no_code_plugin_secret_or_path(
     config: Path,
 ) -> None:

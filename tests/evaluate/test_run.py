@@ -95,6 +95,7 @@ def load(raw: dict[str, Any], **options: Any) -> tuple[RunConfig, Strategy]:
     return validate({**raw, "eval": {**raw["eval"], **options}}, "test")
 
 
+@pytest.mark.slow
 def test_a_report_of_every_set_is_written(raw: dict[str, Any], tmp_path: Path) -> None:
     report = run(raw)
     assert report.lossless is True
@@ -123,6 +124,7 @@ def test_options_reach_the_decoding(raw: dict[str, Any]) -> None:
     assert report.baseline_tokens_per_second is None
 
 
+@pytest.mark.slow
 def test_bfloat16_moves_target_and_draft(raw: dict[str, Any]) -> None:
     report = run(raw, dtype="bfloat16", limit=1)
     assert report.dtype == "bfloat16"
@@ -215,6 +217,7 @@ def test_a_prompt_longer_than_the_targets_positions_is_named(
     refused(raw, r"jsonl:\d: a prompt of \d+ tokens leaves no room .* the target's 40", DataError)
 
 
+@pytest.mark.slow
 def test_prompts_without_room_for_an_answer_are_left_out_or_an_error(
     raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,6 +234,7 @@ def test_prompts_without_room_for_an_answer_are_left_out_or_an_error(
     assert "eval.prompts.short: 1 rows skipped (1 too long)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bad_prompts_are_skipped_and_counted(
     raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

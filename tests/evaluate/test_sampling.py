@@ -79,11 +79,13 @@ def one_position(rule: Rule, drawn: bool, rounds: int = 6000) -> float:
     return excess(counts, {(i,): float(p[i]) for i in range(VOCAB)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", [True, False])
 def test_the_emitted_token_follows_the_target(drawn: bool) -> None:
     assert one_position(sampling.verify_chain, drawn) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", [True, False])
 @pytest.mark.parametrize("wrong", [always_accept, replace_from_target])
 def test_a_wrong_rule_is_noticed(wrong: Rule, drawn: bool) -> None:

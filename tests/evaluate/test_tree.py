@@ -136,6 +136,7 @@ def without_replacement(q: Tensor, count: int, generator: torch.Generator) -> Pr
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", [True, False])
 def test_the_emitted_token_follows_the_target(drawn: bool) -> None:
     gen = torch.Generator().manual_seed(1)
@@ -206,6 +207,7 @@ def test_parents_that_come_later_are_refused(parents: list[int]) -> None:
         check_tree(Proposal(tokens=torch.tensor([1, 2]), probs=None, parents=torch.tensor(parents)))
 
 
+@pytest.mark.slow
 def test_a_tree_on_sliding_windows_is_verified_path_by_path() -> None:
     torch.manual_seed(0)
     layers = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -55,6 +55,7 @@ def greedy(model: Any, ids: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(new)
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_the_targets_own_argmax(engine: TransformersEngine) -> None:
     """Whatever else is in the batch, and whatever generation_config.json recommends."""
     lengths = set()
@@ -65,6 +66,7 @@ def test_greedy_answers_are_the_targets_own_argmax(engine: TransformersEngine) -
     assert len(lengths) > 1
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_seed_and_the_index_alone(engine: TransformersEngine) -> None:
     hot: dict[str, Any] = {"temperature": 1.5}
     alone = [ask(engine, row, places=[i], **hot)[0] for i, row in enumerate(PROMPTS)]

@@ -64,6 +64,7 @@ def names(path: Path) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_what_is_not_to_be_saved_is_not_and_is_there_again(config: Path, tmp_path: Path) -> None:
     options = ("strategy.name=adapted", "train.keep=9")
     train(*load(config, *options))

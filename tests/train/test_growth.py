@@ -46,6 +46,7 @@ def whole(config: Path) -> Whole:
     return watched(config)
 
 
+@pytest.mark.slow
 def test_what_is_answered_in_one_epoch_is_trained_on_from_the_next_on(whole: Whole) -> None:
     first, second, third = whole.seen
     assert sorted(first) == list(range(20))
@@ -116,6 +117,7 @@ def test_a_target_that_does_not_answer_ends_the_run_and_costs_no_row(
     assert same(whole.out, out)
 
 
+@pytest.mark.slow
 def test_nothing_that_is_held_out_is_answered(config: Path, tmp_path: Path) -> None:
     data = str(config.parent / "train.jsonl")
     options = (*GROWS, "data.validation=0.4", "train.max_steps=4", f"regenerate.prompts=[{data}]")

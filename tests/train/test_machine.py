@@ -20,6 +20,7 @@ from ..runs import linear_run
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_a_capture_of_one_dtype_trains_and_verifies_with_another(
     tmp_path: Path, toy_target: Path, one: str, other: str

@@ -85,6 +85,7 @@ def test_a_run_of_steps_or_epochs_is_told_how_far_it_is(
         progress.clear()
 
 
+@pytest.mark.slow
 def test_a_real_run_ends_in_time_with_a_whole_checkpoint(tmp_path: Path, toy_target: Path) -> None:
     config = linear_run(tmp_path, toy_target)
     report = train(*load(config, *LIMIT, "train.max_steps=100000", "train.max_minutes=0.02"))

@@ -109,6 +109,7 @@ def test_measuring_changes_nothing_of_the_training(config: Path, tmp_path: Path)
     assert not (tmp_path / "other" / "eval").exists()
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better(config: Path, tmp_path: Path) -> None:
     report = train(*load(config, *BY_LOSS, "train.patience=1"))
     found = measured(tmp_path / "run", "validation/loss")
@@ -175,6 +176,7 @@ def test_validations_that_a_signal_cut_off_are_made_up_for_with_the_weights_of_t
     assert find(Path(f"{out}@best")).name == find(Path(f"{whole}@best")).name == "step-00000004"
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_takes_too_long_is_given_up(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ def config(tmp_path: Path, toy_target: Path) -> Path:
     return linear_run(tmp_path, toy_target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_a_longer_run_says_where_its_learning_rate_goes(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], schedule: str
@@ -44,6 +45,7 @@ def test_a_longer_run_says_where_its_learning_rate_goes(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -62,6 +64,7 @@ def test_a_learning_rate_that_goes_on_is_not_mentioned(
     assert "learning rate" not in err
 
 
+@pytest.mark.slow
 def test_another_peak_is_said_too(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +115,7 @@ def test_rows_in_another_order_are_refused(
     train(*load(config, other, "data.limit=100000000", "train.max_steps=4"))
 
 
+@pytest.mark.slow
 def test_states_in_bfloat16_are_stored_so_and_go_on_exactly(config: Path, tmp_path: Path) -> None:
     run, strategy = load(config, "train.optimizer_dtype=bfloat16")
     found = []

@@ -55,6 +55,7 @@ def test_online_training_lowers_the_loss_and_logs_every_step(config: Path, tmp_p
     assert rows[-1]["tokens"] == report.num_tokens
 
 
+@pytest.mark.slow
 def test_offline_training_gives_what_online_training_gives(config: Path, tmp_path: Path) -> None:
     train(*load(config))
     directory = tmp_path / "capture"
@@ -64,6 +65,7 @@ def test_offline_training_gives_what_online_training_gives(config: Path, tmp_pat
     assert losses(tmp_path / "offline") == losses(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(config: Path, tmp_path: Path) -> None:
     # 11 steps cross an epoch of 20 samples at 4 a step
     full = ("train.max_steps=11", "train.save_every=4", "train.keep=9")
@@ -93,6 +95,7 @@ def test_only_the_newest_checkpoints_are_kept(config: Path, tmp_path: Path) -> N
     assert names == ["step-00000005", "step-00000006"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_strategy_or_shape_is_refused(
     config: Path, tmp_path: Path, env: Any
 ) -> None:

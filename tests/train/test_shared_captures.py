@@ -78,6 +78,7 @@ MORE = """
     """
 
 
+@pytest.mark.slow
 def test_a_strategy_that_asks_for_less_trains_on_a_capture_of_more(
     config: Path, tmp_path: Path, env: Any
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_strategy_that_asks_for_less_trains_on_a_capture_of_more(
         train(*load(config, small, more))
 
 
+@pytest.mark.slow
 def test_a_run_may_begin_with_another_strategys_weights_if_they_fit(
     config: Path, tmp_path: Path, env: Any
 ) -> None:

@@ -31,6 +31,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in files for name, t in load_file(file).items()}
 
 
+@pytest.mark.slow
 def test_steps_of_tokens_end_with_the_epochs_and_are_taken_up_again(
     config: Path, tmp_path: Path
 ) -> None:

@@ -225,6 +225,7 @@ def test_one_bad_step_too_many_ends_the_run(
     assert [path.name[-1] for path in checkpoints(tmp_path / "run")] == ["1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_bad_last_step_neither_saves_nor_succeeds(
     config: Path, tmp_path: Path, env: FakeSite, change: str
@@ -237,6 +238,7 @@ def test_a_bad_last_step_neither_saves_nor_succeeds(
     assert json.loads((checkpoints(tmp_path / "run")[-1] / "state.json").read_text())["step"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [inf, nan])
 def test_weights_that_are_not_finite_are_not_saved(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float

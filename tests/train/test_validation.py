@@ -101,6 +101,7 @@ def test_what_holds_out_nothing_or_all_is_an_error(
         train(*load(config, override))
 
 
+@pytest.mark.slow
 def test_validating_changes_nothing_of_the_training(config: Path, tmp_path: Path) -> None:
     """A run on the other side alone has the same losses, and each validation is of its moment."""
     part = "data.validation=0.3"
@@ -121,6 +122,7 @@ def test_validating_changes_nothing_of_the_training(config: Path, tmp_path: Path
     assert validations(tmp_path / "other")[-1] == found[-1]  # the last step is always measured
 
 
+@pytest.mark.slow
 def test_offline_it_is_captured_too_and_gives_the_same(config: Path, tmp_path: Path) -> None:
     part = ("data.validation=0.3", "train.validate_every=3")
     train(*load(config, *part))

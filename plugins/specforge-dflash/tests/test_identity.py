@@ -37,6 +37,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, toy_target: Path) -> Path:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "message"), OTHERWISE.items(), ids=OTHERWISE)
 def test_what_made_the_draft_counts(
     config: Path,

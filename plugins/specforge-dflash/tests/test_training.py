@@ -42,6 +42,7 @@ def test_offline_training_gives_what_online_training_gives(config: Path, tmp_pat
     assert losses(tmp_path / "offline") == found
 
 
+@pytest.mark.slow
 def test_recomputed_units_train_alike_sharded_and_in_bfloat16(config: Path, tmp_path: Path) -> None:
     for name in ("false", "true"):
         options = (f"train.recompute={name}", f"output_dir={tmp_path / name}")

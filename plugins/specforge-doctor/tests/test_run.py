@@ -184,6 +184,7 @@ def test_what_only_the_engine_reads_is_found_by_serving_repaired_copies(trained:
     assert f"Cause: {LAYERS}: layer_ids is [0], expected [-2]. Try: " in report.verdict.message
 
 
+@pytest.mark.slow
 def test_without_an_engine_such_a_difference_is_an_error_too(trained: Path) -> None:
     edit(trained / "export" / "config.json", layer_ids=[0])
     report = examine(trained, "target.options={refuse: true}")

@@ -91,6 +91,7 @@ def test_offline_training_gives_what_online_training_gives(
     assert losses(tmp_path / "offline") == losses(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_stored_capture_is_verified(config: Path, tmp_path: Path) -> None:
     directory = tmp_path / "capture"
     run, strategy = load(config, f"data.capture_dir={directory}")
@@ -99,6 +100,7 @@ def test_a_stored_capture_is_verified(config: Path, tmp_path: Path) -> None:
     assert (report.num_recaptured, report.complete) == (3, True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_draft_vocabulary(config: Path, tmp_path: Path) -> None:
     train(*load(config))
     run, strategy = load(config)
@@ -166,6 +168,7 @@ def test_a_run_begins_from_other_weights(learned: Path, tmp_path: Path, source: 
         train(*load(config, f"train.init_from={tmp_path}"))
 
 
+@pytest.mark.slow
 def test_a_start_with_another_vocabulary_is_refused(config: Path, tmp_path: Path) -> None:
     train(*load(config))
     start = export_checkpoint(tmp_path / "run", "sglang", tmp_path / "export", force=False)

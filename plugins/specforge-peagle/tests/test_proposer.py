@@ -45,6 +45,7 @@ def test_logits_are_those_of_training(kit: Any, options: dict[str, Any]) -> None
         assert proposer.propose(int(ids[end]), 2, GREEDY).tokens.tolist() == tokens[:2].tolist()
 
 
+@pytest.mark.slow
 def test_sampled_tokens_follow_the_probabilities_they_come_with(kit: Any) -> None:
     tiny, proposer, _ = started(kit, 6)
     sampling = Sampling(temperature=1.5, generator=torch.Generator().manual_seed(0))

@@ -230,6 +230,7 @@ def test_a_child_does_not_outlive_a_killed_parent(configure: Configure, tmp_path
     assert not Path(told["cwd"]).exists()
 
 
+@pytest.mark.slow
 def test_the_overlay_holds_nothing_but_the_capture_part(tmp_path: Path) -> None:
     write_overlay(tmp_path / "site")
     names = sorted(path.name for path in (tmp_path / "site").iterdir())

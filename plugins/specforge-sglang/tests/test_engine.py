@@ -112,6 +112,7 @@ def test_the_work_of_a_killed_server_is_done_by_the_others(
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_is_used_again(start: Any, target: Any, prompts: Any) -> None:
     first = start(delay=0.01)
     engine = SGLangEngine.load(target(first, patience=60), CPU)

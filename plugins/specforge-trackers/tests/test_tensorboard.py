@@ -47,6 +47,7 @@ def test_a_run_without_the_section_writes_nothing(config: Path, tmp_path: Path) 
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_every_number_the_config_and_the_checkpoints_are_read_back(
     config: Path, tmp_path: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_every_number_the_config_and_the_checkpoints_are_read_back(
     assert curves.encoded_image_string.startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_shows_every_step_once(config: Path, tmp_path: Path) -> None:
     """The run is killed at step 3, when the last checkpoint is of step 2."""
     code = (
@@ -104,6 +106,7 @@ def test_a_resumed_run_shows_every_step_once(config: Path, tmp_path: Path) -> No
     assert [step for step, _ in texts(found, "config")] == [0, 2]
 
 
+@pytest.mark.slow
 def test_another_directory_and_a_wrong_option(config: Path, tmp_path: Path) -> None:
     train(*load(config, f"plugins.tensorboard.directory={tmp_path / 'logs'}", "train.max_steps=1"))
     assert len(list((tmp_path / "logs").iterdir())) == 1
