@@ -192,7 +192,7 @@ class TrainConfig(Fitted):
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over the peak.")
     weight_decay: float = Field(0.01, ge=0, le=1e3)
     betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="Gradients are clipped to it.")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="At most, of a step's gradient.")
     max_bad_steps: int = Field(
         3,
         ge=0,

@@ -121,7 +121,7 @@ def specforge_verify_capture(
 def specforge_reader(
     config: StrategyConfig, spec: CaptureSpec, target: TargetInfo, path: Path
 ) -> Reader | None:
-    """Open a capture for offline training.  It may hold more than `spec` asks for.
+    """Open a capture for offline training.  It may hold more than `spec` asks for: leave that out.
 
     Default: the shards that `specforge capture` wrote, of each sample the fields of `spec`.
     """

@@ -29,6 +29,7 @@ class StoredSource:
     reader: Reader
     share: Share
     wait_note: str = ""
+    longest: int | None = None  # tokens of a sample that are trained on
     _closed: threading.Event = field(default_factory=threading.Event)
     _complete: bool = False  # seen to be, where the capture may grow
 
@@ -48,7 +49,8 @@ class StoredSource:
 
         def look(place: int) -> tuple[int, int]:
             epoch, index = self._locate(place, order)
-            return epoch, int(count(index)) if count is not None else 0
+            tokens = int(count(index)) if count is not None else 0
+            return epoch, tokens if self.longest is None else min(tokens, self.longest)
 
         groups = windows(share, position, 1, look, lambda: len(self.reader), end=end)
         mine = (turn for group, done in groups for turn in group[done:])

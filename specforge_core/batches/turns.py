@@ -160,15 +160,17 @@ def _cuts(
         first, epoch = place, look(place)[0]
         bound = min((b for b in (position, end) if b is not None and b > place), default=None)
         sizes: list[int] = []
+        total = 0
         ends = False
         while place != bound:
             at, size = look(place)
             if ends := at != epoch:
                 break
-            full = sum(sizes) + size > share.world_size * share.tokens
+            full = total + size > share.world_size * share.tokens
             if full and len(sizes) >= share.world_size:
                 break
             sizes.append(size)
+            total += size
             place += 1
         mine = [Turn(first + at) for at in evenly(sizes, share.world_size)[share.rank]]
         mine = mine or [Turn(first, counts=False)]
@@ -180,7 +182,8 @@ def evenly(sizes: list[int], ranks: int) -> list[list[int]]:
     """Return which of `sizes` each rank takes, so that their sums are near each other.
 
     The largest first, to who has least; then the rank with most gives one to the one with least, or
-    swaps one with it, as long as that brings the two together.  Each rank's are in ascending order.
+    swaps one with it, as long as that brings the two together and they are a hundredth apart.  Each
+    rank's are in ascending order.
     """
     taken: list[list[int]] = [[] for _ in range(ranks)]
     sums = [0] * ranks
@@ -191,6 +194,8 @@ def evenly(sizes: list[int], ranks: int) -> list[list[int]]:
     while True:
         most, least = (pick(range(ranks), key=lambda r: (sums[r], r)) for pick in (max, min))
         gap = sums[most] - sums[least]
+        if 100 * gap <= sums[most]:
+            return [sorted(mine) for mine in taken]
         given: list[int | None] = [None, *taken[least]]
         swaps = [
             (abs(gap - 2 * (sizes[a] - (0 if b is None else sizes[b]))), a, i)

@@ -100,7 +100,7 @@ def parse(row: object, ignored: Iterable[str] = ()) -> Parsed:
     unused = [key for key in MEANT if key in row and _says(row[key], contents)]
     unused += [key for key in SWITCHES if key in row and key not in unused]
     unused += [key for key in BAD if row.get(key) is False]
-    if set(CHATS) <= row.keys() and not _alike(*(row[key] for key in CHATS)):
+    if all(row.get(key) for key in CHATS) and not _alike(*(row[key] for key in CHATS)):
         unused.append(CHATS[1])
     if unused:
         raise ValueError(_unused("the row", unused))

@@ -127,11 +127,13 @@ def _offline(job: Job, directory: Path, share: Share) -> Feed:
             "data.follow=true"
         )
     reader = strategy.reader(run.strategy, spec, job.target, directory)
-    source = StoredSource(reader, share, f"is `specforge capture` still filling {directory}?")
+    wait_note = f"is `specforge capture` still filling {directory}?"
+    source = StoredSource(reader, share, wait_note, longest=run.data.max_length)
     if manifest.complete and len(reader) == 0:
         raise CaptureError(f"the capture in {directory} has no samples. Check data.train")
     sample = next(source.samples(0)).sample
-    assert sample is not None
+    if sample is None:  # fewer than ranks: another's
+        sample = reader[0]
     problems = strategy.verify_capture(run.strategy, job.target, spec, sample, None)
     if problems:
         listing = "\n  ".join(str(problem) for problem in problems)
@@ -168,7 +170,8 @@ def _held_out_offline(job: Job, directory: Path, share: Share) -> HeldOut:
     reader = job.strategy.reader(job.run.strategy, job.adapter.spec, job.target, place)
     if len(reader) == 0:
         raise CaptureError(f"the capture in {place} has no samples. Check data.validation")
-    return HeldOut(source=StoredSource(reader, share), num_samples=len(reader))
+    source = StoredSource(reader, share, longest=job.run.data.max_length)
+    return HeldOut(source=source, num_samples=len(reader))
 
 
 def _online(job: Job, share: Share, *, whole: bool) -> Feed:

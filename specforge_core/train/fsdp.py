@@ -25,6 +25,18 @@ def shards_of(ranks: DeviceMesh, shard_size: int | None) -> DeviceMesh:
     for the gradients: so where links differ in speed, most goes over the fast ones.
     """
     count = ranks.size()
+    size = check_shards(count, shard_size)
+    if size == count:
+        return ranks
+    names = ("replicas", "shards")
+    return init_device_mesh(ranks.device_type, (count // size, size), mesh_dim_names=names)
+
+
+def check_shards(count: int, shard_size: int | None) -> int:
+    """Return over how many of `count` ranks a copy of the draft is cut.
+
+    Raises ConfigError where that does not divide them.
+    """
     size = shard_size or count
     if count % size:
         fits = [n for n in range(1, count + 1) if count % n == 0]
@@ -32,10 +44,7 @@ def shards_of(ranks: DeviceMesh, shard_size: int | None) -> DeviceMesh:
             f"train.shard_size={size} does not divide the {count} rank(s) of this run. "
             f"Try: train.shard_size={max(n for n in fits if n <= size)}"
         )
-    if size == count:
-        return ranks
-    names = ("replicas", "shards")
-    return init_device_mesh(ranks.device_type, (count // size, size), mesh_dim_names=names)
+    return size
 
 
 def shard(draft: Draft, mesh: DeviceMesh, compute_dtype: torch.dtype) -> FSDPModule:

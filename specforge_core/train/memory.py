@@ -135,7 +135,11 @@ def _advice(largest: str, run: RunConfig) -> str:
         return "Try: train.optimizer_dtype=bfloat16, or --nproc N on more GPUs"
     if largest != REST:
         return "Try: --nproc N on more GPUs, which share these, or a smaller draft"
-    if train.batch_size > 1:
+    if train.batch_tokens is not None and train.batch_tokens >= 2 * run.data.max_length:
+        half = train.batch_tokens // 2
+        again = f"train.batch_tokens={half} train.accumulate={train.accumulate * 2}"
+        return f"Try: {again}, which trains on as many tokens a step{_again(run)}"
+    if train.batch_tokens is None and train.batch_size > 1:
         half = train.batch_size // 2
         again = f"train.batch_size={half} train.accumulate={train.accumulate * 2}"
         return f"Try: {again}, which trains on the same samples a step{_again(run)}"

@@ -13,6 +13,7 @@ from ..records import recorded
 from ..strategy import Strategy
 from ..target.info import load_target_info
 from ..yaml_text import dump
+from .fsdp import check_shards
 from .machine import choose
 
 
@@ -23,6 +24,7 @@ def plan_run(run: RunConfig, strategy: Strategy, nproc: int, *, measure: bool = 
     Raises what `specforge train`, or a capture before it, would refuse the run with.
     """
     config = run.train
+    check_shards(nproc, config.shard_size)
     resumed = checkpoints(run.output_dir)
     target = load_target_info(run.target)
     spec = strategy.adapter(run.strategy, target).spec  # refuses what cannot be trained

@@ -91,12 +91,13 @@ def probe(run: RunConfig, strategy: Strategy, nproc: int = 1) -> Probe:
     machine = choose(run)
     # what is measured is the target, and what a run has kept of it stays as it is
     run = run.model_copy(update={"capture": run.capture.model_copy(update={"cache": None})})
+    alone = run.model_copy(update={"train": run.train.model_copy(update={"shard_size": None})})
     with ExitStack() as stack:
         world_ = stack.enter_context(world(device))
         share = share_of(run, world_.rank, world_.size)
         feed = open_feed(run, strategy, share, whole=True)
         stack.callback(feed.close)
-        trainer = build(run, strategy, world_, feed, machine)
+        trainer = build(alone, strategy, world_, feed, machine)
         per_step = trainer.course.per_step
         # whole windows: the first sample of one waits for the target to run them all
         count = math.ceil(per_step / run.capture.window) * run.capture.window
@@ -110,7 +111,7 @@ def probe(run: RunConfig, strategy: Strategy, nproc: int = 1) -> Probe:
             step_seconds=seconds,
             tokens=tokens,
             memory=peak_memory(),
-            at_most=_at_most(trainer, nproc),
+            at_most=_at_most(trainer, run, nproc),
             checkpoint_bytes=_checkpoint_bytes(trainer),
             size=Size.of(feed.spec),
             samples=feed.data.num_samples,
@@ -119,9 +120,9 @@ def probe(run: RunConfig, strategy: Strategy, nproc: int = 1) -> Probe:
         )
 
 
-def _at_most(trainer: Trainer, nproc: int) -> dict[str, int]:
+def _at_most(trainer: Trainer, run: RunConfig, nproc: int) -> dict[str, int]:
     """Return what a rank will hold; of a method that does not say what a step does, the rest."""
-    run, step, draft = trainer.run, trainer.forward.step_function, trainer.draft
+    step, draft = trainer.forward.step_function, trainer.draft
     item = DTYPES[trainer.machine.compute_dtype].itemsize
     found = None
     if isinstance(step, Planned):

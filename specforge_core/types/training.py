@@ -100,7 +100,7 @@ class StepContext:
     """Where in the run one micro-batch is."""
 
     step: int  # optimizer steps done before it
-    total_steps: int  # at most; time may end it before
+    total_steps: int  # at most, time may end it before; with `train.batch_tokens` about
     generator: torch.Generator  # on the CPU, seeded by (seed, step, rank); for what is no sample's
     training: bool  # False under validation, which runs without gradients
     mesh: DeviceMesh  # of all ranks

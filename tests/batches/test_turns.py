@@ -94,6 +94,14 @@ def test_a_captures_samples_are_dealt_by_their_lengths() -> None:
         assert [[placed.index for placed in mine] for mine in found] == want
 
 
+def test_no_sample_counts_for_more_tokens_than_are_trained_on() -> None:
+    """With all of them cut alike, ranks take turns as if the lengths were unknown."""
+    shares = [Share(rank, 2, 3, batch=2) for rank in range(2)]
+    cut = [StoredSource(Counted(8), share, longest=1) for share in shares]
+    found = [[placed.index for placed in islice(source.samples(0), 2)] for source in cut]
+    assert found == [[0, 2], [1, 3]]
+
+
 def test_later_epochs_are_read_ahead_too() -> None:
     asked: list[int] = []
 

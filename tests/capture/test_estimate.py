@@ -114,6 +114,14 @@ def test_a_plan_measures_some_steps_and_writes_nothing(config: Path) -> None:
     assert not run.output_dir.exists()
 
 
+def test_a_plan_of_replicas_is_measured_in_one_process(config: Path) -> None:
+    run, strategy = load(config, "train.shard_size=2")
+    plan = yaml.safe_load(plan_run(run, strategy, 4, measure=True))["plan"]
+    assert plan["measured"]["tokens_per_second"] > 0
+    with pytest.raises(ConfigError, match=r"shard_size=2 does not divide the 3 rank"):
+        plan_run(run, strategy, 3)
+
+
 def test_a_plan_of_what_is_not_captured_yet_measures_the_target(
     config: Path, tmp_path: Path
 ) -> None:

@@ -138,6 +138,8 @@ def test_the_system_prompt_of_a_row(tmp_path: Path) -> None:
     assert parts == ["a<|im_end|>"]
     assert "in verse" not in texts(load(tmp_path, row, ignore_fields=("system",)))[0]
     assert parse({"system": "", "messages": [ASK]}).messages == (ASK,)
+    # as in a table of several sources
+    assert parse({"messages": [ASK], "conversations": None}).messages == (ASK,)
 
 
 @pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}, {"weight": 0.0}])

@@ -20,6 +20,7 @@ Run from the root of the checkout.  KEY=VALUE goes to every specforge command.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import signal
 import sys
@@ -127,7 +128,17 @@ class Compare:
 
     def command(self, stage: str, name: str, verb: str, method: str, *arguments: str) -> Job:
         config = ("-c", str(self.config(method)))
-        return self.job(stage, name, verb, *config, *arguments, *self.overrides)
+        return self.job(
+            stage, name, verb, *config, *arguments, *self.overrides, made_of=self._made_of(method)
+        )
+
+    def _made_of(self, method: str) -> str:
+        """Return a digest of a method's config and of the answers."""
+        files = [self.config(method), *(self.out / name for name in ANSWERS)]
+        digest = hashlib.sha256()
+        for path in files:
+            digest.update(path.read_bytes() if path.exists() else b"-")
+        return digest.hexdigest()
 
     def run(self, jobs: list[Job], at_once: int) -> None:
         self.failed += run_jobs(jobs, at_once, self.gpus)
@@ -223,7 +234,16 @@ class Compare:
             places = (str(self.config(method)), str(self.out / "train" / method))
             result = str(self.out / "served" / f"{method}.json")
             jobs.append(
-                self.job("serve", method, *places, result, python, *self.overrides, work=serve)
+                self.job(
+                    "serve",
+                    method,
+                    *places,
+                    result,
+                    python,
+                    *self.overrides,
+                    work=serve,
+                    made_of=self._made_of(method),
+                )
             )
         self.run(jobs, 1)
 

@@ -33,10 +33,14 @@ class Job:
     log: Path
     done: Path
     work: Callable[..., None] | None = None  # instead of a command
+    made_of: str = ""  # tells apart what the same arguments name
 
     def is_done(self) -> bool:
-        """Say whether it was done with these arguments."""
-        return self.done.exists() and note(self.done)["arguments"] == list(self.arguments)
+        """Say whether it was done with these arguments, and what they name."""
+        return self.done.exists() and (
+            note(self.done)["arguments"],
+            note(self.done)["made_of"],
+        ) == (list(self.arguments), self.made_of)
 
 
 def note(path: Path) -> dict[str, Any]:
@@ -81,7 +85,12 @@ def run_jobs(jobs: Sequence[Job], at_once: int, gpus: Sequence[str]) -> list[str
 
 
 def _write_note(job: Job, seconds: float, at_once: int) -> None:
-    told = {"arguments": job.arguments, "seconds": round(seconds, 1), "at_once": at_once}
+    told = {
+        "arguments": job.arguments,
+        "made_of": job.made_of,
+        "seconds": round(seconds, 1),
+        "at_once": at_once,
+    }
     job.done.parent.mkdir(parents=True, exist_ok=True)
     beside = job.done.with_suffix(".tmp")
     beside.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
