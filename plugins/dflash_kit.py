@@ -84,7 +84,7 @@ def make_target(vocab: int, **overrides: Any) -> TargetInfo:
 
 def make_tiny(
     config: Any,
-    extend: Callable[[Draft, HeadScale], Draft],
+    extend: Callable[[Draft], Draft],
     vary: Callable[[str], float],
     *,
     vocab: int = 41,
@@ -100,8 +100,12 @@ def make_tiny(
     embed, head = (torch.randn(vocab, HIDDEN, generator=gen) for _ in range(2))
     if bias:
         head = Head(weight=head, bias=2 * torch.randn(vocab, generator=gen)).joined()
-    plain = build_draft(config, target, embed, head, scale=scale, mask_token_id=vocab - 1)
-    draft = extend(plain, HeadScale(scale=head_scale, softcap=softcap))
+    beside = HeadScale(scale=head_scale, softcap=softcap)
+    draft = extend(
+        build_draft(
+            config, target, embed, head, scale=scale, beside=beside, mask_token_id=vocab - 1
+        )
+    )
     for name, weight in draft.model.named_parameters():
         if size := vary(name):
             weight.data += size * torch.randn(weight.shape, generator=gen)

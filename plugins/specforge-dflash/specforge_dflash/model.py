@@ -241,3 +241,8 @@ class Frozen(nn.Module):
         """Return float32 logits over the target's vocabulary."""
         out = F.linear(self.states(hidden).to(self.lm_head.dtype), self.lm_head).float()
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+
+    def own_logits(self, products: Tensor) -> Tensor:
+        """Return the target's logits for products of its head and final states."""
+        out, cap = products * self.beside.scale, self.beside.softcap
+        return out if cap is None else cap * torch.tanh(out / cap)

@@ -45,7 +45,7 @@ def make_tiny(softcap: float | None = None, *, fresh: bool = False, **options: A
             return 1.0  # enough to change what is drafted
         return 0.3 if "conv" in name or "norm" in name else 0.0
 
-    return dflash.make_tiny(config, lambda plain, _: extend(config, plain), vary, softcap=softcap)
+    return dflash.make_tiny(config, lambda plain: extend(config, plain), vary, softcap=softcap)
 
 
 def make_samples(lengths: tuple[int, ...] = (19, 11), seed: int = 2) -> list[Sample]:

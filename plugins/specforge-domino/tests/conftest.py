@@ -46,7 +46,7 @@ def make_tiny(
 ) -> Tiny:
     config = make_config(**options)
 
-    def extend(plain: Draft, _: Any) -> Draft:
+    def extend(plain: Draft) -> Draft:
         assert isinstance(plain.model, DFlashModel)
         return replace(plain, model=DominoModel(plain.model, config))
 

@@ -10,12 +10,10 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_transform,
     specforge_verify_capture,
 )
-from specforge_dflash.final import FinalAdapter, Target
+from specforge_dflash.final import FinalAdapter
 from specforge_dflash.model import DFlashModel, Frozen
 
 from specforge_core.hookspecs import hookimpl
-from specforge_core.target.head import head_scale
-from specforge_core.target.measure import HeadScale
 from specforge_core.types import (
     Adapter,
     CaptureSpec,
@@ -56,15 +54,13 @@ def specforge_collate(config: DSparkConfig, spec: CaptureSpec, draft: Draft) -> 
 def specforge_draft(config: DSparkConfig, target: TargetInfo) -> Draft:
     """Build DFlash's draft around the target's embedding and head, and the two heads."""
     plain = specforge_dflash.specforge_draft(config=config, target=target)
-    return with_heads(config, plain, head_scale(target))
+    return with_heads(config, plain)
 
 
-def with_heads(config: DSparkConfig, draft: Draft, beside: HeadScale) -> Draft:
-    """Return a DSpark draft around a DFlash draft; `beside` is what the target does to logits."""
+def with_heads(config: DSparkConfig, draft: Draft) -> Draft:
+    """Return a DSpark draft around a DFlash draft."""
     assert isinstance(draft.model, DFlashModel)
-    assert isinstance(draft.frozen, Frozen)
-    model, frozen = DSparkModel(draft.model, config), Target(draft.frozen, beside)
-    return replace(draft, model=model, frozen=frozen)
+    return replace(draft, model=DSparkModel(draft.model, config))
 
 
 @hookimpl
@@ -77,5 +73,5 @@ def specforge_train_step(config: DSparkConfig) -> TrainStep:
 def specforge_proposer(config: DSparkConfig, draft: Draft) -> Proposer:
     """Draft one block at a time, token by token."""
     assert isinstance(draft.model, DSparkModel)
-    assert isinstance(draft.frozen, Target)
+    assert isinstance(draft.frozen, Frozen)
     return DSparkProposer(config, draft.model, draft.frozen)

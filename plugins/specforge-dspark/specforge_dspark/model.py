@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from specforge_dflash.around import slot_states
-from specforge_dflash.final import Target
 from specforge_dflash.model import DFlashModel, Frozen
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -52,7 +51,7 @@ class DSparkModel(nn.Module):
         init_heads(heads, shape.init_std, config.seed)
         self.backbone, self.markov_head, self.confidence_head = backbone, markov, confidence
 
-    def forward(self, batch: Batch, frozen: Target) -> Slots:
+    def forward(self, batch: Batch, frozen: Frozen) -> Slots:
         """Compare every trained slot with its label and with the target's distribution.
 
         The token before a slot is the data's own, which a served draft has too as long as
@@ -79,7 +78,7 @@ class DSparkModel(nn.Module):
         return Slots(cross_entropy, variation, hits, confidence)
 
     def _compare(
-        self, hidden: Tensor, latents: Tensor, finals: Tensor, labels: Tensor, frozen: Target
+        self, hidden: Tensor, latents: Tensor, finals: Tensor, labels: Tensor, frozen: Frozen
     ) -> tuple[Tensor, ...]:
         """Return cross-entropy, variation and hits [R], some rows' logits at a time."""
         rows = (torch.split(x, self.config.head_chunk) for x in (hidden, latents, finals, labels))
@@ -102,14 +101,14 @@ def base_logits(hidden: Tensor, frozen: Frozen) -> Tensor:
     return F.linear(frozen.states(hidden).to(dtype), frozen.lm_head).to(wide(dtype))
 
 
-def draft_logits(hidden: Tensor, latents: Tensor, frozen: Target, w2: Tensor) -> Tensor:
+def draft_logits(hidden: Tensor, latents: Tensor, frozen: Frozen, w2: Tensor) -> Tensor:
     """Return logits [..., V], float32 or wider, for states [..., H] and latents [..., r]."""
     base = base_logits(hidden, frozen)
     return base + F.linear(latents, w2).to(base.dtype)
 
 
 def compare(
-    hidden: Tensor, latents: Tensor, finals: Tensor, labels: Tensor, frozen: Target, w2: Tensor
+    hidden: Tensor, latents: Tensor, finals: Tensor, labels: Tensor, frozen: Frozen, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return cross-entropy, variation and hits of some rows, whose logits are made here."""
     logits = draft_logits(hidden, latents, frozen, w2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from specforge_dflash.around import Walk
-from specforge_dflash.final import Target
+from specforge_dflash.model import Frozen
 from specforge_dflash.proposer import DFlashProposer
 from torch import Tensor
 
@@ -23,7 +23,7 @@ class DSparkProposer(DFlashProposer):
     emitted still follows the target's distribution.  At least one token is drafted.
     """
 
-    def __init__(self, config: DSparkConfig, model: DSparkModel, frozen: Target) -> None:
+    def __init__(self, config: DSparkConfig, model: DSparkModel, frozen: Frozen) -> None:
         super().__init__(config, model.backbone, frozen)
         self._options, self._draft, self._target = config, model, frozen
         self._confidence: list[float] = []  # logits of the draft that is being verified

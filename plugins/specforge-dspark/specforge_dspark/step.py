@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from specforge_dflash.final import Target
+from specforge_dflash.model import Frozen
 from specforge_dflash.step import by_slot, slot_metrics, slot_weights
 from torch import Tensor
 
@@ -38,7 +38,7 @@ class DSparkStep:
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
         model, frozen, config = draft.model, draft.frozen, self.config
         assert isinstance(model, DSparkModel)
-        assert isinstance(frozen, Target)
+        assert isinstance(frozen, Frozen)
         found = model(batch, frozen)
         slots = Slots(*(by_slot(batch, x)[:, config.first_slot :] for x in found))
         valid = batch["valid"].flatten(0, 1)[:, config.first_slot :]

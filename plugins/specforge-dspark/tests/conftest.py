@@ -44,7 +44,7 @@ def make_tiny(
     config = make_config(**options)
     return dflash.make_tiny(
         config,
-        lambda plain, beside: with_heads(config, plain, beside),
+        lambda plain: with_heads(config, plain),
         vary,
         softcap=softcap,
         scale=scale,

@@ -11,12 +11,10 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_verify_capture,
 )
 from specforge_dflash.adapter import DFlashAdapter
-from specforge_dflash.final import FinalAdapter, Target
+from specforge_dflash.final import FinalAdapter
 from specforge_dflash.model import DFlashModel, Frozen
 
 from specforge_core.hookspecs import hookimpl
-from specforge_core.target.head import head_scale
-from specforge_core.target.measure import HeadScale
 from specforge_core.types import (
     Adapter,
     CaptureSpec,
@@ -61,19 +59,17 @@ def specforge_draft(config: LiLiCorrConfig, target: TargetInfo) -> Draft:
     """Build DFlash's draft around the target's embedding and head, and the lattice."""
     config.check(target)
     plain = specforge_dflash.specforge_draft(config=config, target=target)
-    return extend(config, plain, head_scale(target))
+    return extend(config, plain)
 
 
-def extend(config: LiLiCorrConfig, plain: Draft, beside: HeadScale) -> Draft:
-    """Return a LiLiCorr draft around a DFlash draft; `beside` is what the target does to logits."""
+def extend(config: LiLiCorrConfig, plain: Draft) -> Draft:
+    """Return a LiLiCorr draft around a DFlash draft."""
     assert isinstance(plain.model, DFlashModel)
-    assert isinstance(plain.frozen, Frozen)
     model = LiLiCorrModel(config, plain.model)
     layers, lattice = tuple(plain.model.layers), tuple(model.lilicorr.layers)
     return replace(
         plain,
         model=model,
-        frozen=Target(plain.frozen, beside),
         shard=(*layers, *lattice),
         compile=layers,
         hidden=(*layers, *lattice),
@@ -91,5 +87,5 @@ def specforge_train_step(config: LiLiCorrConfig) -> TrainStep:
 def specforge_proposer(config: LiLiCorrConfig, draft: Draft) -> Proposer:
     """Draft one block at a time, with the context's keys and values cached."""
     assert isinstance(draft.model, LiLiCorrModel)
-    assert isinstance(draft.frozen, Target)
+    assert isinstance(draft.frozen, Frozen)
     return LiLiCorrProposer(config, draft.model, draft.frozen)

@@ -10,7 +10,7 @@ from typing import Any
 
 from specforge_dflash.around import export_around, load_around
 from specforge_dflash.export import serving_options, target_not_served
-from specforge_dflash.final import Target
+from specforge_dflash.model import Frozen
 
 from specforge_core.drafts.tensors import check_options, readable_config
 from specforge_core.hookspecs import hookimpl
@@ -44,7 +44,7 @@ def specforge_export(
     config: LiLiCorrConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
-    assert isinstance(draft.frozen, Target)
+    assert isinstance(draft.frozen, Frozen)
     own = {key: getattr(config, name) for name, key in OPTIONS.items()}
     own |= {name: getattr(config, name) for name in CONVOLUTIONS if config.conv_kernel_size}
     return export_around(
@@ -63,7 +63,7 @@ def specforge_export(
     )
 
 
-def _not_served(config: LiLiCorrConfig, frozen: Target, target: TargetInfo) -> str | None:
+def _not_served(config: LiLiCorrConfig, frozen: Frozen, target: TargetInfo) -> str | None:
     """Return why SGLang would draft something else than was trained."""
     top_k = config.candidate_top_k
     if top_k > MOST_CANDIDATES or top_k.bit_count() != 1:

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import torch
 from specforge_dflash.around import slot_states
-from specforge_dflash.final import Target
-from specforge_dflash.model import DFlashModel
+from specforge_dflash.model import DFlashModel, Frozen
 from specforge_dflash2.convolution import convolve
 from specforge_dflash2.selector import label_logits
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ class LiLiCorrModel(nn.Module):
         self.backbone = backbone
         self.lilicorr = Lattice(config, shape.hidden_size, shape.rms_norm_eps, shape.init_std)
 
-    def forward(self, batch: Batch, frozen: Target) -> Slots:
+    def forward(self, batch: Batch, frozen: Frozen) -> Slots:
         """Compare every slot of the lattices with its label.
 
         Candidates are scored behind the label of the slot before where it is a candidate; where
@@ -70,7 +69,7 @@ class LiLiCorrModel(nn.Module):
         log_probs: Tensor,
         features: Tensor,
         anchored: Tensor,
-        frozen: Target,
+        frozen: Frozen,
     ) -> Vectors:
         """Return what scores candidates, see `Lattice`.
 
@@ -83,7 +82,7 @@ class LiLiCorrModel(nn.Module):
 
 
 def candidates(
-    states: Tensor, labels: Tensor, frozen: Target, config: LiLiCorrConfig
+    states: Tensor, labels: Tensor, frozen: Frozen, config: LiLiCorrConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return cross-entropy and best token [R], candidates and their log-probabilities [L, D, K].
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from specforge_dflash.around import Walk
-from specforge_dflash.final import Target
+from specforge_dflash.model import Frozen
 from specforge_dflash.proposer import DFlashProposer
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from .model import LiLiCorrModel, candidates
 class LiLiCorrProposer(DFlashProposer):
     """Keeps the context's keys and values, and the target's states of its last token."""
 
-    def __init__(self, config: LiLiCorrConfig, model: LiLiCorrModel, frozen: Target) -> None:
+    def __init__(self, config: LiLiCorrConfig, model: LiLiCorrModel, frozen: Frozen) -> None:
         super().__init__(config, model.backbone, frozen)
         self._options = config
         self._draft = model

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from specforge_dflash.final import Target
+from specforge_dflash.model import Frozen
 from specforge_dflash.step import slot_weights
 from specforge_dflash2.step import path_metrics
 from torch import Tensor
@@ -33,7 +33,7 @@ class LiLiCorrStep:
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
         model, frozen, config = draft.model, draft.frozen, self.config
         assert isinstance(model, LiLiCorrModel)
-        assert isinstance(frozen, Target)
+        assert isinstance(frozen, Frozen)
         slots = model(batch, frozen)
         labels, valid = batch["slot_labels"], batch["slot_valid"]
         hits = slots.ids.view(*labels.shape, -1) == labels[..., None]
@@ -65,7 +65,7 @@ class LiLiCorrStep:
         named = (("margin", self.config.margin_weight), ("penalty", self.config.penalty_weight))
         return [(name, weight) for name, weight in named if weight]
 
-    def _terms(self, slots: Slots, gold: Tensor, batch: Batch, frozen: Target) -> dict[str, Tensor]:
+    def _terms(self, slots: Slots, gold: Tensor, batch: Batch, frozen: Frozen) -> dict[str, Tensor]:
         """Return the unweighted terms of every slot [R], true where the label is at `gold` [R]."""
         scores, wanted = slots.scores, [name for name, _ in self._rest()]
         terms = {"ce": F.cross_entropy(scores, gold, reduction="none")}
@@ -84,7 +84,7 @@ class LiLiCorrStep:
         return terms
 
 
-def token_logits(frozen: Target, finals: Tensor, ids: Tensor) -> Tensor:
+def token_logits(frozen: Frozen, finals: Tensor, ids: Tensor) -> Tensor:
     """Return the target's logits [n, K] float32 for tokens [n, K] behind final states [n, H].
 
     They multiply the K rows of the head alone.

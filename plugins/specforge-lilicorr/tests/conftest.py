@@ -53,7 +53,7 @@ def make_tiny(
 
     return dflash.make_tiny(
         config,
-        lambda plain, beside: extend(config, plain, beside),
+        lambda plain: extend(config, plain),
         vary,
         vocab=VOCAB,
         softcap=softcap,
