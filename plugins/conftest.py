@@ -21,6 +21,7 @@ from torch import Tensor
 
 from specforge_core.config import TargetConfig
 from specforge_core.testing.toy import save_toy_target
+from specforge_core.types import TargetInfo
 
 SGLANG = Path(__file__).parent / "specforge-sglang" / "tests"
 Tensors = dict[str, Tensor]
@@ -134,3 +135,23 @@ def engine(
     script, python = request.path.with_name("sglang_forward.py"), locate("0.5.23", cache)
     module = request.module
     return exports.compute(python, script, target.path, ids=module.IDS, last=module.LAST)
+
+
+@pytest.fixture
+def qwen3_8b() -> TargetInfo:
+    """Return the shapes of Qwen3-8B, which the benchmarks have."""
+    config = {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 12288,
+        "rope_theta": 1e6,
+    }
+    return TargetInfo(
+        name_or_path="",
+        revision=None,
+        hidden_size=4096,
+        num_layers=36,
+        vocab_size=151936,
+        config=config,
+    )

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
+from specforge_core.drafts.checkpoint import find
 from specforge_core.testing.runs import write_run
 
 
@@ -23,6 +27,12 @@ def linear_run(directory: Path, target: Path) -> Path:
             "save_every": 3,
         },
     )
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of the newest checkpoint of a run, or of a checkpoint, by name."""
+    files = sorted(find(run).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 # a method whose head is wider than the linear one's

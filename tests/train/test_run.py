@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from specforge_core.capture.job import run_capture
 from specforge_core.drafts.checkpoint import STATE, checkpoints, find
@@ -27,7 +26,7 @@ from specforge_core.train.metrics import Reducer
 from specforge_core.train.plan import plan_run
 from specforge_core.train.run import train
 
-from ..runs import WIDE, linear_run
+from ..runs import WIDE, linear_run, weights
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
@@ -35,13 +34,6 @@ pytest.importorskip("specforge_linear", reason="the linear example is not instal
 @pytest.fixture
 def config(tmp_path: Path, toy_target: Path) -> Path:
     return linear_run(tmp_path, toy_target)
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(find(path).glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 def test_online_training_lowers_the_loss_and_logs_every_step(config: Path, tmp_path: Path) -> None:

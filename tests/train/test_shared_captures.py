@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from specforge_core.capture.job import run_capture
 from specforge_core.capture.verify import verify_directory
-from specforge_core.drafts.checkpoint import find
 from specforge_core.drafts.load import restore
 from specforge_core.errors import CaptureError, CheckpointError, ConfigError
 from specforge_core.testing.runs import load, losses
 from specforge_core.train.run import train
 
-from ..runs import WIDE, linear_run
+from ..runs import WIDE, linear_run, weights
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
@@ -25,13 +23,6 @@ pytest.importorskip("specforge_linear", reason="the linear example is not instal
 @pytest.fixture
 def config(tmp_path: Path, toy_target: Path) -> Path:
     return linear_run(tmp_path, toy_target)
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(find(path).glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 VARIANT = """

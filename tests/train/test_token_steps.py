@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from specforge_core.drafts.checkpoint import checkpoints, find
+from specforge_core.drafts.checkpoint import checkpoints
 from specforge_core.errors import ConfigError
 from specforge_core.testing.forked import cli
 from specforge_core.testing.runs import finish, lines, load
 from specforge_core.train.run import train
 
-from ..runs import linear_run
+from ..runs import linear_run, weights
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
@@ -24,11 +23,6 @@ pytest.importorskip("specforge_linear", reason="the linear example is not instal
 @pytest.fixture
 def config(tmp_path: Path, toy_target: Path) -> Path:
     return linear_run(tmp_path, toy_target)
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    files = sorted(find(path).glob("*.safetensors"))
-    return {name: t for file in files for name, t in load_file(file).items()}
 
 
 @pytest.mark.slow

@@ -26,19 +26,12 @@ from specforge_core.target.head import Head
 from specforge_core.target.measure import HeadScale
 from specforge_core.types import Batch, CaptureSpec, Draft, Export, Sample, StepContext, TargetInfo
 
+from ... import dflash_kit
+
 VOCAB, HIDDEN, LAYERS = 41, 24, 8
 MASK = 40
-TARGET_CONFIG: dict[str, Any] = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 40,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5},
-    "tie_word_embeddings": True,
-    "initializer_range": 0.2,
-}
+ROPE = {**dflash_kit.TARGET_CONFIG["rope_parameters"], "partial_rotary_factor": 0.5}
+TARGET_CONFIG: dict[str, Any] = {**dflash_kit.TARGET_CONFIG, "rope_parameters": ROPE}
 
 
 @dataclass(frozen=True)

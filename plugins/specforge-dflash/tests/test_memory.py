@@ -10,27 +10,11 @@ from specforge_dflash.model import DFlashModel
 
 from specforge_core.types import TargetInfo
 
-LARGE = {
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 12288,
-    "rope_theta": 1e6,
-}
 
-
-def test_the_case_of_the_benchmark_is_expected_within_a_tenth() -> None:
+def test_the_case_of_the_benchmark_is_expected_within_a_tenth(qwen3_8b: TargetInfo) -> None:
     """benchmarks/step.py, D1: 8.7 GiB with weights and gradients in bfloat16."""
     config = DFlashConfig(name="dflash", num_layers=5, num_anchors=512, block_size=16)
-    target = TargetInfo(
-        name_or_path="",
-        revision=None,
-        hidden_size=4096,
-        num_layers=36,
-        vocab_size=151936,
-        config=LARGE,
-    )
-    shape = draft_shape(config, target, 151935)
+    shape = draft_shape(config, qwen3_8b, 151935)
     with torch.device("meta"):
         weights = sum(p.numel() for p in DFlashModel(shape, "auto").parameters())
     held = 2 * (weights + 2 * 151936 * 4096)

@@ -10,30 +10,14 @@ from specforge_eagle3.model import Eagle3Model
 
 from specforge_core.types import TargetInfo
 
-LARGE = {
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 12288,
-    "rope_theta": 1e6,
-}
-
 
 @pytest.mark.parametrize(("trained", "measured"), [(True, 5.3), (False, 4.8)])
 def test_the_case_of_the_benchmark_is_expected_within_a_tenth(
-    trained: bool, measured: float
+    qwen3_8b: TargetInfo, trained: bool, measured: float
 ) -> None:
     """benchmarks/step.py, E1: GiB with weights and gradients in bfloat16."""
     config = Eagle3Config(name="eagle3", steps=7, draft_vocab_size=32000, train_head=trained)
-    target = TargetInfo(
-        name_or_path="",
-        revision=None,
-        hidden_size=4096,
-        num_layers=36,
-        vocab_size=151936,
-        config=LARGE,
-    )
-    shape = draft_shape(config, target)
+    shape = draft_shape(config, qwen3_8b)
     with torch.device("meta"):
         model = Eagle3Model(shape, config)
     held = 2 * (sum(p.numel() for p in model.parameters()) + 151936 * 4096)
