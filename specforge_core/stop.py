@@ -190,7 +190,8 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     _state.signum = _state.signum or signum
     if _state.keep is None and not _state.raised:
         _state.raised = True
-        raise Interrupted(signum)
+        # the thread may have met another one first: two sent at the same moment have no order
+        raise Interrupted(_state.signum)
 
 
 def _watch(reading: int) -> None:

@@ -90,6 +90,17 @@ def test_a_second_signal_ends_what_does_not_get_done(apart: float) -> None:
     assert out.startswith("stopped by SIGINT: what was saved before is whole. Start")
 
 
+def test_of_two_at_once_one_is_the_cause_wherever_it_is_asked_for() -> None:
+    # as a kernel may have it that runs the later signal's handler first: it tells the thread
+    body = """ready()
+os.write(stop._state.fd, bytes([signal.SIGTERM]))
+while stop.asked() is None: time.sleep(0.01)
+signal.raise_signal(signal.SIGINT)"""
+    status, out, err = end(begin(body))
+    assert (status, err) == (143, "")
+    assert out.startswith("stopped by SIGTERM: ")
+
+
 def test_the_first_one_waits_and_says_so() -> None:
     body = f"stop.NOTE_SECONDS = 0.5\nwith stop.keeping(1.0):\n    {DEEP}"
     process = begin(body)

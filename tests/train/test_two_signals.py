@@ -146,8 +146,10 @@ def test_in_other_commands_they_leave_what_was_finished(
     process = cli(*command, env=environment | {"BUSY": str(busy)})
     wait(process, busy.exists)
     status, out, err = end(process, signal.SIGINT, signal.SIGTERM, apart=apart)
-    assert (status, out) == (130, "")
-    assert err.startswith("stopped by SIGINT: ")
+    # a kernel keeps no order of signals that are sent at the same moment
+    first = signal.SIGINT if apart or status == 130 else signal.SIGTERM
+    assert (status, out) == (128 + first, "")
+    assert err.startswith(f"stopped by {first.name}: ")
     assert err.endswith(". Start the same command again to go on\n")
     assert err.count("\n") == 1
     finish(cli(*command, env=environment))
