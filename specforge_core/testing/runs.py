@@ -49,7 +49,8 @@ def write_run(
         "data": {"train": [str(data)]},
         "capture": {"window": 4},
         "output_dir": str(directory / "run"),
-        "train": {"log_every": 1, "device": "cpu"},
+        # not "auto": what tests compare is then the same on every processor
+        "train": {"log_every": 1, "device": "cpu", "compute_dtype": "float32"},
     }
     for name, section in sections.items():
         raw[name] = {**raw.get(name, {}), **section}

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("specforge_doctor", reason="specforge-doctor is not installed")
 
-from specforge_doctor.testing import Fault, TrainedRun, epsilon, other_weights, rope, values
+from specforge_doctor.testing import NEAR, Fault, TrainedRun, epsilon, other_weights, rope, values
 
 pytestmark = pytest.mark.slow  # a whole run is trained
 
@@ -28,7 +28,7 @@ def test_a_clean_export_passes_and_all_numbers_agree(trained: TrainedRun) -> Non
     assert found["reference loop"] > 2
     # counts of accepted tokens: rounding decides near ties, and one answer then goes on differently
     assert found["reference loop, export"] == pytest.approx(found["reference loop"], rel=0.03)
-    assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=0.005)
+    assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=NEAR)
     assert not report.different
     assert any("no engine was measured: target.engine=transformers" in n for n in report.notes)
 
@@ -37,8 +37,7 @@ def test_the_next_token_layout_agrees_too(trained: TrainedRun, tmp_path: Path) -
     report = trained.train_again(tmp_path, "strategy.label_layout=next_token")
     assert report.verdict.healthy, report.verdict.message
     found = values(report)
-    # counts, too: rounding may decide one token in 200
-    assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=0.005)
+    assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=NEAR)
 
 
 def layer_ids(config: dict[str, Any], weights: dict[str, Any]) -> None:

@@ -24,6 +24,10 @@ from specforge_core.train.run import train
 from .report import DoctorReport
 from .run import diagnose
 
+# relative, of simulated and drafted tokens: captured states are bfloat16, and their rounding may
+# decide near ties at some three of the 150 tokens that a toy run compares, by two drafts each
+NEAR = 0.015
+
 Fault = Callable[[dict[str, Any], dict[str, Any]], None]  # changes an export's config and weights
 
 
@@ -41,7 +45,8 @@ class TrainedRun:
         save_predictable_target(path / "target", num_hidden_layers=8)
         data = write_own_answers(path / "target", path / "train.jsonl", 48, length=40)
         held = write_own_answers(path / "target", path / "held.jsonl", 8, length=1, seed=7)
-        settings = {"batch_size": 8, "learning_rate": 0.01, "device": "cpu"}
+        settings: dict[str, Any] = {"batch_size": 8, "learning_rate": 0.01}
+        settings |= {"device": "cpu", "compute_dtype": "float32"}
         raw: dict[str, Any] = {
             "target": {"path": str(path / "target"), "dtype": "float32"},
             "strategy": dict(strategy),
