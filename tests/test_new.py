@@ -15,7 +15,7 @@ from specforge_core.data.regenerate import regenerate
 from specforge_core.errors import ConfigError, PluginError
 from specforge_core.listing import check
 from specforge_core.new import kinds, write_package
-from specforge_core.testing.forked import cli
+from specforge_core.testing.forked import cli, run
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import finish, load, losses, write_run
 from specforge_core.train.run import train
@@ -82,8 +82,8 @@ def test_a_new_package_is_clean_for_its_own_linter(package: Path) -> None:
 def test_a_new_package_passes_its_own_tests_as_written(
     package: Path, request: pytest.FixtureRequest
 ) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(package)]
-    done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
+    main = Path(pytest.__file__).with_name("__main__.py")
+    done = run("-q", "-p", "no:cacheprovider", str(package), cwd=package, script=main)
     assert done.returncode == 0, done.stdout
     lacks = "variant of linear" in request.node.name  # that method reads no export back
     assert done.stdout.count("skipped") == lacks, done.stdout

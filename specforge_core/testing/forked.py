@@ -114,10 +114,13 @@ def python(script: Path, *arguments: str, env: Mapping[str, str]) -> Forked:
 
 
 def run(
-    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    script: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `specforge` with arguments to its end, in a fork of the server, in the folder `cwd`."""
-    process = Forked(arguments, os.environ if env is None else env, cwd)
+    """Run `specforge`, or a script, with arguments to its end, in a fork, in the folder `cwd`."""
+    process = Forked(arguments, os.environ if env is None else env, cwd, script)
     out, err = process.communicate(timeout=SECONDS)
     return subprocess.CompletedProcess(list(arguments), process.wait(), out, err)
 
@@ -170,6 +173,9 @@ def _work(
         with Path(name).open("ab") as file:
             os.dup2(file.fileno(), number)
     vars(launch)["subprocess"] = SimpleNamespace(Popen=_Rank)
+    # what it starts in its turn is forked by the same server: Python would start one more
+    runs = vars(forkserver)["ensure_running"] = lambda: None
+    vars(forkserver)["_forkserver"].ensure_running = runs
     _be(arguments, environment, script)
 
 
