@@ -1,4 +1,4 @@
-"""The wheels, and a third party's package installed from one into an environment of its own."""
+"""The wheels, and a third party's variant installed from them into an environment of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from specforge_core.plugins import PLUGINS, discover
+from specforge_core.testing.runs import load, losses
 from specforge_core.testing.toy import write_conversations
+from specforge_core.train.run import train
 
 ROOT = Path(__file__).parent.parent
 DISTRIBUTIONS = {
@@ -27,6 +29,7 @@ DISTRIBUTIONS = {
     "specforge_dflash_short": ROOT / "examples/third_party/specforge-dflash-short",
     "specforge_linear": ROOT / "examples/third_party/specforge-linear",
 }
+INSTALLED = ("specforge_core", "specforge_dflash", "specforge_dflash_short", "specforge_linear")
 
 
 def run(*command: str, cwd: Path = ROOT) -> str:
@@ -55,16 +58,10 @@ def test_every_distribution_builds_and_plugins_ask_for_the_core(wheels: dict[str
         assert (name == "specforge_core") != ("Requires-Dist: specforge-core" in text)
 
 
-@pytest.mark.slow
-def test_a_third_party_installs_wheels_and_trains(
-    wheels: dict[str, Path],
-    tmp_path: Path,
-    toy_target: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # its metadata is seen through libraries.pth, its module is not
-    monkeypatch.setenv("SPECFORGE_DISABLE_PLUGINS", ",".join(discover(PLUGINS)))
-    home = tmp_path / "venv"
+@pytest.fixture(scope="module")
+def home(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment that holds some of the wheels, and of the checkout nothing."""
+    home = tmp_path_factory.mktemp("installed") / "venv"
     venv.create(home)
     python = home / "bin" / "python"
     site = run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
@@ -72,26 +69,52 @@ def test_a_third_party_installs_wheels_and_trains(
     # checkout importable, are not followed from there
     Path(site, "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = (sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet")
-    chosen = [str(wheels["specforge_core"]), str(wheels["specforge_linear"])]
-    run(*pip, "--no-deps", "--no-index", *chosen)
-    ask = "import specforge_core; print(specforge_core.__file__)"
-    where = run(str(python), "-c", ask, cwd=tmp_path)
-    assert where.startswith(str(home))
+    run(*pip, "--no-deps", "--no-index", *(str(wheels[name]) for name in INSTALLED))
+    return home
 
+
+@pytest.mark.slow
+def test_a_variant_trains_on_its_parents_capture_and_goes_on_from_its_run(
+    home: Path, tmp_path: Path, toy_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # its metadata is seen through libraries.pth, its module is not
+    monkeypatch.setenv("SPECFORGE_DISABLE_PLUGINS", ",".join(discover(PLUGINS)))
+    ask = "import specforge_core; print(specforge_core.__file__)"
+    assert run(str(home / "bin" / "python"), "-c", ask, cwd=tmp_path).startswith(str(home))
     data = write_conversations(tmp_path / "train.jsonl", 8)
     raw = {
-        "target": {"path": str(toy_target)},
-        "strategy": {"name": "linear"},
-        "data": {"train": [str(data)]},
-        "output_dir": str(tmp_path / "run"),
-        "train": {"max_steps": 4, "device": "cpu"},
+        "target": {"path": str(toy_target), "dtype": "float32", "device": "cpu"},
+        "strategy": {"name": "dflash", "block_size": 6, "num_layers": 1, "layers": [1, 3]},
+        "data": {"train": [str(data)], "capture_dir": str(tmp_path / "capture")},
+        "output_dir": str(tmp_path / "parent"),
+        "train": {"max_steps": 3, "batch_size": 2, "device": "cpu", "log_every": 1},
         "eval": {"prompts": {"toy": str(data)}, "limit": 1, "max_new_tokens": 8},
     }
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(raw))
     specforge = str(home / "bin" / "specforge")
-    assert "linear           specforge-linear 0.2.0" in run(specforge, "strategies", cwd=tmp_path)
-    assert "finished at step 4/4" in run(specforge, "train", "-c", str(config), cwd=tmp_path)
-    draft = ("--draft", str(tmp_path / "run"))
-    out = run(specforge, "eval", "-c", str(config), *draft, cwd=tmp_path)
-    assert "1 of 1 greedy answers equal the target's own" in out
+
+    def call(command: str, *options: str) -> str:
+        return run(specforge, command, "-c", str(config), *options, cwd=tmp_path)
+
+    listed = run(specforge, "strategies", cwd=tmp_path)
+    assert "dflash-short" in listed
+    assert "linear           specforge-linear 0.2.0" in listed
+    call("capture")
+    assert "finished at step 3/3" in call("train")
+
+    short = ("strategy.name=dflash-short", "strategy.trained_slots=2")
+    start = f"train.init_from={tmp_path / 'parent'}"
+    other = ("train.max_steps=2", f"output_dir={tmp_path / 'short'}", start)
+    assert "finished at step 2/2" in call("train", *short, *other)
+    draft = ("--draft", str(tmp_path / "short"))
+    assert "1 of 1 greedy answers equal the target's own" in call("eval", *draft, *short)
+
+    # here, where the same packages are: the same weights and samples, but other slots have a loss
+    train(*load(config, "train.max_steps=2", f"output_dir={tmp_path / 'all'}", start))
+    short_loss, whole_loss = losses(tmp_path / "short")[0], losses(tmp_path / "all")[0]
+    assert short_loss != whole_loss
+    # a block of 6 drafts 5 tokens: with all of them trained it is DFlash again
+    same = ("strategy.name=dflash-short", "strategy.trained_slots=5", "train.max_steps=2")
+    train(*load(config, *same, f"output_dir={tmp_path / 'same'}", start))
+    assert losses(tmp_path / "same")[0] == whole_loss
