@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,80 @@ def find_sglang() -> Callable[[str, Path], str]:
     return locate
 
 
+class SGLangForks:
+    """Processes in which SGLang is imported already: forks of one, which all test processes share.
+
+    There is one of each interpreter, in `folder`, where its socket is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._started: list[subprocess.Popen[str]] = []
+
+    def run(self, python: str, script: Path, *arguments: str) -> str:
+        """Run `python SCRIPT ARGUMENTS...`, as it were; return what it printed."""
+        with self._connect(python) as connection, connection.makefile() as said:
+            connection.sendall(json.dumps([str(script), *arguments]).encode() + b"\n")
+            status, out, err = json.loads(said.read() or '[-1, "", "it was killed"]')
+        assert status == 0, err[-3000:]
+        return str(out)
+
+    def _connect(self, python: str) -> socket.socket:
+        place = self._folder / Path(python).parents[1].name
+        with place.with_name(f"{place.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for _ in range(2):
+                connection = socket.socket(socket.AF_UNIX)
+                try:
+                    connection.connect(str(place))
+                    if connection.recv(1) == b"+":
+                        return connection
+                except OSError:  # there is none, or its test process has ended
+                    pass
+                connection.close()
+                self._start(python, place)
+        raise AssertionError(f"nothing listens at {place}")
+
+    def _start(self, python: str, place: Path) -> None:
+        place.unlink(missing_ok=True)
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        env["SGLANG_USE_CPU_ENGINE"] = "1"
+        with place.with_name(f"{place.name}.log").open("w+") as log:
+            process = subprocess.Popen(
+                [python, str(SGLANG / "sglang_forks.py"), str(place)],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+            self._started.append(process)
+            assert process.stdout is not None
+            if process.stdout.readline() != "listening\n":
+                log.seek(0)
+                raise AssertionError(log.read()[-3000:])
+
+    def close(self) -> None:
+        """End what was started here; what it has forked ends by itself."""
+        for process in self._started:
+            process.communicate()
+
+
+@pytest.fixture(scope="session")
+def sglang_forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangForks]:
+    """Return what runs scripts where SGLang is installed."""
+    own = tmp_path_factory.getbasetemp()
+    forks = SGLangForks(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)
+    yield forks
+    forks.close()
+
+
 @dataclass(frozen=True)
 class Exports:
     """The exports of one module's tests, each in a folder of its name."""
 
     folder: Path
+    forks: SGLangForks
 
     def plant(self, name: str, mistake: Callable[[dict[str, Any], Tensors], None]) -> None:
         """Copy an export to `NAME-MISTAKE-wrong`, with a mistake in its config or weights."""
@@ -96,11 +165,9 @@ class Exports:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [python, str(script), target, str(out / "request.json"), str(port), str(out)]
-        command += map(str, sorted(self.folder.iterdir()))
-        env = os.environ | {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(SGLANG)}
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        exports = map(str, sorted(self.folder.iterdir()))
+        request_file = str(out / "request.json")
+        self.forks.run(python, script, target, request_file, str(port), str(out), *exports)
         return lambda name: load_file(out / f"{name}.safetensors")
 
 
@@ -113,9 +180,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> TargetConfig:
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+def exports(tmp_path_factory: pytest.TempPathFactory, sglang_forks: SGLangForks) -> Exports:
     """Return a place for exports, empty at first."""
-    return Exports(tmp_path_factory.mktemp("exports"))
+    return Exports(tmp_path_factory.mktemp("exports"), sglang_forks)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +54,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, toy_target: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path, sglang_python: str) -> dict[str, dict[str, Any]]:
+def loaded(folder: Path, sglang_python: str, sglang_forks: Any) -> dict[str, dict[str, Any]]:
     """What a version of SGLang says of each export, all in one process."""
     paths = [str(folder / name / "export") for name in DRAFTS]
-    command = [sglang_python, str(HERE / "export_keys.py"), str(free_port()), *paths]
-    env = os.environ | {"SGLANG_USE_CPU_ENGINE": "1"}
-    env.pop("PYTHONPATH", None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(DRAFTS, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    out = sglang_forks.run(sglang_python, HERE / "export_keys.py", str(free_port()), *paths)
+    return dict(zip(DRAFTS, json.loads(out.splitlines()[-1]), strict=True))
 
 
 def test_dflash(loaded: dict[str, dict[str, Any]]) -> None:
