@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from specforge_core.config import (
     RunConfig,
 )
 from specforge_core.errors import DataError
+from specforge_core.testing.forked import python
 
 from .prompted import ask, lines, make_run, regenerate, write
 
@@ -104,16 +104,16 @@ def test_kill_9(talker: Path, tmp_path: Path) -> None:
     prompts = write(tmp_path / "p.jsonl", *rows)
     run = make_run(talker, prompts, max_new_tokens=64, temperature=1.0)
     output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
     for kills in range(2):
         before = output.stat().st_size if output.exists() else 0
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, run.model_dump_json(), str(output)],
-            stderr=subprocess.DEVNULL,
-        )
+        process = python(script, run.model_dump_json(), str(output), env=os.environ)
         while process.poll() is None and not (output.exists() and output.stat().st_size > before):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"finished before kill {kills}"
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"finished before kill {kills}"
     regenerate(run, output)
     regenerate(run, whole)
     assert lines(output) == lines(whole)

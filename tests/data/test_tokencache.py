@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,7 +18,7 @@ from specforge_core.data import prompts, tokencache, workers
 from specforge_core.data.files import open_source
 from specforge_core.data.prompts import PromptSet, load_prompts
 from specforge_core.errors import DataError
-from specforge_core.testing.forked import SERVER, begin
+from specforge_core.testing.forked import SERVER, begin, python
 from specforge_core.testing.toy import toy_tokenizer, write_conversations
 
 TOKENIZER = toy_tokenizer()
@@ -169,13 +167,10 @@ print(len(here.load(Path(sys.argv[1]))))
 @pytest.mark.slow
 def test_ranks_make_tokens_once(tmp_path: Path) -> None:
     path = write_conversations(tmp_path / "d.jsonl", 2000, turns=3)
-    root = Path(__file__).parent.parent.parent
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(path)], stdout=subprocess.PIPE, text=True, cwd=root
-        )
-        for _ in range(3)
-    ]
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    ranks = [python(script, str(path), env=environment) for _ in range(3)]
     said = sorted(rank.communicate()[0] for rank in ranks)
     assert said == ["2000\n", "2000\n", "made\n2000\n"]
 
