@@ -110,6 +110,16 @@ def test_a_variant_trains_on_its_parents_capture_and_goes_on_from_its_run(
     draft = ("--draft", str(tmp_path / "short"))
     assert "1 of 1 greedy answers equal the target's own" in call("eval", *draft, *short)
 
+    # a method by itself; its capture is made while it trains
+    alone = {key: raw[key] for key in ("target", "train", "eval")}
+    alone |= {"strategy": {"name": "linear"}, "data": {"train": [str(data)]}}
+    config = tmp_path / "linear.yaml"
+    config.write_text(yaml.safe_dump({**alone, "output_dir": str(tmp_path / "linear")}))
+    assert "finished at step 3/3" in call("train")
+    draft = ("--draft", str(tmp_path / "linear"))
+    assert "1 of 1 greedy answers equal the target's own" in call("eval", *draft)
+    config = tmp_path / "run.yaml"
+
     # here, where the same packages are: the same weights and samples, but other slots have a loss
     train(*load(config, "train.max_steps=2", f"output_dir={tmp_path / 'all'}", start))
     short_loss, whole_loss = losses(tmp_path / "short")[0], losses(tmp_path / "all")[0]
