@@ -28,7 +28,8 @@ class Fitted(Watched):
     optimizer_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Of what adamw and muon keep between steps (not of the weights); bfloat16 "
-        "takes half the memory, for `train.betas` up to 0.98.",
+        "takes half the memory, for `train.betas` up to 0.98. Refused with a package's optimizer "
+        "that does not know of it.",
     )
     shard_size: int | None = Field(
         None,

@@ -170,7 +170,8 @@ def specforge_train_step(config: StrategyConfig) -> TrainStep | None:
 def specforge_optimizers(train: TrainConfig, draft: Draft) -> list[Optimizer] | None:
     """Return the optimizers of the draft's (sharded) parameters; None when not of this name.
 
-    `train.optimizer` names them.  Each group's `lr` is its peak.  Default: `adamw`, `muon`.
+    `train.optimizer` names them.  Each group's `lr` is its peak.  `train.optimizer_dtype` is
+    refused but for a subclass of `specforge_core.train.optim.Narrow`.  Default: `adamw`, `muon`.
     """
 
 

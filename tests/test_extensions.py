@@ -92,6 +92,12 @@ def test_an_optimizer_and_a_schedule_are_used_by_name(config: Path, tmp_path: Pa
     assert one[1:] != other[1:]  # and other steps
 
 
+def test_a_package_s_optimizer_keeps_its_states_as_asked_or_is_refused(config: Path) -> None:
+    options = ("train.optimizer=plain", "train.optimizer_dtype=bfloat16")
+    with pytest.raises(ConfigError, match=r"is bfloat16, and SGD, which train\.optimizer=plain "):
+        train(*load(config, *options))
+
+
 @pytest.mark.parametrize(("name", "kinds"), [("adamw", ["AdamW"]), ("muon", ["AdamW", "Muon"])])
 def test_the_core_s_optimizers_come_through_the_hook(
     fake_site: FakeSite, name: str, kinds: list[str]

@@ -174,6 +174,20 @@ def _groups(
     ]
 
 
+def check_kept(optimizers: list[Optimizer], config: TrainConfig) -> None:
+    """Raise ConfigError where states would not be kept as `train.optimizer_dtype` says.
+
+    A package's optimizer keeps them so as a subclass of `Narrow` and its own.
+    """
+    wide = [one for one in optimizers if not isinstance(one, Narrow)]
+    if config.optimizer_dtype == "bfloat16" and wide:
+        raise ConfigError(
+            f"train.optimizer_dtype is bfloat16, and {type(wide[0]).__name__}, which "
+            f"train.optimizer={config.optimizer} comes to, keeps its states as it likes. "
+            "Try: train.optimizer_dtype=float32, or train.optimizer=adamw"
+        )
+
+
 def remember_peaks(optimizers: list[Optimizer]) -> None:
     """Take each group's learning rate as its peak."""
     for optimizer in optimizers:

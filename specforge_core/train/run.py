@@ -31,7 +31,7 @@ from .machine import Machine, choose
 from .memory import too_little
 from .metrics import Reducer, Trackers
 from .milestones import Milestones
-from .optim import remember_peaks
+from .optim import check_kept, remember_peaks
 from .report import TrainReport
 from .trainer import Trainer
 from .update import Update
@@ -97,6 +97,7 @@ def build(
     replicas = world_.size // mesh.size(mesh.ndim - 1)
     model = shard(draft, mesh, dtype)
     optimizers = strategy.optimizers(config, draft)
+    check_kept(optimizers, config)
     remember_peaks(optimizers)
     schedule = strategy.schedule(config)
     forward = Forward(run, strategy, strategy.train_step(run.strategy), draft, world_)

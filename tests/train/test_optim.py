@@ -16,7 +16,9 @@ from specforge_core.train.fsdp import shard, shards_of
 from specforge_core.train.muon import orthogonalize
 from specforge_core.train.optim import (
     SCHEDULES,
+    Narrow,
     build_optimizers,
+    check_kept,
     local_gradients,
     lr_factor,
     remember_peaks,
@@ -229,6 +231,13 @@ def test_states_in_bfloat16_that_would_not_move_are_refused() -> None:
     config = TrainConfig(optimizer_dtype="bfloat16", betas=(0.9, 0.999))
     with pytest.raises(ConfigError, match=r"train.betas has 0.999.*Try: train.optimizer_dtype="):
         build_optimizers(Draft(model=nn.Linear(4, 4)), config)
+
+
+def test_what_keeps_its_states_narrow_is_taken() -> None:
+    class Mine(Narrow, torch.optim.SGD): ...
+
+    config = TrainConfig(optimizer_dtype="bfloat16", optimizer="mine")
+    check_kept([Mine([nn.Parameter(torch.ones(2))])], config)
 
 
 def test_a_step_of_many_chunks_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
