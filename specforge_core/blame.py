@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from types import FunctionType
+import inspect
+from types import CodeType, FunctionType
 
 import pluggy
 
 from .packages import version
-from .plugins import CORE, PLUGINS, STRATEGIES, discover
+from .plugins import CORE, PLUGINS, STRATEGIES, Manager, discover
 
 
-def package_of(pm: pluggy.PluginManager, name: str) -> str:
+def package_of(pm: Manager, name: str) -> str:
     """Return the distribution and version behind a registered plugin's name."""
     if name == "core":
         return f"{CORE} {version(CORE)}"
@@ -24,11 +25,11 @@ def package_of(pm: pluggy.PluginManager, name: str) -> str:
     return name
 
 
-def package_behind(pm: pluggy.PluginManager, hook: str, value: object, strategy: str) -> str:
+def package_behind(pm: Manager, hook: str, value: object, strategy: str) -> str:
     """Return the package that a value of a hook comes from: whose module defines it or its type."""
     code = getattr(value, "gi_code", None)  # of a hook that is a generator
     for impl in getattr(pm.hook, hook).get_hookimpls():
-        if code is not None and getattr(impl.function, "__code__", None) is code:
+        if code is not None and _code(impl) is code:
             return package_of(pm, impl.plugin_name)
     own = vars(value).get("__module__") if isinstance(value, type | FunctionType) else None
     root = str(own or type(value).__module__).partition(".")[0]
@@ -39,15 +40,17 @@ def package_behind(pm: pluggy.PluginManager, hook: str, value: object, strategy:
     return provider(pm, hook, strategy)
 
 
-def provider(pm: pluggy.PluginManager, hook: str, strategy: str) -> str:
-    """Return the package whose implementation of a hook came first."""
+def provider(pm: Manager, hook: str, strategy: str) -> str:
+    """Return the package whose implementation of a hook answered, or else came first."""
+    if (name := pm.answered.get(hook)) is not None:
+        return package_of(pm, name)
     names = [impl.plugin_name for impl in reversed(getattr(pm.hook, hook).get_hookimpls())]
     if strategy in names:
         return package_of(pm, strategy)
     return package_of(pm, names[0]) if names else package_of(pm, strategy)
 
 
-def blamed(pm: pluggy.PluginManager, hook: str, exc: BaseException, default: str) -> str:
+def blamed(pm: Manager, hook: str, exc: BaseException, default: str) -> str:
     """Return the package whose implementation an exception came through."""
     codes = set()
     trace = exc.__traceback__
@@ -55,6 +58,10 @@ def blamed(pm: pluggy.PluginManager, hook: str, exc: BaseException, default: str
         codes.add(trace.tb_frame.f_code)
         trace = trace.tb_next
     for impl in reversed(getattr(pm.hook, hook).get_hookimpls()):
-        if getattr(impl.function, "__code__", None) in codes:
+        if _code(impl) in codes:
             return package_of(pm, impl.plugin_name)
     return package_of(pm, default)
+
+
+def _code(impl: pluggy.HookImpl) -> CodeType | None:
+    return getattr(inspect.unwrap(impl.function), "__code__", None)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-import pluggy
-
 from . import blame, plugins
 from .errors import PluginError, SpecForgeError
 from .returned import Wrong
@@ -26,7 +24,7 @@ class Calls:
 
     name: str  # of the strategy
     package: str  # its distribution's name and version
-    pm: pluggy.PluginManager
+    pm: plugins.Manager
 
     @contextmanager
     def guard(
@@ -56,10 +54,12 @@ class Calls:
             raise self._unexpected(hook, value, text)
         return value
 
-    def check(self, hook: str, wrong: Wrong | None, *, value: object = None) -> None:
+    def check(
+        self, hook: str, wrong: Wrong | None, *, value: object = None, package: str | None = None
+    ) -> None:
         """Raise PluginError where something is wrong with what `value` is, or has returned."""
         if wrong is not None:
-            who = blame.package_behind(self.pm, hook, value, self.name)
+            who = package or blame.package_behind(self.pm, hook, value, self.name)
             raise PluginError(f"{who}, {hook}: returned {wrong[0]}, expected {wrong[1]}")
 
     def watched(self, hook: str, value: Any, kind: Callable[[Any, Watch], Any]) -> Any:
@@ -68,7 +68,7 @@ class Calls:
             return value  # the core's own, or of its kind, which it knows more of
         who = blame.package_behind(self.pm, hook, value, self.name)
         guard = partial(self.guard, hook, package=who)
-        return kind(value, Watch(guard, partial(self.check, hook, value=value)))
+        return kind(value, Watch(guard, partial(self.check, hook, package=who)))
 
     def _first(self, hook: str, **arguments: object) -> Any:
         with self.guard(hook, status=2):

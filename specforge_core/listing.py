@@ -16,6 +16,7 @@ from .plugins import (
     PLUGINS,
     STRATEGIES,
     Installed,
+    Manager,
     core_manager,
     disabled,
     discover,
@@ -23,7 +24,6 @@ from .plugins import (
 from .text import cut, shorten
 
 if TYPE_CHECKING:
-    import pluggy
     from pydantic import BaseModel
 
 GROUPS = (STRATEGIES, PLUGINS, COMMANDS)
@@ -95,13 +95,13 @@ def _plugin_state(installed: Installed) -> tuple[str, str]:
     return "ok", ""
 
 
-def _manager(installed: Installed) -> pluggy.PluginManager:
+def _manager(installed: Installed) -> Manager:
     """Load one cross-cutting plugin as a run that names it would, and no other."""
     others = discover(PLUGINS).keys() - {installed.name}
     return core_manager(using=frozenset({installed.name}), disable=others)
 
 
-def _hooks(pm: pluggy.PluginManager, name: str) -> list[str]:
+def _hooks(pm: Manager, name: str) -> list[str]:
     callers = pm.get_hookcallers(pm.get_plugin(name)) or []
     return sorted(caller.name for caller in callers)
 

@@ -12,7 +12,7 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 
@@ -176,7 +176,7 @@ def find_strategy(name: str) -> Installed:
 
 def run_manager(
     name: str, *, using: frozenset[str] = frozenset(), disable: Iterable[str] = ()
-) -> pluggy.PluginManager:
+) -> Manager:
     """Build the plugin manager of one run: core, cross-cutting plugins, one strategy.
 
     Plugins with a section of their own take part only if `using` names them.
@@ -193,11 +193,9 @@ def run_manager(
     return pm
 
 
-def core_manager(
-    *, using: frozenset[str] = frozenset(), disable: Iterable[str] = ()
-) -> pluggy.PluginManager:
+def core_manager(*, using: frozenset[str] = frozenset(), disable: Iterable[str] = ()) -> Manager:
     """Build a manager of the core's defaults and the cross-cutting plugins, no strategy."""
-    pm = _Manager(hookspecs.PROJECT)
+    pm = Manager(hookspecs.PROJECT)
     pm.add_hookspecs(hookspecs)
     for module in DEFAULT_PLUGINS:
         pm.register(importlib.import_module(module), "core")
@@ -214,7 +212,36 @@ def core_manager(
     return pm
 
 
-class _Manager(pluggy.PluginManager):
+class Manager(pluggy.PluginManager):
+    """Remembers whose implementation answered last, of hooks that take the first answer."""
+
+    def __init__(self, project_name: str) -> None:
+        super().__init__(project_name)
+        self.answered: dict[str, str] = {}  # hook -> name of the plugin
+
+    def register(self, plugin: object, name: str | None = None) -> str | None:
+        """Register a plugin, and have its answers noted: pluggy does not tell whose it returns."""
+        registered = super().register(plugin, name)
+        for caller in self.get_hookcallers(plugin) or ():
+            if caller.spec is None or not caller.spec.opts.get("firstresult"):
+                continue
+            for impl in caller.get_hookimpls():
+                if impl.plugin is plugin and not (impl.wrapper or impl.hookwrapper):
+                    setattr(impl, "function", self._noting(caller.name, impl))  # noqa: B010
+        return registered
+
+    def _noting(self, hook: str, impl: pluggy.HookImpl) -> Callable[..., object]:
+        inner, name = impl.function, impl.plugin_name
+
+        @functools.wraps(inner)
+        def call(*arguments: object) -> object:
+            found = inner(*arguments)
+            if found is not None:
+                self.answered[hook] = name
+            return found
+
+        return call
+
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
         """Leave out another package's hook that a module imported under a name of its own."""
         given = getattr(getattr(plugin, name), "__name__", name)

@@ -162,6 +162,25 @@ def test_a_cross_cutting_plugin_is_blamed_for_its_own_error(fake_site: FakeSite)
         strategy.train_step(CONFIG)
 
 
+@pytest.mark.parametrize(("name", "package"), [("adamw", "specforge-core"), ("sgd", "acme-one")])
+def test_what_torch_raises_is_of_the_package_that_returned_it(
+    fake_site: FakeSite, name: str, package: str
+) -> None:
+    source = """
+    import torch
+    from specforge_core import hookimpl
+    @hookimpl
+    def specforge_optimizers(train, draft):
+        if train.optimizer == "sgd": return [torch.optim.SGD(draft.model.parameters())]
+    """
+    for who, body in (("one", source), ("two", source.replace('"sgd"', '"other"'))):
+        group = {"specforge.plugins": {who: f"acme_{who}"}}
+        fake_site.dist(f"acme-{who}", "0.3", group, module=f"acme_{who}", source=body)
+    (optimizer, *_) = Strategy.load("linear").optimizers(TrainConfig(optimizer=name), DRAFT)
+    with pytest.raises(PluginError, match=f"^{package} [0-9.]+, specforge_optimizers: "):
+        optimizer.load_state_dict({"param_groups": [], "state": {}})
+
+
 def test_an_error_meant_for_the_user_stays_as_it_is(fake_site: FakeSite) -> None:
     text = "this checkpoint does not fit. Try: another"
     strategy = bad(fake_site, "draft", "", f"raise CheckpointError({text!r})")
