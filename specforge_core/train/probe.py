@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import stop
 from ..capture.estimate import Size, in_units, peak_memory
@@ -160,15 +162,23 @@ def _steps(trainer: Trainer) -> tuple[float, float]:
 
 
 def _exports(trainer: Trainer) -> dict[str, str]:
-    """Say of each format whether a draft of this run can be exported in it, or why not."""
+    """Say of each format whether a draft of this run can be exported in it, or why not.
+
+    What an export makes of the weights has shapes and dtypes, and no memory of its own; one that
+    wants values is made once more as it is.
+    """
+    of = (trainer.run.strategy, trainer.draft, trainer.feed.target)
     found = {}
     for name in FORMATS:
-        try:
-            trainer.strategy.export(trainer.run.strategy, trainer.draft, trainer.feed.target, name)
-        except SpecForgeError as exc:
-            found[name] = describe(exc)[0]
-        else:
-            found[name] = "yes"
+        for kind in (partial(FakeTensorMode, allow_non_fake_inputs=True), nullcontext):
+            try:
+                with kind():
+                    trainer.strategy.export(*of, name)
+            except SpecForgeError as exc:
+                found[name] = describe(exc)[0]
+            else:
+                found[name] = "yes"
+                break
     return found
 
 

@@ -11,14 +11,18 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from specforge_core.capture.estimate import Size, in_units
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.cli import cli
 from specforge_core.errors import ConfigError, DataError
+from specforge_core.strategy import Strategy
 from specforge_core.testing.runs import load, write_run
 from specforge_core.train import memory
 from specforge_core.train.plan import plan_run
+from specforge_core.types import Export
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -123,14 +127,24 @@ def test_a_plan_of_replicas_is_measured_in_one_process(config: Path) -> None:
 
 
 def test_a_plan_of_what_is_not_captured_yet_measures_the_target(
-    config: Path, tmp_path: Path
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    export, exported = Strategy.export, list[Tensor]()
+
+    def noting(*of: Any) -> Export:
+        found = export(*of)
+        exported.extend(found.weights.values())
+        return found
+
+    monkeypatch.setattr(Strategy, "export", noting)
     run, strategy = load(config, f"data.capture_dir={tmp_path / 'capture'}")
     plan = yaml.safe_load(plan_run(run, strategy, 1, measure=True))["plan"]
     assert plan["data"].endswith("which is not captured yet")
     assert plan["measured"]["seconds_per_step"]["data"] > 0
     assert plan["measured"]["exports"]["hf"] == "yes"
     assert "cannot export to format 'vllm'" in plan["measured"]["exports"]["vllm"]
+    assert exported
+    assert all(is_fake(weight) for weight in exported)  # no copy of the draft was made
     assert not (tmp_path / "capture").exists()
 
 
