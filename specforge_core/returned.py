@@ -7,6 +7,7 @@ somewhere in the core, or go unnoticed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -57,6 +58,10 @@ def _tensor(value: object) -> bool:
     import torch
 
     return isinstance(value, torch.Tensor)
+
+
+def _dense(value: Any) -> bool:
+    return _tensor(value) and str(value.layout) == "torch.strided"
 
 
 def _on_host(value: Any) -> bool:
@@ -211,6 +216,8 @@ def _wrong_parameters(draft: Draft) -> Wrong | None:
         return type(draft.model).__name__, "a model with parameters that are trained"
     if odd := [name for name, p in trained.items() if not p.is_floating_point()]:
         return f"a model with {odd[0]} of {trained[odd[0]].dtype}", "real parameters"
+    if empty := [name for name, p in draft.model.named_parameters() if p.is_meta]:
+        return f"a model with {empty[0]} on the meta device", "parameters that have values"
     frozen = () if draft.frozen is None else draft.frozen.parameters()
     shared = {id(p) for p in trained.values()} & {id(p) for p in frozen}
     if names := [name for name, p in trained.items() if id(p) in shared]:
@@ -228,7 +235,7 @@ def wrong_export(export: Export) -> Wrong | None:
         export,
         {
             "config": (_json, "values by name that JSON can write, for config.json"),
-            "weights": (lambda v: _by_name(v, _tensor) and len(v) > 0, "tensors by name"),
+            "weights": (lambda v: _by_name(v, _dense) and len(v) > 0, "dense tensors by name"),
             "files": (lambda v: _by_name(v, lambda f: isinstance(f, bytes)), "bytes by name"),
             "serve": (
                 lambda v: _by_name(v, lambda options: _by_name(options, lambda _: True)),
@@ -250,8 +257,11 @@ def wrong_optimizers(found: Iterable[Optimizer], model: nn.Module) -> Wrong | No
         if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
             return f"{kind} with param_groups {shorten(groups)}", "a list of groups"
         for group in groups:
-            if not isinstance(group.get("lr"), float | int) and not _tensor(group.get("lr")):
-                return f"{kind} with a group of lr {shorten(group.get('lr'))}", "its peak, a number"
+            peak = group.get("lr")
+            if not isinstance(peak, float | int) and not _tensor(peak):
+                return f"{kind} with a group of lr {shorten(peak)}", "its peak, a number"
+            if not 0 <= float(peak) < math.inf:
+                return f"{kind} with a group of lr {float(peak)}", "its peak, 0 or more"
             here = [id(p) for p in group["params"]]
             if strange := len([p for p in here if p not in trained]):
                 return f"{kind} with {strange} parameters that are not the draft's", "its own"

@@ -96,6 +96,8 @@ class Strategy(Calls):
         if found is None:
             raise PluginError(f"data source {source!r}: no installed plugin reads it")
         self._with("specforge_conversations", found, "__iter__")
+        if isinstance(found, str | bytes | Mapping):
+            raise self._unexpected("specforge_conversations", found, "rows to go through")
         rows: Iterable[Mapping[str, Any]]
         rows = self.watched("specforge_conversations", found, watched_rows)
         return rows
@@ -133,8 +135,8 @@ class Strategy(Calls):
     ) -> list[Problem]:
         hook = "specforge_verify_capture"
         found = self._first(
-            hook, config=config, target=target, spec=spec, sample=sample, fresh=fresh
-        )
+            hook, config=config, target=target, spec=spec, sample=dict(sample), fresh=fresh
+        )  # a copy: what one takes out of it stays in the sample
         for answer in found:
             for problem in [answer] if not isinstance(answer, list) else answer:
                 if not isinstance(problem, Problem) or problem is answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from specforge_core.config import TrainConfig
 from specforge_core.errors import CheckpointError, PluginError
@@ -10,7 +11,7 @@ from specforge_core.strategy import Strategy
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.types import Export
 
-from .bad_package import BASE, CALLS, CONFIG, DRAFT, TARGET, bad
+from .bad_package import BASE, CALLS, CONFIG, DRAFT, SPEC, TARGET, bad
 
 
 @pytest.mark.parametrize("hook", CALLS)
@@ -103,6 +104,8 @@ def test_a_plugin_s_section_is_a_model(fake_site: FakeSite, returned: str) -> No
     [
         ("adapter", "Text()", "str, expected an object with a CaptureSpec"),
         ("conversations", "3", "int, expected an object with '__iter__'"),
+        ("conversations", "'text'", "str, expected rows to go through"),
+        ("conversations", "{'messages': []}", "dict, expected rows to go through"),
         ("draft", "Draft(model=3)", "Draft with model 3, expected a module"),
         (
             "draft",
@@ -136,6 +139,13 @@ def test_a_wrong_type_is_told_with_what_was_expected(
         getattr(strategy, hook)(*CALLS[hook])
     told = f"specforge-bad 0.1.0, specforge_{hook}: returned {expected}"
     assert str(error.value).startswith(told)
+
+
+def test_a_sample_that_is_verified_keeps_its_tensors(fake_site: FakeSite) -> None:
+    strategy = bad(fake_site, "verify_capture", "sample", "sample.clear()")
+    sample = {"hidden": torch.ones(2)}
+    strategy.verify_capture(CONFIG, TARGET, SPEC, sample, None)
+    assert sample.keys() == {"hidden"}
 
 
 @pytest.mark.parametrize("hook", ["adapter", "draft", "train_step"])

@@ -49,13 +49,15 @@ FIELDS = [
     ("draft", "draft_of(resolved={'a': float('nan')})", "expected values by name that JSON can"),
     ("draft", "draft_of(frozen=LINEAR)", "Draft with 0.weight in both model and frozen"),
     ("draft", "draft_of(model=nn.ParameterList([ONE * 1j]))", "0 of torch.complex64"),
+    ("draft", "draft_of(model=nn.Linear(1, 1, device='meta'))", "weight on the meta device"),
+    ("export", "export(weights={'w': ONE.to_sparse()})", "expected dense tensors by name"),
     ("export", "export(config=[])", "config [], expected values by name that JSON can write"),
     ("export", "export(config={'a': object})", "expected values by name that JSON can write"),
     ("export", "export(config={'a': float('nan')})", "expected values by name that JSON can"),
-    ("export", "export(weights=[ONE])", "expected tensors by name"),
-    ("export", "export(weights={'w': 3})", "weights {'w': 3}, expected tensors by name"),
-    ("export", "export(weights={})", "weights {}, expected tensors by name"),
-    ("export", "export(weights={3: ONE})", "expected tensors by name"),
+    ("export", "export(weights=[ONE])", "expected dense tensors by name"),
+    ("export", "export(weights={'w': 3})", "weights {'w': 3}, expected dense tensors by name"),
+    ("export", "export(weights={})", "weights {}, expected dense tensors by name"),
+    ("export", "export(weights={3: ONE})", "expected dense tensors by name"),
     ("export", "export(files={'a.txt': 'text'})", "expected bytes by name"),
     ("export", "export(files=['a.txt'])", "files ['a.txt'], expected bytes by name"),
     ("export", "export(serve='engine')", "serve 'engine', expected options by engine"),
@@ -66,7 +68,16 @@ FIELDS = [
     ("optimizers", "[]", "optimizers without weight, expected every trained parameter in one"),
     ("optimizers", "[torch.optim.SGD([draft.model.weight])]", "optimizers without bias"),
     ("optimizers", "[torch.optim.SGD(LINEAR.parameters())]", "2 parameters that are not the draft"),
-    ("optimizers", "2 * [torch.optim.SGD(draft.model.parameters())]", "SGD with weight, which an"),
+    (
+        "optimizers",
+        "2 * [torch.optim.SGD(draft.model.parameters())]",
+        "SGD with weight, which an",
+    ),
+    (
+        "optimizers",
+        "[torch.optim.SGD(draft.model.parameters(), float('nan'))]",
+        "a group of lr nan",
+    ),
 ]
 
 

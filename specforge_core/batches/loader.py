@@ -257,7 +257,7 @@ class Batches:
             return None
         generator = sample_generator(self.share.seed, placed.epoch, placed.number)
         with self.strategy.guard("specforge_transform"):
-            sample = self.transform(placed.sample, generator)
+            sample = self.transform(dict(placed.sample), generator)  # it may take fields out
         if sample is not None:
             self.strategy.check("specforge_transform", wrong_tensors(sample), value=self.transform)
         return sample

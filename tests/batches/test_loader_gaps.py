@@ -63,6 +63,16 @@ def test_ranks_keep_step_when_one_of_them_drops_all_it_has() -> None:
     assert all(values(m) == [5] for rank in found for m in rank)
 
 
+def test_a_transform_that_takes_fields_out_is_given_them_again() -> None:
+    def takes(sample: Sample, generator: torch.Generator) -> Sample | None:
+        ids = sample.pop("input_ids")
+        return {**sample, "input_ids": ids} if int(ids[0]) == 5 else None
+
+    # the first batch looks ahead for a sample to stand in, which its own batch asks for again
+    found = list(islice(batches(stored(ALONE, 8), ALONE, size=2, transform=takes), 4))
+    assert sum(micro.num_samples for micro in found) == 1
+
+
 @pytest.mark.parametrize("growing", [False, True])
 def test_an_epoch_without_a_sample_to_train_on_is_an_error(growing: bool) -> None:
     reader = Growing(7) if growing else Stored(7)
