@@ -202,9 +202,14 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     if Path(name).name != name or name in ("", "..") or "\0" in name:
         raise ValueError(f"{name!r} is not the name of a file in {folder}")
-    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+    # realpath takes a link to itself as it is, and opening it says what is wrong
+    if path.is_symlink() and not _real(path).is_relative_to(_real(folder)):
         raise ValueError(f"{path} is a link to a file outside of {folder}")
     return path
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 @contextmanager

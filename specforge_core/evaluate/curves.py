@@ -32,7 +32,7 @@ class Curves:
     def of(cls, run: Path) -> Curves:
         """Return the curves of an output directory, or of a metrics.jsonl; nothing is read yet."""
         folder = run.parent if run.name == METRICS else run
-        return cls(folder / METRICS, folder.resolve().name)
+        return cls(folder / METRICS, Path(os.path.realpath(folder)).name)  # a link to itself, too
 
     def refresh(self) -> bool:
         """Read the lines added since; True if there are any, or the run began them anew.
@@ -96,18 +96,20 @@ def row_of(line: bytes) -> dict[str, float]:
         raise ValueError("no line of metrics") from exc
 
 
-def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, float]]]:
-    """Yield the lines of a metrics.jsonl and their numbers, up to one that a kill tore.
+def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, float] | None]]:
+    """Yield the lines of a metrics.jsonl and their numbers, or None for one that is no metrics.
 
-    None where there is no such file.  Raises OSError.
+    A last line that a kill tore is left out; where there is no such file there is none.  Raises
+    OSError.
     """
     if not path.exists():
         return
-    for line in read_document(path, LARGEST).splitlines():
+    for line in read_document(path, LARGEST).splitlines(keepends=True):
         try:
-            yield line, row_of(line)
+            yield line.rstrip(b"\r\n"), row_of(line)
         except ValueError:
-            return
+            if line.endswith(b"\n"):
+                yield line.rstrip(b"\r\n"), None
 
 
 def _is_number(value: object) -> bool:

@@ -213,16 +213,24 @@ class MetricsFile:
 
 
 def rewind(path: Path, logged: int, step: int) -> None:
-    """Drop the lines after step `logged`, and a line torn by a kill.
+    """Drop the lines after step `logged`, a line torn by a kill, and what is no line of metrics.
 
     Measurements stand until `step`, where the run goes on: they are in no window of steps, and
     one that was made beside the training comes behind later lines.
     """
     if not path.exists():
         return
+    lines = list(whole_lines(path))
+    rows = [(line, row) for line, row in lines if row is not None]
+    if odd := len(lines) - len(rows):
+        first = next(line for line, row in lines if row is None)
+        console.print(
+            f"{path}: {odd} lines are no metrics, {first[:60]!r} the first: they are left out",
+            markup=False,
+        )
     kept = [
         line + b"\n"
-        for line, row in whole_lines(path)
+        for line, row in rows
         if row["step"] <= (step if is_measurement(row) else logged)
     ]
     write_file(path, b"".join(kept))

@@ -170,7 +170,8 @@ class Milestones:
 
     def _rows(self, step: int) -> list[dict[str, float]]:
         """Return the measurements in metrics.jsonl up to a step, in the order of steps."""
-        rows = [row for _, row in whole_lines(self.run.output_dir / METRICS)]
+        lines = whole_lines(self.run.output_dir / METRICS)
+        rows = [row for _, row in lines if row is not None]
         found = [row for row in rows if is_measurement(row) and row["step"] <= step]
         return sorted(found, key=lambda row: row["step"])
 

@@ -9,6 +9,7 @@ import pytest
 
 from specforge_core.capture.identity import check_identity
 from specforge_core.capture.manifest import CaptureManifest, Shard
+from specforge_core.capture.store import ShardReader
 from specforge_core.errors import CaptureError
 from specforge_core.types import CaptureSpec, Field
 
@@ -146,6 +147,14 @@ def test_a_link_inside_of_a_capture_is_followed(tmp_path: Path):
     (tmp_path / "real").write_bytes(b"1234567")
     (tmp_path / "shard-00000.safetensors").symlink_to("real")
     assert CaptureManifest.read(tmp_path).num_samples == 2
+
+
+def test_a_link_to_itself_is_a_damaged_capture(tmp_path: Path):
+    (tmp_path / "manifest.json").write_text(OLD)
+    (tmp_path / "shard-00000.safetensors").symlink_to("shard-00000.safetensors")
+    manifest = CaptureManifest.read(tmp_path)
+    with pytest.raises(CaptureError, match=r"shard-00000\.safetensors"):
+        ShardReader(tmp_path, manifest)
 
 
 def test_a_write_that_fails_keeps_the_old_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -77,6 +77,13 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         Curves.of(tmp_path).refresh()
 
 
+def test_a_run_that_is_a_link_to_itself_is_said(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to("run")
+    for place in (tmp_path / "run", tmp_path / "run" / "metrics.jsonl"):
+        with pytest.raises(CheckpointError, match="cannot be read: Too many levels of symbolic"):
+            Curves.of(place).refresh()
+
+
 def test_runs_are_drawn_together_with_what_they_have(tmp_path: Path) -> None:
     loss = write(tmp_path / "a", {"loss": 3.0}, {"loss": 2.0})
     more = write(tmp_path / "b", {**ROW, **PHASES, "validation/loss": 2.5, "acceptance/chat": 1.4})

@@ -96,12 +96,18 @@ def test_a_resumed_run_drops_later_and_torn_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", [b'{"a": 1}\n', b"[1]\n", b"\xff\n", b'{"step": "x"}\n', b"3\n", b"[" * 100_000 + b"\n"]
 )
-def test_lines_that_no_run_wrote_are_dropped_with_what_follows(tmp_path: Path, text: bytes) -> None:
+def test_lines_that_no_run_wrote_are_left_out_and_told_of(
+    tmp_path: Path, text: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What follows them stays: the run has logged it, and measured by it."""
     good = b'{"step": 1, "loss": 1.0}\n'
     file = metrics.MetricsFile(tmp_path)
-    file.path.write_bytes(good + text + good)
+    file.path.write_bytes(good + text + good + b'{"step": 2, "lo')
     file.start({"step": 20, "logged": 20})
-    assert file.path.read_bytes() == good
+    assert file.path.read_bytes() == good + good
+    assert f"metrics.jsonl: 1 lines are no metrics, {text[:-1][:60]!r} the first" in (
+        capsys.readouterr().err
+    )
 
 
 class Told:
