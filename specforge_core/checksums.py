@@ -27,33 +27,42 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def checksum(data: bytes) -> str:
+    """Return the checksum of a file that holds `data`."""
+    return xxhash.xxh3_128(data).hexdigest()
+
+
 def folder_checksums(folder: Path) -> dict[str, str]:
     """Return the checksum of every safetensors file of a folder by its name.  Raises OSError."""
     return {name: file_checksum(folder / name) for name in _tensor_files(folder)}
 
 
-def check_folder(folder: Path, checksums: Mapping[str, str], advice: str) -> None:
+def check_folder(
+    folder: Path, checksums: Mapping[str, str], advice: str, others: Iterable[str] = ()
+) -> None:
     """Compare the safetensors files of a checkpoint or export with the checksums of their writer.
 
-    Nothing is compared where there are none: older versions wrote none.  Raises
-    CheckpointError for a file that is missing, left over or other than it was written.
+    `others` are files that are compared too, if they have one.  Nothing is compared where there
+    are none: older versions wrote none.  Raises CheckpointError for a file that is missing, left
+    over or other than it was written.
     """
     if not checksums:
         return
-    if more := sorted(set(_tensor_files(folder)) - checksums.keys()):
+    found = set(_tensor_files(folder))
+    if more := sorted(found - checksums.keys()):
         raise CheckpointError(f"{folder / more[0]} was not written with the others. {advice}")
-    if missing := sorted(checksums.keys() - set(_tensor_files(folder))):
+    if missing := sorted(checksums.keys() - found - set(others)):
         raise CheckpointError(f"{folder / missing[0]} is missing. {advice}")
     for name, expected in sorted(checksums.items()):
         try:
-            found = file_checksum(folder / name)
+            told = file_checksum(folder / name)
         except OSError as exc:
             raise CheckpointError(
                 f"{folder / name} cannot be read: {exc.strerror}. {advice}"
             ) from exc
-        if found != expected:
+        if told != expected:
             raise CheckpointError(
-                f"{folder / name} is damaged: its checksum is {found}, {expected} was written. "
+                f"{folder / name} is damaged: its checksum is {told}, {expected} was written. "
                 f"{advice}"
             )
 

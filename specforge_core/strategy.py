@@ -15,6 +15,7 @@ from . import blame, plugins
 from .calls import Calls
 from .errors import CheckpointError, PluginError
 from .returned import wrong_draft, wrong_export, wrong_optimizers, wrong_spec
+from .text import shorten
 from .types import CaptureSpec, Draft, Export, NotServed, Problem
 from .watch import (
     WatchedEngine,
@@ -274,7 +275,8 @@ class Strategy(Calls):
             raise self._unexpected(hook, done, "True once the weights are loaded, or None")
         if not done:
             raise PluginError(
-                f"strategy {self.name!r} cannot load an exported directory. "
+                f"strategy {self.name!r} cannot load an exported directory whose architectures are "
+                f"{shorten(export.config.get('architectures'))}. "
                 "Give a checkpoint instead: --draft OUTPUT_DIR"
             )
 

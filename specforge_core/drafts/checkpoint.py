@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from ..checksums import check_folder, folder_checksums
+from ..checksums import check_folder, checksum, folder_checksums
 from ..documents import read_document
 from ..errors import CheckpointError
 from ..files import write_file
@@ -43,14 +43,14 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(whole)]
 
 
-def write_checksums(path: Path) -> None:
-    """Write down the checksums of a checkpoint's tensor files.  Raises OSError."""
-    text = json.dumps(folder_checksums(path), indent=1)
-    write_file(path / CHECKSUMS, text.encode() + b"\n")
+def write_checksums(path: Path, state: bytes) -> None:
+    """Write down the checksums of a checkpoint's tensor files and its state.  Raises OSError."""
+    checksums = {**folder_checksums(path), STATE: checksum(state)}
+    write_file(path / CHECKSUMS, json.dumps(checksums, indent=1).encode() + b"\n")
 
 
 def check_files(path: Path) -> bool:
-    """Read a checkpoint's tensor files whole and compare their checksums.
+    """Read a checkpoint's tensor files and state whole and compare their checksums.
 
     Returns False where it has none: a version wrote it that had none.  Raises CheckpointError.
     """
@@ -63,7 +63,7 @@ def check_files(path: Path) -> bool:
         if not os.path.lexists(path / CHECKSUMS):
             return False
         raise CheckpointError(f"{path / CHECKSUMS} is damaged: {exc}. {advice}") from exc
-    check_folder(path, checksums, advice)
+    check_folder(path, checksums, advice, others=(STATE,))
     return True
 
 

@@ -29,6 +29,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "provenance.json"
+WRITTEN = "written"  # in it: config.json as it was written
 SHARD_BYTES = 5_000_000_000
 PACKAGES = ("specforge-core", "torch", "transformers", "safetensors")
 
@@ -45,8 +46,8 @@ def write_export(
 
     `provenance` says where the draft comes from: strategy, target, revision,
     layers, fingerprints; the versions of the packages are added, and what serving
-    engines and the doctor have to know: `serve`, `causes`, `base`, and the names of
-    the other `files`, and the `checksums` of the weights.  An existing
+    engines and the doctor have to know: `serve`, `causes`, `base`, the names of the other
+    `files`, config.json as it is `written`, and the `checksums` of the weights.  An existing
     directory is replaced only with `force`, and only when all of its files are an
     export's.  Raises CheckpointError when the directory is taken or cannot be
     written, PluginError when what the strategy returned cannot be saved.
@@ -62,6 +63,7 @@ def write_export(
         "causes": dict(export.causes),
         "base": export.base,
         "files": sorted(export.files),
+        WRITTEN: dict(export.config),
     }
     told = {**provenance, **told, "packages": _versions(), "checksums": {}}
     files = {**export.files, CONFIG: _json(export.config, CONFIG).encode()}
@@ -107,7 +109,7 @@ def read_export(directory: Path) -> Export:
 
     Raises CheckpointError when something is missing, damaged, not finite or does not agree.
     """
-    config = _read_json(directory, CONFIG)
+    config = read_json(directory, CONFIG)
     check_export(directory)
     weights = _read_all_weights(directory)
     check_finite(str(directory), weights)
@@ -117,7 +119,7 @@ def read_export(directory: Path) -> Export:
 def _read_all_weights(directory: Path) -> dict[str, Tensor]:
     """Return the weights of one file, or of all that an index names."""
     if (directory / INDEX).is_file():
-        weight_map = _read_json(directory, INDEX).get("weight_map")
+        weight_map = read_json(directory, INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{directory / INDEX} has no weight_map. Export again")
         files = sorted({Path(str(name)).name for name in weight_map.values()})
@@ -144,14 +146,13 @@ def read_provenance(directory: Path) -> dict[str, Any]:
     Raises CheckpointError when its provenance.json is damaged.
     """
     there = os.path.lexists(directory / PROVENANCE)  # a link to nothing is damage
-    return _read_json(directory, PROVENANCE) if there else {}
+    return read_json(directory, PROVENANCE) if there else {}
 
 
 def check_export(directory: Path) -> bool:
     """Read an export's weights whole and compare their checksums.
 
-    Returns False where it has none: another program wrote it, or a version that had none.
-    Raises CheckpointError.
+    Returns False where it has none: another program or version wrote it.  Raises CheckpointError.
     """
     checksums = read_provenance(directory).get("checksums", {})
     if not isinstance(checksums, dict):
@@ -166,7 +167,7 @@ def read_serve(directory: Path, engine: str) -> dict[str, Any] | None:
     Files of the export come as their paths here.
     Raises CheckpointError when its provenance.json is missing or damaged, or such a file is.
     """
-    serve = _read_json(directory, PROVENANCE).get("serve") or {}
+    serve = read_json(directory, PROVENANCE).get("serve") or {}
     flags = serve.get(engine) if isinstance(serve, dict) else None
     if flags is not None and not isinstance(flags, dict):
         raise CheckpointError(
@@ -244,7 +245,7 @@ def _check_names(files: Mapping[str, bytes]) -> None:
 
 def _own_files(directory: Path) -> set[str]:
     """Return the names of an export's other files."""
-    found = _read_json(directory, PROVENANCE).get("files", [])
+    found = read_json(directory, PROVENANCE).get("files", [])
     return {str(name) for name in found} if isinstance(found, list) else set()
 
 
@@ -264,7 +265,8 @@ def _json(value: Mapping[str, Any], file: str) -> str:
         raise PluginError(f"{file} of the export is not JSON: {exc}") from exc
 
 
-def _read_json(directory: Path, name: str) -> dict[str, Any]:
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    """Return the object in a file of an export.  Raises CheckpointError."""
     path = directory / name
     try:
         value = json.loads(read_document(path))

@@ -21,6 +21,7 @@ from ..types import DataInfo, Draft, TargetInfo
 from .checkpoint import TrainState, check_strategy, checkpoints, find, load_model, read_state
 from .export import read_export, read_provenance, write_export
 from .identity import Made, check_same, check_start, resolved, target_identity
+from .verify import check_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,9 @@ def _fill(
 ) -> None:
     """Load the weights of a checkpoint or an export into a draft."""
     if (place / "config.json").exists():
-        strategy.load_export(run.strategy, draft, target, read_export(place))
+        export = read_export(place)
+        check_config(place, export.config)
+        strategy.load_export(run.strategy, draft, target, export)
     else:
         load_model(place, draft)
 

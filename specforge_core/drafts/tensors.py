@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import CheckpointError, ConfigError
 from ..tensorfile import CODES
+from ..text import cut, shorten
 
 # what a file whose header or layout is damaged makes its readers raise
 DAMAGE = (
@@ -47,6 +48,29 @@ def check_alike(outer: Mapping[str, Any], nested: Mapping[str, Any], key: str) -
                 f"config.json of the export says {name} {outer[name]!r:.80}, and in {key} "
                 f"{nested[name]!r:.80}: engines read one or the other. Export again"
             )
+
+
+def check_written(config: Mapping[str, Any], written: Mapping[str, Any], within: str = "") -> None:
+    """Raise CheckpointError at the first value of an export's config.json that is not as written.
+
+    `written` is what its writer noted; `within` begins the names: those of a section.
+    """
+    for name in sorted(config.keys() | written.keys()):
+        theirs, ours = config.get(name), written.get(name)
+        if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+            check_written(theirs, ours, f"{within}{name}.")
+        elif name not in config or name not in written or _json(theirs) != _json(ours):
+            now = shorten(theirs) if name in config else "nothing"
+            then = shorten(ours) if name in written else "nothing"
+            raise CheckpointError(
+                f"config.json of the export says {within}{cut(name)} {now}, and {then} was written "
+                "with the weights. Put it back, or export again"
+            )
+
+
+def _json(value: Any) -> str:
+    """Return a value as JSON: true is not 1 there, and 1.0 is not 1."""
+    return json.dumps(value, sort_keys=True)
 
 
 def check_options(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
 from ..documents import open_regular
 from ..errors import CheckpointError
 from .checkpoint import STATE, check_files, checkpoints
-from .export import PROVENANCE, check_export
+from .export import CONFIG, PROVENANCE, WRITTEN, check_export, read_json, read_provenance
 from .links import follow
-from .tensors import DAMAGE
+from .tensors import DAMAGE, check_written
 
 
 def verify_draft(directory: Path) -> str | None:
@@ -23,12 +24,25 @@ def verify_draft(directory: Path) -> str | None:
     """
     directory = follow(directory)
     if (directory / PROVENANCE).is_file():
-        return _told(directory, 1, int(_check(directory, check_export)), "export")
+        checked = int(_check(directory, check_export))
+        check_config(directory, read_json(directory, CONFIG))
+        return _told(directory, 1, checked, "export")
     found = [directory] if (directory / STATE).is_file() else checkpoints(directory)
     if not found:
         return None
     checked = sum(_check(path, check_files) for path in found)
     return _told(directory, len(found), checked, "checkpoint")
+
+
+def check_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where an export's config.json is not what its provenance.json notes.
+
+    The doctor does not ask for that: it says what another value does.
+    """
+    written = read_provenance(directory).get(WRITTEN, config)
+    if not isinstance(written, dict):
+        raise CheckpointError(f"{directory / PROVENANCE}: {WRITTEN} is no object. Export again")
+    check_written(config, written)
 
 
 def _check(folder: Path, compare: Callable[[Path], bool]) -> bool:

@@ -76,8 +76,9 @@ def save(
 
         def finish() -> str:
             path = Path(beside)
-            write_checksums(path)
-            write_file(path / STATE, state.model_dump_json(indent=1).encode() + b"\n")
+            data = state.model_dump_json(indent=1).encode() + b"\n"
+            write_checksums(path, data)
+            write_file(path / STATE, data)
             publish(path, final)
             tidy(output_dir, kept)
             return beside

@@ -45,7 +45,8 @@ METHOD = """
     @hookimpl
     def specforge_export(draft, config, format):
         weights = dict(draft.model.state_dict())
-        return Export(config={"layout": config.layout, "chunk": config.chunk}, weights=weights)
+        told = {"layout": config.layout, "chunk": config.chunk, "nested": {"a": {"b": 1}}}
+        return Export(config=told, weights=weights)
 
     @hookimpl
     def specforge_import(draft, export):

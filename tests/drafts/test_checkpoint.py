@@ -41,6 +41,7 @@ def test_a_run_of_0_1_goes_on_as_it_would_have(config: Path, tmp_path: Path) -> 
         file.unlink()
     last.rmdir()
     path = find(tmp_path / "run") / STATE
+    path.with_name(CHECKSUMS).unlink()
     state = json.loads(path.read_text())
     assert state["step"] == 3
     for name in ("total_steps", "machine"):
@@ -149,6 +150,27 @@ def test_a_state_that_no_run_wrote_is_refused_by_its_field(
             use()
         assert message in str(found.value)
         assert len(str(found.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"position": 3}, {"position": 10**14}, {"num_tokens": 10**15}, {"seconds": 1e14}),
+        *({"logged": 99}, {"window": {"loss": [1.0, -1.0]}}, {"total_steps": 1}),
+        *({"machine": {}}, {"versions": {}}, {"first_window": None, "length": 7}),
+    ],
+)
+def test_a_state_whose_numbers_were_changed_is_found(copy: Path, change: dict[str, object]) -> None:
+    """Any of these values is one that another run may have: only its checksum tells."""
+    path = newest(copy) / STATE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for use in (
+        lambda: train(*load(copy, "train.max_steps=4")),
+        lambda: restore(*load(copy), path.parent),
+        lambda: verify_draft(copy.parent / "run"),
+    ):
+        with pytest.raises(CheckpointError, match=r"state\.json is damaged: its checksum is"):
+            use()
 
 
 @pytest.mark.parametrize("generators", [[], [[1, 2, 3]], 5, None])

@@ -11,8 +11,9 @@ import torch
 from click.testing import CliRunner
 
 from specforge_core.cli import cli
-from specforge_core.drafts.checkpoint import STATE, find
+from specforge_core.drafts.checkpoint import CHECKSUMS, STATE, find
 from specforge_core.drafts.load import restore
+from specforge_core.drafts.verify import verify_draft
 from specforge_core.errors import CheckpointError
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import as_made, load
@@ -143,6 +144,7 @@ def test_another_seed_would_be_another_order_of_the_samples(config: Path) -> Non
 
 def test_options_of_another_version_are_told_of(config: Path) -> None:
     path = find(config.parent / "run") / STATE
+    path.with_name(CHECKSUMS).unlink()
     state = json.loads(path.read_text())
     new = state["config"]["strategy"].pop("chunk")  # an option that came later is at its default
     path.write_text(json.dumps(state))
@@ -162,6 +164,34 @@ def test_a_provenance_that_was_edited_is_damaged(config: Path, change: dict[str,
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=r"export is damaged: .*Export again"):
         uses(config)["evaluate_export"]()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": "next"}, "says layout 'next', and 'same' was written"),
+        ({"chunk": 8.0}, r"says chunk 8\.0, and 8 was written"),
+        ({"chunk": None}, "says chunk None, and 8 was written"),
+        ({"nested": {"a": {"b": True}}}, r"says nested\.a\.b True, and 1 was written"),
+        ({"nested": {"a": {"b": 2}}}, r"says nested\.a\.b 2, and 1 was written"),
+        ({"nested": {"a": {"b": 1, "c": 0}}}, r"says nested\.a\.c 0, and nothing was written"),
+        ({"nested": []}, r"says nested \[\], and {'a': {'b': 1}} was written"),
+        ({"hidden_act": "gelu"}, "says hidden_act 'gelu', and nothing was written"),
+    ],
+)
+def test_a_config_json_that_was_edited_is_named_with_both_values(
+    config: Path, change: dict[str, object], message: str
+) -> None:
+    export = config.parent / "export"
+    told = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(told | change))
+    for use in (uses(config)["evaluate_export"], lambda: verify_draft(export)):
+        with pytest.raises(CheckpointError, match=rf"config\.json of the export {message} with"):
+            use()
+    provenance = json.loads((export / "provenance.json").read_text())
+    (export / "provenance.json").write_text(json.dumps(provenance | {"written": 3}))
+    with pytest.raises(CheckpointError, match="written is no object"):
+        verify_draft(export)
 
 
 def test_an_export_of_another_tool_is_left_to_the_strategy(config: Path) -> None:

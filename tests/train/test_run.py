@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from specforge_core.capture.job import run_capture
-from specforge_core.drafts.checkpoint import STATE, checkpoints, find
+from specforge_core.drafts.checkpoint import CHECKSUMS, STATE, checkpoints, find
 from specforge_core.errors import (
     CheckpointError,
     ConfigError,
@@ -93,6 +93,7 @@ def test_a_checkpoint_of_another_strategy_or_shape_is_refused(
 ) -> None:
     train(*load(config))
     state = find(tmp_path / "run") / STATE
+    state.with_name(CHECKSUMS).unlink()
     other = json.loads(state.read_text()) | {"strategy": "another"}
     kept = state.read_text()
     state.write_text(json.dumps(other))

@@ -193,6 +193,7 @@ def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) ->
         "hidden_size": (given.get("hidden_size", shape.hidden_size), shape.hidden_size),
         "rms_norm_eps": (given.get("rms_norm_eps", shape.rms_norm_eps), shape.rms_norm_eps),
         "vocab_size": (given.get("vocab_size", shape.vocab_size), shape.vocab_size),
+        "hidden_act": (given.get("hidden_act", "silu"), "silu"),
         "softcap": (given.get("final_logit_softcapping", shape.softcap), shape.softcap),
         "rope parameters": (rope, dict(shape.rope)),
     }

@@ -164,6 +164,7 @@ def test_another_window_is_refused(kit: Any) -> None:
     [
         ({"rms_norm_eps": 1e-5}, r"has rms_norm_eps 1e-05, this run 1e-06\. Try the target it was"),
         ({"rms_norm_eps": float("nan")}, "has rms_norm_eps nan, this run 1e-06"),
+        ({"hidden_act": "gelu"}, "has hidden_act gelu, this run silu"),
         ({"hidden_size": 48}, "has hidden_size 48, this run 24"),
         ({"vocab_size": 40}, "has vocab_size 40, this run 41"),
         ({"final_logit_softcapping": 30.0}, "has softcap 30.0, this run None"),

@@ -139,6 +139,7 @@ def check_config(
     of_target = {
         "hidden_size": (layer.get("hidden_size"), shape.hidden_size),
         "rms_norm_eps": (layer.get("rms_norm_eps"), shape.rms_norm_eps),
+        "hidden_act": (layer.get("hidden_act"), "silu"),
         "rope parameters": (rope, dict(shape.rope)),
     }
     # what is not said is as engines take it

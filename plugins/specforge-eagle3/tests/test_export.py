@@ -245,6 +245,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"rms_norm_eps": 1e-3}, "has rms_norm_eps 0.001, this run 1e-06. Try the target it was"),
     ({"rms_norm_eps": float("nan")}, "has rms_norm_eps nan, this run 1e-06"),
+    ({"hidden_act": "gelu"}, "has hidden_act gelu, this run silu"),
     ({"hidden_size": 48}, "has hidden_size 48, this run 24"),
     ({"rope_parameters": "x"}, "cannot be used: AttributeError"),
     ({"rope_parameters": {"rope_theta": "x"}}, "cannot be used: ValueError"),
