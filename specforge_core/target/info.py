@@ -11,10 +11,11 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..config import TargetConfig
+from ..documents import read_document
 from ..errors import ConfigError
 from ..text import cut
 from ..types import TargetInfo
-from .place import is_file, runs_code, wrong_with
+from .place import misread, runs_code, wrong_with
 from .skeleton import build, count_layers
 
 # what readers of a config ask for, whatever a family calls it
@@ -39,7 +40,7 @@ def load_target_info(target: TargetConfig) -> TargetInfo:
     Raises ConfigError when there is no such target, or it is no decoder-only model.
     """
     try:
-        text = (Path(target.path) / "config.json").read_bytes()
+        text = read_document(Path(target.path) / "config.json")  # waits for no pipe
     except OSError:
         return _read(target)  # of a hub, or an error
     if target.trust_remote_code:
@@ -108,7 +109,7 @@ def _size(config: Any, name: str, most: int, path: str) -> int:
 
 def load_pretrained(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:
     """Call `from_pretrained`, turning what users get wrong into a ConfigError."""
-    if said := is_file(target.path):  # transformers takes a config.json itself for a target
+    if said := misread(target.path):  # transformers takes a config.json itself for a target
         raise ConfigError(said)
     try:
         return auto.from_pretrained(

@@ -22,6 +22,18 @@ def wrong_with(path: str) -> str | None:
         return None
 
 
+def misread(path: str) -> str | None:
+    """Return what to say of a `target.path` that the libraries would take for another, or wait for.
+
+    One file, or a folder with a pipe or a device in it; None for any other.
+    """
+    with suppress(OSError):
+        if (place := Path(path)).is_dir():
+            odd = [file for file in place.iterdir() if file.is_fifo() or file.is_char_device()]
+            return f"{odd[0]} is no file, and would be waited for. Move it away" if odd else None
+    return is_file(path)
+
+
 def is_file(path: str) -> str | None:
     """Return what to say of a `target.path` that is one file; None where it is none."""
     with suppress(OSError):

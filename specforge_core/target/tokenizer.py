@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..config import DataConfig, TargetConfig
 from ..errors import DataError
 from ..text import cut
-from .place import runs_code, wrong_with
+from .place import misread, runs_code, wrong_with
 
 CLOCK = "strftime_now"  # what templates call for today's date
 DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"  # of strftime
@@ -24,6 +24,8 @@ PROBE = "Hello, world!  12345 + 67.8\n\n\tdef f(x):\r\n    return x  # naïve Ü
 
 def load_tokenizer(target: TargetConfig) -> PreTrainedTokenizerBase:
     """Load the target's tokenizer.  Raises DataError when there is none that can be used."""
+    if said := misread(target.path):
+        raise DataError(said)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             target.path, revision=target.revision, trust_remote_code=target.trust_remote_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,15 @@ def test_places_that_hold_no_target(
         what(TargetConfig(path=path))
     assert message in str(error.value)
     assert "hf auth login" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("what", [load_target_info, load_tokenizer])
+def test_a_pipe_beside_a_target_is_not_waited_for(target: Path, file: str, what: Any) -> None:
+    (target / file).unlink()
+    os.mkfifo(target / file)
+    with pytest.raises((ConfigError, DataError), match=f"{file} is no file, and would be waited"):
+        what(TargetConfig(path=str(target)))
 
 
 def test_code_of_a_tokenizer_is_run_with_leave_alone(target: Path) -> None:
