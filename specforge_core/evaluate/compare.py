@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from ..errors import CheckpointError, RunError
 from ..files import refusing, write_file
 from .curves import PHASE, VIEWS, Curves, is_phase
+from .plot import as_label
 
 STYLES = ("-", "--", ":", "-.")
 MANY = 30  # points; fewer are marked
@@ -41,7 +42,7 @@ def figure_of(runs: Sequence[Path]) -> Figure:
     found = [Curves.of(run) for run in runs]
     for curves in found:
         curves.refresh()
-        if not curves.rows:
+        if not curves.names(_is_drawn):
             raise CheckpointError(
                 f"{curves.path} holds no metrics yet. Try: specforge train -c RUN.yaml"
             )
@@ -61,7 +62,7 @@ def figure_of(runs: Sequence[Path]) -> Figure:
                     color=f"C{number % 10}",
                     marker="o" if len(points) < MANY else "",
                     markersize=3,
-                    label=f"{label}: {name}",
+                    label=as_label(f"{label}: {name}"),
                 )
         axes.set_ylabel(title)
         axes.set_xlabel("optimizer step")
@@ -77,13 +78,18 @@ def figure_of(runs: Sequence[Path]) -> Figure:
     return figure
 
 
+def _is_drawn(name: str) -> bool:
+    return is_phase(name) or any(chosen(name) for _, chosen in VIEWS)
+
+
 def _phases(axes: Axes, found: Sequence[Curves], labels: Sequence[str]) -> None:
     """Draw where the time of each run went, as parts of a bar."""
     names = list(dict.fromkeys(name for curves in found for name in curves.names(is_phase)))
     left = [0.0] * len(found)
     for name in names:
-        totals = [sum(row.get(name, 0.0) for row in curves.rows) for curves in found]
-        axes.barh(labels, totals, 0.6, left, label=name.removeprefix(PHASE))
+        totals = [sum(value for _, value in curves.series(name)) for curves in found]
+        label = as_label(name.removeprefix(PHASE))
+        axes.barh([as_label(run) for run in labels], totals, 0.6, left, label=label)
         left = [before + more for before, more in zip(left, totals, strict=True)]
     axes.set_xlabel("seconds in each part of the steps")
     axes.legend(  # above: bars may fill the panel

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from ..claim import METRICS
@@ -15,6 +15,8 @@ from ..errors import CheckpointError
 
 PHASE = "seconds_"
 LARGEST = 1 << 36  # bytes of all lines
+LAST_STEP = 1 << 53  # beyond it, a float is no step
+TOO_LARGE = 1e300  # a number that a sum of some would not be finite of
 Point = tuple[int, float]  # step, value
 
 
@@ -61,12 +63,16 @@ class Curves:
         return anew or bool(found)
 
     def series(self, name: str) -> list[Point]:
-        """Return one metric's points; what is not finite has none."""
-        return [
+        """Return one metric's points in the order of steps; what is not finite has none.
+
+        An evaluation that was made up for is logged behind those of later steps.
+        """
+        found = [
             (int(row["step"]), row[name])
             for row in self.rows
-            if name in row and math.isfinite(row[name])
+            if name in row and abs(row[name]) < TOO_LARGE
         ]
+        return sorted(found, key=itemgetter(0))
 
     def names(self, chosen: Callable[[str], bool]) -> list[str]:
         """Return the names of the metrics that are chosen, in the order in which they came."""
@@ -89,8 +95,8 @@ def row_of(line: bytes) -> dict[str, float]:
     """Return the numbers of a line, "step" among them.  Raises ValueError for what is none."""
     try:
         told = json.loads(line)
-        if not _is_number(told["step"]):
-            raise ValueError("its step is no number")
+        if not _is_number(told["step"]) or not abs(told["step"]) < LAST_STEP:
+            raise ValueError("its step is no number of one")
         return {name: float(told[name]) for name in told if _is_number(told[name])}
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as exc:
         raise ValueError("no line of metrics") from exc

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, RunError
 from ..files import make_folder, refusing, write_file
+from ..text import harmless
 from .curves import Curves
 from .report import EvalReport, SetReport
 
@@ -30,11 +31,13 @@ def plot_acceptance(report: EvalReport, png: Path) -> None:
     sets: Mapping[str, SetReport] = report.per_set
     for number, (name, found) in enumerate(sets.items()):
         length = found.acceptance_length
-        label = name if length is None else f"{name}: {length:.2f} tokens per verification"
+        label = as_label(name)
+        if length is not None:
+            label += f": {length:.2f} tokens per verification"
         marker = MARKERS[number % len(MARKERS)]
         places = range(1, len(found.per_position) + 1)
         axes.plot(places, found.per_position, marker=marker, markersize=5, label=label)
-    axes.set_title(f"{report.strategy} on {Path(report.target).name}")
+    axes.set_title(as_label(f"{report.strategy} on {Path(report.target).name}"))
     axes.set_xlabel("position in the draft")
     axes.set_ylabel("accepted, of those drafted there")
     highest = max((rate for found in sets.values() for rate in found.per_position), default=0.0)
@@ -83,7 +86,7 @@ def plot_progress(metrics: Path, png: Path) -> bool:
     curves = _curves(metrics)
     figure, axes = _figure()
     for number, (name, label) in enumerate(LENGTHS.items()):
-        found = sorted(curves.series(name))
+        found = curves.series(name)
         if found:
             marker = MARKERS[number] if len(found) < 30 else ""
             axes.plot(*zip(*found, strict=True), marker=marker, markersize=5, label=label)
@@ -96,6 +99,12 @@ def plot_progress(metrics: Path, png: Path) -> bool:
     axes.legend(frameon=False)
     _save(figure, png)
     return True
+
+
+def as_label(name: str) -> str:
+    """Return a name as matplotlib shows it: as no formula, and as none that a legend leaves out."""
+    shown = harmless(name).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _curves(metrics: Path) -> Curves:

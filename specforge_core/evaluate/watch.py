@@ -15,11 +15,14 @@ from rich.text import Text
 from ..claim import running
 from ..errors import CheckpointError
 from ..stop import Interrupted
+from ..text import harmless
 from .curves import PHASE, VIEWS, Curves, Point, is_phase
 
 POLL_SECONDS = 0.5  # between two looks, whether the run goes on
 BLOCKS = " ▁▂▃▄▅▆▇█"
-HEIGHT = 5  # lines of a chart
+HEIGHT = 5  # lines of a chart, at most
+TOP = 3  # lines of the phases, and below the charts
+FRAME = 2  # lines of a chart's frame
 LEAST = 20  # columns of one
 SPARE = 18  # columns beside it, for numbers and frames
 
@@ -56,7 +59,7 @@ def _redraw(output_dir: Path, curves: Curves, every: float, console: Console) ->
         while True:
             going = running(output_dir)  # before the last lines are read
             if curves.refresh() or changed:
-                live.update(charts(curves, console.width), refresh=True)
+                live.update(charts(curves, *console.size), refresh=True)
                 changed = False
             if not going:
                 return
@@ -85,11 +88,11 @@ def _wait(output_dir: Path, every: float) -> None:
 
 def line(curves: Curves) -> str:
     """Return the newest numbers in one line."""
-    parts = [f"step {int(curves.rows[-1]['step'])}"]
+    parts = [f"step {_step(curves)}"]
     for _, chosen in VIEWS:
         for name in curves.names(chosen):
             if points := curves.series(name):
-                parts.append(f"{name} {_number(points[-1][1])}")
+                parts.append(f"{harmless(name)} {_number(points[-1][1])}")
     return "  ".join([*parts, *shares(curves)])
 
 
@@ -97,29 +100,37 @@ def shares(curves: Curves) -> list[str]:
     """Return which part of the time each phase took, in the newest line that says it."""
     for row in reversed(curves.rows):
         spent = {name.removeprefix(PHASE): row[name] for name in row if is_phase(name)}
-        if (total := sum(spent.values())) > 0:
-            return [f"{name} {value / total:.0%}" for name, value in spent.items()]
+        if 0 < (total := sum(spent.values())) < math.inf:
+            return [f"{harmless(name)} {value / total:.0%}" for name, value in spent.items()]
     return []
 
 
-def charts(curves: Curves, width: int) -> Group:
-    """Return the chart of each metric that is looked at, and the phases."""
-    found: list[Panel | Text] = []
-    for _, chosen in VIEWS:
-        for name in curves.names(chosen):
-            points = curves.series(name)
-            if points:
-                found.append(
-                    Panel(
-                        Text("\n".join(chart(points, max(LEAST, width - SPARE)))),
-                        title=f"{name} {_number(points[-1][1])}",
-                        title_align="left",
-                    )
-                )
-    last = curves.rows[-1] if curves.rows else {"step": 0.0}
-    spent = f"  {_clock(last['seconds'])}" if "seconds" in last else ""
-    found.append(Text("  ".join([f"step {int(last['step'])}{spent}", *shares(curves)])))
+def charts(curves: Curves, width: int, height: int) -> Group:
+    """Return the chart of each metric that is looked at, and the phases.
+
+    All fit into a terminal of `height` lines; where there are too many, their numbers do.
+    """
+    clock = [_clock(seconds) for _, seconds in curves.series("seconds")[-1:]]
+    found: list[Panel | Text] = [
+        Text("  ".join([f"step {_step(curves)}", *clock, *shares(curves)]))
+    ]
+    names = [name for _, chosen in VIEWS for name in curves.names(chosen)]
+    series = {name: points for name in names if (points := curves.series(name))}
+    lines = min(HEIGHT, (height - TOP) // max(1, len(series)) - FRAME)
+    for name, points in series.items():
+        title = Text(f"{harmless(name)} {_number(points[-1][1])}")
+        if lines > 0:
+            drawn = chart(points, max(LEAST, width - SPARE), lines)
+            text = Text("\n".join(drawn), no_wrap=True, overflow="crop")
+            found.append(Panel(text, title=title, title_align="left"))
+        else:
+            found.append(title)
     return Group(*found)
+
+
+def _step(curves: Curves) -> int:
+    """Return the last step; what was measured beside the training is of an earlier one."""
+    return int(max((row["step"] for row in curves.rows), default=0.0))
 
 
 def chart(points: Sequence[Point], width: int, height: int = HEIGHT) -> list[str]:

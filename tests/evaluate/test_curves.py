@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ from specforge_core.claim import claim, running
 from specforge_core.cli import cli
 from specforge_core.errors import CheckpointError
 from specforge_core.evaluate import watch
-from specforge_core.evaluate.compare import figure_of
+from specforge_core.evaluate.compare import draw_runs, figure_of
 from specforge_core.evaluate.curves import Curves
 from specforge_core.evaluate.watch import chart, line
 from specforge_core.stop import Interrupted
@@ -63,6 +64,7 @@ def test_lines_are_read_as_they_come_and_anew_after_a_resume(tmp_path: Path) -> 
     [
         *("x\n", "[1]\n", '{"loss": 1}\n', '{"step": null}\n', "[" * 9**5),
         *('{"step": "5", "loss": 1}\n', '{"step": true, "loss": 1}\n'),
+        *('{"step": NaN, "loss": 1}\n', '{"step": 1e300, "loss": 1}\n'),
     ],
 )
 def test_what_is_no_metrics_is_said(tmp_path: Path, text: str) -> None:
@@ -111,6 +113,46 @@ def test_the_command_writes_one_picture_and_names_what_has_nothing(tmp_path: Pat
     assert size(png.read_bytes())[0] == 980
     with pytest.raises(CheckpointError, match=r"none/metrics\.jsonl holds no metrics yet"):
         figure_of([run, tmp_path / "none"])
+    with pytest.raises(CheckpointError, match="holds no metrics yet"):
+        figure_of([write(tmp_path / "other", {"grad_norm": 1.0})])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"loss": 1.7e308}, {"loss": -1.7e308}, {"loss": 1.0}],
+        [{"loss": math.nan, "seconds": math.nan, "seconds_data": math.inf}, {"loss": 1.0}],
+        [{"loss": 1.0, "seconds_data": -2.0, "seconds": math.inf}],
+        [{"loss": 1.0, "acceptance/length/[/a] $x_{$": 2.0}],  # a set of prompts has any name
+    ],
+)
+def test_whatever_a_run_has_logged_is_shown_and_drawn(
+    tmp_path: Path, rows: list[dict[str, float]]
+) -> None:
+    run = write(tmp_path / "_a", *rows)  # a legend leaves out what begins like this
+    assert "loss 1" in told(run, terminal=False)
+    assert "loss" in told(run, terminal=True)
+    assert "▁" in told(run, terminal=True, width=5)
+    figure = figure_of([run])
+    drawn = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
+    assert drawn == {" _a: loss"}
+    assert draw_runs([run]).startswith(b"\x89PNG")
+    if "acceptance/length/[/a] $x_{$" in rows[0]:
+        assert "acceptance/length/[/a] $x_{$ 2" in told(run, terminal=True)
+
+
+def test_what_was_made_up_for_is_at_its_step(tmp_path: Path) -> None:
+    """An evaluation beside the training is logged late, one that was cut off at a resume."""
+    run = write(tmp_path / "a", {"loss": 3.0, "seconds": 61.0}, {"loss": 2.0}, {"loss": 1.0})
+    write(run, {"acceptance/length": 1.5}, first=3)
+    write(run, {"acceptance/length": 1.25}, first=1)
+    curves = Curves.of(run)
+    curves.refresh()
+    assert curves.series("acceptance/length") == [(1, 1.25), (3, 1.5)]
+    assert line(curves) == "step 3  loss 1  acceptance/length 1.5"
+    shown = told(run, terminal=True)
+    assert "acceptance/length 1.5" in shown
+    assert "step 3  0:01:01" in shown
 
 
 def test_a_chart_has_the_mean_of_the_steps_that_share_a_column() -> None:
@@ -121,10 +163,24 @@ def test_a_chart_has_the_mean_of_the_steps_that_share_a_column() -> None:
     assert chart([(1, 1.0), (2, 2.0), (9, 3.0)], 3, height=1) == ["▁ █ 3 1.5"]
 
 
-def told(output_dir: Path, terminal: bool) -> str:
+def told(output_dir: Path, terminal: bool, width: int = 60) -> str:
     file = io.StringIO()
-    watch.watch(output_dir, 0.1, Console(file=file, force_terminal=terminal, width=60))
+    watch.watch(output_dir, 0.1, Console(file=file, force_terminal=terminal, width=width))
     return file.getvalue()
+
+
+def test_all_charts_fit_into_the_terminal(tmp_path: Path) -> None:
+    many = {**ROW, "validation/loss": 2.5, **{f"acceptance/{n}": 1.0 for n in range(3)}}
+    curves = Curves.of(write(tmp_path / "a", many, {**many, **PHASES}))
+    curves.refresh()
+    for width, height, drawn in ((60, 80, 5), (30, 24, 1), (60, 12, 0)):
+        console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height)
+        shown = console.render_lines(watch.charts(curves, *console.size))
+        text = ["".join(segment.text for segment in line) for line in shown]
+        assert len(text) < height
+        assert text[0].startswith("step 2  data 25%  forward 75%")
+        assert sum("tokens_per_second 1,234" in line for line in text) == 1
+        assert len(text) == 1 + 7 * (drawn + 2 if drawn else 1)
 
 
 def test_a_run_that_ended_is_shown_once(tmp_path: Path) -> None:
