@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
+from weakref import WeakMethod
 
 from .returned import (
     Wrong,
@@ -157,10 +159,28 @@ class WatchedKnown(WatchedRows):
 
 
 def watched_optimizer(inner: Any, watch: Watch) -> Any:
-    """Watch an optimizer, which stays what it is: torch looks at its class and attributes."""
+    """Watch an optimizer, which stays what it is: torch looks at its class and attributes.
+
+    It holds what calls it, which therefore does not hold it: else its states, larger than the
+    draft, would stay in memory until Python looks for cycles.
+    """
     for name in ("step", "zero_grad", "state_dict", "load_state_dict"):
-        setattr(inner, name, _guarded(getattr(inner, name), watch))
+        method = getattr(inner, name)
+        own = isinstance(method, MethodType) and method.__self__ is inner
+        setattr(inner, name, _guarded(_weakly(method) if own else method, watch))
     return inner
+
+
+def _weakly(method: MethodType) -> Callable[..., Any]:
+    """Return a method whose object somebody else has to keep; who calls it does."""
+    held = WeakMethod(method)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        alive = held()
+        assert alive is not None
+        return alive(*arguments, **named)
+
+    return call
 
 
 def _guarded(method: Callable[..., Any], watch: Watch) -> Callable[..., Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from specforge_core.types import (
     GenerateOptions,
     Sampling,
 )
+from specforge_core.watch import Watch, watched_optimizer
 
 from .bad_package import ASKED, CALLS, CAPTURE, GENERATED, PROMPT, VALUES, bad
 
@@ -136,3 +140,21 @@ def test_what_goes_wrong_in_an_object_of_a_hook_names_its_package(
     with pytest.raises(PluginError, match=f"^specforge-bad 0.1.0, specforge_{hook}: ") as error:
         USES[use](found)
     assert told in str(error.value)
+
+
+def test_an_optimizer_is_freed_with_its_states_when_nobody_uses_it_any_more() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight])
+    watched = watched_optimizer(optimizer, Watch(guard=nullcontext, check=print))
+    assert watched is optimizer
+    weight.grad = torch.ones(2)
+    step = watched.step
+    step()
+    assert weight.detach().lt(1).all()
+    freed = weakref.ref(optimizer)
+    gc.disable()  # what looks for cycles
+    try:
+        del optimizer, watched, step
+        assert freed() is None
+    finally:
+        gc.enable()
