@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from ..config import RunConfig
 from ..drafts.checkpoint import checkpoints
 from ..drafts.state import step_of
-from ..errors import SpecForgeError
 from ..evaluate.beside import Outcome
 from ..evaluate.curves import whole_lines
 from ..evaluate.plot import plot_progress
@@ -204,7 +203,7 @@ class Milestones:
         """Go on where something fails that the training does not need."""
         try:
             yield
-        except (SpecForgeError, OSError) as exc:
+        except Exception as exc:
             self._say(f"warning: {what}: {describe(exc)[0]}")
 
     def _take(self, step: int, values: Mapping[str, float]) -> bool:

@@ -178,12 +178,19 @@ def test_validations_that_a_signal_cut_off_are_made_up_for_with_the_weights_of_t
 
 @pytest.mark.slow
 def test_an_evaluation_that_takes_too_long_is_given_up(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    def draw(*_: object) -> bool:
+        raise ImportError("no matplotlib")
+
+    # a picture that cannot be drawn ends no run either
+    monkeypatch.setattr("specforge_core.train.milestones.plot_progress", draw)
     options = (*BY_ACCEPTANCE, "train.max_steps=2", "train.eval_seconds=1e-6")
     assert train(*load(config, *options)).step == 2
     assert measured(tmp_path / "run") == {}
-    assert "acceptance of step 2 was not measured: it took longer than" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "acceptance of step 2 was not measured: it took longer than" in said
+    assert "warning: eval/progress.png: ImportError: no matplotlib" in said
     more = load(config, *options, "train.max_steps=3", "train.eval_every=2")
     train(*more)  # goes on behind step 2, and does not try again
     said = capsys.readouterr().err
