@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ def records(file: Path) -> Iterator[Any]:
         checksum = int.from_bytes(data[place : place + 4], "little")
         length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
         body = data[place + HEAD : place + HEAD + length]
+        if len(body) < length:  # it is being written
+            return
         assert checksum == zlib.crc32(data[place + 6 : place + HEAD + length])
         whole, place = whole + body, place + HEAD + length
         if kind in (1, 4):  # whole, or the last part
@@ -52,7 +55,18 @@ def run(tmp_path_factory: pytest.TempPathFactory, toy_target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def starts(run: Path) -> list[list[Any]]:
-    return [list(records(file)) for file in sorted((run / "wandb").glob("offline-run-*/*.wandb"))]
+    return [whole(file) for file in sorted((run / "wandb").glob("offline-run-*/*.wandb"))]
+
+
+def whole(file: Path) -> list[Any]:
+    """Return all records of a run that ended: wandb's own process writes the last ones behind."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        found = list(records(file))
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{file} has no end")
 
 
 def history(found: list[Any]) -> list[dict[str, Any]]:
