@@ -137,7 +137,7 @@ def make_samples(
 def make_batch(
     config: Any,
     samples: Sequence[Sample],
-    collate: Callable[[DFlashCollate], Callable[[Sequence[Sample]], Batch]],
+    collate: Callable[[DFlashCollate], Callable[[Sequence[Sample]], Batch]] = lambda blocks: blocks,
     vocab: int = 41,
 ) -> Batch:
     """What the loader makes of samples: transform, then collate."""

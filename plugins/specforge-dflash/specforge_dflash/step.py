@@ -82,8 +82,7 @@ class DFlashStep:
 
         Each block's slots from the first one that drafts: the one behind its known tokens.
         """
-        places = [*(by_slot(batch, x) for x in values), batch["valid"].flatten(0, 1)]
-        drafted = [x[:, self.config.first_slot :] for x in places]
+        drafted = by_slot(self.config, batch, *values)
         if PREFIXES not in batch:
             return drafted
         known = batch[PREFIXES].flatten()[:, None]
@@ -99,12 +98,12 @@ class DFlashStep:
         weights, total = slot_weights(
             self.config, torch.zeros_like(valid, dtype=torch.float), valid
         )
-        block = rows // self.config.block_size
-        slot = rows % self.config.block_size - self.config.first_slot
+        drafting = weighted = drafting_rows(self.config, batch)
         if PREFIXES in batch:
-            slot = slot - (batch[PREFIXES].flatten()[block] - 1)
-        given = weights[block, slot] * temperature**2
-        final = batch["final"].flatten(0, 1)[self._teachers(batch)]
+            known = batch[PREFIXES].flatten()[rows // self.config.block_size]
+            weighted = drafting - (known - 1)
+        given = weights.flatten()[weighted] * temperature**2
+        final = batch["final"].flatten(0, 1)[teachers(self.config, batch).flatten()[drafting]]
         beside, cap = frozen.beside, frozen.softcap
         loss_sum, found = linear_soft_cross_entropy(
             (frozen.states(states) / temperature)[:, None],
@@ -127,18 +126,33 @@ class DFlashStep:
             metrics["acceptance_rate"] = Ratio(num=overlaps.sum(), den=valid.sum().float())
         return StepOutput(loss_sum=loss_sum, weight=total, metrics=metrics)
 
-    def _teachers(self, batch: Batch) -> Tensor:
-        """Return [R] where over all of b * S the token before each trained slot's label is."""
-        rows, anchors = batch["rows"], batch["anchors"]
-        block, length = rows // self.config.block_size, batch["input_ids"].shape[1]
-        place = anchors.flatten()[block] + rows % self.config.block_size - self.config.first_slot
-        return block // anchors.shape[1] * length + place
+
+def drafting_rows(config: DFlashConfig, batch: Batch) -> Tensor:
+    """Return `rows` [R] counted over the D slots of each block that draft, all of M * D."""
+    block, slot = batch["rows"] // config.block_size, batch["rows"] % config.block_size
+    return block * (config.block_size - config.first_slot) + slot - config.first_slot
 
 
-def by_slot(batch: Batch, values: Tensor) -> Tensor:
-    """Return values [R] of the trained slots at their places [M, B], and 0 elsewhere."""
-    valid = batch["valid"].flatten(0, 1)
-    return values.new_zeros(valid.numel()).index_put((batch["rows"],), values).view(valid.shape)
+def teachers(config: DFlashConfig, batch: Batch) -> Tensor:
+    """Return [M, D] where over all of b * S the token before each drafted slot's label is.
+
+    Behind its final state the target's distribution is that of the label.  Beyond a document's
+    end, where there is no label, it is any token.
+    """
+    ids, anchors = batch["input_ids"], batch["anchors"]
+    begins = torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
+    slots = torch.arange(config.block_size - config.first_slot, device=ids.device)
+    return ((anchors + begins).flatten()[:, None] + slots).clamp(max=ids.numel() - 1)
+
+
+def by_slot(config: DFlashConfig, batch: Batch, *values: Tensor) -> list[Tensor]:
+    """Return values [R] of the trained slots at their places [M, D], and which are trained.
+
+    D are the slots of a block that draft; values of those that are not trained are 0.
+    """
+    valid, rows = batch["valid"].flatten(0, 1)[:, config.first_slot :], drafting_rows(config, batch)
+    places = (x.new_zeros(valid.numel()).index_put((rows,), x).view(valid.shape) for x in values)
+    return [*places, valid]
 
 
 def slot_weights(config: DFlashConfig, losses: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,24 +6,21 @@ from dataclasses import replace
 
 import specforge_dflash
 from specforge_dflash import (  # noqa: F401  # a hook is found by its name
-    around,
     specforge_adapter,
     specforge_transform,
     specforge_verify_capture,
 )
+from specforge_dflash.around import specforge_collate as specforge_collate
 from specforge_dflash.model import DFlashModel, Frozen
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import (
-    CaptureSpec,
-    Collate,
     Draft,
     Proposer,
     TargetInfo,
     TrainStep,
 )
 
-from .collate import DFlash2Collate
 from .config import DFlash2Config
 from .export import specforge_export as specforge_export, specforge_import as specforge_import
 from .model import DFlash2Model
@@ -35,12 +32,6 @@ from .step import DFlash2Step
 def specforge_config() -> type[DFlash2Config]:
     """DFlash's options, those of convolutions and selector, and the published block."""
     return DFlash2Config
-
-
-@hookimpl
-def specforge_collate(config: DFlash2Config, spec: CaptureSpec, draft: Draft) -> Collate:
-    """Make DFlash's batches, and add the token before each slot."""
-    return DFlash2Collate(around.specforge_collate(config=config, spec=spec, draft=draft))
 
 
 @hookimpl

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from specforge_dflash.around import slot_states
 from specforge_dflash.model import DFlashModel, Frozen
+from specforge_dflash.step import drafting_rows, teachers
 from torch import Tensor, nn
 
 from specforge_core.types import Batch
@@ -36,7 +37,10 @@ class DFlash2Model(nn.Module):
         label among them; where it is [R]; and whether it was there by itself [R].
         """
         config, rows = self.config, batch["rows"]
-        labels, previous = (batch[name].flatten()[rows] for name in ("labels", "previous"))
+        labels = batch["labels"].flatten()[rows]
+        # the token whose final state the label's distribution is made from is the one before it
+        before = teachers(config, batch).flatten()[drafting_rows(config, batch)]
+        previous = batch["input_ids"].flatten()[before]
         states = slot_states(self.backbone, frozen, batch).flatten(0, 1)[rows]
         scaled = frozen.states(states) * config.output_multiplier
         kept = (states.detach(), scaled.detach()) if config.detach_selector else (states, scaled)

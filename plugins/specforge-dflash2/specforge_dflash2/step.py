@@ -40,10 +40,8 @@ class DFlash2Step:
         chosen = F.cross_entropy(scores, gold, reduction="none")
         # the true token was put among the candidates for the loss: no hit without it there
         right = found & (scores.argmax(1) == gold)
-        first, valid = self.config.first_slot, batch["valid"].flatten(0, 1)
-        valid = valid[:, first:]
-        losses, chosen, right, base, found = (
-            by_slot(batch, x)[:, first:] for x in (losses, chosen, right, best == labels, found)
+        losses, chosen, right, base, found, valid = by_slot(
+            self.config, batch, losses, chosen, right, best == labels, found
         )
         weights, total = slot_weights(self.config, losses.detach(), valid)
         both = losses + self.config.selector_weight * chosen

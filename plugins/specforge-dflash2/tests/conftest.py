@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from specforge_dflash2 import extend
-from specforge_dflash2.collate import DFlash2Collate
 from specforge_dflash2.config import DFlash2Config
 from torch import Tensor
 
@@ -53,7 +52,7 @@ def make_samples(lengths: tuple[int, ...] = (19, 11), seed: int = 2) -> list[Sam
 
 
 def make_batch(config: DFlash2Config, samples: list[Sample]) -> Batch:
-    return dflash.make_batch(config, samples, DFlash2Collate)
+    return dflash.make_batch(config, samples)
 
 
 # ---- the method, one block, one slot, one channel at a time ----------------

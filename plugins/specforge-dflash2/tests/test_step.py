@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from specforge_dflash import build_draft
-from specforge_dflash.step import DFlashStep
+from specforge_dflash.step import DFlashStep, teachers
 from specforge_dflash2.selector import candidates
 from specforge_dflash2.step import DFlash2Step
 from torch import Tensor
@@ -201,8 +201,10 @@ def test_the_token_before_a_slot_is_the_true_one_where_it_is_not_supervised(
     sample["loss_mask"] = torch.tensor([0, 1, 1, 0, 1, 0, 0, 0, 0])
     batch = kit.batch(tiny.config, [kit.samples((12,), seed=5)[0], sample])
     where = (-1, -1) if batches == "packed" else (1, 0)
-    valid, previous, labels = (batch[name][where] for name in ("valid", "previous", "labels"))
+    valid, labels = (batch[name][where] for name in ("valid", "labels"))
+    places = teachers(tiny.config, batch).view(*batch["anchors"].shape, -1)[where]
+    previous = batch["input_ids"].flatten()[places]
     ids = sample["input_ids"]
     assert valid.tolist() == [False, True, False, True]
-    assert previous.tolist() == [0, ids[1], 0, ids[3]]  # 3 is not supervised
+    assert previous.tolist() == ids[1:4].tolist()  # 3 is not supervised
     assert labels.tolist() == [0, ids[2], 0, ids[4]]

@@ -82,11 +82,11 @@ class DominoModel(nn.Module):
         """Return what `score` makes of the trained slots.
 
         It is called in here, where a sharded model's parameters are whole.  `prefixes`
-        [b, A, D, H] are the embeddings of the text from each anchor on, `rows` [R] the trained
+        [M, D, H] are the embeddings of the text from each anchor on, `rows` [R] the trained
         slots, counted over all M * B; the others are those of DFlashModel.
         """
         hidden = self.backbone(features, embeddings, anchors, starts, positions)
-        states = self.prefix_gru(prefixes.flatten(0, 1))
+        states = self.prefix_gru(prefixes)
         inputs = hidden.flatten(0, 1)[rows]
         # slot k reads the text up to the token before the one it predicts
         before = F.pad(states, (0, 0, self.first_slot, 0)).flatten(0, 1)[rows]

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from specforge_dflash.model import Frozen
-from specforge_dflash.step import by_slot, slot_metrics, slot_weights
+from specforge_dflash.step import by_slot, drafting_rows, slot_metrics, slot_weights, teachers
 from torch import Tensor
 
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
@@ -59,7 +58,7 @@ class DominoStep:
             batch["anchors"],
             batch["starts"],
             batch["position_ids"],
-            frozen.embed(self._prefixes(batch)),
+            frozen.embed(batch["input_ids"].flatten()[teachers(self.config, batch)]),
             batch["rows"],
             score,
         )
@@ -67,33 +66,16 @@ class DominoStep:
         metrics["base_share"] = Ratio(num=weight * share, den=weight)
         return StepOutput(loss_sum=found.loss_sum, weight=weight, metrics=metrics)
 
-    def _prefixes(self, batch: Batch) -> Tensor:
-        """Return the text from each anchor on [b, A, D]; no trained slot reads behind a row."""
-        ids, anchors = batch["input_ids"], batch["anchors"]
-        length = self.config.block_size - self.config.first_slot
-        places = anchors[..., None] + torch.arange(length, device=ids.device)
-        found = ids.gather(1, places.flatten(1).clamp(max=ids.shape[1] - 1))
-        return found.view(places.shape)
-
     def _weights(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights [R] of the trained slots, and what the loss is divided by."""
-        first, valid = self.config.first_slot, batch["valid"].flatten(0, 1)
-        weights, total = slot_weights(
-            self.config, by_slot(batch, losses)[:, first:], valid[:, first:]
-        )
-        return F.pad(weights, (first, 0)).flatten()[batch["rows"]], total
+        weights, total = slot_weights(self.config, *by_slot(self.config, batch, losses))
+        return weights.flatten()[drafting_rows(self.config, batch)], total
 
     def _metrics(self, batch: Batch, labels: Tensor, found: Scored) -> dict[str, Ratio]:
         """Return DFlash's metrics of the drafted tokens; those of the bare logits are `base_`."""
-        first = self.config.first_slot
-        drafted = slice(first, first + self.draft_tokens)
-        valid = batch["valid"].flatten(0, 1)[:, drafted]
+        values = zip(found.losses, found.best == labels, strict=True)
         base, final = (
-            slot_metrics(
-                by_slot(batch, losses)[:, drafted],
-                by_slot(batch, best == labels)[:, drafted],
-                valid,
-            )
-            for losses, best in zip(found.losses, found.best, strict=True)
+            slot_metrics(*(x[:, : self.draft_tokens] for x in by_slot(self.config, batch, *pair)))
+            for pair in values
         )
         return final | {f"base_{n}": r for n, r in base.items() if not n.startswith("accuracy_")}

@@ -24,7 +24,6 @@ from specforge_core.types import (
     TrainStep,
 )
 
-from .collate import DSparkCollate
 from .config import DSparkConfig
 from .export import specforge_export as specforge_export, specforge_import as specforge_import
 from .model import DSparkModel
@@ -47,7 +46,8 @@ def specforge_adapter(config: DSparkConfig, target: TargetInfo) -> Adapter:
 @hookimpl
 def specforge_collate(config: DSparkConfig, spec: CaptureSpec, draft: Draft) -> Collate:
     """Make DFlash's batches; leave out the slots behind a block's first gap."""
-    return DSparkCollate(around.specforge_collate(config=config, spec=spec, draft=draft))
+    blocks = around.specforge_collate(config=config, spec=spec, draft=draft)
+    return replace(blocks, until_gap=True)
 
 
 @hookimpl

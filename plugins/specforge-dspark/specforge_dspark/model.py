@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from specforge_dflash.around import slot_states
 from specforge_dflash.model import DFlashModel, Frozen
+from specforge_dflash.step import drafting_rows, teachers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -64,12 +65,11 @@ class DSparkModel(nn.Module):
         known = batch["block_ids"].flatten(0, 1)[:, :1]
         embeddings = self.markov_head.markov_w1(torch.cat([known, labels[:, :-1]], dim=1))
         latents = self.markov_head(embeddings, hidden)
-        # counted over the slots that draft
-        rows = batch["rows"] // block * (block - first) + batch["rows"] % block - first
+        rows = drafting_rows(self.config, batch)
         hidden, labels, embeddings, latents = (
             x.flatten(0, 1)[rows] for x in (hidden, labels, embeddings, latents)
         )
-        finals = batch["final"].flatten(0, 1)[batch["teachers"]]
+        finals = batch["final"].flatten(0, 1)[teachers(self.config, batch).flatten()[rows]]
         cross_entropy, variation, hits = self._compare(hidden, latents, finals, labels, frozen)
         confidence = torch.zeros_like(cross_entropy)
         if self.confidence_head is not None:

@@ -40,8 +40,8 @@ class DSparkStep:
         assert isinstance(model, DSparkModel)
         assert isinstance(frozen, Frozen)
         found = model(batch, frozen)
-        slots = Slots(*(by_slot(batch, x)[:, config.first_slot :] for x in found))
-        valid = batch["valid"].flatten(0, 1)[:, config.first_slot :]
+        *values, valid = by_slot(config, batch, *found)
+        slots = Slots(*values)
         losses = config.ce_weight * slots.cross_entropy + config.tv_weight * slots.variation
         accepted = (1 - slots.variation.detach() / 2).clamp(0, 1)
         if config.confidence_head:

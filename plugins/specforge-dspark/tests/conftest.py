@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from specforge_dspark import with_heads
-from specforge_dspark.collate import DSparkCollate
 from specforge_dspark.config import DSparkConfig
 from torch import Tensor
 
@@ -55,7 +54,7 @@ def make_tiny(
 
 
 def make_batch(config: DSparkConfig, samples: list[Sample]) -> Batch:
-    return dflash.make_batch(config, samples, DSparkCollate)
+    return dflash.make_batch(config, samples, lambda blocks: replace(blocks, until_gap=True))
 
 
 # ---- the method, one block and one token at a time, in float64 --------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from specforge_dflash.step import drafting_rows, teachers
 from specforge_dspark.step import DSparkStep
 from torch import Tensor
 
@@ -154,7 +155,8 @@ def test_the_teacher_of_a_slot_is_the_token_before_its_label(
     batch = kit.batch(tiny.config, [sample])
     labels = batch["labels"].flatten()[batch["rows"]]
     assert labels.tolist() == sample["input_ids"][[4, 5, 5]].tolist()
-    assert batch["teachers"].tolist() == [3, 4, 4]
+    rows = drafting_rows(tiny.config, batch)
+    assert teachers(tiny.config, batch).flatten()[rows].tolist() == [3, 4, 4]
     assert (batch["rows"] % 4).tolist() == [0 - shift, 1 - shift, 0 - shift]
 
 
@@ -163,13 +165,13 @@ def test_a_batch_without_anchors_has_zero_loss_and_gradients(kit: Any) -> None:
     from specforge_dflash.adapter import capture_spec
     from specforge_dflash.collate import DFlashCollate
     from specforge_dflash.final import with_final
-    from specforge_dspark.collate import DSparkCollate
 
     tiny = kit.tiny(markov_head="gated")
     none = torch.empty(0, dtype=torch.int64)
     samples = [{**sample, "anchors": none} for sample in kit.samples()]
-    blocks = DFlashCollate(tiny.config, with_final(capture_spec((1, 5), 24), 24), 40)
-    out = DSparkStep(tiny.config)(tiny.draft, DSparkCollate(blocks)(samples), kit.context())
+    spec = with_final(capture_spec((1, 5), 24), 24)
+    blocks = DFlashCollate(tiny.config, spec, 40, until_gap=True)
+    out = DSparkStep(tiny.config)(tiny.draft, blocks(samples), kit.context())
     assert not any(gradient.any() for gradient in gradients(tiny.model, out.loss_sum).values())
     assert float(out.loss_sum.detach()) == float(out.weight) == 0.0
 

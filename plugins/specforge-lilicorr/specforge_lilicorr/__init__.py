@@ -6,26 +6,23 @@ from dataclasses import replace
 
 import specforge_dflash
 from specforge_dflash import (  # noqa: F401  # a hook is found by its name
-    around,
     specforge_transform,
     specforge_verify_capture,
 )
 from specforge_dflash.adapter import DFlashAdapter
+from specforge_dflash.around import specforge_collate as specforge_collate
 from specforge_dflash.final import FinalAdapter
 from specforge_dflash.model import DFlashModel, Frozen
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import (
     Adapter,
-    CaptureSpec,
-    Collate,
     Draft,
     Proposer,
     TargetInfo,
     TrainStep,
 )
 
-from .collate import LiLiCorrCollate
 from .config import LiLiCorrConfig
 from .export import specforge_export as specforge_export, specforge_import as specforge_import
 from .model import LiLiCorrModel
@@ -46,12 +43,6 @@ def specforge_config() -> type[LiLiCorrConfig]:
 def specforge_adapter(config: LiLiCorrConfig, target: TargetInfo) -> Adapter:
     """Capture the chosen layers' outputs side by side, and the final state if the loss needs it."""
     return (FinalAdapter if config.penalty_weight else DFlashAdapter).build(config, target)
-
-
-@hookimpl
-def specforge_collate(config: LiLiCorrConfig, spec: CaptureSpec, draft: Draft) -> Collate:
-    """Make DFlash's batches, and say which blocks have a lattice."""
-    return LiLiCorrCollate(around.specforge_collate(config=config, spec=spec, draft=draft))
 
 
 @hookimpl

@@ -1,6 +1,7 @@
 """The LiLiCorr draft: a DFlash backbone, and a lattice over its slots' likeliest tokens.
 
-Shapes: L lattices, D slots of each, R = L*D, K candidates of a slot, H hidden size, V vocabulary.
+Shapes: L lattices, one of each block, D slots of each, R = L*D, K candidates of a slot, H hidden
+size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from specforge_dflash.around import slot_states
 from specforge_dflash.model import DFlashModel, Frozen
+from specforge_dflash.step import teachers
 from specforge_dflash2.convolution import convolve
 from specforge_dflash2.selector import label_logits
 from torch import Tensor, nn
@@ -44,17 +46,20 @@ class LiLiCorrModel(nn.Module):
         self.lilicorr = Lattice(config, shape.hidden_size, shape.rms_norm_eps, shape.init_std)
 
     def forward(self, batch: Batch, frozen: Frozen) -> Slots:
-        """Compare every slot of the lattices with its label.
+        """Compare every slot that drafts with its label.
 
-        Candidates are scored behind the label of the slot before where it is a candidate; where
-        it is none, nothing behind it counts.
+        Candidates of all slots see each other, when drafting as in training: those of slots without
+        a label are in the lattice too.  They are scored behind the label of the slot before where
+        it is a candidate; where it is none, nothing behind it counts.
         """
         hidden = slot_states(self.backbone, frozen, batch)
-        hidden = hidden.reshape(-1, self.config.block_size, hidden.shape[-1])
-        states, labels = hidden[batch["lattices"], 1:], batch["slot_labels"]
-        features = batch["hidden_states"].flatten(0, 1)[batch["before"]]
+        states = hidden.reshape(-1, self.config.block_size, hidden.shape[-1])[:, 1:]
+        labels = batch["labels"].flatten(0, 1)[:, 1:]
+        before = (teachers(self.config, batch)[:, 0] - 1).clamp(min=0)  # of a block, if anchored
+        features = batch["hidden_states"].flatten(0, 1)[before]
+        anchored = (batch["anchors"] > batch["starts"]).flatten()
         losses, best, ids, log_probs = candidates(states, labels, frozen, self.config)
-        vectors = self.vectors(states, ids, log_probs, features, batch["anchored"], frozen)
+        vectors = self.vectors(states, ids, log_probs, features, anchored, frozen)
         gold = (ids == labels[..., None]).int().argmax(-1)
         index = gold[:, :-1, None, None].expand(-1, -1, 1, vectors.outs.shape[-1])
         before = vectors.outs[:, :-1].gather(2, index).squeeze(2)

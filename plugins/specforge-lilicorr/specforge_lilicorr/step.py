@@ -1,6 +1,6 @@
 """The training objective: DFlash's for the head, and what picks the path through the lattice.
 
-Shapes: L lattices, D slots of each, K candidates of a slot.
+Shapes: L lattices, one of each block, D slots of each, K candidates of a slot.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from specforge_dflash.model import Frozen
-from specforge_dflash.step import slot_weights
+from specforge_dflash.step import slot_weights, teachers
 from specforge_dflash2.step import path_metrics
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class LiLiCorrStep:
         assert isinstance(model, LiLiCorrModel)
         assert isinstance(frozen, Frozen)
         slots = model(batch, frozen)
-        labels, valid = batch["slot_labels"], batch["slot_valid"]
+        labels, valid = (batch[name].flatten(0, 1)[:, 1:] for name in ("labels", "valid"))
         hits = slots.ids.view(*labels.shape, -1) == labels[..., None]
         found = hits.any(-1) & valid  # the label of a slot without one is token 0
         # drafting comes by the true token no more behind a slot without it
@@ -45,42 +45,42 @@ class LiLiCorrStep:
         terms = self._terms(slots, gold.flatten(), batch, frozen)
         losses = slots.losses.view(labels.shape)
         weights, total = slot_weights(config, losses.detach(), valid)
-        loss = (weights * losses).sum()
-        for name, weight in (("ce", config.ce_weight), *self._rest()):
-            share = weight * config.mean_slot_weight
-            loss = loss + share * (terms[name].view(labels.shape) * trained).sum()
+        loss, count = (weights * losses).sum(), trained.sum().float()
         right = reached & (slots.scores.argmax(-1).view(labels.shape) == gold)
         base = slots.best.view(labels.shape) == labels
         metrics = path_metrics(
             losses.detach() * valid, right, base, found, valid, config.candidate_top_k
         )
-        metrics["trained"] = Ratio(num=trained.sum().float(), den=valid.sum().float())
-        for name, term in terms.items():
-            num = (term.detach().view(labels.shape) * trained).sum()
-            metrics[f"lattice_{name}"] = Ratio(num=num, den=trained.sum().float())
+        metrics["trained"] = Ratio(num=count, den=valid.sum().float())
+        for name, (weight, term) in terms.items():
+            spent = (term.view(labels.shape) * trained).sum()
+            loss = loss + weight * config.mean_slot_weight * spent
+            metrics[f"lattice_{name}"] = Ratio(num=spent.detach(), den=count)
         return StepOutput(loss_sum=loss, weight=total, metrics=metrics)
 
-    def _rest(self) -> list[tuple[str, float]]:
-        """Return the terms that are not always there, and their weights."""
-        named = (("margin", self.config.margin_weight), ("penalty", self.config.penalty_weight))
-        return [(name, weight) for name, weight in named if weight]
+    def _terms(
+        self, slots: Slots, gold: Tensor, batch: Batch, frozen: Frozen
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Return the terms that are wanted: weight, and value in every slot [R].
 
-    def _terms(self, slots: Slots, gold: Tensor, batch: Batch, frozen: Frozen) -> dict[str, Tensor]:
-        """Return the unweighted terms of every slot [R], true where the label is at `gold` [R]."""
-        scores, wanted = slots.scores, [name for name, _ in self._rest()]
-        terms = {"ce": F.cross_entropy(scores, gold, reduction="none")}
-        if "margin" in wanted:
+        True where the label is at `gold` [R].
+        """
+        config, scores = self.config, slots.scores
+        terms = {"ce": (config.ce_weight, F.cross_entropy(scores, gold, reduction="none"))}
+        if config.margin_weight:
             own = scores.gather(1, gold[:, None])
             others = scores.scatter(1, gold[:, None], float("-inf")).amax(1)
-            terms["margin"] = torch.relu(self.config.margin - (own.squeeze(1) - others))
-        if "penalty" in wanted:
+            lacking = torch.relu(config.margin - (own.squeeze(1) - others))
+            terms["margin"] = config.margin_weight, lacking
+        if config.penalty_weight:
             with torch.no_grad():
-                finals = batch["final"].flatten(0, 1)[batch["teachers"].flatten()]
-                chunks = (torch.split(x, self.config.head_chunk) for x in (finals, slots.ids))
+                finals = batch["final"].flatten(0, 1)[teachers(config, batch).flatten()]
+                chunks = (torch.split(x, config.head_chunk) for x in (finals, slots.ids))
                 parts = zip(*chunks, strict=True)
                 logits = torch.cat([token_logits(frozen, *part) for part in parts])
                 gaps = torch.relu(logits.gather(1, gold[:, None]) - logits)
-            terms["penalty"] = (torch.softmax(scores, dim=1) * gaps).sum(1)
+            spread = torch.softmax(scores, dim=1)
+            terms["penalty"] = config.penalty_weight, (spread * gaps).sum(1)
         return terms
 
 

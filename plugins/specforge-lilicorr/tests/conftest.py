@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from specforge_lilicorr import extend
-from specforge_lilicorr.collate import LiLiCorrCollate
 from specforge_lilicorr.config import LiLiCorrConfig
 from torch import Tensor
 
@@ -64,7 +63,7 @@ def make_tiny(
 
 
 def make_batch(config: LiLiCorrConfig, samples: list[Sample]) -> Batch:
-    return dflash.make_batch(config, samples, LiLiCorrCollate, VOCAB)
+    return dflash.make_batch(config, samples, vocab=VOCAB)
 
 
 def make_samples(lengths: tuple[int, ...] = (19, 11, 7), seed: int = 2) -> list[Sample]:
