@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from .export import ARCHITECTURE, CAUSES, FORMATS, export_config, load_export
 from .model import DFlashModel, Frozen
 
 BACKBONE = "backbone."
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def backbone_of(model: nn.Module) -> DFlashModel:
@@ -39,6 +40,13 @@ def backbone_of(model: nn.Module) -> DFlashModel:
     backbone = model.get_submodule("backbone")
     assert isinstance(backbone, DFlashModel)
     return backbone
+
+
+def parts(draft: Draft, model: type[Model]) -> tuple[Model, Frozen]:
+    """Return a draft's model, which is of the type `model`, and what it reads of the target."""
+    assert isinstance(draft.model, model)
+    assert isinstance(draft.frozen, Frozen)
+    return draft.model, draft.frozen
 
 
 @hookimpl

@@ -10,8 +10,8 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_transform,
     specforge_verify_capture,
 )
-from specforge_dflash.around import specforge_collate as specforge_collate
-from specforge_dflash.model import DFlashModel, Frozen
+from specforge_dflash.around import parts, specforge_collate as specforge_collate
+from specforge_dflash.model import DFlashModel
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import (
@@ -66,6 +66,4 @@ def specforge_train_step(config: DFlash2Config) -> TrainStep:
 @hookimpl
 def specforge_proposer(config: DFlash2Config, draft: Draft) -> Proposer:
     """Draft one block at a time, with the context's keys and values cached."""
-    assert isinstance(draft.model, DFlash2Model)
-    assert isinstance(draft.frozen, Frozen)
-    return DFlash2Proposer(config, draft.model, draft.frozen)
+    return DFlash2Proposer(config, *parts(draft, DFlash2Model))

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from specforge_dflash.around import export_around, load_around
+from specforge_dflash.around import export_around, load_around, parts
 from specforge_dflash.export import serving_options, target_not_served
-from specforge_dflash.model import Frozen
 
 from specforge_core.drafts.tensors import check_options, readable_config
 from specforge_core.hookspecs import hookimpl
@@ -34,9 +33,7 @@ def specforge_export(
     config: DFlash2Config, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf, sglang, vllm."""
-    model, frozen = draft.model, draft.frozen
-    assert isinstance(model, DFlash2Model)
-    assert isinstance(frozen, Frozen)
+    model, frozen = parts(draft, DFlash2Model)
     refused = {e: target_not_served(frozen, target, e) for e in ("sglang", "vllm")}
     if config.selector_top_k.bit_count() != 1:
         refused["sglang"] = (
@@ -63,8 +60,7 @@ def specforge_export(
 @hookimpl
 def specforge_import(config: DFlash2Config, draft: Draft, export: Export) -> bool:
     """Read the published layout back.  Raises CheckpointError when it is another draft's."""
-    model, given = draft.model, export.config
-    assert isinstance(model, DFlash2Model)
+    (model, _), given = parts(draft, DFlash2Model), export.config
     if ARCHITECTURE not in (given.get("architectures") or ()):
         return False
     softcap = model.backbone.shape.softcap

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from specforge_dflash.model import Frozen
+from specforge_dflash.around import parts
 from specforge_dflash.step import by_slot, slot_metrics, slot_weights
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .config import DFlash2Config
+from .model import DFlash2Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,9 @@ class DFlash2Step:
         return self.config.num_draft_tokens
 
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
-        frozen, rows = draft.frozen, batch["rows"]
-        assert isinstance(frozen, Frozen)
-        labels = batch["labels"].flatten()[rows]
-        states, scores, gold, found = draft.model(batch, frozen)
+        model, frozen = parts(draft, DFlash2Model)
+        labels = batch["labels"].flatten()[batch["rows"]]
+        states, scores, gold, found = model(batch, frozen)
         losses, best = linear_cross_entropy(
             states, frozen.lm_head, labels, softcap=frozen.softcap, chunk=self.config.head_chunk
         )

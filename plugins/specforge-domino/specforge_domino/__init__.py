@@ -10,8 +10,8 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_transform,
     specforge_verify_capture,
 )
-from specforge_dflash.around import specforge_collate as specforge_collate
-from specforge_dflash.model import DFlashModel, Frozen
+from specforge_dflash.around import parts, specforge_collate as specforge_collate
+from specforge_dflash.model import DFlashModel
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import (
@@ -51,6 +51,4 @@ def specforge_train_step(config: DominoConfig) -> TrainStep:
 @hookimpl
 def specforge_proposer(config: DominoConfig, draft: Draft) -> Proposer:
     """Draft one block at a time, token by token."""
-    assert isinstance(draft.model, DominoModel)
-    assert isinstance(draft.frozen, Frozen)
-    return DominoProposer(config, draft.model, draft.frozen)
+    return DominoProposer(config, *parts(draft, DominoModel))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from specforge_dflash.around import export_around, load_around
+from specforge_dflash.around import export_around, load_around, parts
 from specforge_dflash.export import ARCHITECTURE, target_not_served
 from specforge_dflash.model import Frozen
 
@@ -38,18 +38,18 @@ def specforge_export(
     config: DominoConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
-    assert isinstance(draft.frozen, Frozen)
+    model, frozen = parts(draft, DominoModel)
     own = {name: getattr(config, name) for name in OPTIONS}
     shifted = config.label_layout == "next_token"
     made = export_around(
         config,
-        draft.model,
+        model,
         target,
         format,
         architecture=ARCHITECTURE,
         own={**own, "projector_type": "domino", "shift_label": shifted},
         serve={"sglang": SGLANG},
-        refused={e: _not_served(config, draft.frozen, target, e) for e in ("sglang", "vllm")},
+        refused={e: _not_served(config, frozen, target, e) for e in ("sglang", "vllm")},
         causes=OWN_CAUSES,
     )
     if made is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from specforge_dflash.model import Frozen
+from specforge_dflash.around import parts
 from specforge_dflash.step import by_slot, drafting_rows, slot_metrics, slot_weights, teachers
 from torch import Tensor
 
@@ -31,9 +31,7 @@ class DominoStep:
         return self.config.num_draft_tokens
 
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
-        frozen, model = draft.frozen, draft.model
-        assert isinstance(frozen, Frozen)
-        assert isinstance(model, DominoModel)
+        model, frozen = parts(draft, DominoModel)
         share = max(0.0, 1 - ctx.progress / self.config.base_loss_decay) if ctx.training else 0.0
         labels = batch["labels"].flatten()[batch["rows"]]
 

@@ -10,8 +10,9 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_transform,
     specforge_verify_capture,
 )
+from specforge_dflash.around import parts
 from specforge_dflash.final import FinalAdapter
-from specforge_dflash.model import DFlashModel, Frozen
+from specforge_dflash.model import DFlashModel
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import (
@@ -72,6 +73,4 @@ def specforge_train_step(config: DSparkConfig) -> TrainStep:
 @hookimpl
 def specforge_proposer(config: DSparkConfig, draft: Draft) -> Proposer:
     """Draft one block at a time, token by token."""
-    assert isinstance(draft.model, DSparkModel)
-    assert isinstance(draft.frozen, Frozen)
-    return DSparkProposer(config, draft.model, draft.frozen)
+    return DSparkProposer(config, *parts(draft, DSparkModel))

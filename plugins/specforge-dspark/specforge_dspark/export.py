@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from specforge_dflash.around import export_around, load_around
+from specforge_dflash.around import export_around, load_around, parts
 from specforge_dflash.export import target_not_served
 from specforge_dflash.model import Frozen
 
@@ -35,9 +35,7 @@ def specforge_export(
     config: DSparkConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf, sglang, vllm."""
-    model, frozen = draft.model, draft.frozen
-    assert isinstance(model, DSparkModel)
-    assert isinstance(frozen, Frozen)
+    model, frozen = parts(draft, DSparkModel)
     own = {
         "block_size": config.num_draft_tokens,
         "sample_from_anchor": config.first_slot == 0,
@@ -92,8 +90,7 @@ def _refused(config: DSparkConfig, frozen: Frozen, target: TargetInfo, engine: s
 @hookimpl
 def specforge_import(config: DSparkConfig, draft: Draft, export: Export) -> bool:
     """Read the published layout back.  Raises CheckpointError when it is another draft's."""
-    model, given = draft.model, export.config
-    assert isinstance(model, DSparkModel)
+    (model, _), given = parts(draft, DSparkModel), export.config
     if not set(READ) & set(given.get("architectures") or ()):
         return False
     weights = {n: w for n, w in export.weights.items() if not n.startswith(TARGETS_OWN)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from specforge_dflash.model import Frozen
+from specforge_dflash.around import parts
 from specforge_dflash.step import by_slot, slot_metrics, slot_weights
 from torch import Tensor
 
@@ -36,9 +36,7 @@ class DSparkStep:
         return self.config.num_draft_tokens
 
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
-        model, frozen, config = draft.model, draft.frozen, self.config
-        assert isinstance(model, DSparkModel)
-        assert isinstance(frozen, Frozen)
+        config, (model, frozen) = self.config, parts(draft, DSparkModel)
         found = model(batch, frozen)
         *values, valid = by_slot(config, batch, *found)
         slots = Slots(*values)

@@ -10,9 +10,9 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_verify_capture,
 )
 from specforge_dflash.adapter import DFlashAdapter
-from specforge_dflash.around import specforge_collate as specforge_collate
+from specforge_dflash.around import parts, specforge_collate as specforge_collate
 from specforge_dflash.final import FinalAdapter
-from specforge_dflash.model import DFlashModel, Frozen
+from specforge_dflash.model import DFlashModel
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import (
@@ -77,6 +77,4 @@ def specforge_train_step(config: LiLiCorrConfig) -> TrainStep:
 @hookimpl
 def specforge_proposer(config: LiLiCorrConfig, draft: Draft) -> Proposer:
     """Draft one block at a time, with the context's keys and values cached."""
-    assert isinstance(draft.model, LiLiCorrModel)
-    assert isinstance(draft.frozen, Frozen)
-    return LiLiCorrProposer(config, draft.model, draft.frozen)
+    return LiLiCorrProposer(config, *parts(draft, LiLiCorrModel))

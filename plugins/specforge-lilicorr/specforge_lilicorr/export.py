@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from specforge_dflash.around import export_around, load_around
+from specforge_dflash.around import export_around, load_around, parts
 from specforge_dflash.export import serving_options, target_not_served
 from specforge_dflash.model import Frozen
 
@@ -44,19 +44,19 @@ def specforge_export(
     config: LiLiCorrConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
-    assert isinstance(draft.frozen, Frozen)
+    model, frozen = parts(draft, LiLiCorrModel)
     own = {key: getattr(config, name) for name, key in OPTIONS.items()}
     own |= {name: getattr(config, name) for name in CONVOLUTIONS if config.conv_kernel_size}
     return export_around(
         config,
-        draft.model,
+        model,
         target,
         format,
         architecture=ARCHITECTURE,
         own={"lilicorr_enabled": True, **own},
         serve=serving_options(config),
         refused={
-            "sglang": _not_served(config, draft.frozen, target),
+            "sglang": _not_served(config, frozen, target),
             "vllm": "vLLM has no class for LiLiCorr drafts. Try: --format sglang",
         },
         causes=CAUSES,
@@ -89,8 +89,7 @@ def _not_served(config: LiLiCorrConfig, frozen: Frozen, target: TargetInfo) -> s
 @hookimpl
 def specforge_import(config: LiLiCorrConfig, draft: Draft, export: Export) -> bool:
     """Read the published layout back.  Raises CheckpointError when it is another draft's."""
-    model, given = draft.model, export.config
-    assert isinstance(model, LiLiCorrModel)
+    (model, _), given = parts(draft, LiLiCorrModel), export.config
     if ARCHITECTURE not in (given.get("architectures") or ()):
         return False
     with readable_config():

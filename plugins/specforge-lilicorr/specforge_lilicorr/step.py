@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from specforge_dflash.around import parts
 from specforge_dflash.model import Frozen
 from specforge_dflash.step import slot_weights, teachers
 from specforge_dflash2.step import path_metrics
@@ -31,9 +32,7 @@ class LiLiCorrStep:
         return self.config.num_draft_tokens
 
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
-        model, frozen, config = draft.model, draft.frozen, self.config
-        assert isinstance(model, LiLiCorrModel)
-        assert isinstance(frozen, Frozen)
+        config, (model, frozen) = self.config, parts(draft, LiLiCorrModel)
         slots = model(batch, frozen)
         labels, valid = (batch[name].flatten(0, 1)[:, 1:] for name in ("labels", "valid"))
         hits = slots.ids.view(*labels.shape, -1) == labels[..., None]
