@@ -23,6 +23,7 @@ DEVICES = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("more", [0, 1])
 @pytest.mark.parametrize(
     ("rows", "vocab", "k", "chunk"), [(37, 97, 4, 8), (5, 4096, 1, 100), (3, 6, 6, 1), (0, 9, 2, 8)]
 )
@@ -30,6 +31,7 @@ def test_tokens_logits_and_gradients(
     device: str,
     dtype: torch.dtype,
     softcap: float | None,
+    more: int,
     rows: int,
     vocab: int,
     k: int,
@@ -38,15 +40,19 @@ def test_tokens_logits_and_gradients(
     draw = torch.Generator().manual_seed(rows * vocab + k)
     hidden = torch.randn(rows, 32, generator=draw).to(device, dtype).requires_grad_()
     weight = torch.randn(vocab, 32, generator=draw).to(device, dtype)
-    scale = torch.rand(rows, k, generator=draw).to(device, dtype)
-    ids, logits = linear_top_k(hidden, weight, k, softcap=softcap, chunk=chunk)
+    scale = torch.rand(rows, k + more, generator=draw).to(device, dtype)
+    also = torch.randint(vocab, (rows,), generator=draw).to(device) if more else None
+    ids, logits = linear_top_k(hidden, weight, k, also=also, softcap=softcap, chunk=chunk)
     (logits * scale).sum().backward()
 
     exact = hidden.detach().double().requires_grad_()
     whole = exact @ weight.double().t()
     if softcap is not None:
         whole = softcap * torch.tanh(whole / softcap)
-    want, tokens = whole.topk(k, dim=1)
+    tokens = whole.topk(k, dim=1).indices
+    if also is not None:
+        tokens = torch.cat([tokens, also[:, None]], dim=1)
+    want = whole.gather(1, tokens)
     (want * scale).sum().backward()
     assert ids.tolist() == tokens.tolist()
     assert (ids.dtype, logits.dtype) == (torch.int64, dtype)
@@ -56,7 +62,7 @@ def test_tokens_logits_and_gradients(
     assert exact.grad is not None
     # before the cap's slope, a small difference of 1 and its square
     parts = torch.einsum("nk,nkh->nh", scale.double(), weight.double()[tokens].abs())
-    close(hidden.grad, exact.grad, terms=32 + k, scale=parts)
+    close(hidden.grad, exact.grad, terms=32 + k + more, scale=parts)
 
 
 def test_no_logits_of_all_rows_are_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,9 +48,9 @@ def candidates(
     capped, likeliest first.  Where the label [R] is not among the K it takes the last one's
     place, which is what the selector's loss needs; what is drafted is chosen without it.
     """
-    ids, logits = linear_top_k(states, head, top_k, softcap=softcap, chunk=chunk)
+    ids, logits = linear_top_k(states, head, top_k, also=labels, softcap=softcap, chunk=chunk)
+    ids, logits, own = ids[:, :-1], logits[:, :-1], logits[:, -1]
     found = (ids == labels[:, None]).any(dim=1)
-    own = label_logits(states, head, labels, logits.dtype, softcap)
     last = torch.arange(top_k, device=ids.device) == top_k - 1
     missing = last & ~found[:, None]
     return (
@@ -58,12 +58,3 @@ def candidates(
         torch.where(missing, own[:, None], logits),
         found,
     )
-
-
-def label_logits(
-    states: Tensor, head: Tensor, labels: Tensor, dtype: torch.dtype, softcap: float | None
-) -> Tensor:
-    """Return the logits [R] that states [R, H] give labels [R], rounded as the head's product."""
-    wide = [x.to(head.dtype).to(dtype) for x in (states, F.embedding(labels, head))]
-    own = (wide[0] * wide[1]).sum(-1).to(head.dtype).to(dtype)
-    return own if softcap is None else softcap * torch.tanh(own / softcap)

@@ -13,7 +13,6 @@ from specforge_dflash.around import slot_states
 from specforge_dflash.model import DFlashModel, Frozen
 from specforge_dflash.step import teachers
 from specforge_dflash2.convolution import convolve
-from specforge_dflash2.selector import label_logits
 from torch import Tensor, nn
 
 from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
@@ -96,9 +95,9 @@ def candidates(
     wide, rows = frozen.states(states.flatten(0, 1)), labels.flatten()
     head, cap, chunk = frozen.lm_head, frozen.softcap, config.head_chunk
     losses, best = linear_cross_entropy(wide, head, rows, softcap=cap, chunk=chunk)
-    ids, logits = linear_top_k(wide, head, config.candidate_top_k, softcap=cap, chunk=chunk)
+    top_k = config.candidate_top_k
+    ids, logits = linear_top_k(wide, head, top_k, also=rows, softcap=cap, chunk=chunk)
     # a label's loss and its logit give the sum over all tokens
-    own = label_logits(wide, head, rows, logits.dtype, cap)
-    log_probs = logits - (losses + own)[:, None]
-    shape = *labels.shape, config.candidate_top_k
-    return losses, best, ids.view(shape), log_probs.view(shape)
+    log_probs = logits[:, :-1] - (losses + logits[:, -1])[:, None]
+    shape = *labels.shape, top_k
+    return losses, best, ids[:, :-1].reshape(shape), log_probs.view(shape)
