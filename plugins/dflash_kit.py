@@ -5,6 +5,7 @@ And the frame of their comparison with SGLang's own classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -188,6 +189,25 @@ def head_product(tiny: Tiny, state: Tensor) -> Tensor:
 def capped(logits: Tensor, cap: float | None) -> Tensor:
     """Return logits behind a soft cap, where there is one."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def slot_weights(config: Any, gamma: float, losses: Sequence[float | None]) -> list[float]:
+    """What one block's slots weigh, from their losses; None is a slot without a label."""
+    if config.weighting == "decay":
+        found = [math.exp(-k / gamma) for k in range(len(losses))]
+    else:
+        alpha = config.dpace_alpha
+        smooth = [1.0 if x is None else (1 - alpha) * math.exp(-x) + alpha for x in losses]
+        prefix = [math.prod(smooth[: k + 1]) for k in range(len(smooth))]
+        there = [0.0 if x is None else p for p, x in zip(prefix, losses, strict=True)]
+        suffix = [sum(there[k:]) for k in range(len(there))]
+        found = {
+            "uniform": [1.0] * len(losses),
+            "dpace": suffix,
+            "dpace_confidence": prefix,
+            "dpace_continuation": [s / p for s, p in zip(suffix, prefix, strict=True)],
+        }[config.weighting]
+    return [0.0 if x is None else w for w, x in zip(found, losses, strict=True)]
 
 
 # ---- what SGLang's own classes make of an export ---------------------------

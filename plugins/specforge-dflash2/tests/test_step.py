@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -16,6 +15,8 @@ from torch import Tensor
 from specforge_core.testing.close import close
 from specforge_core.types import StepOutput
 
+from ...dflash_kit import slot_weights
+
 # what fc, two layers with their convolutions, head and selector sum over, and a batch's labels
 TERMS = 48 + 2 * (3 * 24 + 32 + 40 + 23 + 4 * 26) + 24 + 41 + 24 + 5 + 200
 
@@ -24,6 +25,10 @@ CASES: list[dict[str, Any]] = [
     {},
     {"batches": "padded"},
     {"weighting": "dpace", "dpace_alpha": 0.3},
+    {"weighting": "dpace_confidence"},
+    {"weighting": "dpace_continuation"},
+    {"weighting": "uniform"},
+    {"decay_gamma": 1.5},
     {"conv_kernel_size": 3, "conv_group_size": 8},
     {"conv_kernel_size": 1, "conv_group_size": 24},
     {"selector_weight": 0.25, "selector_top_k": 2},
@@ -50,7 +55,7 @@ def reference(kit: Any, tiny: Any, samples: Samples, weights: dict[str, Tensor])
                 inside = a + k < len(ids) and bool(mask[a + k])
                 pair = ids[a + k - 1 : a + k + 1].tolist()
                 terms.append(slot(kit, tiny, weights, states[k], pair) if inside else None)
-            for weight, found in zip(slot_weights(config, terms), terms, strict=True):
+            for weight, found in zip(weights_of(config, terms), terms, strict=True):
                 if found is not None:
                     head, selector, hits = found
                     loss = loss + weight * (head + config.selector_weight * selector)
@@ -89,15 +94,9 @@ def slot(
     return head, scores.logsumexp(0) - scores[trained.index(label)], hits
 
 
-def slot_weights(config: Any, terms: list[Any]) -> list[float]:
-    if config.weighting == "decay":
-        return [math.exp(-k / config.gamma) for k in range(len(terms))]
-    alpha, prefix, last = config.dpace_alpha, [], 1.0
-    for found in terms:
-        if found is not None:
-            last *= (1 - alpha) * math.exp(-float(found[0].detach())) + alpha
-        prefix.append(last if found is not None else 0.0)
-    return [sum(prefix[k:]) for k in range(len(terms))]
+def weights_of(config: Any, terms: list[Any]) -> list[float]:
+    losses = [None if found is None else float(found[0].detach()) for found in terms]
+    return slot_weights(config, config.gamma, losses)
 
 
 def run(kit: Any, tiny: Any, samples: Samples) -> tuple[StepOutput, dict[str, Tensor]]:

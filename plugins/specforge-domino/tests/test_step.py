@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -13,28 +12,13 @@ from torch import Tensor
 from specforge_core.testing.close import close
 from specforge_core.types import StepOutput
 
-WEIGHTINGS = ["decay", "dpace", "dpace_confidence", "dpace_continuation"]
+from ...dflash_kit import slot_weights
+
+WEIGHTINGS = ["decay", "uniform", "dpace", "dpace_confidence", "dpace_continuation"]
 LAYOUTS = ["next_token", "same_position"]
 # what fc, two layers, the GRU, the correction and the head sum over, then the labels of a batch
 TERMS = 48 + 2 * (3 * 24 + 32 + 40 + 24) + 5 * 31 + 31 + 6 + 24 + 41 + 200
 SHARE = 1 - 0.375  # of the base logits, at that part of the training
-
-
-def weights_of(config: Any, losses: list[Tensor | None]) -> list[float]:
-    """One block's weights, None where a slot is not valid."""
-    if config.weighting == "decay":
-        return [0.0 if x is None else math.exp(-k / config.gamma) for k, x in enumerate(losses)]
-    alpha = config.dpace_alpha
-    smooth = [1.0 if x is None else (1 - alpha) * math.exp(-float(x)) + alpha for x in losses]
-    prefix = [math.prod(smooth[: k + 1]) for k in range(len(smooth))]
-    there = [0.0 if x is None else p for p, x in zip(prefix, losses, strict=True)]
-    suffix = [sum(there[k:]) for k in range(len(there))]
-    found = {
-        "dpace": suffix,
-        "dpace_confidence": prefix,
-        "dpace_continuation": [s / p for s, p in zip(suffix, prefix, strict=True)],
-    }[config.weighting]
-    return [0.0 if x is None else w for w, x in zip(found, losses, strict=True)]
 
 
 def reference(kit: Any, tiny: Any, model: Any, samples: Any, share: float) -> dict[str, Any]:
@@ -67,7 +51,8 @@ def reference(kit: Any, tiny: Any, model: Any, samples: Any, share: float) -> di
                 if i < config.block_size - 1:  # the token is drafted
                     right.append(hits[-1])
                     base_right.append(int(base.argmax()) == label)
-            weights = weights_of(config, [None if p is None else p[1].detach() for p in pairs])
+            found = [None if p is None else float(p[1].detach()) for p in pairs]
+            weights = slot_weights(config, config.gamma, found)
             for w, pair in zip(weights, pairs, strict=True):
                 if pair is not None:
                     loss = loss + w * ((1 - share) * pair[1] + share * pair[0])

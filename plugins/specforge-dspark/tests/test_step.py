@@ -14,6 +14,8 @@ from torch import Tensor
 from specforge_core.testing.close import close
 from specforge_core.types import StepOutput
 
+from ...dflash_kit import slot_weights
+
 # what fc, two layers, the recurrent head and the target's head sum over, then a batch's labels
 TERMS = 48 + 2 * (3 * 24 + 32 + 40 + 20) + 4 * 36 + 6 + 24 + 41 + 200
 
@@ -23,22 +25,12 @@ CASES: list[dict[str, Any]] = [
     {"markov_head": "rnn", "label_layout": "same_position"},
     {"markov_head": "rnn", "weighting": "dpace", "batches": "padded"},
     {"confidence_with_markov": False, "label_layout": "same_position"},
-    {"confidence_head": False, "ce_weight": 1.0, "tv_weight": 0.25},
+    {"confidence_head": False, "ce_weight": 1.0, "tv_weight": 0.25, "weighting": "uniform"},
+    {"weighting": "dpace_confidence", "dpace_alpha": 0.3},
+    {"weighting": "dpace_continuation", "ce_weight": 0.0},
     {"confidence_weight": 0.5, "decay_gamma": 2.0, "softcap": 3.0, "head_scale": 0.5},
     {"bias": True, "scale": 3.0, "sliding_window": 5},
 ]
-
-
-def weights_of(config: Any, losses: list[float]) -> list[float]:
-    """One block's weights; slots behind the first gap are not there."""
-    if config.weighting == "decay":
-        gamma = 4.0 if config.decay_gamma is None else config.decay_gamma
-        return [math.exp(-k / gamma) for k in range(len(losses))]
-    prefix, last = [], 1.0
-    for loss in losses:
-        last *= 0.5 * math.exp(-loss) + 0.5
-        prefix.append(last)
-    return [sum(prefix[k:]) for k in range(len(prefix))]
 
 
 def reference(kit: Any, tiny: Any, model: Any, samples: Any) -> dict[str, Any]:
@@ -82,7 +74,10 @@ def reference(kit: Any, tiny: Any, model: Any, samples: Any) -> dict[str, Any]:
                 slots.append((total, float(ce.detach())))
                 right.append(int(row.argmax()) == label)
                 kept.append(accepted)
-            for w, (total, _) in zip(weights_of(config, [x for _, x in slots]), slots, strict=True):
+            # 4 as published; slots behind the first gap are not there
+            gamma = 4.0 if config.decay_gamma is None else config.decay_gamma
+            weights = slot_weights(config, gamma, [x for _, x in slots])
+            for w, (total, _) in zip(weights, slots, strict=True):
                 loss = loss + w * total
                 weight += w if config.weighting == "decay" else 1
             hits += right

@@ -18,6 +18,8 @@ from specforge_core.errors import ConfigError
 from specforge_core.testing.close import close
 from specforge_core.types import StepOutput
 
+from ...dflash_kit import slot_weights
+
 # what fc, two layers of the backbone and two of the lattice sum over, both heads, and a batch
 TERMS = 48 + 2 * (3 * 24 + 32 + 40 + 23) + 2 * (4 * 24 + 36) + 3 * 24 + 24 + 13 + 300
 
@@ -31,6 +33,10 @@ CASES: list[dict[str, Any]] = [
     {"lattice_hidden_size": 0, "lattice_heads": 3, "bias": True, "vector_eps": 3.0},
     {"conv_kernel_size": 2, "conv_group_size": 6, "lattice_layers": 1, "candidate_top_k": 9},
     {"weighting": "dpace", "sliding_window": 5, "block_size": 5},
+    {"weighting": "uniform", "logit_scale": 8.0},
+    {"decay_gamma": 1.5, "lattice_mlp_ratio": 2.0, "factor_dim": 4},
+    {"weighting": "dpace_confidence", "dpace_alpha": 0.3},
+    {"weighting": "dpace_continuation"},
 ]
 
 
@@ -66,7 +72,9 @@ def add(
 ) -> None:
     config, ids = tiny.config, sample["input_ids"].tolist()
     taught = [bool(mask[a + 1 + k]) for k in range(config.block_size - 1)]
-    weights = slot_weights(config, block, ids, a, taught)
+    costs = [-float(row[ids[a + 1 + k]].detach()) if taught[k] else None
+             for k, row in enumerate(block.log_probs)]  # fmt: skip
+    weights = slot_weights(config, config.gamma, costs)
     mean = sum(math.exp(-k / config.gamma) for k in range(len(taught))) / len(taught)
     share = mean if config.weighting == "decay" else 1.0
     alive, going, before = True, {"path": True, "base": True, "any": True}, None
@@ -110,21 +118,6 @@ def terms(
             gap = (logits[gold] - logits[j]).clamp(min=0)
             loss = loss + config.penalty_weight * probs[j] * gap
     return loss
-
-
-def slot_weights(
-    config: Any, block: Any, ids: list[int], a: int, taught: list[bool]
-) -> list[float]:
-    if config.weighting == "decay":
-        return [math.exp(-k / config.gamma) for k in range(len(taught))]
-    alpha, prefix, last = config.dpace_alpha, [], 1.0
-    for k, supervised in enumerate(taught):
-        if supervised:
-            last *= (1 - alpha) * math.exp(
-                float(block.log_probs[k, ids[a + 1 + k]].detach())
-            ) + alpha
-        prefix.append(last if supervised else 0.0)
-    return [sum(prefix[k:]) for k in range(len(taught))]
 
 
 def run(kit: Any, tiny: Any, samples: Samples) -> tuple[StepOutput, dict[str, Tensor]]:
