@@ -45,7 +45,7 @@ class VocabularyOptions(DecoderOptions):
         "label", description="Whose token must be supervised: t+2, t+1 or t of row t."
     )
     layer_type: Literal["llama", "qwen3"] = Field(
-        "llama", description="qwen3 norms queries and keys; SGLang serves llama only."
+        "llama", description="qwen3 norms queries and keys."
     )
     train_head: Annotated[bool, MayChange.AT_START] = Field(
         True, description="Train the draft's head, or keep the target's rows."
@@ -86,6 +86,9 @@ class VocabularyOptions(DecoderOptions):
 class Eagle3Config(VocabularyOptions):
     """The `strategy:` section of an EAGLE-3 run."""
 
+    layer_type: Literal["llama", "qwen3"] = Field(
+        "llama", description="qwen3 norms queries and keys; SGLang serves llama only."
+    )
     steps: Annotated[int, MayChange.AT_START] = Field(
         7, gt=0, le=1024, description="Steps of training-time test."
     )
@@ -194,8 +197,8 @@ def capture_layers(config: VocabularyOptions, num_layers: int) -> tuple[int, ...
     """
     if num_layers < 4:
         raise ConfigError(
-            f"a target of {num_layers} layers is too small for an EAGLE-3 draft, which reads three "
-            "layers below the last. Try: another target.path"
+            f"a target of {num_layers} layers is too small for a draft that reads three layers "
+            "below the last. Try: another target.path"
         )
     ids = config.layers
     if ids is not None:

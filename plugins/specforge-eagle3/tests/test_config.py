@@ -31,7 +31,7 @@ def test_what_the_readme_advises_is_taken() -> None:
 
 
 def test_targets_that_are_too_small(kit: Any) -> None:
-    with pytest.raises(ConfigError, match="a target of 3 layers is too small for an EAGLE-3"):
+    with pytest.raises(ConfigError, match="a target of 3 layers is too small for a draft"):
         capture_layers(kit.config(layers=(0, 1, 2)), 3)
     for num_layers in (4, 5, 6):
         with pytest.raises(
