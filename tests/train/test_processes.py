@@ -71,7 +71,9 @@ def test_replicas_of_shards_give_the_losses_of_one_rank(config: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_muon_gives_the_same_on_two_ranks(config: Path, tmp_path: Path, env: Any) -> None:
+def test_muon_gives_the_same_on_ranks_and_on_replicas_of_shards(
+    config: Path, tmp_path: Path, env: Any
+) -> None:
     env.strategy(
         "deep",
         """
@@ -89,18 +91,18 @@ def test_muon_gives_the_same_on_two_ranks(config: Path, tmp_path: Path, env: Any
     )
     common = ("strategy.name=deep", "train.optimizer=muon", "train.batch_size=1")
     train(*load(config, *common, "train.accumulate=4"))
-    two = f"output_dir={tmp_path / 'two'}"
     environment = os.environ | {"PYTHONPATH": str(env.path)}
-    finish(
-        cli(
-            *("train", "-c", str(config), "--nproc", "2", *common, "train.accumulate=2", two),
-            env=environment,
+    for ranks in (2, 4):
+        place, sizes = (
+            tmp_path / f"{ranks}",
+            (f"train.accumulate={4 // ranks}", "train.shard_size=2"),
         )
-    )
-    # Newton-Schulz runs in bfloat16, so the two agree only to its rounding
-    # of updates, of which a loss sees the mean of many: a quarter of one rounding
-    found, want = losses(tmp_path / "two"), losses(tmp_path / "run")
-    close(found, want, terms=1, factor=0.25, dtype=torch.bfloat16)
+        options = (*common, *sizes, f"output_dir={place}")
+        finish(cli("train", "-c", str(config), "--nproc", str(ranks), *options, env=environment))
+        # Newton-Schulz runs in bfloat16, so they agree only to its rounding
+        # of updates, of which a loss sees the mean of many: a quarter of one rounding
+        found, want = losses(place), losses(tmp_path / "run")
+        close(found, want, terms=1, factor=0.25, dtype=torch.bfloat16)
 
 
 @pytest.mark.slow
