@@ -50,6 +50,10 @@ class CaptureSpec:
     output.  Target engines translate to their own numbering.  `next_tokens` and
     `logsumexp` ask for what the target's head makes of every position, computed
     where the states are.
+
+    Any method that asks for the same states may read a capture, and what a field is called is all
+    that says what it holds: one that comes to mean something else needs another name.  `version`
+    is compared only with captures of the strategy's own.
     """
 
     layers: tuple[int, ...]
