@@ -42,7 +42,7 @@ from ..types import (
     StepOutput,
     TargetCapture,
 )
-from . import acceptance, forked, runs
+from . import acceptance, drawn, forked, runs
 from .case import Case
 from .predictable import save_predictable_target
 from .runs import finish, load, losses
@@ -175,8 +175,8 @@ class StrategyContract:
             proposer = ready_proposer(run, strategy, case.draft, engine)
             for tokens in (1, 7):
                 prompt = case.captures[0].input_ids[:tokens].tolist()
-                found = generate(engine.model, proposer, spec, prompt, ends, _greedy())
-                alone = generate_plain(engine.model, prompt, ends, _greedy())
+                found = generate(engine.model, proposer, spec, prompt, ends, _sampling())
+                alone = generate_plain(engine.model, prompt, ends, _sampling())
                 assert found.tokens == alone.tokens
 
     @pytest.mark.slow
@@ -216,12 +216,12 @@ class StrategyContract:
         )
         for parameter in case.draft.model.parameters():
             assert parameter.grad is None or parameter.grad.isfinite().all()
+        for temperature in (0.0, 1.0):
+            assert _depth(_draft(case.proposer(), case.captures[0], 3, _sampling(temperature))) > 0
 
     def test_what_was_drawn_comes_with_its_distribution(self, case: Case) -> None:
-        proposal = _draft(case.proposer(), case.captures[0], 8, temperature=1.0)
-        if proposal.probs is not None:
-            _close(proposal.probs.sum(-1).float(), torch.ones(len(proposal.tokens)))
-            assert proposal.probs.gather(1, proposal.tokens[:, None]).gt(0).all()
+        proposer, draws = case.proposer(), [_sampling(0.5, seed) for seed in range(drawn.DRAFTS)]
+        drawn.check_drawn([_draft(proposer, case.captures[0], 8, sampling) for sampling in draws])
 
     def test_an_export_loads_as_what_was_exported(self, case: Case, tmp_path: Path) -> None:
         job = case.job
@@ -263,20 +263,19 @@ class StrategyContract:
 
 
 def _draft(
-    proposer: Proposer, capture: TargetCapture, limit: int, temperature: float = 0.0
+    proposer: Proposer, capture: TargetCapture, limit: int, sampling: Sampling | None = None
 ) -> Proposal:
     """Draft behind all but the last token, which the target has not run on."""
     proposer.start(pick(capture, list(range(len(capture.input_ids) - 1)), supervised=False))
-    return _propose(proposer, int(capture.input_ids[-1]), limit, temperature)
+    return _propose(proposer, int(capture.input_ids[-1]), limit, sampling)
 
 
-def _greedy() -> Sampling:
-    return Sampling(temperature=0.0, generator=torch.Generator())
+def _propose(proposer: Proposer, last: int, limit: int, how: Sampling | None = None) -> Proposal:
+    return proposer.propose(last, min(limit, proposer.max_tokens), how or _sampling())
 
 
-def _propose(proposer: Proposer, last: int, limit: int, temperature: float = 0.0) -> Proposal:
-    sampling = Sampling(temperature=temperature, generator=torch.Generator().manual_seed(0))
-    return proposer.propose(last, min(limit, proposer.max_tokens), sampling)
+def _sampling(temperature: float = 0.0, seed: int = 0) -> Sampling:
+    return Sampling(temperature=temperature, generator=torch.Generator().manual_seed(seed))
 
 
 def _depth(proposal: Proposal) -> int:

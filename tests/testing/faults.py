@@ -149,6 +149,40 @@ FAULTS = {
         return run
         """,
     ),
+    "a draft for float32 alone": (
+        "test_a_step_in_bfloat16_is_near_the_one_in_float32",
+        "proposer",
+        """
+        class Wide(ChainProposer):
+            def propose(self, last_token, max_tokens, sampling):
+                wide = draft.model.blocks[0].weight.dtype == torch.float32
+                return super().propose(last_token, max_tokens if wide else 0, sampling)
+        return Wide(draft)
+        """,
+    ),
+    "tokens drawn at another temperature": (
+        "test_what_was_drawn_comes_with_its_distribution",
+        "proposer",
+        """
+        class Warmer(ChainProposer):
+            def propose(self, last_token, max_tokens, sampling):
+                probs = super().propose(last_token, max_tokens, sampling).probs
+                drawn = torch.multinomial(probs.sqrt(), 1, generator=sampling.generator)
+                return Proposal(tokens=drawn[:, 0], probs=probs)
+        return Warmer(draft)
+        """,
+    ),
+    "the best token for a drawn one": (
+        "test_what_was_drawn_comes_with_its_distribution",
+        "proposer",
+        """
+        class Best(ChainProposer):
+            def propose(self, last_token, max_tokens, sampling):
+                probs = super().propose(last_token, max_tokens, sampling).probs
+                return Proposal(tokens=probs.argmax(-1), probs=probs)
+        return Best(draft)
+        """,
+    ),
     "probabilities that are none": (
         "test_what_was_drawn_comes_with_its_distribution",
         "proposer",
