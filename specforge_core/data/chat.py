@@ -14,7 +14,8 @@ from ..target.tokenizer import CLOCK, chat_template, pinned_template
 from .answers import MARGIN, Marker, Row as Row, Tokens
 from .bounds import MEMORY, SECONDS, bounded_memory, bounded_time
 from .sources import BadRow, Message
-from .turns import find_turns
+from .turns import find_turns, trained_on
+from .written import Shape, as_parts, left_out, reads_parts, wants_parts
 
 CHARACTERS = 8  # of a token, more than most have: how much text is tokenized at first
 REFUSED = "refused by the chat template"
@@ -31,8 +32,11 @@ class Encoder:
     template_kwargs: Mapping[str, Any]
     limit: int | None = None
     ends: frozenset[int] = frozenset()
+    # what the template was seen to write, or not; shared with encoders of other tools
+    written: dict[Shape, bool] = field(default_factory=dict, repr=False, compare=False)
     special: frozenset[int] = field(init=False)  # tokens that are no text
     _options: dict[str, Any] | None = field(init=False, default=None)
+    _parts: bool | None = field(init=False, default=None)  # texts are given as lists of parts
     _closes: list[int] | None = field(init=False, default=None)
     _last: tuple[str, Tokens] | None = field(init=False, default=None, repr=False, compare=False)
 
@@ -51,6 +55,7 @@ class Encoder:
         marker = Marker(self.tokens, self.limit, self.ends, self.special, self._closing)
         with _in_time():
             texts = find_turns(self.render, messages, _Beyond(self, messages))
+            self._check_written(messages, 1 + max(max(t.answers, default=-1) for t in texts))
             return [row for text in texts for row in marker.rows(text, cut)]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -70,10 +75,14 @@ class Encoder:
             if now is not None and (pinned := pinned_template(self.tokenizer, now, tools)):
                 self._options["chat_template"] = pinned
         chat_template(self.tokenizer)
+        if self._parts is None:
+            self._parts = False
+            self._parts = reads_parts(self._source()) and wants_parts(self._whole)
+        given = [as_parts(message) for message in messages] if self._parts else list(messages)
         try:
             with bounded_memory(MEMORY):
                 text = self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=prompt, **self._options
+                    given, tokenize=False, add_generation_prompt=prompt, **self._options
                 )
         except TimeoutError:
             raise
@@ -84,6 +93,30 @@ class Encoder:
                 REFUSED,
             ) from exc
         return str(text)
+
+    def _source(self) -> str:
+        tools = self.template_kwargs.get("tools")
+        return str(self.tokenizer.get_chat_template(tools=tools))
+
+    def _whole(self, messages: Sequence[Message]) -> str:
+        return self.render(messages, False)
+
+    def _check_written(self, messages: Sequence[Message], shown: int) -> None:
+        """Raise BadRow where the template leaves out a part of what the first answers are made of.
+
+        A server would, too; but what was answered to it, or of it, would be trained on as if it
+        had not been there.
+        """
+        answers = trained_on(messages)[:shown]
+        found = left_out(self._whole, messages, answers, self.written, self.template_kwargs)
+        if found is not None:
+            number, part = found
+            raise BadRow(
+                f"message {number + 1}: the target's chat template does not write its {part} "
+                f"({messages[number]['role']}). Take that out of the row, or set "
+                "data.on_error=skip",
+                "not written by the chat template",
+            )
 
     def tokens(self, text: str) -> Tokens:
         """Tokenize a text: the whole of it, or more than `limit` tokens of its beginning."""

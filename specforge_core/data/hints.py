@@ -38,6 +38,8 @@ def of_row(row: Mapping[str, Any]) -> str | None:
     if any(chat in row for chat in CHATS):
         return None
     for question, answer in PAIRS:
+        if all(isinstance(row.get(key), list) for key in (question, answer)):
+            return f"Try: jq -c '{{messages: (.{question} + .{answer})}}' FILE > FILE.jsonl"
         if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
             asked = f".{question}"
             if question == "instruction" and row.get("input"):

@@ -6,8 +6,7 @@ Rows come in OpenAI's form (`messages`, with tools and their calls) and in Share
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -38,11 +37,6 @@ ROLES = {
 CALLS = ("function_call", "tool_call")  # roles whose text is a call
 # one thing under the names by which templates read it: a message has all of them
 REASONING = ("reasoning_content", "reasoning", "thinking")
-ALIASES = {
-    "tools": ("tools", "functions"),
-    "tool_calls": ("tool_calls", "function_call"),
-    REASONING[0]: REASONING,
-}
 READ = {
     *("role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call"),
     *(*REASONING, "weight", "train"),
@@ -52,13 +46,19 @@ NOTES = {
     *("id", "index", "model", "timestamp", "created", "created_at", "date", "language", "lang"),
     *("source", "usage", "finish_reason", "stop_reason", "token_count", "num_tokens"),
 }
+# of a row of tokens, too: what is trained on, and what no text holds
+BESIDE = (
+    *("weight", "train", "loss", "loss_weight", "mask"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+)
 # of a row, where any other name is taken for a note: what somebody meant to be trained on
 MEANT = (
     *("system_prompt", "instruction", "input", "output", "prompt", "response", "completion"),
-    *("history", "chosen", "rejected", "image", "images", "video", "videos", "audio", "audios"),
+    *("history", "chosen", "rejected", "rejected_response", "system_message", "function_call"),
     *("documents", "tool_choice", "response_format", "chat_template_kwargs", "tool_calls"),
-    *(*REASONING, "weight", "train", "labels", "input_ids", "loss_mask"),
+    *(*REASONING, "labels", "input_ids", "loss_mask", *BESIDE),
 )
+PART = {"type", "text", "annotations", "cache_control", "citations", "id", "index"}  # of a text
 # of a row: how its own prompt is rendered, or that its answer is a bad one, whatever they say
 SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "chat_template_kwargs")
 BAD = ("label", "is_correct", "correct")  # where they are false
@@ -84,7 +84,12 @@ def parse(row: object, ignored: Iterable[str] = ()) -> Parsed:
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object, found {type(row).__name__}")
     row = _without(row, ignored)
-    turns = row.get("messages", row.get("conversations"))
+    turns = chat_of(row)
+    if isinstance(turns, str):
+        raise ValueError(
+            "the messages are one text. If that is JSON: jq -c "
+            "'(.messages, .conversations | strings) |= fromjson' FILE > FILE.jsonl"
+        )
     if not isinstance(turns, list):
         keys = ", ".join(map(repr, row)) or "none"
         raise ValueError(f"needs a list 'messages' or 'conversations', has the keys {keys:.200}")
@@ -107,27 +112,32 @@ def parse(row: object, ignored: Iterable[str] = ()) -> Parsed:
     return Parsed(tuple(_with_system(row.get("system"), messages)), tuple(tools_of(row)))
 
 
-def unread(template: str, messages: Sequence[Message], tools: Sequence[Tool]) -> str | None:
-    """Return which of a conversation's fields a chat template has no word of, if there is one.
+def chat_of(row: Mapping[str, Any]) -> Any:
+    """Return a row's conversation, wherever it is: a table has both columns in every row."""
+    found = [row[key] for key in CHATS if row.get(key) is not None]
+    return next((chat for chat in found if chat != []), next(iter(found), None))
 
-    What it does not read is not in the text, and the target would be trained without it.
+
+def tokens_alone(row: Mapping[str, Any], ignored: Iterable[str] = ()) -> bool:
+    """Say whether a row is tokens and no conversation.
+
+    Raises ValueError where it is, and something beside them says more than they and their mask do.
     """
-    if tools and not re.search(r"\btools\b", template):
-        return "tools"
-    if any("tool_calls" in m for m in messages) and not re.search(r"\btool_calls\b", template):
-        return "tool_calls"
-    if any(REASONING[0] in message for message in messages):
-        named = "|".join(REASONING)
-        if not re.search(rf"\.(?:{named})\b|['\"](?:{named})['\"]", template):
-            return REASONING[0]
-    return None
-
-
-def spelled(row: Mapping[str, Any], name: str) -> list[str]:
-    """Return the names under which a row has what `unread` calls `name`."""
-    turns = row.get("messages", row.get("conversations"))
-    parts = [row, *(turn for turn in turns if isinstance(turn, Mapping))] if turns else [row]
-    return [alias for alias in ALIASES[name] if any(alias in part for part in parts)] or [name]
+    if row.get("input_ids") is None or chat_of(row) is not None:
+        return False
+    row = _without(row, ignored)
+    ids, mask = row.get("input_ids"), row.get("loss_mask")
+    if not isinstance(ids, list) or not isinstance(mask, list):
+        return True  # said where they are read
+    plain = {
+        "attention_mask": [1] * len(ids),
+        "position_ids": [*range(len(ids))],
+        "labels": [token if on else -100 for token, on in zip(ids, mask, strict=False)],
+    }
+    unused = [k for k in (*plain, *BESIDE) if k in row and row[k] != plain.get(k, 1)]
+    if unused:
+        raise ValueError(_unused("the row of tokens", unused))
+    return True
 
 
 def _without(row: Mapping[str, Any], ignored: Iterable[str]) -> dict[str, Any]:
@@ -176,7 +186,7 @@ def _with_system(system: object, messages: list[Message]) -> list[Message]:
 
 
 def _message(turn: Mapping[str, Any], number: int) -> Message:
-    given = turn.get("role", turn.get("from"))
+    given = _one(turn, "role", "from", number)
     if not isinstance(given, str) or given not in ROLES:
         raise ValueError(
             f"message {number} has the role {shown(given)}; known are {', '.join(sorted(ROLES))}"
@@ -184,7 +194,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     if unknown := sorted(map(str, turn.keys() - READ - NOTES)):
         raise ValueError(_unused(f"message {number}", unknown))
     role = ROLES[given]
-    content = turn.get("content", turn.get("value"))
+    content = _one(turn, "content", "value", number)
     calls = list(calls_of(turn, number))
     if given in CALLS:
         calls, content = list(called_in(content, number)), ""
@@ -201,6 +211,16 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
         if name in turn:
             message[name] = _text(turn[name])
     return message | _reasoning(turn, role, number)
+
+
+def _one(turn: Mapping[str, Any], name: str, other: str, number: int) -> Any:
+    """Return what a message has under one of two names.  Raises ValueError where they differ."""
+    found = [turn[key] for key in (name, other) if turn.get(key) is not None]
+    if len(found) == 2 and found[0] != found[1]:
+        same = name == "role" and ROLES.get(str(found[0])) == ROLES.get(str(found[1]))
+        if not same:
+            raise ValueError(f"message {number}: {name!r} and {other!r} differ")
+    return found[0] if found else None
 
 
 def _reasoning(turn: Mapping[str, Any], role: str, number: int) -> dict[str, str]:
@@ -251,7 +271,11 @@ def _part(part: Mapping[str, object]) -> str:
     if part.get("type", "text") != "text":
         kind = shown(part["type"])
         raise ValueError(f"a message has a part of type {kind}; only text is supported")
-    text = part.get("text", "")
+    text = part.get("text", "" if part.get("type") else None)
+    beside = sorted(k for k in part.keys() - PART if part[k] not in (None, "", False, [], {}))
+    if beside:
+        named = ", ".join(map(repr, beside[:20]))
+        raise ValueError(f"a message has a part with {named:.200}; only text is supported")
     if not isinstance(text, str):
         raise ValueError(f"the text of a message's part must be text, found {shown(text)}")
     return text

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .chat import Encoder, Row
-from .messages import Message, spelled, unread
+from .messages import Message
 from .sources import BadRow, Conversation
 from .tokenrows import ROWS, Fingerprint, cut_answers, token_row, token_rows
 from .tools import Tool
+from .written import spelled, unread
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import IO, Any, Literal, TypeAlias
 from ..config import DataConfig
 from ..errors import DataError
 from .hints import SKIP, of_line, of_row
-from .messages import CHATS, Message as Message, parse
+from .messages import Message as Message, parse, tokens_alone
 from .tools import Tool
 
 # what opens one source: the rows of it, a DataError in the place of a bad one
@@ -267,19 +267,14 @@ def nothing_left(files: Iterable[str], first_bad: DataError | None) -> DataError
     )
 
 
-def is_tokens(row: object) -> bool:
-    """Say whether a row is tokens alone."""
-    return isinstance(row, Mapping) and "input_ids" in row and not {*CHATS} & row.keys()
-
-
 def _conversation(
     row: Mapping[str, Any], where: str, source: str, data: DataConfig, need_answer: bool
 ) -> Conversation | DataError:
-    if is_tokens(row):
-        if need_answer:
-            return Conversation((), where, source, row)
-        return BadRow(f"{where}: tokens ask no question. {SKIP}", "without a question")
     try:
+        if tokens_alone(row, data.ignore_fields):
+            if need_answer:
+                return Conversation((), where, source, row)
+            return BadRow(f"{where}: tokens ask no question. {SKIP}", "without a question")
         parsed = parse(row, data.ignore_fields)
     except ValueError as exc:
         return BadRow(f"{where}: {exc}. {of_row(row) or SKIP}", "not a conversation")

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 Tool: TypeAlias = Mapping[str, Any]
 
+CALL = ("id", "type", "index", "name", "arguments")  # what a call, or its function, has
+
 _short = Repr()  # values in messages: whatever a row holds, and however deep it is
 _short.maxother = _short.maxstring = _short.maxlong = 80
 shown = _short.repr
@@ -29,7 +31,9 @@ def tools_of(row: Mapping[str, Any]) -> Iterator[Tool]:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"a tool must be a function with a name, found {shown(tool)}")
-        yield _spelled({"type": "function", "function": function}, "a tool")
+        flat = function is tool and function.get("type") == "function"  # as newer APIs have it
+        named = {k: v for k, v in function.items() if not (flat and k == "type")}
+        yield _spelled({"type": "function", "function": named}, "a tool")
 
 
 def calls_of(turn: Mapping[str, Any], number: int) -> Iterator[dict[str, Any]]:
@@ -59,7 +63,14 @@ def _call(call: object, number: int) -> dict[str, Any]:
         raise ValueError(
             f"message {number}: a call must have a name and arguments, found {shown(call)}"
         )
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = {}
+        if others := sorted(k for k in function if k not in CALL and function[k]):
+            raise ValueError(
+                f"message {number}: a call has {', '.join(map(repr, others))[:200]} and no "
+                "'arguments', which is what they must be called"
+            )
     if isinstance(arguments, str):
         arguments = _json(arguments or "{}", f"message {number}: the arguments of a call")
     if not isinstance(arguments, dict):

@@ -31,6 +31,15 @@ class Text:
     whole: bool = True  # False: the conversation goes on behind it
 
 
+def trained_on(messages: Sequence[Message]) -> list[int]:
+    """Return which messages are answers that are trained on; the first one answers nothing."""
+    return [
+        number
+        for number, message in enumerate(messages)
+        if number and message["role"] == "assistant" and not isinstance(message, OnlyRead)
+    ]
+
+
 def find_turns(
     render: Render, messages: Sequence[Message], beyond: Callable[[str], bool]
 ) -> list[Text]:
@@ -41,12 +50,7 @@ def find_turns(
     The first prompt that is `beyond` what is kept ends the last text.  Raises BadRow where there
     is no answer, or it does not follow its prompt.
     """
-    # the first message answers nothing
-    answers = [
-        n
-        for n, message in enumerate(messages)
-        if n and message["role"] == "assistant" and not isinstance(message, OnlyRead)
-    ]
+    answers = trained_on(messages)
     if not answers:
         raise BadRow(
             "the conversation answers nothing, so there is nothing to train on", "without an answer"

@@ -82,6 +82,7 @@ def texts(prompts: PromptSet) -> tuple[str, list[str]]:
             RESULT,
         ),
         ({**ANSWER, "content": "", "tool_calls": [CALL]}, RESULT),
+        ({**ANSWER, "content": "", "tool_calls": [{**CALL, "input": None}]}, RESULT),
         (
             {"role": "assistant", "content": None, "function_call": CALL},
             {"role": "function", "name": "weather", "content": "sun"},
@@ -101,6 +102,7 @@ def texts(prompts: PromptSet) -> tuple[str, list[str]]:
     [
         {"tools": [WEATHER]},
         {"tools": [WEATHER["function"]]},
+        {"tools": [{"type": "function", **WEATHER["function"]}]},
         {"tools": json.dumps([WEATHER])},
         {"functions": [WEATHER]},
     ],
@@ -139,7 +141,13 @@ def test_the_system_prompt_of_a_row(tmp_path: Path) -> None:
     assert "in verse" not in texts(load(tmp_path, row, ignore_fields=("system",)))[0]
     assert parse({"system": "", "messages": [ASK]}).messages == (ASK,)
     # as in a table of several sources
-    assert parse({"messages": [ASK], "conversations": None}).messages == (ASK,)
+    for other in (None, []):
+        assert parse({"messages": [ASK], "conversations": other}).messages == (ASK,)
+        assert parse({"messages": other, "conversations": [ASK]}).messages == (ASK,)
+    parts = [{"type": "text", "text": "q", "image": None, "cache_control": {"type": "ephemeral"}}]
+    assert parse({"messages": [{"from": "human", "role": "user", "content": parts}]}).messages == (
+        ASK,
+    )
 
 
 @pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}, {"weight": 0.0}])
@@ -183,6 +191,22 @@ def test_a_conversation_that_is_only_read_is_counted(tmp_path: Path) -> None:
         ({"messages": [ASK, ANSWER], "thinking": False}, "the row has 'thinking'"),
         ({"messages": [ASK, ANSWER], "reasoning_effort": "high"}, "has 'reasoning_effort'"),
         ({"messages": [ASK, ANSWER], "label": False}, "the row has 'label', which is not used"),
+        ({"messages": [ASK, ANSWER], "system_message": "be brief"}, "has 'system_message'"),
+        ({"messages": [ASK, ANSWER], "mask": [0, 1]}, "the row has 'mask'"),
+        ({"messages": json.dumps([ASK, ANSWER])}, "jq -c '(.messages, .conversations | strings)"),
+        ({"messages": [{**ASK, "from": "gpt"}, ANSWER]}, "message 1: 'role' and 'from' differ"),
+        ({"messages": [ASK, {**ANSWER, "value": "b"}]}, "2: 'content' and 'value' differ"),
+        ({"messages": [{**ASK, "content": [{"image": "x.png"}]}]}, "a part with 'image'"),
+        (
+            {"messages": [ASK, {**ANSWER, "content": [{"text": "a", "thought": True}]}]},
+            "a message has a part with 'thought'; only text is supported",
+        ),
+        ({"messages": [{**ASK, "content": [{}]}]}, "the text of a message's part must be text"),
+        (
+            {"messages": [ASK, {**ANSWER, "tool_calls": [{"name": "f", "input": {"x": 1}}]}]},
+            "message 2: a call has 'input' and no 'arguments'",
+        ),
+        ({"prompt": [ASK], "completion": [ANSWER]}, "'{messages: (.prompt + .completion)}'"),
         ({"messages": [ASK, ANSWER], "conversations": [ASK]}, "the row has 'conversations'"),
         ({"messages": [ASK, {**ANSWER, "weight": 0.5}]}, "message 2 has 'weight': 0.5"),
         ({"messages": [ASK, {**ANSWER, "weight": "0"}]}, "message 2 has 'weight': '0'"),

@@ -11,6 +11,7 @@ import pytest
 
 from specforge_core.config import DataConfig
 from specforge_core.data.harmony import as_message
+from specforge_core.data.messages import tokens_alone
 from specforge_core.data.regenerate import regenerate
 from specforge_core.errors import DataError
 from specforge_core.strategy import Strategy
@@ -186,3 +187,25 @@ def test_answers_in_channels(
         made = [{"name": name, "arguments": arguments} for name, arguments in calls]
         expected["tool_calls"] = [{"type": "function", "function": one} for one in made]
     assert as_message(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("beside", "refused"),
+    [
+        ({"attention_mask": [1, 1, 1], "position_ids": [0, 1, 2], "labels": [-100, 1, 2]}, False),
+        ({"weight": 1, "prompt": "q"}, False),
+        ({"attention_mask": [0, 1, 1]}, True),  # padding on the left
+        ({"position_ids": [0, 1, 0]}, True),  # two documents
+        ({"labels": [-100, -100, 2]}, True),
+        ({"weight": 0}, True),
+        ({"images": ["x.png"]}, True),
+    ],
+)
+def test_what_stands_beside_tokens(beside: dict[str, Any], refused: bool) -> None:
+    row = {"input_ids": [1, 1, 2], "loss_mask": [0, 1, 1], **beside}
+    if refused:
+        (name,) = beside
+        with pytest.raises(ValueError, match=rf"the row of tokens has '{name}'.*=\[{name}\]"):
+            tokens_alone(row)
+    assert tokens_alone(row, beside if refused else ())
+    assert not tokens_alone({**row, "messages": []})

@@ -1,0 +1,101 @@
+"""What a chat template leaves out of a conversation is told, and the form of texts it wants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from specforge_core.data.chat import Encoder
+from specforge_core.data.sources import BadRow, Message
+from specforge_core.testing.toy import toy_tokenizer
+
+ASK = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+WRITES = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+OPENS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+# in the manner of those of LLaVA: texts are taken from lists of parts alone
+PARTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- for p in m['content'] | selectattr('type', 'equalto', 'text') %}{{ p['text'] }}{% endfor -%}
+{{ '<|im_end|>\n' }}{% endfor %}"""
+# others take the first part, which a plain text has none of
+FIRST = """{% for m in messages %}
+{{- '<|im_start|>' + m.role + '\n' + m.content[0].text + '<|im_end|>\n' }}{% endfor %}"""
+EITHER = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text + '!' }}{% endif -%}
+{{ '<|im_end|>\n' }}{% endfor %}"""
+# one call a message, no text beside it, no results of tools, no system prompt but the first
+NARROW = (
+    "{% for m in messages %}{% if m.tool_calls %}"
+    "{{ '<|im_start|>assistant\n' + m.tool_calls[0].function|tojson + '<|im_end|>\n' }}"
+    "{% elif m.role in ('user', 'assistant') or loop.first and m.role == 'system' %}"
+    + WRITES
+    + "{% endif %}{% endfor %}"
+    + OPENS
+)
+
+
+def encoder(template: str, **options: Any) -> Encoder:
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = template
+    return Encoder(tokenizer, options)
+
+
+def calls(*names: str, text: str = "") -> Message:
+    listed = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in names]
+    return {"role": "assistant", "content": text, "tool_calls": listed}
+
+
+@pytest.mark.parametrize("template", [PARTS, FIRST, EITHER, "{% for m in messages %}" + WRITES])
+def test_a_template_gets_texts_in_the_form_it_reads(template: str) -> None:
+    end = "" if template.endswith("endfor %}") else "{% endfor %}"
+    made = encoder(template + end + OPENS)
+    (row,) = made.rows([ASK, ANSWER, ASK, {**ANSWER, "content": "b"}])
+    turn = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+    assert made.tokenizer.decode(row.input_ids) == turn.format("a") + turn.format("b")
+    answer = made.tokenizer("a<|im_end|>b<|im_end|>")["input_ids"]
+    marked = zip(row.input_ids, row.loss_mask, strict=True)
+    assert [token for token, on in marked if on] == answer
+
+
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [
+        ([ASK, calls("f", "g"), ASK, ANSWER], "message 2.* its call 2 "),
+        ([ASK, calls("f", text="let me see"), ASK, ANSWER], "message 2.* its text "),
+        ([ASK, ANSWER, {"role": "tool", "content": "sun"}, ANSWER], "message 3.* its text "),
+        ([ASK, ANSWER, {"role": "system", "content": "s"}, ASK, ANSWER], "message 3.* its text "),
+        ([ASK, {**ANSWER, "reasoning_content": "hm"}], "message 2.* its reasoning "),
+    ],
+)
+@pytest.mark.parametrize("turns", [0, 12])
+def test_what_a_template_leaves_out_is_told(chat: list[Message], said: str, turns: int) -> None:
+    made = encoder(NARROW)
+    said = said if not turns else said.partition(".*")[2]  # the number is another one
+    for _ in range(2):  # what is known of a template is kept
+        with pytest.raises(BadRow, match=said + r".*data\.on_error=skip") as error:
+            made.rows([ASK, ANSWER] * turns + chat)
+        assert error.value.reason == "not written by the chat template"
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        [{"role": "system", "content": "s"}, ASK, ANSWER],
+        [ASK, calls("f"), ASK, ANSWER],
+        [ASK, {**ANSWER, "content": " "}, ASK, ANSWER],  # nothing is left out of nothing
+        [ASK, ANSWER, {"role": "tool", "content": "behind all that is trained on"}],
+    ],
+)
+def test_what_is_written_is_no_error(chat: list[Message]) -> None:
+    assert len(encoder(NARROW).rows(chat)) == 1
+
+
+def test_thoughts_that_later_turns_drop_are_written() -> None:
+    """Each answer is looked at where it ends the conversation."""
+    drops = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    )
+    chat = [ASK, {**ANSWER, "content": "hm</think>a"}]
+    assert len(encoder(drops + OPENS).rows(chat * 2)) == 2
