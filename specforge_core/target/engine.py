@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from .generate import answer_batch
 from .head import Head
 from .info import load_pretrained, load_target_info
 from .proof import prove
-from .quantised import as_plain, check_method, loading, quant_method
+from .quantised import PLAIN, as_plain, check_method, loading, quant_method, widen_weights
 from .skeleton import auto_class, find_parts, text_model
 from .taps import Taps, tap_states
 from .weights import NoSafetensors, tensor_dtypes
@@ -70,6 +71,8 @@ class TransformersEngine:
         model = text_model(model)
         with loading(method, target.path):
             model.eval().requires_grad_(False)
+            if method in PLAIN and dtype != "auto":
+                widen_weights(model, getattr(torch, dtype))
             model.to(device)
             head = prove(model, info)
         return cls(model, info, head, target.batch_tokens)
@@ -191,6 +194,7 @@ def _check_loaded(
             markup=False,
         )
     own = model.state_dict()
+    _check_layers(path, own.keys(), report["unexpected_keys"], len(find_parts(model).layers))
     if method is None:
         for name, code in stored.items():
             if (
@@ -219,6 +223,25 @@ def _check_loaded(
             f"use beside others that it does, such as {beside[0]}: its states would be wrong. "
             f"{why}. Try: target.path= its unquantised checkpoint"
         )
+
+
+def _check_layers(path: str, own: Collection[str], unused: Iterable[str], used: int) -> None:
+    """Raise ConfigError for layers in the files, like those that run, that the config leaves out.
+
+    Layers that predict further tokens stand behind the others, too, and have parts of their own.
+    """
+    behind: dict[str, set[str]] = {}  # of each layer beyond the last
+    for name in unused:
+        if (found := re.match(r"(.*?\.)(\d+)\.(.+)", name)) and int(found[2]) >= used:
+            behind.setdefault(f"{found[1]}{found[2]}.", set()).add(found[3])
+    for prefix, names in behind.items():
+        last = re.sub(r"\d+\.$", f"{used - 1}.", prefix)
+        if names == {name.removeprefix(last) for name in own if name.startswith(last)}:
+            raise ConfigError(
+                f"target.path {path!r} has weights of more layers ({prefix[:-1]}) than the {used} "
+                "that num_hidden_layers in its config.json says, and like them: its states would "
+                "be wrong. Correct it, or choose another target.path"
+            )
 
 
 def _inside(name: str, used: Collection[str]) -> bool:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..config import TargetConfig
 from ..documents import read_document
@@ -109,7 +113,8 @@ def _size(config: Any, name: str, most: int, path: str) -> int:
 
 def load_pretrained(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:
     """Call `from_pretrained`, turning what users get wrong into a ConfigError."""
-    if said := misread(target.path):  # transformers takes a config.json itself for a target
+    # transformers takes a config.json itself for a target, and may add an adapter beside it
+    if said := misread(target.path):
         raise ConfigError(said)
     try:
         return auto.from_pretrained(
@@ -123,11 +128,39 @@ def load_pretrained(auto: Any, target: TargetConfig, **kwargs: Any) -> Any:
     except Exception as exc:  # whatever a damaged file or a wrong option makes its libraries raise
         if said := wrong_with(target.path) or runs_code(target, exc):
             raise ConfigError(said) from exc
+        if auto is not AutoConfig and (said := _unknown_rope(target)):
+            raise ConfigError(said) from exc
         lines = str(exc).strip().splitlines()
         known = isinstance(exc, OSError | ValueError | ImportError)
         reason = cut(" ".join(lines[:1] if known else [f"{type(exc).__name__}:", *lines[:2]]), 300)
         revision = f" at revision {target.revision!r}" if target.revision else ""
-        raise ConfigError(
-            f"target.path {target.path!r}{revision} cannot be loaded: {reason}. "
+        advice = (
             "Try: target.path=DIRECTORY or a Hugging Face id, and `hf auth login` if it is gated"
+        )
+        if Path(target.path).is_dir():
+            advice = "Correct its config.json, download it again, or choose another target.path"
+        raise ConfigError(
+            f"target.path {target.path!r}{revision} cannot be loaded: {reason.rstrip('.')}. "
+            f"{advice}"
         ) from exc
+
+
+def _unknown_rope(target: TargetConfig) -> str | None:
+    """Return what to say of a kind of rotary embedding that transformers does not have."""
+    with suppress(Exception):  # the config may be what could not be loaded
+        text = load_pretrained(AutoConfig, target).get_text_config(decoder=True)
+        given = text.rope_parameters
+        layered = [value for value in given.values() if isinstance(value, Mapping)]
+        kinds = [
+            value.get("rope_type", value.get("type", "default")) for value in (given, *layered)
+        ]
+        known = {"default", *ROPE_INIT_FUNCTIONS}
+        unknown = [kind for kind in kinds if kind not in known]
+        if unknown:
+            return (
+                f"target.path {target.path!r} has rope_type {unknown[0]!r:.40} in its config.json, "
+                f"which transformers {transformers.__version__} does not have (it has "
+                f"{', '.join(sorted(known))}). Try: pip install -U transformers, or "
+                "target.engine=sglang"
+            )
+    return None

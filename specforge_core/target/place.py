@@ -23,27 +23,30 @@ def wrong_with(path: str) -> str | None:
 
 
 def misread(path: str) -> str | None:
-    """Return what to say of a `target.path` that the libraries would take for another, or wait for.
+    """Return what to say of a `target.path` that libraries take for another, or would wait for.
 
-    One file, or a folder with a pipe or a device in it; None for any other.
+    One file, two models, or a folder with a pipe or a device in it; None for any other.
     """
     with suppress(OSError):
-        if (place := Path(path)).is_dir():
-            odd = [file for file in place.iterdir() if file.is_fifo() or file.is_char_device()]
-            return f"{odd[0]} is no file, and would be waited for. Move it away" if odd else None
-    return is_file(path)
-
-
-def is_file(path: str) -> str | None:
-    """Return what to say of a `target.path` that is one file; None where it is none."""
-    with suppress(OSError):
-        if Path(path).is_file():
+        place = Path(path)
+        if (place / "config.json").is_file() and (place / "adapter_config.json").is_file():
+            return (
+                f"target.path {path!r} has an adapter beside its weights, which one library adds "
+                "and another does not. Merge them (peft: merge_and_unload, save_pretrained), or "
+                f"take {place / 'adapter_config.json'} away"
+            )
+        for file in place.iterdir() if place.is_dir() else ():
+            if file.is_fifo() or file.is_char_device():
+                return f"{file} is no file, and would be waited for. Move it away"
+        if place.is_file() and place.suffix == ".gguf":
+            return _gguf(path)
+        if place.is_file():
             return f"target.path {path!r} is a file. Try: target.path=DIRECTORY_OF_A_MODEL"
     return None
 
 
 def _wrong_with(path: str, place: Path) -> str | None:
-    if said := is_file(path):
+    if said := misread(path):
         return said
     if not place.is_dir():
         # a name of Hugging Face is NAME or OWNER/NAME
@@ -60,12 +63,23 @@ def _wrong_with(path: str, place: Path) -> str | None:
                 f"target.path {path!r} is an adapter without its model. Merge them and save the "
                 "result (peft: merge_and_unload, save_pretrained), then target.path=DIRECTORY"
             )
+        if any(place.glob("*.gguf")):
+            return _gguf(path)
         return (
             f"target.path {path!r} has no config.json: it is not a saved model. "
             "Try: target.path=DIRECTORY_OF_A_MODEL"
         )
+    if any(place.glob("*.gguf")) and not any(place.glob("*.safetensors")):
+        return _gguf(path)
     files = sorted(file for file in place.iterdir() if file.suffix in READ)
     return next((said for file in files if (said := pointer(file))), None)
+
+
+def _gguf(path: str) -> str:
+    return (
+        f"target.path {path!r} holds weights in GGUF, which are not read. "
+        "Try: target.path= the checkpoint in safetensors that they were made of"
+    )
 
 
 def runs_code(target: TargetConfig, exc: Exception) -> str | None:

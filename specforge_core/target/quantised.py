@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
+from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ..errors import ConfigError
@@ -75,6 +77,16 @@ def as_plain(method: str | None) -> dict[str, Any]:
     known = inspect.signature(make).parameters
     way = {"dequantize": True} if "dequantize" in known else {"run_compressed": False}
     return {"quantization_config": make(**way)}
+
+
+def widen_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring weights that were read back to a narrower dtype than the run's into it.
+
+    transformers 5.17 reads MXFP4 back to bfloat16, whatever is asked for.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager
