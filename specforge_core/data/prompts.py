@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -57,6 +58,7 @@ def run_prompts(
         data, side = validation_side(data)
     else:
         side = training_side(data, rows)
+        _tell_unread(data, tokenizer)
     return open_prompts(
         data,
         tokenizer,
@@ -67,6 +69,19 @@ def run_prompts(
         ends=end_tokens(target, tokenizer, template_options(run.data)),
         target=fingerprint,
     )
+
+
+def _tell_unread(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell of arguments that the chat template has no word of: misspelled, or of another target."""
+    template = str(tokenizer.chat_template)
+    given = data.chat_template_kwargs
+    unread = [name for name in given if not re.search(rf"\b{re.escape(name)}\b", template)]
+    if unread:
+        console.print(
+            f"note: the target's chat template does not read {', '.join(map(repr, unread))} of "
+            "data.chat_template_kwargs: rows are the same without",
+            markup=False,
+        )
 
 
 def open_prompts(

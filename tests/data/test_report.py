@@ -97,3 +97,14 @@ def test_the_command(config: Path) -> None:
     bad = cli("data", "-c", str(config))
     assert "train.jsonl:9 is not a line of JSON" in bad.communicate()[1]
     assert bad.returncode == 2
+
+
+def test_arguments_that_the_template_does_not_read_are_told(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = "data.chat_template_kwargs={enable_thinkin: false, add_generation_prompt2: 1}"
+    report_data(*load_config(config, ("data.on_error=skip", given)))
+    told = " ".join(capsys.readouterr().err.split())
+    assert "does not read 'enable_thinkin', 'add_generation_prompt2' of" in told
+    report_data(*load_config(config, ("data.on_error=skip",)))
+    assert "does not read" not in capsys.readouterr().err
