@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CaptureError
+from ..errors import CaptureError, ConfigError, SpecForgeError
+from ..text import cut
 from ..types import CaptureSpec, TargetInfo
 from .asked import finite_advice
 from .head import Head
@@ -20,12 +21,26 @@ TOKENS = 12
 ROUNDING = 8  # steps of the weights' dtype: the same pass through the same layers
 
 
-@torch.no_grad()
 def prove(model: Any, info: TargetInfo) -> Head:
     """Run a few tokens; compare captured layers with the model's own, and head(final) with logits.
 
-    Returns the head that was proved.  Raises CaptureError that says what differs, and by how much.
+    Returns the head that was proved.  Raises CaptureError that says what differs, and by how much,
+    and ConfigError where the model cannot be run.
     """
+    try:
+        return _prove(model, info)
+    except (SpecForgeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as exc:  # the code of any model, with a config that may not fit it
+        reason = cut(" ".join(f"{type(exc).__name__}: {exc}".split()), 300).rstrip(".")
+        raise ConfigError(
+            f"target.path {info.name_or_path!r} ({type(model).__name__}) cannot be run: {reason}. "
+            "Correct its config.json, download it again, or choose another target.path"
+        ) from exc
+
+
+@torch.no_grad()
+def _prove(model: Any, info: TargetInfo) -> Head:
     parts, name = find_parts(model), type(model).__name__
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(info.vocab_size, (1, TOKENS), generator=draw).to(model.device)

@@ -16,6 +16,8 @@ from specforge_core.errors import ConfigError
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.info import load_target_info
 
+from .. import families
+
 CPU = torch.device("cpu")
 
 
@@ -70,3 +72,14 @@ def test_an_adapter_beside_a_model(target: Path) -> None:
     (target / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"an adapter beside its weights.*merge_and_unload"):
         load_target_info(TargetConfig(path=str(target)))
+
+
+def test_a_config_with_which_the_model_cannot_be_run(tmp_path: Path) -> None:
+    families.save("qwen2_5_vl", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["rope_parameters"]["mrope_section"] = [1, 1, 9]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ConfigError, match=r"cannot be run: RuntimeError: .*Correct its config\.json"
+    ):
+        TransformersEngine.load(TargetConfig(path=str(tmp_path)), CPU)
