@@ -18,6 +18,7 @@ from .taps import tap_states
 from .weights import embedding_scale
 
 TOKENS = 12
+LEAK = 0.02  # of a state: experts may be summed in another order where one more token goes to one
 ROUNDING = 8  # steps of the weights' dtype: the same pass through the same layers
 
 
@@ -50,6 +51,12 @@ def _prove(model: Any, info: TargetInfo) -> Head:
         parts.decoder(input_ids=ids, use_cache=False)
     assert taps.normed is not None
     _check_finite([taps.hidden_states[layer] for layer in layers], taps.normed, name)
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % info.vocab_size
+    with tap_states(model, spec, stop=False) as again:
+        parts.decoder(input_ids=other, use_cache=False)
+    assert again.normed is not None
+    _check_causal(again.normed[:, :-1], taps.normed[:, :-1], name)
     _check_embeddings(taps.hidden_states[-1], parts.embedding, ids, info, name)
     own = parts.decoder(input_ids=ids, use_cache=False, output_hidden_states=True)
     listed = getattr(own, "hidden_states", None) or ()
@@ -76,6 +83,16 @@ def _check_finite(states: Sequence[Tensor], final: Tensor, name: str) -> None:
                 f"{where} of {name} puts out values that are not finite in {found.dtype}. "
                 f"{finite_advice(found.dtype)}"
             )
+
+
+def _check_causal(found: Tensor, given: Tensor, name: str) -> None:
+    """Raise CaptureError where states of tokens change with a later token: padding is one, too."""
+    error = relative_error(found, given)
+    if not error <= max(_limit(given), LEAK):
+        raise CaptureError(
+            f"the states of {name} change by {error:.2%} with a token that stands behind them: it "
+            "does not write from left to right. Choose another target.path"
+        )
 
 
 def _check_embeddings(

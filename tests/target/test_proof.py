@@ -67,6 +67,18 @@ def test_a_layer_that_is_not_what_the_model_lists_is_named(tmp_path: Path) -> No
         prove(model, info)
 
 
+def test_states_that_a_later_token_changes_are_refused(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    model = build("llama")
+
+    def mix(_: Any, __: Any, states: torch.Tensor) -> torch.Tensor:
+        return states + states.mean(dim=1, keepdim=True)
+
+    model.model.layers[2].register_forward_hook(mix)
+    with pytest.raises(CaptureError, match=r"change by .*% with a token that stands behind them"):
+        prove(model, info_of(tmp_path))
+
+
 def test_embeddings_scaled_by_what_no_config_says_are_refused(tmp_path: Path) -> None:
     for family in ("llama", "gemma2", "granite"):
         save(family, tmp_path / family)
