@@ -15,8 +15,13 @@ test test-fast: export OMP_NUM_THREADS ?= 1
 workers = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 pytest = .venv/bin/python -m pytest -n $(workers) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: setup
+test: setup .venv/.trackers
 	$(pytest)
+
+# only the tests, which read back what these wrote, need them
+.venv/.trackers: | setup
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt wandb trackio
+	@touch $@
 
 test-fast: setup
 	$(pytest) -m "not slow"

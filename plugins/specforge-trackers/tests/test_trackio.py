@@ -56,6 +56,7 @@ def ask(database: Path, query: str) -> list[Any]:
     return rows
 
 
+@pytest.mark.slow
 def test_every_number_the_config_and_the_checkpoints_are_read_back(
     run: Path, database: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_every_number_the_config_and_the_checkpoints_are_read_back(
     assert json.loads(text)["strategy"] == "linear"
 
 
+@pytest.mark.slow
 def test_a_run_from_the_start_is_another_one(run: Path, database: Path, tmp_path: Path) -> None:
     config = run.parent / "run.yaml"
     on = ("plugins.trackio.project=mine", "plugins.trackio.name=one", "train.max_steps=1")

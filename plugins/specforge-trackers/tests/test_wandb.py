@@ -15,6 +15,7 @@ from specforge_core.testing.runs import lines, load, write_run
 from specforge_core.train.run import train
 
 pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
+pytestmark = pytest.mark.slow  # each start of a run starts wandb's own process
 BLOCK, HEAD, FIRST = 32768, 7, 7  # bytes of the log's blocks, of a record's header, of the file's
 
 
