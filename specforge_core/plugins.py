@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -260,6 +261,10 @@ def implements(pm: pluggy.PluginManager, name: str, hook: str) -> bool:
     return any(impl.plugin_name == name for impl in getattr(pm.hook, hook).get_hookimpls())
 
 
+def _unmarked(function: object) -> bool:
+    return not hasattr(function, f"{hookspecs.PROJECT}_impl")  # pluggy's marker sets it
+
+
 def _register(pm: pluggy.PluginManager, installed: Installed) -> None:
     module = load(installed)
     try:
@@ -267,6 +272,12 @@ def _register(pm: pluggy.PluginManager, installed: Installed) -> None:
     except (pluggy.PluginValidationError, ValueError) as exc:
         raise PluginError(f"{installed} does not fit the hook specs: {exc}") from exc
     known = [hook for hook in vars(hookspecs) if hook.startswith(f"{hookspecs.PROJECT}_")]
+    bare = [h for h in known if inspect.isroutine(f := getattr(module, h, None)) and _unmarked(f)]
+    if bare:
+        raise PluginError(
+            f"{installed}: {', '.join(bare)} has the name of a hook and would never be called. "
+            "Put @hookimpl above it (from specforge_core import hookimpl), or rename it"
+        )
     for caller in pm.get_hookcallers(module) or ():
         if caller.name not in known:
             close = difflib.get_close_matches(caller.name, known, n=1)

@@ -125,6 +125,15 @@ def test_a_missing_required_hook_is_named(env: FakeSite) -> None:
         Strategy.load("partly")
 
 
+@pytest.mark.parametrize("hook", ["draft(config)", "proposer(config)"])  # one that is required
+def test_a_hook_without_its_marker_is_named(env: FakeSite, hook: str) -> None:
+    source = GOOD.replace('@hookimpl\ndef specforge_draft(config): return "draft"', "")
+    env.strategy("bare", (source if "draft" in hook else GOOD) + f"\ndef specforge_{hook}: ...\n")
+    name = hook.partition("(")[0]
+    with pytest.raises(PluginError, match=rf"specforge_{name} has the name .* Put @hookimpl above"):
+        Strategy.load("bare")
+
+
 def test_a_plugin_that_pins_another_core_is_incompatible(env: FakeSite) -> None:
     env.strategy("old", GOOD, requires=["specforge-core>=7,<8"])
     assert states()["old"].startswith("incompatible: old (specforge-old 0.1.0) needs")

@@ -54,7 +54,19 @@ CALLABLES = {
     ),
     "a metric that is no ratio": (
         ("train_step", "", "return out_of(lambda o: replace(o, metrics={'mine': 3}))"),
-        "specforge_train_step: returned a mine.num 3, expected a tensor without axes",
+        "specforge_train_step: returned the metric 'mine' as int, expected a Ratio, whose num",
+    ),
+    "a metric that is a tensor": (
+        ("train_step", "", "return out_of(lambda o: replace(o, metrics={'mine': o.weight}))"),
+        "specforge_train_step: returned the metric 'mine' as Tensor, expected a Ratio, whose num",
+    ),
+    "a ratio of numbers": (
+        (
+            "train_step",
+            "",
+            "return out_of(lambda o: replace(o, metrics=dict(m=Ratio(num=3, den=1))))",
+        ),
+        "specforge_train_step: returned a m.num 3, expected a tensor without axes",
     ),
     "no metrics at all": (
         ("train_step", "", "return out_of(lambda o: replace(o, metrics=None))"),

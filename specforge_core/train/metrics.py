@@ -22,7 +22,7 @@ from ..progress import console
 from ..records import in_message
 from ..stop import Interrupted
 from ..text import cut, said
-from ..types import RESERVED_METRICS, StepOutput, Tracker
+from ..types import RESERVED_METRICS, Ratio, StepOutput, Tracker
 
 RESTART = "The checkpoints before it are whole. Make room there, then start the same command again"
 MEASURED = ("validation/", "acceptance/", "eval/")  # lines of measurements hold these and the step
@@ -106,8 +106,12 @@ def check_scalars(who: str, output: StepOutput, *, training: bool = True) -> Non
         )
     parts: dict[str, object] = {"loss_sum": output.loss_sum, "weight": output.weight}
     for name, ratio in output.metrics.items():
-        parts[f"{name}.num"] = getattr(ratio, "num", ratio)
-        parts[f"{name}.den"] = getattr(ratio, "den", ratio)
+        if not isinstance(ratio, Ratio):
+            raise PluginError(
+                f"{who}: returned the metric {name!r} as {type(ratio).__name__}, expected a Ratio, "
+                "whose num and den are summed over the ranks"
+            )
+        parts[f"{name}.num"], parts[f"{name}.den"] = ratio.num, ratio.den
     for name, value in parts.items():
         if not isinstance(value, Tensor) or value.ndim:
             is_ = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
