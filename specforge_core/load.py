@@ -127,6 +127,8 @@ def _explain(
             lines.append(f"{where}: required, and missing")
         else:
             message = cut(error["msg"].removeprefix("Value error, "), MESSAGE)
+            if error["type"] == "tuple_type":  # what a file of YAML calls a list
+                message = "Input should be a list, as [A, B]"
             quote = error["type"] == "string_type" and not isinstance(error["input"], dict | list)
             hint = ": text that looks like something else stands in quotes" if quote else ""
             got = f"{message}, got {shorten(in_error(error['input'], where))}{hint}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .section import SEEDS, Section, Temperature
 
@@ -20,6 +20,11 @@ class RegenerateConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     keep_unfinished: bool = Field(False, description="Keep answers cut off by max_new_tokens.")
     seed: int = Field(0, ge=0, le=SEEDS)
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _one_is_enough(cls, prompts: object) -> object:
+        return (prompts,) if isinstance(prompts, str) else prompts
 
     @model_validator(mode="before")
     @classmethod

@@ -44,6 +44,10 @@ def test_overrides_read_numbers_as_a_person_writes_them(
     assert load(config, f"train.learning_rate={text}").train.learning_rate == value
 
 
+def test_one_file_of_prompts_needs_no_list(config: Path) -> None:
+    assert load(config, "regenerate.prompts=a.jsonl").regenerate.prompts == (Path("a.jsonl"),)
+
+
 def test_overrides_make_sections_lists_and_nulls(config: Path) -> None:
     run = load(config, "data.train=[a.jsonl, b.jsonl]", "train.max_steps=null")
     assert run.data.train == ("a.jsonl", "b.jsonl")
@@ -90,6 +94,8 @@ def test_overrides_make_sections_lists_and_nulls(config: Path) -> None:
         ("target.path=" + "x/" * 3000, "target.path: this path is too long"),
         (f"data.train=[{'x' * 300}]", "data.train: this path is too long"),
         (f"eval.prompts={{a: {'x' * 300}}}", "eval.prompts: this path is too long"),
+        ("train.betas=0.9", "train.betas: Input should be a list, as [A, B], got 0.9"),
+        ("regenerate.prompts=3", "regenerate.prompts: Input should be a list, as [A, B], got 3"),
         ("plugins=false", "plugins must hold a section by plugin, got False"),
     ],
 )
