@@ -135,13 +135,9 @@ def make(tmp_path: Path) -> None:
         "data": {"train": [str(data)], "validation": 0.1},
         "output_dir": str(tmp_path / "run"),
         "train": {
-            "max_steps": 80,
-            "batch_size": 8,
-            "learning_rate": 0.03,
-            "device": "cpu",
-            "compute_dtype": "float32",
-            "validate_every": 40,
-            "keep_best": "validation_loss",
+            **{"max_steps": 80, "batch_size": 8, "learning_rate": 0.03},
+            **{"device": "cpu", "compute_dtype": "float32"},
+            **{"validate_every": 40, "keep_best": "validation_loss"},
         },
         "eval": {"prompts": {"held": str(held)}, "max_new_tokens": 16},
     }
@@ -168,7 +164,6 @@ def test_trainer_reference_and_engine_agree(trained: Path) -> None:
     found = {m.name: m.value for m in report.measurements}
     assert len(found) == 5
     assert found["engine"] == found["reference loop"] == found["reference loop, export"]
-    # counts of tokens: rounding decides near ties
     assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=NEAR)
     assert found["engine"] is not None
     assert found["engine"] > 1.3
@@ -236,10 +231,8 @@ def test_a_step_that_simulates_too_much_is_told_from_a_bad_export(
     report = examine(trained)
     assert (report.verdict.healthy, report.verdict.cause) == (False, None)
     assert "the trainer simulates 1." in report.verdict.message
-    found = re.search(r"\(\+(.*)%; chance explains (.*)%\): no export is", report.verdict.message)
-    assert found is not None
-    assert float(found[1]) == pytest.approx(10, abs=1.1 * 100 * NEAR)
-    assert float(found[2]) < 100 * 2 * NEAR
+    found = re.findall(r"\(\+(.*)%; chance explains [01]\..%\): no export", report.verdict.message)
+    assert [float(more) for more in found] == [pytest.approx(10, abs=1.1 * 100 * NEAR)]
 
 
 def test_answers_of_one_token_measure_nothing(trained: Path) -> None:
