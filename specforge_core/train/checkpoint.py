@@ -98,6 +98,8 @@ def tidy(output_dir: Path, kept: Kept) -> None:
         if path in found:
             _link(output_dir, name, path)
     stay = {place_of(output_dir, step) for step in (kept.best, *kept.others)}
+    if (best := output_dir / BEST).is_symlink():  # also without train.keep_best
+        stay.add(output_dir / "checkpoints" / best.readlink().name)
     for old in found[: -kept.newest]:
         if old not in stay:
             remove_folder(old)

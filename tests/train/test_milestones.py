@@ -120,8 +120,10 @@ def test_patience_ends_a_run_that_gets_no_better(config: Path, tmp_path: Path) -
     # started again it stays as it is; with more patience it goes on, and the best one stays
     assert train(*load(config, *BY_LOSS, "train.patience=1")).step == report.step
     assert train(*load(config, *BY_LOSS, "train.patience=9")).step == 8
-    assert steps(tmp_path / "run") == [best, 8]
-    assert find(Path(f"{tmp_path / 'run'}@best")).name == f"step-{best:08d}"
+    for goes_on in ((), ("train.keep=1",)):  # without keep_best, too
+        train(*load(config, *BY_LOSS[:2], *goes_on))
+        assert steps(tmp_path / "run") == [best, 8]
+        assert find(Path(f"{tmp_path / 'run'}@best")).name == f"step-{best:08d}"
 
 
 @pytest.mark.slow
