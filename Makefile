@@ -13,7 +13,7 @@ test test-fast: export OMP_NUM_THREADS ?= 1
 # one more than there are cores, since many tests wait for processes that they started; a file's
 # tests stay together, since they share what they have made; tests/conftest.py says which come first
 workers = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-pytest = .venv/bin/python -m pytest -n $(workers) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+pytest = .venv/bin/python -m pytest -n $(workers) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=20
 
 test: setup .venv/.trackers
 	$(pytest)
