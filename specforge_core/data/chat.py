@@ -32,8 +32,8 @@ class Encoder:
     template_kwargs: Mapping[str, Any]
     limit: int | None = None
     ends: frozenset[int] = frozenset()
-    # what the template was seen to write, or not; shared with encoders of other tools
-    written: dict[Shape, bool] = field(default_factory=dict, repr=False, compare=False)
+    # what the template was seen to write; shared with encoders of other tools
+    written: set[Shape] = field(default_factory=set, repr=False, compare=False)
     special: frozenset[int] = field(init=False)  # tokens that are no text
     _options: dict[str, Any] | None = field(init=False, default=None)
     _parts: bool | None = field(init=False, default=None)  # texts are given as lists of parts
@@ -89,10 +89,24 @@ class Encoder:
         except Exception as exc:  # it is a program: it may divide by zero, or fill the memory
             raise BadRow(
                 f"the chat template refuses the conversation: {_told(exc)}. "
-                "Correct it, or set data.on_error=skip",
+                f"{self._raw(messages)}Correct it, or set data.on_error=skip",
                 REFUSED,
             ) from exc
         return str(text)
+
+    def _raw(self, messages: Sequence[Message]) -> str:
+        """Say which answer was copied from a target with its special tokens, if one was."""
+        decoder = self.tokenizer.added_tokens_decoder
+        special = sorted(decoder[token].content for token in self.special)
+        for number, message in enumerate(messages, 1):
+            found = [token for token in special if token in message["content"]]
+            if found and message["role"] == "assistant":
+                return (
+                    f"Message {number} has {found[0]!r} in its text, which is a token of the "
+                    "target. Try: specforge regenerate, which keeps the tokens that the target "
+                    "wrote, and trains on these. Or: "
+                )
+        return ""
 
     def _source(self) -> str:
         tools = self.template_kwargs.get("tools")
@@ -113,8 +127,9 @@ class Encoder:
             number, part = found
             raise BadRow(
                 f"message {number + 1}: the target's chat template does not write its {part} "
-                f"({messages[number]['role']}). Take that out of the row, or set "
-                "data.on_error=skip",
+                f"({messages[number]['role']}). Let the target answer itself: specforge "
+                "regenerate, which keeps the tokens that it wrote; take that out of the row; or "
+                "set data.on_error=skip",
                 "not written by the chat template",
             )
 

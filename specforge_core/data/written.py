@@ -12,6 +12,9 @@ from .tools import Tool
 
 Render: TypeAlias = Callable[[Sequence[Message]], str]  # without a generation prompt
 Shape: TypeAlias = tuple[object, ...]  # of a part of a message: what templates go by
+REASONING_TEXT = "reasoning"
+THOUGHTS = "thoughts"  # reasoning in the text itself, between these marks
+OPENED, CLOSED = "<think>", "</think>"
 
 ALIASES = {
     "tools": ("tools", "functions"),
@@ -52,55 +55,74 @@ def left_out(
     render: Render,
     messages: Sequence[Message],
     answers: Iterable[int],
-    written: dict[Shape, bool],
+    written: set[Shape],
     options: Mapping[str, Any],
 ) -> tuple[int, str] | None:
     """Return the first message that a template does not write whole, and what is left out.
 
     The message is counted from 0.  A part that is written changes the text when it is another;
     each answer is looked at where it ends the conversation, before later turns may change it.
-    `answers` are the messages that are trained on; `written` keeps what was found out.
+    `answers` are the messages that are trained on; `written` keeps what was found to be written.
     """
+    tools = bool(options.get("tools"))
     begin = 0
     for end in answers:
         for number in range(begin, end + 1):
-            for shape, name, other in _parts(messages, number, trained=number == end):
-                key = (*shape, bool(options.get("tools")))
-                if key not in written:
-                    rest = messages[number + 1 : end + 1]
-                    changed = [*messages[:number], other, *rest]
-                    written[key] = _written(render, messages[: end + 1], changed)
-                if not written[key]:
-                    return number, name
+            message = messages[number]
+            parts = _parts(message, trained=number == end)
+            shape = (message["role"], messages[number - 1]["role"] if number else None, tools)
+            for part in parts:
+                key = (*shape, number == end, *parts, part)  # parts stand in for one another
+                if key in written:
+                    continue
+                others = (
+                    [*messages[:number], other, *messages[number + 1 : end + 1]]
+                    for other in _others(message, part)
+                )
+                if not _written(render, messages[: end + 1], others):
+                    return number, REASONING_TEXT if part == THOUGHTS else part
+                written.add(key)
         begin = end + 1
     return None
 
 
-def _written(render: Render, messages: Sequence[Message], changed: Sequence[Message]) -> bool:
+def _written(
+    render: Render, messages: Sequence[Message], others: Iterable[Sequence[Message]]
+) -> bool:
     text = render(messages)
     try:
-        return render(changed) != text
+        return any(render(changed) != text for changed in others)
     except DataError:  # it was read
         return True
 
 
-def _parts(
-    messages: Sequence[Message], number: int, *, trained: bool
-) -> Iterator[tuple[Shape, str, Message]]:
-    """Yield the shape and name of each part of a message, and the message with another part."""
-    message = messages[number]
-    before = messages[number - 1]["role"] if number else None
-    calls = message.get("tool_calls", [])
-    shape = (message["role"], before, len(calls) > 0, trained)
-    if message["content"].strip():
-        yield (*shape, "text"), "text", {**message, "content": message["content"] + "x"}
-    for place, call in enumerate(calls):
-        function = {**call["function"], "name": call["function"]["name"] + "x"}
-        other = [*calls[:place], {**call, "function": function}, *calls[place + 1 :]]
-        yield (*shape, place), f"call {place + 1}", {**message, "tool_calls": other}
+def _parts(message: Message, *, trained: bool) -> list[str]:
+    """Return the names of what a message is made of; of what is trained on, also its thoughts."""
+    parts = ["text"] if message["content"].strip() else []
+    parts += [f"call {place + 1}" for place in range(len(message.get("tool_calls", ())))]
     if trained and REASONING[0] in message:
-        thought = message[REASONING[0]] + "x"
-        yield (*shape, "reasoning"), "reasoning", message | dict.fromkeys(REASONING, thought)
+        parts.append(REASONING_TEXT)
+    if trained and CLOSED in message["content"]:
+        thoughts = message["content"].partition(CLOSED)[0].rpartition(OPENED)[2]
+        parts += [THOUGHTS] if thoughts.strip() else []
+    return parts
+
+
+def _others(message: Message, part: str) -> Iterator[Message]:
+    """Yield a message with another part: longer at its end, or where that may be cut, its start."""
+    text = message["content"]
+    if part == "text":
+        yield {**message, "content": text + "x"}
+        yield {**message, "content": "x" + text}
+    elif part == THOUGHTS:
+        yield {**message, "content": text.replace(CLOSED, "x" + CLOSED, 1)}
+    elif part == REASONING_TEXT:
+        yield message | dict.fromkeys(REASONING, message[REASONING[0]] + "x")
+    else:
+        calls, place = message["tool_calls"], int(part.removeprefix("call ")) - 1
+        called = calls[place]["function"]
+        other = {**calls[place], "function": {**called, "name": called["name"] + "x"}}
+        yield {**message, "tool_calls": [*calls[:place], other, *calls[place + 1 :]]}
 
 
 def unread(template: str, messages: Sequence[Message], tools: Sequence[Tool]) -> str | None:

@@ -33,6 +33,12 @@ NARROW = (
     + "{% endif %}{% endfor %}"
     + OPENS
 )
+# a text or a call, thoughts are not written, and of a tool's result or a system prompt a beginning
+SHORT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] or m.tool_calls|tojson }}"
+    "{% else %}{{ m.content[:9] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" + OPENS
+)
 
 
 def encoder(template: str, **options: Any) -> Encoder:
@@ -76,6 +82,35 @@ def test_what_a_template_leaves_out_is_told(chat: list[Message], said: str, turn
         with pytest.raises(BadRow, match=said + r".*data\.on_error=skip") as error:
             made.rows([ASK, ANSWER] * turns + chat)
         assert error.value.reason == "not written by the chat template"
+
+
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [
+        ([ASK, calls("f", text="let me see")], "message 2.* its call 1 "),
+        ([ASK, {**ANSWER, "content": "<think>\nhm\n</think>\n\na"}], "message 2.* its reasoning "),
+    ],
+)
+def test_what_was_written_of_another_message_says_nothing_of_this_one(
+    chat: list[Message], said: str
+) -> None:
+    """A template may write either of two parts; what was refused once is not refused for all."""
+    made = encoder(SHORT)
+    result = {"role": "tool", "content": "a result that is cut off"}
+    fine = [ASK, calls("f"), result, {**ANSWER, "content": "<think>\n\n</think>\n\na"}]
+    for _ in range(2):
+        assert len(made.rows(fine)) == 1
+        with pytest.raises(BadRow, match=said + ".*specforge regenerate"):
+            made.rows(chat)
+
+
+def test_an_answer_with_special_tokens_in_its_text_is_regenerated() -> None:
+    template = "{% if '<|im_end|>' in messages[-1].content %}{{ raise_exception('no tags!') }}"
+    made = encoder(template + "{% endif %}{% for m in messages %}" + WRITES + "{% endfor %}")
+    with pytest.raises(BadRow, match=r"no tags!\. Message 2 has '<\|im_end\|>' .*specforge regen"):
+        made.rows([ASK, {**ANSWER, "content": "hm<|im_end|>a"}])
+    with pytest.raises(BadRow, match=r"no tags!\. Correct it"):
+        made.rows([{**ASK, "content": "<|im_end|>"}, ANSWER])
 
 
 @pytest.mark.parametrize(
