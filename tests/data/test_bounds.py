@@ -14,6 +14,7 @@ import pytest
 from specforge_core.config import DataConfig
 from specforge_core.data import chat
 from specforge_core.data.bounds import bounded_memory, bounded_time
+from specforge_core.data.chat import Encoder
 from specforge_core.data.files import open_source
 from specforge_core.data.prompts import load_prompts
 from specforge_core.data.sources import BadRow
@@ -42,17 +43,15 @@ WRONG = {
 }
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "SECONDS", 0.5)
-    monkeypatch.setattr(chat, "MEMORY", 1 << 28)
-
-
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("on_error", ["skip", "raise"])
 def test_a_row_whose_template_goes_wrong_is_no_more_than_a_bad_row(
-    tmp_path: Path, wrong: str, on_error: str
+    tmp_path: Path, wrong: str, on_error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # short for what does not end alone: filling the memory takes about half a second, too
+    if "does not come to an end" in WRONG[wrong]:
+        monkeypatch.setattr(chat, "SECONDS", 0.5)
+    monkeypatch.setattr(chat, "MEMORY", 1 << 28)
     tokenizer = toy_tokenizer()
     tokenizer.chat_template = "{% if 'bad' in messages[0].content %}" + wrong + "{% endif %}"
     tokenizer.chat_template += TEMPLATE
@@ -60,6 +59,7 @@ def test_a_row_whose_template_goes_wrong_is_no_more_than_a_bad_row(
         [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
         for text in ("good", "bad", "good again")
     ]
+    Encoder(tokenizer, {}).rows(rows[0])  # what the first row of a process costs
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     data = DataConfig.model_validate({"train": (str(path),), "on_error": on_error})
