@@ -26,7 +26,9 @@ from specforge_core.types import Batch, CaptureSpec, Collate, Draft, Sample
 class ShortConfig(DFlashConfig):
     """DFlash's options, and one more."""
 
-    trained_slots: int = Field(4, gt=0, description="Drafting slots of a block with a loss.")
+    trained_slots: int = Field(
+        4, gt=0, le=1024, description="Drafting slots of a block with a loss."
+    )
 
 
 @hookimpl

@@ -43,7 +43,10 @@ class DFlashConfig(DecoderOptions):
         MayChange.AT_START,
     ] = Field("decay", description="How slots are weighted within their block.")
     decay_gamma: Annotated[float | None, MayChange.AT_START] = Field(
-        None, gt=0, description="Decay of the slots' weights; 7, 5, 4 for blocks of 16, 10, 8."
+        None,
+        gt=0,
+        le=1e6,
+        description="Decay of the slots' weights; 7, 5, 4 for blocks of 16, 10, 8.",
     )
     dpace_alpha: Annotated[float, MayChange.AT_START] = Field(
         0.5, ge=0, le=1, description="Smoothing of D-PACE's confidence."

@@ -70,13 +70,13 @@ class DFlash2Config(ConvolvedConfig):
         16, ge=2, le=1024, description="Candidates of a slot, the most likely tokens of the head."
     )
     selector_weight: Annotated[float, MayChange.AT_START] = Field(
-        1.0, ge=0, description="Of the selector's loss, beside the head's with weight 1."
+        1.0, ge=0, le=1e6, description="Of the selector's loss, beside the head's with weight 1."
     )
     detach_selector: Annotated[bool, MayChange.AT_START] = Field(
         False, description="Keep the selector's loss from training the layers too."
     )
     output_multiplier: float = Field(
-        1.0, gt=0, description="The head's logits are multiplied by it, before a soft cap."
+        1.0, gt=0, le=1e6, description="The head's logits are multiplied by it, before a soft cap."
     )
 
     def check(self, target: TargetInfo) -> None:

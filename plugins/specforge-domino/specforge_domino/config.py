@@ -17,12 +17,12 @@ class DominoConfig(DFlashConfig):
         "next_token", description="Slot k predicts token a+k+1 (k >= 0), or a+k (k >= 1)."
     )
     num_anchors: Annotated[int, MayChange.AT_START] = Field(
-        256, gt=0, description="Blocks trained per sample, at most."
+        256, gt=0, le=10**6, description="Blocks trained per sample, at most."
     )
     gru_hidden_dim: int = Field(
-        1024, gt=0, description="Size of the state that reads the tokens drafted so far."
+        1024, gt=0, le=10**5, description="Size of the state that reads the tokens drafted so far."
     )
-    emb_dim: int = Field(256, gt=0, description="Rank of the correction of the logits.")
+    emb_dim: int = Field(256, gt=0, le=10**5, description="Rank of the correction of the logits.")
     pure_draft_prefix_len: int = Field(
         1, ge=0, description="Drafted tokens at a block's start that are not corrected."
     )

@@ -31,13 +31,13 @@ class DSparkConfig(DFlashConfig):
         True, description="The confidence head also reads the token before, as the Markov head."
     )
     ce_weight: Annotated[float, MayChange.AT_START] = Field(
-        0.1, ge=0, description="Of the cross-entropy against the data's tokens."
+        0.1, ge=0, le=1e6, description="Of the cross-entropy against the data's tokens."
     )
     tv_weight: Annotated[float, MayChange.AT_START] = Field(
-        0.9, ge=0, description="Of the sum of |p - q| against the target's distribution."
+        0.9, ge=0, le=1e6, description="Of the sum of |p - q| against the target's distribution."
     )
     confidence_weight: Annotated[float, MayChange.AT_START] = Field(
-        1.0, gt=0, description="Of the confidence head's binary cross-entropy."
+        1.0, gt=0, le=1e6, description="Of the confidence head's binary cross-entropy."
     )
     confidence_threshold: Annotated[float, MayChange.ALWAYS] = Field(
         0.0, ge=0, lt=1, description="Eval drafts while all tokens so far are kept so probably."

@@ -32,19 +32,30 @@ class LiLiCorrConfig(ConvolvedConfig):
     factor_dim: int = Field(
         1024, gt=0, le=10**5, description="Length of the vectors that score two candidates."
     )
-    logit_scale: float = Field(8.0, gt=0, description="Scores are cosines times this.")
-    vector_eps: float = Field(1e-4, gt=0, description="Vectors are divided by no less than this.")
+    logit_scale: float = Field(8.0, gt=0, le=1e6, description="Scores are cosines times this.")
+    vector_eps: float = Field(
+        1e-4, gt=0, le=1, description="Vectors are divided by no less than this."
+    )
     ce_weight: Annotated[float, MayChange.AT_START] = Field(
-        0.25, ge=0, description="Of the scores' cross-entropy, beside the head's with weight 1."
+        0.25,
+        ge=0,
+        le=1e6,
+        description="Of the scores' cross-entropy, beside the head's with weight 1.",
     )
     margin_weight: Annotated[float, MayChange.AT_START] = Field(
-        0.0, ge=0, description="Of what the true token's score lacks to `margin` above the others'."
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Of what the true token's score lacks to `margin` above the others'.",
     )
     margin: Annotated[float, MayChange.AT_START] = Field(
-        2.0, gt=0, description="How far the true token's score is to be above the others'."
+        2.0, gt=0, le=1e6, description="How far the true token's score is to be above the others'."
     )
     penalty_weight: Annotated[float, MayChange.AT_START] = Field(
-        0.25, ge=0, description="Of candidates that the target likes less; 0 captures no final."
+        0.25,
+        ge=0,
+        le=1e6,
+        description="Of candidates that the target likes less; 0 captures no final.",
     )
     conv_kernel_size: int = Field(
         0, ge=0, le=1024, description="Slots DFlash 2's convolutions see; 0 is without them."
