@@ -11,6 +11,7 @@ from typing import Any
 from specforge_core.config import RunConfig
 from specforge_core.drafts.checkpoint import STATE, TrainState, check_strategy, find, read_state
 from specforge_core.drafts.export import CONFIG, read_export, read_provenance
+from specforge_core.drafts.identity import Made
 from specforge_core.drafts.load import restore
 from specforge_core.errors import ConfigError, PluginError, RunError
 from specforge_core.evaluate.run import make_directory
@@ -150,15 +151,14 @@ def _templates(inputs: Inputs, case: Case) -> list[Difference]:
         "chat_template_fingerprint": "the chat template, or data.chat_template_kwargs,",
         "tokenizer_fingerprint": "the tokenizer",
     }
-    origins = {
-        "the checkpoint": case.state.identity.model_dump(mode="json"),
-        "the export": read_provenance(case.path).get("capture") or {},
-    }
+    origins = {"the checkpoint": case.state.identity}
+    if made := Made.of_provenance(read_provenance(case.path), case.path):
+        origins["the export"] = made.identity
     result = []
     for name, value in now.items():
         for origin, identity in origins.items():
-            trained = identity.get(name)
-            if trained is not None and trained != value:
+            trained: str = getattr(identity, name)
+            if trained != value:
                 where = f"{called[name]} of {origin}"
                 result.append(Difference(TEMPLATE, where, value[:12], trained[:12]))
                 break

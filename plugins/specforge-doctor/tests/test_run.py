@@ -207,9 +207,11 @@ def test_the_export_says_of_which_template_it_is(trained: Path) -> None:
     edit(path, capture=capture, step=7)
     report = examine(trained)
     assert report.verdict.cause == "template"
-    assert "of the export is" in report.verdict.message
-    assert "expected 0123456789" in report.verdict.message
+    assert re.search(r"of the export is .*expected 0123456789", report.verdict.message)
     assert "the export is of step 7, the checkpoint of step 80" in report.notes
+    edit(path, capture=[1])
+    with pytest.raises(CheckpointError, match=r"export is damaged: .*Export again"):
+        examine(trained)
 
 
 @pytest.mark.slow
