@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 DEEP = b"[" * 100_000
 HUGE = b"9" * 5000
+# for every field: below its range, above it, of no number, of another type
+ODD = (-1, 0, 10**9 + 1, 1e308, float("nan"), float("inf"), "text", True, None, [1], {"a": 1})
 
 
 def leaf() -> st.SearchStrategy[Any]:
