@@ -21,6 +21,10 @@ from specforge_core.testing.plugin import FakeSite
 from .runs import linear_run
 
 SECRETS = [f"{word}-1a2B3c4D5e6F7g8H" for word in ("first", "second", "third", "fourth", "fifth")]
+ENVIRONMENT = {
+    name: f"{name.lower()}-9Z8y7X6w5V"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "SPECFORGE_API_KEY", "AWS_SECRET_ACCESS_KEY")
+}
 OPTIONS: dict[str, Any] = {
     "api_key": SECRETS[0],
     "headers": {"X-Mine": SECRETS[1]},
@@ -29,6 +33,7 @@ OPTIONS: dict[str, Any] = {
 }
 # an engine with any options, and a tracker whose section has a key that its author forgot
 PLUGIN = """
+import os
 from pydantic import SecretStr
 from specforge_core import hookimpl
 from specforge_core.config import Section
@@ -71,7 +76,7 @@ def specforge_serve(target):
 @hookimpl
 def specforge_target_engine(target, device):
     if target.options.get("fail"):
-        raise RuntimeError(f"a server said no to {target.options}")
+        raise RuntimeError(f"a server said no to {target.options} and {os.environ['HF_TOKEN']}")
     if target.engine == "service":
         assert target.options["api_key"].startswith("first")
         plain = target.model_copy(update={"engine": "transformers", "options": {}})
@@ -104,7 +109,7 @@ def config(tmp_path: Path, toy_target: Path, env: FakeSite) -> Path:
 
 @pytest.mark.slow
 def test_a_runs_files_and_lines_hold_no_secret(config: Path, tmp_path: Path, env: FakeSite) -> None:
-    site = {**os.environ, "PYTHONPATH": str(env.path)}
+    site = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(env.path)}
     said = []
     elsewhere = ("target.options.fail=true", f"data.capture_dir={tmp_path / 'x'}")
     of_export = ("--draft", str(tmp_path / "run"), "--export", str(tmp_path / "run/export"))
@@ -122,6 +127,8 @@ def test_a_runs_files_and_lines_hold_no_secret(config: Path, tmp_path: Path, env
         ["verify", str(tmp_path / "run/capture"), "-c", str(config), "--recapture", "1"],
         ["regenerate", "-c", str(config), "-o", str(tmp_path / "run/answers.jsonl"), *ASKED],
         ["data", "-c", str(config), "--show", "1"],
+        ["watch", str(tmp_path / "run")],
+        ["plot", str(tmp_path / "run"), "-o", str(tmp_path / "run/plot.png")],
         ["check", "service"],
         ["doctor", "-c", str(config), *of_export, *ASKED, "eval.limit=2"],
         ["--debug", "capture", "-c", str(config), *elsewhere],
@@ -132,7 +139,7 @@ def test_a_runs_files_and_lines_hold_no_secret(config: Path, tmp_path: Path, env
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     names = {path.name for path in files}
     written = {"state.json", "provenance.json", "metrics.jsonl", "told.txt", "report.json"}
-    assert written | {"manifest.json", "answers.jsonl"} <= names, said
+    assert written | {"manifest.json", "answers.jsonl", "plot.png"} <= names, said
     assert "Traceback" in said[-2]
     assert all("a server said no to " in text for text in said[-2:])
     assert "no engine for {'api_key': '**" in (tmp_path / "run/doctor/report.json").read_text()
@@ -140,7 +147,7 @@ def test_a_runs_files_and_lines_hold_no_secret(config: Path, tmp_path: Path, env
     assert "strategy.layer: -2 in it" in said[3]
     assert "Input should be a valid string" in said[5]
     assert "plugins.service.second: required" in said[6]
-    for secret in SECRETS:
+    for secret in (*SECRETS, *ENVIRONMENT.values()):
         assert [path for path in files if secret.encode() in path.read_bytes()] == []
         assert [text for text in said if secret in text] == []
     state = json.loads(next(p for p in files if p.name == "state.json").read_text())
