@@ -41,6 +41,10 @@ def records(file: Path) -> Iterator[Any]:
             whole = b""
 
 
+KEYS = ("WANDB_API_KEY", "HF_TOKEN")
+KEY = "a1b2c3d4e5" * 4  # of the form that wandb takes
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, toy_target: Path) -> Path:
     """Return the output directory of a run of 4 steps, and what it did is 2 starts."""
@@ -49,8 +53,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, toy_target: Path) -> Path:
     strategy = {"name": "linear"}
     config = write_run(folder, toy_target, conversations=8, strategy=strategy, train=settings)
     on = ("plugins.wandb.mode=offline", "plugins.wandb.project=mine")
-    train(*load(config, *on, "train.max_steps=2"))
-    train(*load(config, *on, "train.max_steps=4"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in KEYS:
+            patch.setenv(name, KEY)
+        train(*load(config, *on, "train.max_steps=2"))
+        train(*load(config, *on, "train.max_steps=4"))
     return folder / "run"
 
 
@@ -87,6 +94,12 @@ def test_every_number_is_at_its_step(run: Path, starts: list[list[Any]]) -> None
     assert len(kept) == 4
     for mine, its in zip(kept, rows, strict=True):
         assert {name: its[name] for name in mine} == pytest.approx(mine)
+
+
+def test_no_key_is_in_what_was_written(run: Path, starts: list[list[Any]]) -> None:
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len(starts) == 2
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
 def test_both_starts_are_one_run_and_tell_its_config(starts: list[list[Any]]) -> None:
