@@ -245,7 +245,9 @@ class Filler:
                 f"none of {used.total()} conversations has an answer within "
                 f"{bound_of(data, limit)}. Try: other data, or data.max_length=4096"
             )
-        return Told(used.total(), cut, dict(skipped.counts), [used[name] for name in data.train])
+        others = 0 if self.side is None else self.side.others
+        sources = [used[name] for name in data.train]
+        return Told(used.total(), cut, dict(skipped.counts), sources, others)
 
     def _progress(self) -> AbstractContextManager[Meter]:
         if self.quiet:

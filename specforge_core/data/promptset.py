@@ -26,6 +26,7 @@ class Told:
     cut: int = 0  # rows that were longer than they may be
     skipped: Mapping[str, int] = field(default_factory=dict)  # reason -> rows left out
     sources: Sequence[int] = ()  # conversations used of each source
+    other_side: int = 0  # conversations left to the other side of `data.validation`
 
 
 class PromptSet(Sequence[Prompt]):

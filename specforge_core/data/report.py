@@ -38,6 +38,7 @@ class DataReport:
         return {
             "conversations": prompts.told.conversations,
             "sources": dict(zip(self.sources, prompts.told.sources, strict=True)),
+            "held_out": prompts.told.other_side,
             "rows": len(prompts),
             "tokens": prompts.num_tokens,
             "supervised": prompts.num_supervised,
@@ -59,6 +60,7 @@ class DataReport:
         lines = [
             f"{prompts.told.conversations:,} conversations, {len(prompts):,} rows to train on",
             *(f"  {count:,} of {source}" for source, count in sources.items() if len(sources) > 1),
+            f"held out by data.validation: {prompts.told.other_side or 'none'}",
             f"{prompts.num_tokens:,} tokens, {prompts.num_supervised:,} supervised ({share:.1%})",
             f"lengths: {shortest:,} to {longest:,} tokens, half up to {half:,}, 90% up to "
             f"{most:,}, 99% up to {nearly:,}",

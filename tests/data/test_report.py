@@ -50,6 +50,16 @@ def test_the_numbers(config: Path) -> None:
     assert "cut: none" in str(report)
 
 
+def test_what_is_held_out_is_told(config: Path) -> None:
+    every = report_data(*load_config(config, ("data.on_error=skip",)))
+    part = report_data(*load_config(config, ("data.on_error=skip", "data.validation=0.5")))
+    assert every.as_json()["held_out"] == 0
+    assert "held out by data.validation: none" in str(every)
+    held_out = len(every.prompts) - len(part.prompts)
+    assert part.as_json()["held_out"] == held_out > 0
+    assert f"held out by data.validation: {held_out}" in str(part)
+
+
 def test_what_is_supervised_is_set_off(config: Path) -> None:
     report = report_data(*load_config(config, ("data.on_error=skip",)))
     *_, last = report.rows(9, colour=True)
