@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AGAIN = "or capture again into another data.capture_dir"
+# what methods ask for more or less of: those that ask for less train on what the others captured
+ASKED = (
+    "Capture again with this run's config into another data.capture_dir: methods that ask for "
+    "less of the same layers train on it, too. Or set the strategy's options to the capture's"
+)
 # field -> how it is called in the error, and what can be done about it
 MUST_AGREE = {
     "spec_version": (
@@ -26,10 +31,10 @@ MUST_AGREE = {
         f"Install the strategy version that captured, {AGAIN}",
     ),
     "layers": ("captured layers", f"Set the strategy's layers to those of the capture, {AGAIN}"),
-    "final": ("final hidden state", f"Set the strategy's options to the capture's, {AGAIN}"),
-    "next_tokens": ("target's next tokens", f"Set the strategy to the capture's, {AGAIN}"),
-    "logsumexp": ("target's log-sum-exp", f"Set the strategy to the capture's, {AGAIN}"),
-    "fields": ("stored fields", f"Set the strategy's options to the capture's, {AGAIN}"),
+    "final": ("final hidden state", ASKED),
+    "next_tokens": ("target's next tokens", ASKED),
+    "logsumexp": ("target's log-sum-exp", ASKED),
+    "fields": ("stored fields", ASKED),
     "hidden_size": ("target's hidden size", f"Set target.path to the captured one, {AGAIN}"),
     "num_layers": ("target's layers", f"Set target.path to the captured one, {AGAIN}"),
     "vocab_size": ("target's vocabulary", f"Set target.path to the captured one, {AGAIN}"),
