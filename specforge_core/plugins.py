@@ -168,11 +168,13 @@ def find_strategy(name: str) -> Installed:
         return installed[name]
     have = ", ".join(sorted(installed)) or "none"
     close = difflib.get_close_matches(cut(name), installed, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise PluginError(
-        f"strategy {shorten(name)} is not installed (installed: {have}): {hint}"
-        f"Try: pip install specforge-{cut(name)}"
+    # a misspelled name is nothing to install: a package of that name would be anybody's
+    hint = (
+        f"did you mean {close[0]!r}? Try: strategy.name={close[0]}"
+        if close
+        else f"Try: pip install specforge-{cut(name)}"
     )
+    raise PluginError(f"strategy {shorten(name)} is not installed (installed: {have}): {hint}")
 
 
 def run_manager(

@@ -90,6 +90,8 @@ def test_a_missing_strategy_says_what_is_installed(env: FakeSite) -> None:
     assert "strategy 'absent' is not installed" in str(error.value)
     assert "good" in str(error.value)
     assert "pip install specforge-absent" in str(error.value)
+    with pytest.raises(PluginError, match=r"did you mean 'good'\? Try: strategy.name=good$"):
+        Strategy.load("goood")
 
 
 def test_two_packages_with_one_name_break_only_that_name(env: FakeSite) -> None:
