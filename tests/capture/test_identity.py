@@ -187,6 +187,31 @@ def test_a_capture_may_hold_more_than_a_run_asks_for_but_is_resumed_with_the_sam
         check_identity(found, wanted, Path("d"), resume=True)
 
 
+def test_a_method_of_the_final_state_alone_reads_a_capture_of_any_layers(
+    toy_target: Path, strategy: Strategy
+):
+    final = {"final_state": Field(shape=(None, 32), dtype="bfloat16")}
+    asked = CaptureSpec(layers=(), final="post_norm", fields=final)
+    more = CaptureSpec(layers=(1, 3), final="post_norm", fields={**SPEC.fields, **final})
+    found, wanted = (identity(toy_target, strategy, spec) for spec in (more, asked))
+    check_identity(found, wanted, Path("d"))
+    with pytest.raises(CaptureError, match=r"captured layers: \[1, 3\]"):
+        check_identity(found, wanted, Path("d"), resume=True)
+    with pytest.raises(CaptureError, match="captured layers"):
+        check_identity(wanted, found, Path("d"))
+
+
+def test_of_the_fields_those_that_differ_are_told(toy_target: Path, strategy: Strategy):
+    found = identity(toy_target, strategy)
+    same, one, two = ((None,), "int64"), ((None,), "uint8"), ((None,), "int64")
+    capture = found.model_copy(update={"fields": {"input_ids": same, "loss_mask": one}})
+    run = found.model_copy(update={"fields": {"input_ids": same, "loss_mask": two}})
+    with pytest.raises(CaptureError) as error:
+        check_identity(capture, run, Path("d"))
+    assert "{'loss_mask': 'uint8 [None]'} in the capture" in str(error.value)
+    assert "input_ids" not in str(error.value)
+
+
 def test_shorter_samples_may_be_trained_on_but_not_mixed_into_a_capture(
     toy_target: Path, strategy: Strategy
 ):

@@ -51,7 +51,7 @@ class LinearAdapter:
         (layer,) = self.spec.layers
         return {
             "input_ids": capture.input_ids,
-            "loss_mask": capture.loss_mask,
+            "loss_mask": capture.loss_mask.to(torch.uint8),
             "hidden": capture.hidden_states[layer].bfloat16(),
         }
 
@@ -122,8 +122,9 @@ def specforge_config() -> type[LinearConfig]:
 def specforge_adapter(config: LinearConfig, target: TargetInfo) -> Adapter:
     """Ask for one layer's output."""
     tokens = Field(shape=(None,), dtype="int64")
+    mask = Field(shape=(None,), dtype="uint8")
     hidden = Field(shape=(None, target.hidden_size), dtype="bfloat16")
-    fields = {"input_ids": tokens, "loss_mask": tokens, "hidden": hidden}
+    fields = {"input_ids": tokens, "loss_mask": mask, "hidden": hidden}
     return LinearAdapter(CaptureSpec(layers=(config.layer % target.num_layers,), fields=fields))
 
 

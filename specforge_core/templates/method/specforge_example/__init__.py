@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from pydantic import Field as Option
 
 from specforge_core import hookimpl
@@ -44,7 +45,7 @@ class FinalState:
         assert capture.final is not None  # the spec asks for it
         return {
             "input_ids": capture.input_ids,
-            "loss_mask": capture.loss_mask,
+            "loss_mask": capture.loss_mask.to(torch.uint8),
             "final": capture.final.bfloat16(),
         }
 
@@ -59,8 +60,9 @@ def specforge_config() -> type[ExampleConfig]:
 def specforge_adapter(target: TargetInfo) -> Adapter:
     """Ask for the final state; None in a shape is the token axis."""
     tokens = Field(shape=(None,), dtype="int64")
+    mask = Field(shape=(None,), dtype="uint8")
     state = Field(shape=(None, target.hidden_size), dtype="bfloat16")
-    fields = {"input_ids": tokens, "loss_mask": tokens, "final": state}
+    fields = {"input_ids": tokens, "loss_mask": mask, "final": state}
     return FinalState(CaptureSpec(layers=(), final="post_norm", fields=fields))
 
 
