@@ -85,16 +85,17 @@ def test_sizes_that_a_target_does_not_say_or_says_per_layer() -> None:
 def test_weights_come_from_the_seed_alone() -> None:
     def weights(seed: int) -> list[torch.Tensor]:
         torch.rand(seed + 1)  # what was drawn before does not matter
-        model = nn.Sequential(nn.Linear(64, 512, bias=False), nn.RMSNorm(512))
+        model = nn.Sequential(nn.Linear(64, 512), nn.RMSNorm(512))
         init_weights(model, 0.02, seed)
         return [parameter.detach() for parameter in model.parameters()]
 
-    linear, norm = weights(0)
+    linear, bias, norm = weights(0)
     assert torch.equal(linear, weights(0)[0])
     assert not torch.equal(linear, weights(1)[0])
     # of 32,768 draws: one standard error is 0.4 %
     assert float(linear.std()) == pytest.approx(0.02, rel=0.02)
     assert bool((norm == 1).all())
+    assert not bool(bias.any())
 
 
 def test_a_layer_is_drawn_by_its_name() -> None:
