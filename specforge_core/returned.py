@@ -113,6 +113,8 @@ def wrong_tensors(value: object) -> Wrong | None:
     for name, tensor in value.items():
         if not _text(name) or not _tensor(tensor):
             return f"a dict with {shorten(name)}: {type(tensor).__name__}", "tensors by name"
+        if tensor.is_meta:
+            return f"a dict with {shorten(name)}: a tensor on the meta device", "tensors with data"
     return None
 
 

@@ -136,6 +136,11 @@ def test_samples_and_batches_hold_tensors_by_name(value: Any) -> None:
     assert returned.wrong_tensors({"x": torch.ones(1)}) is None
 
 
+def test_a_tensor_without_data_is_told_by_its_name() -> None:
+    wrong = returned.wrong_tensors({"x": torch.ones(1, device="meta")})
+    assert wrong == ("a dict with 'x': a tensor on the meta device", "tensors with data")
+
+
 @pytest.mark.parametrize("done", ["'ok'", "draft", "1"])
 def test_an_import_says_whether_it_is_done(fake_site: FakeSite, done: str) -> None:
     config, draft, target, _ = CALLS["export"]

@@ -13,7 +13,7 @@ from ..returned import wrong_tensors
 from ..strategy import Strategy
 from ..target.asked import finite_advice
 from ..types import Adapter, Problem, Prompt, Sample, TargetCapture, TargetEngine
-from .layout import non_finite
+from .layout import check_sample, non_finite
 from .recapture import Fresh, compare
 
 LOOK_AT_ONCE, LOOKS = 4, 8  # prompts captured together, and how often, for a first sample
@@ -115,7 +115,9 @@ def _check_alone(
 ) -> None:
     spec = adapter.spec
     fresh = Fresh.of(engine, spec, prompt)
-    problems: list[Problem] = strategy.verify_capture(
+    # what every sample must be comes first: a strategy's own check may rely on it
+    problems: list[Problem] = check_sample(spec, engine.info.vocab_size, sample)
+    problems = problems or strategy.verify_capture(
         config, engine.info, spec, sample, fresh.capture()
     )
     problems = problems or compare(fresh, adapter, sample)

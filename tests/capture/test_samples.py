@@ -158,3 +158,18 @@ def test_what_an_adapter_raises_names_its_package(engine: TargetEngine) -> None:
 
     with pytest.raises(PluginError, match="specforge_adapter: KeyError: 'hidden'"):
         list(capture_in_order(STRATEGY, engine, Broken(), prompts(2), 2))
+
+
+def test_the_spec_is_checked_before_what_a_strategy_looks_at_itself(
+    engine: TargetEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other(Keep):
+        def __call__(self, capture: TargetCapture) -> Sample | None:
+            return {"ids": capture.input_ids}
+
+    asked: list[object] = []
+    strategy = bare_strategy()
+    monkeypatch.setattr(type(strategy), "verify_capture", lambda *values: asked.append(values))
+    with pytest.raises(CaptureError, match="'input_ids': is not in the sample"):
+        check_first(strategy, StrategyConfig(name="tiny"), engine, Other(), prompts(2))
+    assert not asked
