@@ -131,8 +131,9 @@ def check_proposal(proposal: Proposal, max_tokens: int, vocab_size: int) -> None
         )
     total = probs.float().sum(-1)
     chosen = probs.gather(1, tokens.to(probs.device)[:, None])
-    if not bool(((total - 1).abs() <= SUM_TOLERANCE).all() & (chosen > 0).all()):
+    sums = ((total - 1).abs() <= SUM_TOLERANCE).all() & (probs >= 0).all()
+    if not bool(sums & (chosen > 0).all()):
         raise ProposalError(
-            "the proposer's probabilities do not sum to 1, or give a drafted token probability 0. "
-            "Return exactly what each token was drawn from"
+            "the proposer's probabilities do not sum to 1, one is negative, or a drafted token's "
+            "is 0. Return exactly what each token was drawn from"
         )

@@ -265,7 +265,8 @@ def uniform(rows: int) -> Tensor:
         ([1, 2], uniform(1), r"probabilities of shape \[1, 5\] for 2 tokens. It must be \[2, 5\]"),
         ([1], uniform(1) * 0.9, "do not sum to 1"),
         ([1], uniform(1) * math.nan, "do not sum to 1"),
-        ([1], torch.tensor([[1.0, 0, 0, 0, 0]]), "give a drafted token probability 0"),
+        ([1], torch.tensor([[-0.5, 0.5, 0.5, 0.5, 0.0]]), "one is negative"),
+        ([1], torch.tensor([[1.0, 0, 0, 0, 0]]), "a drafted token.s is 0"),
     ],
 )
 def test_a_proposal_that_breaks_the_contract_is_refused(
