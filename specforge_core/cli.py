@@ -227,6 +227,8 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
     if os.environ.get("RANK", "0") == "0":
         done = "finished" if report.finished else "stopped"
         then = "" if report.finished else f". {stop.AGAIN}"
+        if report.step > report.total_steps:
+            then = ". It was beyond that before, so nothing was trained. Raise train.max_steps"
         click.echo(
             f"{done} at step {report.step}/{report.total_steps}: {report.num_tokens} tokens in "
             f"{report.seconds:.0f} s, checkpoint {report.checkpoint}{then}"

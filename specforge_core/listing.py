@@ -115,10 +115,14 @@ def check(name: str) -> Iterator[str]:
     if not any(name in names for names in found.values()):
         known = sorted({known for names in found.values() for known in names})
         close = difflib.get_close_matches(cut(name), known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = (
+            f"did you mean {close[0]!r}? Try: specforge check {close[0]}"
+            if close
+            else f"`specforge plugins` lists what is. Try: pip install specforge-{cut(name)}"
+        )
         raise PluginError(
             f"strategy {shorten(name)} is not installed, and no plugin or command has that name: "
-            f"{hint}`specforge plugins` lists what is. Try: pip install specforge-{cut(name)}"
+            f"{hint}"
         )
     if name in found[STRATEGIES]:
         yield from check_strategy(name)

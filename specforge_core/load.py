@@ -64,9 +64,15 @@ def validate(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Strategy]:
     models = strategy.plugin_configs()
     if unknown := sorted(named.keys() - models.keys()):
         known, first = ", ".join(sorted(discover(PLUGINS))) or "none", cut(unknown[0])
+        close = difflib.get_close_matches(first, discover(PLUGINS), n=1)
+        hint = (
+            f"Did you mean plugins.{close[0]}?"
+            if close
+            else f"`specforge plugins` lists them. Try: pip install specforge-{first}"
+        )
         raise ConfigError(
             f"{origin}: plugins.{first}: no installed plugin has this section (installed: "
-            f"{known}). `specforge plugins` lists them. Try: pip install specforge-{first}"
+            f"{known}). {hint}"
         )
     sections = {}
     for key, value in named.items():

@@ -165,5 +165,6 @@ def test_a_tracker_that_fails_warns_once_and_training_goes_on(
 def test_a_section_is_checked_as_the_core_s_own(config: Path) -> None:
     with pytest.raises(ConfigError, match=r"plugins\.recorder\.path: required, and missing"):
         load(config, "plugins.recorder={}")
-    with pytest.raises(ConfigError, match=r"plugins\.recordr: no installed plugin has this"):
-        load(config, "plugins.recordr={}")
+    for name, told in (("recordr", r"Did you mean plugins\.recorder\?"), ("x", "pip install")):
+        with pytest.raises(ConfigError, match=rf"plugins\.{name}: no installed plugin .*{told}"):
+            load(config, f"plugins.{name}={{}}")

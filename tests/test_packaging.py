@@ -116,6 +116,8 @@ def test_a_variant_trains_on_its_parents_capture_and_goes_on_from_its_run(
     config = tmp_path / "linear.yaml"
     config.write_text(yaml.safe_dump({**alone, "output_dir": str(tmp_path / "linear")}))
     assert "finished at step 3/3" in call("train")
+    assert "at step 3/2: " in (again := call("train", "train.max_steps=2"))
+    assert "It was beyond that before, so nothing was trained" in again
     draft = ("--draft", str(tmp_path / "linear"))
     assert "1 of 1 greedy answers equal the target's own" in call("eval", *draft)
     config = tmp_path / "run.yaml"

@@ -134,6 +134,8 @@ class CaptureManifest(Frozen):
             for name in (*(shard.file for shard in manifest.shards), manifest.token_counts):
                 if name is not None:
                     inside(directory, name)
+        except NotADirectoryError as exc:
+            raise CaptureError(f"{directory} is a file. Try: data.capture_dir=DIRECTORY") from exc
         except FileNotFoundError as exc:
             raise CaptureError(
                 f"{directory} has no {MANIFEST}: it is not a capture. "
