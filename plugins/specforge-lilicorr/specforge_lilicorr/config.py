@@ -34,7 +34,7 @@ class LiLiCorrConfig(ConvolvedConfig):
     )
     logit_scale: float = Field(8.0, gt=0, le=1e6, description="Scores are cosines times this.")
     vector_eps: float = Field(
-        1e-4, gt=0, le=1, description="Vectors are divided by no less than this."
+        1e-4, gt=0, le=1e6, description="Vectors are divided by no less than this."
     )
     ce_weight: Annotated[float, MayChange.AT_START] = Field(
         0.25,
