@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -21,7 +20,7 @@ from .plugins import (
     disabled,
     discover,
 )
-from .text import cut, shorten
+from .text import meant, shorten
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -114,12 +113,8 @@ def check(name: str) -> Iterator[str]:
     found = {group: discover(group) for group in GROUPS}
     if not any(name in names for names in found.values()):
         known = sorted({known for names in found.values() for known in names})
-        close = difflib.get_close_matches(cut(name), known, n=1)
-        hint = (
-            f"did you mean {close[0]!r}? Try: specforge check {close[0]}"
-            if close
-            else f"`specforge plugins` lists what is. Try: pip install specforge-{cut(name)}"
-        )
+        told = "did you mean {0!r}? Try: specforge check {0}"
+        hint = meant(name, known, told, "`specforge plugins` lists what is. ")
         raise PluginError(
             f"strategy {shorten(name)} is not installed, and no plugin or command has that name: "
             f"{hint}"

@@ -18,7 +18,7 @@ from .errors import ConfigError
 from .plugins import PLUGINS, discover
 from .records import MASK, in_error, override_in_error, remember_secrets
 from .strategy import Strategy
-from .text import cut, shorten
+from .text import cut, meant, shorten
 from .yaml_text import MAX_DEPTH, parse, read_file
 
 MAX_ERRORS = 5  # shown of one config
@@ -64,12 +64,8 @@ def validate(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Strategy]:
     models = strategy.plugin_configs()
     if unknown := sorted(named.keys() - models.keys()):
         known, first = ", ".join(sorted(discover(PLUGINS))) or "none", cut(unknown[0])
-        close = difflib.get_close_matches(first, discover(PLUGINS), n=1)
-        hint = (
-            f"Did you mean plugins.{close[0]}?"
-            if close
-            else f"`specforge plugins` lists them. Try: pip install specforge-{first}"
-        )
+        told = "Did you mean plugins.{0}?"
+        hint = meant(first, discover(PLUGINS), told, "`specforge plugins` lists them. ")
         raise ConfigError(
             f"{origin}: plugins.{first}: no installed plugin has this section (installed: "
             f"{known}). {hint}"

@@ -22,7 +22,7 @@ import pluggy
 from . import hookspecs
 from .errors import PluginError
 from .packages import Folders, declared, folders, version
-from .text import cut, said, shorten
+from .text import cut, meant, said, shorten
 
 CORE = "specforge-core"
 STRATEGIES = "specforge.strategies"
@@ -167,13 +167,7 @@ def find_strategy(name: str) -> Installed:
     if name in installed:
         return installed[name]
     have = ", ".join(sorted(installed)) or "none"
-    close = difflib.get_close_matches(cut(name), installed, n=1)
-    # a misspelled name is nothing to install: a package of that name would be anybody's
-    hint = (
-        f"did you mean {close[0]!r}? Try: strategy.name={close[0]}"
-        if close
-        else f"Try: pip install specforge-{cut(name)}"
-    )
+    hint = meant(name, installed, "did you mean {0!r}? Try: strategy.name={0}")
     raise PluginError(f"strategy {shorten(name)} is not installed (installed: {have}): {hint}")
 
 

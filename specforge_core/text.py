@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 import unicodedata
+from collections.abc import Iterable
 
 WIDTH = 80
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, marks without a shape, halves, separators
@@ -57,3 +59,13 @@ def scaled(count: float) -> tuple[float, str]:
             return count, unit
         count /= 1000
     return count, "TB"
+
+
+def meant(name: str, known: Iterable[str], told: str, otherwise: str = "") -> str:
+    """Return `told` of the known name that was meant, or else what to install.
+
+    A misspelled name is nothing to install: a package of that name would be anybody's.
+    """
+    for close in difflib.get_close_matches(cut(name), known, n=1):
+        return told.format(close)
+    return f"{otherwise}Try: pip install specforge-{cut(name)}"

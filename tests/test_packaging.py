@@ -94,8 +94,8 @@ def test_a_variant_trains_on_its_parents_capture_and_goes_on_from_its_run(
     config.write_text(yaml.safe_dump(raw))
     specforge = str(home / "bin" / "specforge")
 
-    def call(command: str, *options: str) -> str:
-        return run(specforge, command, "-c", str(config), *options, cwd=tmp_path)
+    def call(command: str, *options: str, of: Path = config) -> str:
+        return run(specforge, command, "-c", str(of), *options, cwd=tmp_path)
 
     listed = run(specforge, "strategies", cwd=tmp_path)
     assert "dflash-short" in listed
@@ -113,14 +113,13 @@ def test_a_variant_trains_on_its_parents_capture_and_goes_on_from_its_run(
     # a method by itself; its capture is made while it trains
     alone = {key: raw[key] for key in ("target", "train", "eval")}
     alone |= {"strategy": {"name": "linear"}, "data": {"train": [str(data)]}}
-    config = tmp_path / "linear.yaml"
-    config.write_text(yaml.safe_dump({**alone, "output_dir": str(tmp_path / "linear")}))
-    assert "finished at step 3/3" in call("train")
-    assert "at step 3/2: " in (again := call("train", "train.max_steps=2"))
+    linear = tmp_path / "linear.yaml"
+    linear.write_text(yaml.safe_dump({**alone, "output_dir": str(tmp_path / "linear")}))
+    assert "finished at step 3/3" in call("train", of=linear)
+    assert "at step 3/2: " in (again := call("train", "train.max_steps=2", of=linear))
     assert "It was beyond that before, so nothing was trained" in again
     draft = ("--draft", str(tmp_path / "linear"))
-    assert "1 of 1 greedy answers equal the target's own" in call("eval", *draft)
-    config = tmp_path / "run.yaml"
+    assert "1 of 1 greedy answers equal the target's own" in call("eval", *draft, of=linear)
 
     # here, where the same packages are: the same weights and samples, but other slots have a loss
     train(*load(config, "train.max_steps=2", f"output_dir={tmp_path / 'all'}", start))
