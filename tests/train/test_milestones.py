@@ -291,10 +291,11 @@ def test_a_training_that_is_killed_takes_its_evaluation_along_and_makes_up_for_i
         time.sleep(0.02)
     assert time.monotonic() < until
     assert measured(out) == {}
-    last = steps(out)[-1]
+    # how far the training came beside it depends on the machine; a checkpoint of step 3 may be
+    # the last one, of which nothing is measured
+    owed = max(step for step in steps(out) if step % 2 == 0)
     finish(forked.cli(*command))
+    assert measured(out).keys() >= {owed, 4}
     found = measured(out)
-    assert 4 in found
-    assert found.keys() >= {last}
     best = max(found, key=lambda step: (found[step], -step))
     assert find(Path(f"{out}@best")).name == f"step-{best:08d}"
