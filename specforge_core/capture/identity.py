@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
 from ..errors import CaptureError
@@ -49,6 +51,16 @@ MUST_AGREE = {
     ),
     "max_length": ("data.max_length", f"Set data.max_length to the capture's, {AGAIN}"),
 }
+# field -> whether a capture that has the first is of use to a run that asks for the second
+HOLDS: dict[str, Callable[[Any, Any], bool]] = {
+    "fields": lambda have, want: want.items() <= have.items(),
+    "layers": lambda have, want: want in (have, ()),  # (): the final state is read alone
+    "final": lambda have, want: want in (have, "none"),
+    "next_tokens": operator.ge,
+    "logsumexp": operator.ge,
+    "max_length": operator.ge,
+}
+SPEC = ("fields", "layers", "final", "next_tokens", "logsumexp")  # of a CaptureSpec, too
 
 
 def capture_identity(
@@ -91,7 +103,7 @@ def check_identity(
     """
     wrong = [name for name in MUST_AGREE if getattr(found, name) != getattr(expected, name)]
     if not resume:
-        wrong = [name for name in wrong if not _is_more(name, found, expected)]
+        wrong = [name for name in wrong if not _covers(name, found, expected)]
     if not wrong:
         return
     lines = "".join(
@@ -104,19 +116,16 @@ def check_identity(
     )
 
 
-def _is_more(name: str, found: CaptureIdentity, expected: CaptureIdentity) -> bool:
+def covers(wide: CaptureSpec, spec: CaptureSpec) -> bool:
+    """Say whether a capture of `wide` holds all that `spec` asks for, of whichever method."""
+    return all(HOLDS[name](getattr(wide, name), getattr(spec, name)) for name in SPEC)
+
+
+def _covers(name: str, found: CaptureIdentity, expected: CaptureIdentity) -> bool:
     """Say whether a capture holds all that a run asks for under `name`, and more."""
-    if name == "fields":
-        return expected.fields.items() <= found.fields.items()
-    if name == "layers":  # of a method that reads the final state alone
-        return not expected.layers
     if name == "spec_version":  # each strategy counts its own
         return found.strategy != expected.strategy
-    if name == "max_length":
-        return found.max_length > expected.max_length
-    if name in ("final", "next_tokens", "logsumexp"):
-        return getattr(expected, name) in ("none", False)
-    return False
+    return name in HOLDS and HOLDS[name](getattr(found, name), getattr(expected, name))
 
 
 def _show(identity: CaptureIdentity, name: str, other: CaptureIdentity) -> str:

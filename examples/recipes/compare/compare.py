@@ -35,12 +35,13 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "smollm2_gpu")]
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from inputs import chosen, covers, write_config, write_prompts  # noqa: E402
+from inputs import chosen, write_config, write_prompts  # noqa: E402
 from jobs import Job, run_jobs  # noqa: E402
 from results import write_results  # noqa: E402
 from run import ANSWERS, TARGET, Recipe  # noqa: E402
 from served import serve  # noqa: E402
 
+from specforge_core.capture.identity import covers  # noqa: E402
 from specforge_core.capture.manifest import MANIFEST, CaptureManifest  # noqa: E402
 from specforge_core.config import TargetConfig  # noqa: E402
 from specforge_core.errors import SpecForgeError  # noqa: E402

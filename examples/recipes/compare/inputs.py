@@ -11,7 +11,6 @@ import yaml
 from specforge_core.load import read_yaml
 from specforge_core.plugins import STRATEGIES, discover
 from specforge_core.strategy import Strategy
-from specforge_core.types import CaptureSpec
 
 QUESTIONS = Path(__file__).parents[2] / "quickstart/train.jsonl"
 DRAWS = 3  # of the quickstart's questions at temperature 1
@@ -40,17 +39,6 @@ def write_config(
         raw[section] = {**raw.get(section, {}), **values}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-
-
-def covers(wide: CaptureSpec, spec: CaptureSpec) -> bool:
-    """Say whether a capture of `wide` holds what `spec` asks for."""
-    return (
-        wide.layers == spec.layers
-        and spec.fields.items() <= wide.fields.items()
-        and spec.final in ("none", wide.final)
-        and wide.next_tokens >= spec.next_tokens
-        and wide.logsumexp >= spec.logsumexp
-    )
 
 
 def write_prompts(folder: Path) -> Path:
