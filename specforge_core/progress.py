@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 PLAIN_SECONDS = 10.0  # between two plain lines
 
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)  # texts as they are
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Meter:
 
 def _print_lines(tracker: Meter, ended: threading.Event) -> None:
     while not ended.wait(PLAIN_SECONDS):
-        console.print(tracker.line(), markup=False)
+        console.print(tracker.line())
 
 
 @contextmanager

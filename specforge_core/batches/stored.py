@@ -87,7 +87,7 @@ class StoredSource:
         while not self._look() and place >= len(self.reader):
             if time.monotonic() - noted > NOTE_SECONDS:
                 noted = time.monotonic()
-                console.print(f"waiting for sample {place}: {self.wait_note}", markup=False)
+                console.print(f"waiting for sample {place}: {self.wait_note}")
             if self._closed.wait(POLL_SECONDS):
                 raise Closed
         if len(self.reader) == 0:

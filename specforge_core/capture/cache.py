@@ -115,8 +115,7 @@ class StateCache:
         except OSError as exc:
             self._writes = False
             console.print(
-                f"no more states are kept in capture.cache ({exc.filename}: {exc.strerror})",
-                markup=False,
+                f"no more states are kept in capture.cache ({exc.filename}: {exc.strerror})"
             )
 
     def _path(self, prompt: Prompt) -> Path:

@@ -79,8 +79,7 @@ def _tell_unread(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     if unread:
         console.print(
             f"note: the target's chat template does not read {', '.join(map(repr, unread))} of "
-            "data.chat_template_kwargs: rows are the same without",
-            markup=False,
+            "data.chat_template_kwargs: rows are the same without"
         )
 
 
@@ -178,7 +177,7 @@ class Asked:
     def _tell(self, found: PromptSet) -> None:
         if found.skipped:
             skipped = Skipped(self.data.on_error, Counter(found.skipped))
-            console.print(f"data.train: {skipped}", markup=False)
+            console.print(f"data.train: {skipped}")
 
 
 @runtime_checkable

@@ -177,7 +177,7 @@ class Shares:
             write_file(path, share_text([answered(chat, self._origin) for chat in kept]))
         dropped = Counter(str(chat.dropped) for chat in chats if not chat.messages)
         why = f" ({told(dropped)})" if dropped else ""
-        console.print(f"{path}: {len(kept)} of {len(tasks)} prompts answered{why}", markup=False)
+        console.print(f"{path}: {len(kept)} of {len(tasks)} prompts answered{why}")
 
     def _is_of(self, path: Path, tasks: Sequence[Task]) -> bool:
         """Say whether a file has answers to these prompts, as this run would write them."""

@@ -68,7 +68,7 @@ def on_disk(
             os.utime(path)
     except OSError as exc:
         why = f"{exc.filename}: {exc.strerror}"
-        console.print(f"tokens are not kept in data.cache ({why})", markup=False)
+        console.print(f"tokens are not kept in data.cache ({why})")
         found = None
     return in_memory(fill) if found is None else found
 
@@ -108,7 +108,7 @@ def _wait(lock: int, folder: Path, check: Callable[[], None] | None) -> None:
             check()
         if time.monotonic() - noted > NOTE_SECONDS:
             noted = time.monotonic()
-            console.print(f"waiting for another process's tokens in {folder}", markup=False)
+            console.print(f"waiting for another process's tokens in {folder}")
         time.sleep(POLL_SECONDS)
 
 

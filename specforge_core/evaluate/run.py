@@ -125,7 +125,7 @@ def load_prompt_sets(
         )
         sets[name] = list(islice(_tokenized(found, run, encoder, info, skipped), run.eval.limit))
         if skipped.counts:
-            console.print(f"eval.prompts.{name}: {skipped}", markup=False)
+            console.print(f"eval.prompts.{name}: {skipped}")
         if not sets[name]:
             raise nothing_left(sources, skipped.first)
     return sets

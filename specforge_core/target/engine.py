@@ -190,8 +190,7 @@ def _check_loaded(
         console.print(
             f"note: config.json of {path} says tie_word_embeddings, and its files have a head of "
             "their own, which is used here. A serving engine may take the embedding for it: set "
-            "tie_word_embeddings to false in config.json",
-            markup=False,
+            "tie_word_embeddings to false in config.json"
         )
     own = model.state_dict()
     _check_layers(path, own.keys(), report["unexpected_keys"], len(find_parts(model).layers))

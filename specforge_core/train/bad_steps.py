@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from ..errors import RunError
-from ..progress import console
 from .dist import World
 from .metrics import Trackers
 from .report import Launched
@@ -32,13 +31,9 @@ class BadSteps:
         indices = sorted(index for part in everyone for index in part)
         what, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
         problem = f"the {what} of step {launched.step} is {value}"
-        if self.world.main:
-            console.print(
-                f"warning: {problem}. The step was left out; its samples: "
-                + ", ".join(map(str, indices)),
-                markup=False,
-            )
-            self.trackers.event("bad_step", step=launched.step, samples=indices)
+        told = ", ".join(map(str, indices))
+        self.world.say(f"warning: {problem}. The step was left out; its samples: {told}")
+        self.trackers.event("bad_step", step=launched.step, samples=indices)
         if self.in_a_row > self.allowed:
             raise RunError(
                 f"{problem}, and train.max_bad_steps={self.allowed} such steps in a row are left "

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import FileStore, HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..process import PRIVATE
+from ..progress import console
 from .launch import INTERFACES, LOOPBACK
 
 T = TypeVar("T")
@@ -32,6 +33,11 @@ class World:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def say(self, line: str) -> None:
+        """Print a line, which all ranks would print alike, once."""
+        if self.main:
+            console.print(line)
 
     def from_first(self, value: T) -> T:
         """Return on every rank what the first one was called with; on all ranks at once."""

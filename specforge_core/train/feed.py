@@ -234,7 +234,7 @@ def _wait_for_manifest(directory: Path) -> None:
     while not (directory / MANIFEST).exists():
         if time.monotonic() - noted > NOTE_SECONDS:
             noted = time.monotonic()
-            console.print(f"waiting for `specforge capture` to begin in {directory}", markup=False)
+            console.print(f"waiting for `specforge capture` to begin in {directory}")
         time.sleep(POLL_SECONDS)
 
 

@@ -23,7 +23,6 @@ from ..documents import check_regular
 from ..drafts.state import Grown
 from ..errors import CheckpointError, DataError, RunError
 from ..process import describe
-from ..progress import console
 from ..strategy import Strategy
 from ..target.asked import max_positions
 from ..target.tokenizer import load_tokenizer
@@ -125,14 +124,11 @@ class Growth:
             return None
         added = [self._add(file_of(share)) for share in self.asked]
         self.epoch, self.begin, self.asked = self.epoch + 1, position, []
-        if self.world.main:
-            new = f", {sum(added)} of them new" if added else ""
-            rest = len(self.names) - self.taken
-            console.print(
-                f"epoch {self.epoch} begins after step {step}: {len(self.prompts)} rows{new}; "
-                f"{rest} prompts are left to be answered",
-                markup=False,
-            )
+        new = f", {sum(added)} of them new" if added else ""
+        self.world.say(
+            f"epoch {self.epoch} begins after step {step}: {len(self.prompts)} rows{new}; "
+            f"{len(self.names) - self.taken} prompts are left to be answered"
+        )
         return True
 
     def micro_batches(self, forward: Forward, position: int) -> Iterator[Micro]:

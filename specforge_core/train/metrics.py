@@ -229,8 +229,7 @@ def rewind(path: Path, logged: int, step: int) -> None:
     if odd := len(lines) - len(rows):
         first = next(line for line, row in lines if row is None)
         console.print(
-            f"{path}: {odd} lines are no metrics, {first[:60]!r} the first: they are left out",
-            markup=False,
+            f"{path}: {odd} lines are no metrics, {first[:60]!r} the first: they are left out"
         )
     kept = [
         line + b"\n"
@@ -277,6 +276,5 @@ class Trackers:
                 self.alive.remove(entry)
                 console.print(
                     f"warning: the tracker of {package} failed ({type(exc).__name__}: "
-                    f"{in_message(cut(said(exc), 400))}); training goes on without it",
-                    markup=False,
+                    f"{in_message(cut(said(exc), 400))}); training goes on without it"
                 )

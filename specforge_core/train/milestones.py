@@ -14,7 +14,6 @@ from ..evaluate.beside import Outcome
 from ..evaluate.curves import whole_lines
 from ..evaluate.plot import plot_progress
 from ..process import describe
-from ..progress import console
 from .acceptance import Acceptance
 from .best import Best
 from .checkpoint import Kept, place_of, tidy
@@ -99,7 +98,7 @@ class Milestones:
             self._hear(self.acceptance.rest(), None)
         best = self.best
         if best is not None and best.over:
-            self._say(
+            self.world.say(
                 f"train.patience={best.patience}: no better {best.metric} since step {best.step} "
                 f"({best.value:.4g}), so the training ended"
             )
@@ -165,7 +164,7 @@ class Milestones:
         assert self.acceptance is not None
         why = self.acceptance.begin(step, place_of(self.run.output_dir, step))
         if why:
-            self._say(f"acceptance of step {step} is not measured: {why}")
+            self.world.say(f"acceptance of step {step} is not measured: {why}")
 
     def _rows(self, step: int) -> list[dict[str, float]]:
         """Return the measurements in metrics.jsonl up to a step, in the order of steps."""
@@ -179,7 +178,7 @@ class Milestones:
         save = False
         for outcome in outcomes:
             if outcome.failure:
-                self._say(
+                self.world.say(
                     f"warning: acceptance of step {outcome.step} was not measured: "
                     f"{outcome.failure}"
                 )
@@ -204,7 +203,7 @@ class Milestones:
         try:
             yield
         except Exception as exc:
-            self._say(f"warning: {what}: {describe(exc)[0]}")
+            self.world.say(f"warning: {what}: {describe(exc)[0]}")
 
     def _take(self, step: int, values: Mapping[str, float]) -> bool:
         self.trackers.log(step, values)
@@ -212,7 +211,3 @@ class Milestones:
             return False
         self.trackers.event("best", step=step, **{self.best.metric: self.best.value})
         return True
-
-    def _say(self, line: str) -> None:
-        if self.world.main:
-            console.print(line, markup=False)

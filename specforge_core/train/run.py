@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 
@@ -14,7 +13,6 @@ from ..cpu import DTYPES
 from ..devices import pick_device
 from ..drafts.load import first_draft
 from ..process import describe, report
-from ..progress import console
 from ..strategy import Strategy
 from .acceptance import Acceptance
 from .bad_steps import BadSteps
@@ -48,7 +46,7 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
         try:
             if world_.main:
                 stack.enter_context(claim(run.output_dir))
-                console.print(f"training on {machine}", markup=False)
+            world_.say(f"training on {machine}")
             share = share_of(run, world_.rank, world_.size)
             feed = open_feed(run, strategy, share)
             stack.callback(feed.close)
@@ -77,14 +75,7 @@ def build(
     """Return a run's trainer at its first step: nothing is read from or written to output_dir."""
     config = run.train
     torch.manual_seed(config.seed)
-    draft = first_draft(
-        run,
-        strategy,
-        feed.target,
-        feed.data,
-        feed.identity,
-        partial(console.print if world_.main else _nothing, markup=False),
-    )
+    draft = first_draft(run, strategy, feed.target, feed.data, feed.identity, world_.say)
     dtype = DTYPES[machine.compute_dtype]
     draft.model.to(world_.device, torch.float32).train()
     if draft.frozen is not None:
@@ -130,10 +121,6 @@ def build(
             num_tokens=feed.num_tokens,
         ),
     )
-
-
-def _nothing(line: str, *, markup: bool) -> None:
-    """Say nothing, as ranks but the first do."""
 
 
 def steps_ahead(device: torch.device) -> int:

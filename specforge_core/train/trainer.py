@@ -21,7 +21,7 @@ from ..batches.prefetch import Prefetcher
 from ..config import RunConfig
 from ..drafts.checkpoint import TrainState, checkpoints, find, read_state, remove_incomplete
 from ..drafts.identity import resolved
-from ..progress import console, track
+from ..progress import track
 from ..records import recorded
 from ..strategy import Strategy
 from ..types import Draft, StepOutput
@@ -92,10 +92,9 @@ class Trainer:
         self.milestones.resume(self.step, ended=self._ended())
         if state.logged is not None and not self._ended():
             self.log.logged = state.logged
-        if self.world.main:
-            console.print(f"resuming at step {self.step} from {found[-1]}", markup=False)
-            if change := learning_rate_change(state, self.run.train, self.course, self.strategy):
-                console.print(change, markup=False)
+        self.world.say(f"resuming at step {self.step} from {found[-1]}")
+        if change := learning_rate_change(state, self.run.train, self.course, self.strategy):
+            self.world.say(change)
 
     def loop(self) -> TrainReport:
         """Train to the last step or a signal, and save; Interrupted where there is no step yet."""

@@ -61,7 +61,7 @@ def serve(
         if isinstance(server, NotServed):
             return server
         engine = server.name
-        console.print(f"serving {path} with {engine}", markup=False)
+        console.print(f"serving {path} with {engine}")
         prompts = [prompt.input_ids for prompt in inputs.prompts]
         try:
             found = server.answer(prompts, inputs.run.eval.max_new_tokens, eos)
@@ -103,7 +103,7 @@ def explain(
     tried = [{cause} for cause in causes]
     tried += [set(causes[:end]) for end in range(2, len(causes) + 1)]
     for repaired in tried:
-        console.print(f"repairing {', '.join(sorted(repaired))} in a copy", markup=False)
+        console.print(f"repairing {', '.join(sorted(repaired))} in a copy")
         if not compare(reference, measure(repair(found, fresh, repaired))).differs:
             return tuple(cause for cause in causes if cause in repaired)
     return ()

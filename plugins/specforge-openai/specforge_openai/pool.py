@@ -94,7 +94,7 @@ class Pool(Generic[C]):
             self._changed.notify_all()
         if first and not self.closed:
             why = harmless(in_message(reason))
-            console.print(f"{server.client.url} failed ({why}); going on without", markup=False)
+            console.print(f"{server.client.url} failed ({why}); going on without")
 
     def _take_due(self) -> Server[C] | None:
         """Return a retired server that it is time to look at; no one else gets it meanwhile."""
