@@ -35,11 +35,12 @@ import yaml
 from specforge_sglang.engine import SGLangEngine
 from specforge_sglang_capture import spool
 
-from specforge_core.batches.loader import sample_generator, to_device
+from specforge_core.batches.loader import to_device
 from specforge_core.capture.samples import capture_in_order
 from specforge_core.config import TargetConfig
 from specforge_core.cpu import use_threads
 from specforge_core.devices import pick_device
+from specforge_core.draws import draws_of
 from specforge_core.strategy import Strategy
 from specforge_core.types import (
     Adapter,
@@ -153,7 +154,7 @@ class Line:
             assert sample is not None
             size += sum(values.nbytes for values in sample.values())
             with self.timed("transform"):
-                cut = self.transform(sample, sample_generator(0, 0, index))
+                cut = self.transform(sample, draws_of(0, 0, index))
             ready += [] if cut is None else [cut]
             if len(ready) == self.batch_size or index == prompts[-1].index:
                 self._batch(ready)

@@ -18,9 +18,9 @@ from specforge_dflash.collate import DFlashCollate
 from specforge_dflash.final import with_final
 from torch import Tensor
 
-from specforge_core.batches.loader import sample_generator
 from specforge_core.config import TargetConfig
 from specforge_core.drafts.export import write_export
+from specforge_core.draws import draws_of
 from specforge_core.load import validate
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.head import Head
@@ -144,7 +144,7 @@ def make_batch(
     """What the loader makes of samples: transform, then collate."""
     spec = with_final(capture_spec((1, 5), HIDDEN), HIDDEN)
     transform = DFlashTransform(spec, 10**6, config.num_anchors)
-    drawn = [transform(s, sample_generator(0, 0, i)) for i, s in enumerate(samples)]
+    drawn = [transform(s, draws_of(0, 0, i)) for i, s in enumerate(samples)]
     kept = [s for s in drawn if s is not None]
     return collate(DFlashCollate(config, spec, vocab - 1))(kept)
 

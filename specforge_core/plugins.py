@@ -171,15 +171,13 @@ def find_strategy(name: str) -> Installed:
     raise PluginError(f"strategy {shorten(name)} is not installed (installed: {have}): {hint}")
 
 
-def run_manager(
-    name: str, *, using: frozenset[str] = frozenset(), disable: Iterable[str] = ()
-) -> Manager:
+def run_manager(name: str, *, using: frozenset[str] = frozenset()) -> Manager:
     """Build the plugin manager of one run: core, cross-cutting plugins, one strategy.
 
     Plugins with a section of their own take part only if `using` names them.
     """
     strategy = find_strategy(name)
-    pm = core_manager(using=using, disable=disable)
+    pm = core_manager(using=using)
     _register(pm, strategy)
     missing = [h for h in REQUIRED if not implements(pm, name, h)]
     if missing:

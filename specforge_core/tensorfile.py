@@ -148,15 +148,12 @@ def read_into(file: OpenFile, offset: int, left: memoryview) -> None:
         left, offset = left[count:], offset + count
 
 
-def write_tensors(
-    path: Path, columns: Mapping[str, Sequence[Tensor]], *, sync: bool = True
-) -> tuple[int, str]:
+def write_tensors(path: Path, columns: Mapping[str, Sequence[Tensor]]) -> tuple[int, str]:
     """Write each column's tensors one after the other, joined along axis 0.
 
     Returns the file's size and its checksum, as `checksums.file_checksum` gives it.
 
-    The file appears whole under its name or not at all, and with `sync` is on the disk then.
-    Raises OSError.
+    The file appears whole under its name or not at all, and is on the disk then.  Raises OSError.
     """
     # large items first keeps every tensor aligned to its item size
     order = sorted(columns, key=lambda name: (-columns[name][0].dtype.itemsize, name))
@@ -173,7 +170,7 @@ def write_tensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = xxhash.xxh3_128()
-    with replacing(path, sync=sync) as file:
+    with replacing(path) as file:
         for piece in _pieces(text, (part for name in order for part in columns[name])):
             digest.update(piece)
             file.write(piece)

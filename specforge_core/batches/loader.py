@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 
 from ..capture.cache import StateCache, capture_through
+from ..capture.layout import num_tokens
 from ..capture.samples import capture_in_order
 from ..data.order import Order
 from ..data.stream import Closed as Closed
@@ -38,7 +39,7 @@ from ..types import (
     TargetEngine,
     Transform,
 )
-from .collate import num_tokens, pinned
+from .collate import pinned
 from .made import Made, device_of
 from .prefetch import Prefetcher
 from .stored import StoredSource as StoredSource
@@ -226,7 +227,7 @@ class Batches:
             indices = tuple(index for index, sample in ready if sample is not None)
             if not kept and not stand_in:
                 stand_in = [self._look_ahead(samples, ahead)]
-            tokens = sum(num_tokens(sample, self.spec) for sample in kept)
+            tokens = sum(num_tokens(self.spec.fields, sample) for sample in kept)
             with self.strategy.guard("specforge_collate"), pinned(self.device.type == "cuda"):
                 batch = self.collate(kept or stand_in)
             self.strategy.check("specforge_collate", wrong_tensors(batch), value=self.collate)
@@ -255,7 +256,7 @@ class Batches:
     def _ready(self, placed: Placed) -> Sample | None:
         if placed.sample is None:
             return None
-        generator = sample_generator(self.share.seed, placed.epoch, placed.number)
+        generator = draws_of(self.share.seed, placed.epoch, placed.number)
         with self.strategy.guard("specforge_transform"):
             sample = self.transform(dict(placed.sample), generator)  # it may take fields out
         if sample is not None:
@@ -276,11 +277,6 @@ class Batches:
             f"none of {len(seen)} samples can be trained on: each was skipped by the "
             "strategy (too short, or nothing supervised). Check data.train and data.max_length"
         )
-
-
-def sample_generator(seed: int, epoch: int, number: int) -> torch.Generator:
-    """Return the generator of one sample's draws, which depend on nothing else."""
-    return draws_of(seed, epoch, number)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -37,7 +37,6 @@ from .samples import capture_in_order
 
 FORMAT = 2
 LOCK, USAGE, SUFFIX = ".lock", ".usage", ".states"
-SUFFIXES = (SUFFIX, ".safetensors")  # the latter of format 1: not read any more, and the oldest
 ENDING = struct.Struct("<qQ")  # tokens, and the XXH3-64 of all that is before it
 OWN_BYTES = 64  # of the lock and the count
 SLACK = 0.05  # of the quota that is freed beyond what is needed, so that the folder is rarely read
@@ -165,7 +164,7 @@ class StateCache:
         sweep(self.directory)  # nobody writes now: what is half-written is a killed process's
         found = []
         for entry in os.scandir(self.directory):
-            if entry.name.endswith(SUFFIXES):
+            if entry.name.endswith(SUFFIX):
                 told = entry.stat()
                 found.append((told.st_mtime_ns, entry.name, told.st_size))
         used = sum(size for _, _, size in found)

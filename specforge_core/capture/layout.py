@@ -15,8 +15,8 @@ def is_ragged(field: Field) -> bool:
 
 
 def num_tokens(fields: Mapping[str, Field], sample: Sample) -> int:
-    """Return a sample's length in tokens; 1 when no field has a token axis."""
-    return next((len(sample[n]) for n, field in fields.items() if is_ragged(field)), 1)
+    """Return a sample's length in tokens; 1 when none of its fields has a token axis."""
+    return next((len(x) for n, x in sample.items() if n in fields and is_ragged(fields[n])), 1)
 
 
 def layout_problems(fields: Mapping[str, Field], sample: Sample) -> list[Problem]:

@@ -61,12 +61,6 @@ class ShardReader:
         offsets = self._shard(number).offsets
         return offsets[row + 1] - offsets[row]
 
-    def __reduce__(
-        self,
-    ) -> tuple[type[ShardReader], tuple[Path, CaptureManifest, Collection[str] | None]]:
-        """Open the files anew wherever it is unpickled."""
-        return type(self), (self._directory, self.manifest, self._given)
-
     def prompt_index(self, index: int) -> int:
         """Return which prompt a sample is of."""
         number, row = self._locate(index)

@@ -125,11 +125,8 @@ class ShardWriter:
         self._pool.shutdown(wait=True)
         self._lock.close()
 
-    def begin(self, token_counts: Tensor | None = None) -> None:
+    def begin(self, token_counts: Tensor) -> None:
         """Make the manifest visible, so that a trainer can follow; counts are [V] int64."""
-        if token_counts is None:
-            self._save_manifest()
-            return
         with self._guard():
             _, checksum = write_tensors(
                 self.directory / TOKEN_COUNTS, {"token_counts": [token_counts]}
@@ -154,7 +151,7 @@ class ShardWriter:
         """Remember that the strategy turned prompt `index` down."""
         self._skipped.append(index)
 
-    def close(self, token_counts: Tensor | None = None) -> CaptureManifest:
+    def close(self) -> CaptureManifest:
         """Write what is left and mark the capture complete; CaptureError if there is no sample."""
         if self._rows:
             self._flush()
@@ -164,8 +161,6 @@ class ShardWriter:
                 f"the strategy skipped all {len(self._skipped)} prompts (too short, or nothing "
                 "supervised), so there is nothing to store. Check data.train and data.max_length"
             )
-        if token_counts is not None:
-            self.begin(token_counts)
         skipped = self.manifest.num_skipped + len(self._skipped)
         self._save_manifest(complete=True, num_skipped=skipped)
         return self.manifest
@@ -174,8 +169,6 @@ class ShardWriter:
         self._wait()
         rows, skipped = self._rows, self._skipped
         self._rows, self._skipped, self._tokens = [], [], 0
-        if not (self.directory / MANIFEST).exists():
-            self._save_manifest()
         self._writing = self._pool.submit(self._write, rows, skipped)
 
     def _wait(self) -> None:

@@ -44,7 +44,7 @@ class Grown(BaseModel):
     taken: Count  # prompts that are answered, or are being answered
     asked: Annotated[list[tuple[Count, Count]], Field(max_length=10**6)]  # not in it yet
     asked_at: Count  # the last step after which answers were asked for
-    prompts: StrictStr = ""  # what tells those that are `taken` from others
+    prompts: StrictStr  # what tells those that are `taken` from others
 
 
 class TrainState(BaseModel):

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..batches.loader import sample_generator
 from ..capture.job import Job
 from ..capture.samples import to_host
+from ..draws import draws_of
 from ..train.dist import world
 from ..train.fsdp import cast_inputs
 from ..types import Draft, Proposer, Sample, StepContext, StepOutput, TargetCapture
@@ -71,7 +71,7 @@ class Case:
         if stored is None:
             return None
         transform = strategy.transform(run.strategy, self.job.adapter.spec, run.data.max_length)
-        generator = sample_generator(run.train.seed, 0, capture.index)
+        generator = draws_of(run.train.seed, 0, capture.index)
         return transform(to_host(capture.index, stored), generator)
 
     def step(self, samples: Sequence[Sample]) -> StepOutput:

@@ -162,7 +162,7 @@ class Growth:
 
         Raises CheckpointError where a file of answers, or a prompt that is answered, is another.
         """
-        if state.prompts not in ("", self._told(state.taken)):
+        if state.prompts != self._told(state.taken):
             raise CheckpointError(
                 f"the first {state.taken} prompts of regenerate.prompts, which are answered or "
                 "about to be, are others than when the checkpoint was saved: some would be "

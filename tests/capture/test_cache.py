@@ -155,15 +155,6 @@ def test_a_sample_of_another_layout_is_not_kept(tmp_path: Path) -> None:
     assert samples_in(tmp_path) == []
 
 
-def test_what_an_older_version_kept_is_not_read_and_makes_room(tmp_path: Path) -> None:
-    old = tmp_path / f"{'0' * 40}.safetensors"
-    old.write_bytes(bytes(3 * BYTES))
-    cache = opened(tmp_path, 4 * BYTES)
-    cache.put(prompt(1), sample(1))
-    assert not old.exists()
-    assert found(cache, range(3)) == [1]
-
-
 def test_what_a_killed_writer_left_is_removed_and_counted(tmp_path: Path) -> None:
     opened(tmp_path).put(prompt(3), sample(3))
     left = tmp_path / f".x.specforge-{'0' * 16}.tmp"

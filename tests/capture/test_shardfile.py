@@ -34,6 +34,7 @@ FIRST = "shard-00000.safetensors"
 def directory(tmp_path: Path) -> Path:
     """A finished capture of 8 prompts, one of them skipped, in two shards."""
     with ShardWriter(tmp_path, IDENTITY, 20, prompts="p", num_prompts=8) as writer:
+        writer.begin(torch.ones(100, dtype=torch.int64))
         writer.skip(0)
         for index in range(1, 8):
             draw = torch.Generator().manual_seed(index)
@@ -45,7 +46,7 @@ def directory(tmp_path: Path) -> Path:
                     "label": torch.randn(2, generator=draw),
                 },
             )
-        writer.close(torch.ones(100, dtype=torch.int64))
+        writer.close()
     return tmp_path
 
 

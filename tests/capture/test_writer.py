@@ -88,7 +88,7 @@ def test_two_writers_of_one_directory_are_refused(tmp_path: Path):
 
 def test_another_capture_in_the_directory_is_refused(tmp_path: Path):
     with ShardWriter(tmp_path, IDENTITY, 10, prompts="a", num_prompts=3) as writer:
-        writer.begin()
+        writer.begin(torch.ones(100, dtype=torch.int64))
     other = IDENTITY.model_copy(update={"layers": (2,)})
     with pytest.raises(CaptureError, match=r"captured layers: \[1\] in the capture, \[2\] in this"):
         ShardWriter(tmp_path, other, 10)
@@ -222,8 +222,9 @@ def test_a_link_planted_where_a_file_will_be_is_not_followed(tmp_path: Path):
     for name in ("manifest.json.tmp", ".manifest.json.tmp", "token_counts.safetensors"):
         (capture / name).symlink_to(victim)
     with ShardWriter(capture, IDENTITY, 10) as writer:
+        writer.begin(torch.ones(100, dtype=torch.int64))
         writer.add(0, sample(0))
-        writer.close(torch.ones(100, dtype=torch.int64))
+        writer.close()
     assert victim.read_bytes() == b"precious"
     assert not (capture / "token_counts.safetensors").is_symlink()
 

@@ -21,7 +21,7 @@ from specforge_dflash.export import export_draft
 from specforge_dflash.model import DFlashModel, Frozen
 from torch import Tensor
 
-from specforge_core.batches.loader import sample_generator
+from specforge_core.draws import draws_of
 from specforge_core.target.head import Head
 from specforge_core.target.measure import HeadScale
 from specforge_core.types import Batch, CaptureSpec, Draft, Export, Sample, StepContext, TargetInfo
@@ -125,7 +125,7 @@ def draw(config: DFlashOptions, samples: list[Sample], epoch: int = 0) -> list[S
     spec = make_spec(config)
     transform = specforge_transform(config, spec, 10**6)
     stored = [{name: sample[name] for name in spec.fields} for sample in samples]
-    drawn = [transform(s, sample_generator(0, epoch, i)) for i, s in enumerate(stored)]
+    drawn = [transform(s, draws_of(0, epoch, i)) for i, s in enumerate(stored)]
     return [s for s in drawn if s is not None]
 
 

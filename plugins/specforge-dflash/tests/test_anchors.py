@@ -10,7 +10,7 @@ from specforge_dflash.adapter import capture_spec
 from specforge_dflash.anchors import DFlashTransform, start_places
 from torch import Tensor
 
-from specforge_core.batches.loader import sample_generator
+from specforge_core.draws import draws_of
 from specforge_core.types import Sample
 
 SPEC = capture_spec((1, 5), 24)
@@ -100,7 +100,7 @@ def test_epochs_draw_anew_and_again_the_same(kit: Any) -> None:
     transform = DFlashTransform(SPEC, 1000, 5)
 
     def drawn(seed: int, epoch: int, number: int) -> list[int]:
-        found = transform(sample, sample_generator(seed, epoch, number))
+        found = transform(sample, draws_of(seed, epoch, number))
         assert found is not None
         return found["anchors"].tolist()
 

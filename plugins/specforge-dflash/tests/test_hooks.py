@@ -11,8 +11,8 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models
 
-from specforge_core.batches.loader import sample_generator
 from specforge_core.config import TargetConfig
+from specforge_core.draws import draws_of
 from specforge_core.strategy import Strategy
 from specforge_core.target.info import load_target_info
 from specforge_core.testing.close import close
@@ -83,7 +83,7 @@ def test_capture_train_draft_export_and_reload(kit: Any, family: str, tmp_path: 
     draft = strategy.draft(config, info, None)
     assert draft.model.shape.mask_token_id == 61  # the first row that is no token
     transform = strategy.transform(config, adapter.spec, 13)
-    cut = [transform(s, sample_generator(0, 0, i)) for i, s in enumerate(samples) if s is not None]
+    cut = [transform(s, draws_of(0, 0, i)) for i, s in enumerate(samples) if s is not None]
     batch = strategy.collate(config, adapter.spec, draft)([s for s in cut if s is not None])
     assert batch["hidden_states"].shape == (1, 12 + 13 + 13, 64)
     assert batch["document_ids"][0].bincount().tolist() == [0, 12, 13, 13]

@@ -13,7 +13,7 @@ from specforge_dflash.anchors import DFlashTransform
 from specforge_dflash.collate import DFlashCollate
 from torch import Tensor
 
-from specforge_core.batches.loader import sample_generator
+from specforge_core.draws import draws_of
 from specforge_core.testing.close import close
 from specforge_core.types import StepOutput
 
@@ -175,7 +175,7 @@ def alone(
     """One sample by itself, drawn as the `number`th."""
     spec = capture_spec((1, 5), 24)
     drawn = DFlashTransform(spec, 1000, tiny.config.num_anchors)(
-        samples[number], sample_generator(0, 0, number)
+        samples[number], draws_of(0, 0, number)
     )
     assert drawn is not None
     batch = DFlashCollate(tiny.config, spec, 40)([drawn])

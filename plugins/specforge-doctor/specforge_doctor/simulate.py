@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
-from specforge_core.batches.loader import sample_generator, to_device
+from specforge_core.batches.loader import to_device
 from specforge_core.capture.samples import capture_in_order, to_host
 from specforge_core.cpu import pick_dtype
 from specforge_core.devices import pick_device
+from specforge_core.draws import draws_of
 from specforge_core.errors import CaptureError
 from specforge_core.progress import track
 from specforge_core.train.dist import world
@@ -87,6 +88,6 @@ def _samples(
                 f"the answer to {inputs.prompts[index].where} cannot be trained on: {problems[0]}. "
                 f"Try: specforge check {strategy.name}"
             )
-        kept = transform(sample, sample_generator(run.train.seed, 0, index))
+        kept = transform(sample, draws_of(run.train.seed, 0, index))
         if kept is not None:
             yield index, kept
