@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -43,6 +44,17 @@ def read_document(path: Path, most: int = MOST) -> bytes:
             if len(data) > most:
                 raise OSError(errno.EFBIG, f"it is larger than {most} bytes", str(path))
     return bytes(data)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a file of JSON.  Raises OSError, and ValueError where there is none."""
+    try:
+        found = json.loads(read_document(path))
+    except RecursionError as exc:
+        raise ValueError("it is nested too deeply") from exc
+    if not isinstance(found, dict):
+        raise ValueError("it holds no object")
+    return found
 
 
 def why_invalid(exc: ValidationError) -> str:

@@ -20,7 +20,7 @@ from typing import IO, BinaryIO
 
 from .errors import SpecForgeError
 from .locks import hold
-from .text import cut, scaled
+from .text import cut, in_units
 
 TEMPORARY = re.compile(r"\..*\.specforge-[0-9a-f]{16}\.tmp", re.DOTALL)
 NAME_BYTES = 200  # of the name it is for: file systems allow 255 in all
@@ -291,6 +291,5 @@ def _room(place: Path | None) -> str:
         return ""
     for folder in place.absolute().parents:
         with suppress(OSError):
-            free, unit = scaled(shutil.disk_usage(folder).free)
-            return f" ({free:.1f} {unit} free there)"
+            return f" ({in_units(shutil.disk_usage(folder).free)} free there)"
     return ""

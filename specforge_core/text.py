@@ -52,13 +52,13 @@ def _escape(char: str) -> str:
     return f"\\{letter}{code:>0{digits}}"
 
 
-def scaled(count: float) -> tuple[float, str]:
-    """Return a number of bytes in the unit it is read in, of 1000s, as disks are sold."""
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if count < 1000:
-            return count, unit
-        count /= 1000
-    return count, "TB"
+def in_units(count: float) -> str:
+    """Return a number of bytes as a reader writes it, in units of 1000s, as disks are sold."""
+    units = iter(("bytes", "KB", "MB", "GB", "TB"))
+    unit = next(units)
+    while count >= 1000 and (larger := next(units, None)):
+        count, unit = count / 1000, larger
+    return f"{count:,.0f} {unit}" if unit == "bytes" or count >= 1000 else f"{count:.3g} {unit}"
 
 
 def meant(name: str, known: Iterable[str], told: str, otherwise: str = "") -> str:

@@ -10,6 +10,7 @@ import click
 
 from ..commands import config_option, load_run, overrides_argument
 from ..errors import ConfigError
+from ..text import in_units
 
 if TYPE_CHECKING:
     from .job import Job
@@ -43,7 +44,7 @@ def _ask(job: Job, samples: int, tokens: int) -> None:
 
     Raises ConfigError where nobody can be asked, and click's Abort for a no.
     """
-    from .estimate import Size, free_bytes, in_units
+    from .estimate import Size, free_bytes
     from .job import capture_directory
 
     directory = capture_directory(job.run)

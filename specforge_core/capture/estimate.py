@@ -15,7 +15,7 @@ import torch
 from ..config import RunConfig
 from ..data.order import epoch_order
 from ..strategy import Strategy
-from ..text import scaled
+from ..text import in_units
 from ..types import CaptureSpec, Prompt
 from .job import Job, capture_directory
 from .layout import is_ragged
@@ -123,11 +123,3 @@ def peak_memory() -> dict[str, str]:
             if used := torch.cuda.max_memory_allocated(number):
                 found[f"cuda:{number}"] = in_units(used)
     return found
-
-
-def in_units(count: float) -> str:
-    """Return a number of bytes as a reader writes it."""
-    shown, unit = scaled(count)
-    if unit == "bytes" or shown >= 1000:
-        return f"{shown:,.0f} {unit}"
-    return f"{shown:.3g} {unit}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import takewhile
@@ -10,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..documents import read_document
+from ..documents import read_object
 from ..errors import ConfigError, DataError
 from ..target.weights import fetch
 from ..types import TargetInfo
@@ -43,12 +42,9 @@ def _generation_ends(info: TargetInfo) -> object:
     if (path := fetch(info, "generation_config.json")) is None:
         return None
     try:
-        told = json.loads(read_document(path))
-    except (OSError, ValueError, RecursionError) as exc:
+        return read_object(path).get("eos_token_id")
+    except (OSError, ValueError) as exc:
         raise ConfigError(f"{path} is damaged: {exc}. Download it again") from exc
-    if not isinstance(told, dict):
-        raise ConfigError(f"{path} is damaged: it holds no object. Download it again")
-    return told.get("eos_token_id")
 
 
 def _template_end(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
+from ..draws import later_seed
 from ..errors import CaptureError, DataError
 from ..target.asked import max_positions
 from ..target.tokenizer import template_options
@@ -258,14 +258,7 @@ class Answerer:
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
-            seed=turn_seed(settings.seed, turn),
+            seed=later_seed(settings.seed, turn),
             eos=self._rules.encoder.ends,
             batch_size=settings.batch_size,
         )
-
-
-def turn_seed(seed: int, turn: int) -> int:
-    """Return the seed of a turn's draws: the run's own for the first, others for later ones."""
-    if turn == 0:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}/{turn}".encode()).digest()[:4], "big")

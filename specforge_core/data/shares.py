@@ -27,16 +27,13 @@ from ..types import Generated, GenerateOptions, Prompt, TargetEngine, TargetInfo
 from .regenerate import answered, origin_of
 from .respond import Answerer, Task
 from .sources import told
+from .stream import Closed
 
 SLICE_SECONDS = 1.0  # of a batch of answers, after which others get the engine that wait for it
 POLL_SECONDS = 0.005  # between two looks whether all is answered
 CHECKSUM = "share_checksum"  # in each row of a share: of all its rows, without this field
 
 Range = tuple[int, int]  # the first prompt of a share, and the one behind its last
-
-
-class GivenUp(Exception):
-    """The answers are not wanted any more."""
 
 
 def file_of(share: Range) -> str:
@@ -63,7 +60,7 @@ class Turns:
         return self.engine.info
 
     def generate(self, prompts: Sequence[Prompt], options: GenerateOptions) -> Iterator[Generated]:
-        """Answer all prompts.  Raises GivenUp, also in the middle of an answer in this process."""
+        """Answer all prompts.  Raises Closed, also in the middle of an answer in this process."""
         beside = getattr(self.engine, "answers_beside", False)
         for start in range(0, len(prompts), self.batch_size):
             with nullcontext() if beside else self.lock:
@@ -93,7 +90,7 @@ class Turns:
 
     def _check(self) -> None:
         if self.closed.is_set():
-            raise GivenUp
+            raise Closed
 
 
 class Shares:
@@ -158,7 +155,7 @@ class Shares:
                     share = self._asked.get(timeout=0.1)
                     self._answer(share)
                     self._asked.task_done()
-        except GivenUp:
+        except Closed:
             pass
         except BaseException as exc:  # raised where the answers are waited for
             self._error = exc

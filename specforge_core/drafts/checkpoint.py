@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from ..checksums import check_folder, checksum, folder_checksums
-from ..documents import read_document
+from ..documents import read_object
 from ..errors import CheckpointError
 from ..files import write_file
 from ..types import Draft
@@ -56,10 +56,9 @@ def check_files(path: Path) -> bool:
     """
     advice = f"Restore it from a copy, or delete {path} to use the checkpoint before it"
     try:
-        checksums = json.loads(read_document(path / CHECKSUMS))
-        if not isinstance(checksums, dict) or not checksums:
+        if not (checksums := read_object(path / CHECKSUMS)):
             raise ValueError("it names no file")
-    except (OSError, ValueError, RecursionError) as exc:
+    except (OSError, ValueError) as exc:
         if not os.path.lexists(path / CHECKSUMS):
             return False
         raise CheckpointError(f"{path / CHECKSUMS} is damaged: {exc}. {advice}") from exc

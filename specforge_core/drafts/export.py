@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checksums import check_folder, folder_checksums
-from ..documents import check_regular, read_document
+from ..documents import check_regular, read_object
 from ..errors import CheckpointError, PluginError
 from ..files import publish, refusing, sweep, system_error, temporary_folder, write_file
 from ..packages import version
@@ -269,17 +269,14 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
     """Return the object in a file of an export.  Raises CheckpointError."""
     path = directory / name
     try:
-        value = json.loads(read_document(path))
+        return read_object(path)
     except OSError as exc:
         raise CheckpointError(
             f"{directory} is not an exported draft: {name} cannot be read ({exc.strerror}). "
             "Try: specforge export --checkpoint OUTPUT_DIR -o DIR"
         ) from exc
-    except (ValueError, RecursionError) as exc:
+    except ValueError as exc:
         raise CheckpointError(f"{path} is damaged: {exc}. Export again") from exc
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold an object. Export again")
-    return value
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

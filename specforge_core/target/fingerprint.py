@@ -7,9 +7,8 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from ..documents import read_document
+from ..documents import read_object
 from ..tensorfile import OpenFile, read_header
 from ..types import TargetInfo
 from .weights import fetch, tensor_files
@@ -26,8 +25,7 @@ def target_fingerprint(info: TargetInfo) -> str:
     """
     digest = hashlib.sha256()
     if (path := fetch(info, "config.json")) is not None:
-        config: dict[str, Any] = json.loads(read_document(path))
-        kept = {key: value for key, value in config.items() if key not in VOLATILE}
+        kept = {key: value for key, value in read_object(path).items() if key not in VOLATILE}
         digest.update(json.dumps(kept, sort_keys=True).encode())
     files = tensor_files(info)
     every = max(1, len(files) // SAMPLED_TENSORS)

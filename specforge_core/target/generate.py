@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from ..draws import draws_of
 from ..types import Generated, GenerateOptions, Prompt
 
 
@@ -21,9 +21,7 @@ class _Draw(LogitsProcessor):
 
     def __init__(self, prompts: Sequence[Prompt], options: GenerateOptions) -> None:
         self._options = options
-        self._generators = [
-            torch.Generator().manual_seed(_seed(options.seed, prompt.index)) for prompt in prompts
-        ]
+        self._generators = [draws_of(options.seed, prompt.index) for prompt in prompts]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores [B, V] in which only the drawn token is possible."""
@@ -37,10 +35,6 @@ class _Draw(LogitsProcessor):
         place = torch.searchsorted(ends, at, right=True).clamp(max=scores.shape[1] - 1)
         token = tokens.gather(1, place)
         return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
-
-
-def _seed(seed: int, index: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:7], "big")
 
 
 @torch.inference_mode()

@@ -44,19 +44,17 @@ class Head:
             raise CaptureError(
                 f"{type(model).__name__} has no language model head. Choose another target.path"
             )
-        bias, beside = getattr(module, "bias", None), head_scale(info)
-        return cls(
-            weight=module.weight[: info.vocab_size],
-            bias=None if bias is None else bias[: info.vocab_size],
-            scale=beside.scale,
-            softcap=beside.softcap,
-        )
+        return cls._of(module.weight, getattr(module, "bias", None), info)
 
     @classmethod
     def load(cls, info: TargetInfo) -> Head:
         """Read the head from the target's files, on the CPU, without padding rows."""
         weight = load_target_tensors(info, ("lm_head",))["lm_head"]
-        bias, beside = load_head_bias(info), head_scale(info)
+        return cls._of(weight, load_head_bias(info), info)
+
+    @classmethod
+    def _of(cls, weight: Tensor, bias: Tensor | None, info: TargetInfo) -> Head:
+        beside = head_scale(info)
         return cls(
             weight=weight[: info.vocab_size],
             bias=None if bias is None else bias[: info.vocab_size],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..documents import read_document
+from ..documents import read_object
 from ..errors import CaptureError
 from ..types import TargetInfo
 from .place import pointer
@@ -99,15 +98,14 @@ def tensor_names(target: TargetInfo) -> dict[str, str]:
 def _weight_map(index: Path) -> dict[str, str]:
     """Return what an index names: files beside it, whatever it says."""
     try:
-        told = json.loads(read_document(index))
-        files = told.get("weight_map") if isinstance(told, dict) else None
+        files = read_object(index).get("weight_map")
         if not isinstance(files, dict) or not files:
             raise ValueError("it has no weight_map")
         for name in files.values():
             parts = PurePosixPath(name).parts if isinstance(name, str) else ()
             if not parts or parts[0] == "/" or ".." in parts or not name.isprintable():
                 raise ValueError(f"{name!r:.80} is no file beside it")
-    except (OSError, ValueError, RecursionError) as exc:
+    except (OSError, ValueError) as exc:
         said = pointer(index) if isinstance(exc, ValueError) else None
         raise CaptureError(said or f"{index} is damaged: {exc}. Download it again") from exc
     return files

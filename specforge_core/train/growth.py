@@ -21,6 +21,7 @@ from ..data.tokencache import in_memory
 from ..data.tokenrows import Fingerprint, token_rows
 from ..documents import check_regular
 from ..drafts.state import Grown
+from ..draws import later_seed
 from ..errors import CheckpointError, DataError, RunError
 from ..process import describe
 from ..strategy import Strategy
@@ -135,7 +136,7 @@ class Growth:
         """Yield this rank's micro-batches from a position of this epoch on; none of the next."""
         count, begin = len(self.prompts), self.begin
         own = self.source.share
-        ranks = replace(own, seed=self._seed(), first=None)
+        ranks = replace(own, seed=later_seed(self.run.train.seed, self.epoch), first=None)
         source = replace(self.source, prompts=self.prompts, share=ranks)
         batches = replace(forward.batches(self.feed.spec, count), share=ranks)
         for micro in batches.micro_batches(source, position - begin):
@@ -181,13 +182,6 @@ class Growth:
         shares, self.shares = self.shares, None
         if shares is not None:
             shares.close(CLOSE_SECONDS)
-
-    def _seed(self) -> int:
-        """Return what decides an epoch's order and draws: the run's own seed for the first one."""
-        seed = self.run.train.seed
-        if self.epoch == 0:
-            return seed
-        return int.from_bytes(hashlib.sha256(f"{seed}/{self.epoch}".encode()).digest()[:4], "big")
 
     def _ask(self, share: Range) -> None:
         self.asked.append(share)

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..capture.estimate import in_units
 from ..config import RunConfig
 from ..errors import RunError
-from ..text import cut
+from ..text import cut, in_units
 from ..types import Draft, TargetEngine
 from .fsdp import KEPT_BYTES
 

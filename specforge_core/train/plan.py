@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..capture.estimate import free_bytes, in_units
+from ..capture.estimate import free_bytes
 from ..capture.manifest import MANIFEST, CaptureManifest
 from ..config import RunConfig
 from ..drafts.checkpoint import checkpoints
@@ -12,6 +12,7 @@ from ..process import describe
 from ..records import recorded
 from ..strategy import Strategy
 from ..target.info import load_target_info
+from ..text import in_units
 from ..yaml_text import dump
 from .fsdp import check_shards
 from .machine import choose

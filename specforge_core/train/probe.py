@@ -14,13 +14,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import stop
-from ..capture.estimate import Size, in_units, peak_memory
+from ..capture.estimate import Size, peak_memory
 from ..config import RunConfig
 from ..cpu import DTYPES
 from ..devices import pick_device
 from ..errors import SpecForgeError
 from ..process import describe
 from ..strategy import Strategy
+from ..text import in_units
 from ..types import Planned
 from .course import Course
 from .dist import world

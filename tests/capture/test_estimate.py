@@ -14,12 +14,13 @@ from click.testing import CliRunner
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from specforge_core.capture.estimate import Size, in_units
+from specforge_core.capture.estimate import Size
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.cli import cli
 from specforge_core.errors import ConfigError, DataError
 from specforge_core.strategy import Strategy
 from specforge_core.testing.runs import load, write_run
+from specforge_core.text import in_units
 from specforge_core.train import memory
 from specforge_core.train.plan import plan_run
 from specforge_core.types import Export

@@ -35,7 +35,7 @@ def test_a_directory_that_is_no_export_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[1]", ""])
 def test_a_damaged_config_is_an_error(written: Path, content: str) -> None:
     (written / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"config.json (is damaged|must hold an object)"):
+    with pytest.raises(CheckpointError, match=r"config.json is damaged"):
         read_export(written)
 
 
