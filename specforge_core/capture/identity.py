@@ -129,13 +129,7 @@ def _covers(name: str, found: CaptureIdentity, expected: CaptureIdentity) -> boo
 
 
 def _show(identity: CaptureIdentity, name: str, other: CaptureIdentity) -> str:
-    value = getattr(identity, name)
-    if name == "target_fingerprint":
-        revision = f" at revision {identity.target_revision}" if identity.target_revision else ""
-        return f"{identity.target}{revision} ({value[:12]})"
-    if name == "fields":
-        own = {key: field for key, field in value.items() if field != other.fields.get(key)}
-        return str({key: f"{dtype} {list(shape)}" for key, (shape, dtype) in own.items()})
-    if name.endswith("_fingerprint"):
-        return str(value[:12])
-    return str(list(value)) if isinstance(value, tuple) else repr(value)
+    if name != "fields":
+        return identity.shown(name)
+    own = {key: field for key, field in identity.fields.items() if field != other.fields.get(key)}
+    return str({key: f"{dtype} {list(shape)}" for key, (shape, dtype) in own.items()})

@@ -70,6 +70,16 @@ class CaptureIdentity(Frozen):
             raise ValueError(f"layer {wrong[0]} of a target of {self.num_layers} layers")
         return self
 
+    def shown(self, name: str) -> str:
+        """Return the value of a field as a message has it."""
+        value = getattr(self, name)
+        if name == "target_fingerprint":
+            revision = f" at revision {self.target_revision}" if self.target_revision else ""
+            return f"{self.target}{revision} ({value[:12]})"
+        if name.endswith("_fingerprint"):
+            return str(value[:12])
+        return str(list(value)) if isinstance(value, tuple) else str(value)
+
     def spec(self) -> CaptureSpec:
         """Return the CaptureSpec this capture was made with."""
         return CaptureSpec(

@@ -24,6 +24,7 @@ from ..types import (
     TargetCapture,
     TargetEngine,
 )
+from .layout import of_field
 
 EXACT = ("input_ids", "loss_mask")
 # whole numbers that are made from states, a most likely token say, move with their rounding
@@ -128,9 +129,7 @@ def _differing(stored: Sample, expected: Sample) -> Iterator[Problem]:
         else:
             continue
         why = "another chat template, tokenizer, data or data.max_length?"
-        yield Problem(
-            where=f"field {name!r}", message=f"{detail}: {why} Capture again, or correct the config"
-        )
+        yield of_field(name, f"{detail}: {why} Capture again, or correct the config")
 
 
 def _may_move(name: str, count: int) -> float:

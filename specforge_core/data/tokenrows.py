@@ -6,7 +6,7 @@ tokenized in other ways than the target wrote it.  Ids that are known are what i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeGuard
 
@@ -80,19 +80,7 @@ def token_rows(row: Mapping[str, Any], expected: Fingerprint, limit: int | None)
     found = row[ROWS]
     if not isinstance(found, list) or not found:
         raise _damaged(f"{ROWS!r} is no list of rows")
-    return [_read(one, limit) for one in found]
-
-
-def _read(found: object, limit: int | None) -> Row:
-    ids = found.get("input_ids") if isinstance(found, Mapping) else None
-    mask = found.get("loss_mask") if isinstance(found, Mapping) else None
-    if not _are_ids(ids):
-        raise _damaged("'input_ids' is no list of token ids")
-    if not (isinstance(mask, list) and len(mask) == len(ids)):
-        raise _damaged(f"'loss_mask' is no list of {len(ids)} numbers, as 'input_ids' is")
-    if not _is_mask(mask):
-        raise _damaged("'loss_mask' holds other values than 0 and 1")
-    return Row(ids[:limit], mask[:limit], len(ids), counted=True)
+    return [_read(one, limit, _damaged) for one in found]
 
 
 def token_row(row: Mapping[str, Any], limit: int | None) -> Row:
@@ -100,13 +88,21 @@ def token_row(row: Mapping[str, Any], limit: int | None) -> Row:
 
     Raises BadRow for anything else; whether the target has the tokens is seen by its reader.
     """
-    ids, mask = row["input_ids"], row.get("loss_mask")
+    return _read(row, limit, _bad_tokens)
+
+
+def _read(found: object, limit: int | None, bad: Callable[[str], BadRow]) -> Row:
+    """Read one sequence; `bad` makes the error of what is wrong with it."""
+    ids, mask = (
+        found.get(name) if isinstance(found, Mapping) else None
+        for name in ("input_ids", "loss_mask")
+    )
     if not _are_ids(ids):
-        raise _bad_tokens("'input_ids' must be a list of token ids, and is not")
+        raise bad("'input_ids' is no list of token ids")
     if not _is_mask(mask):
-        raise _bad_tokens("a row of tokens needs a 'loss_mask', a list of 0 and 1")
+        raise bad("'loss_mask' is no list of 0 and 1")
     if len(mask) != len(ids):
-        raise _bad_tokens(f"there are {len(ids)} input_ids, and a loss_mask of {len(mask)}")
+        raise bad(f"there are {len(ids)} input_ids, and a loss_mask of {len(mask)}")
     return Row(ids[:limit], mask[:limit], len(ids), counted=True)
 
 

@@ -166,7 +166,7 @@ def differences(
         if start and field == "final":  # who reads none does not mind which one another reads
             known = "none" in (made.identity.final, now.identity.final)
         if not known and getattr(made.identity, field) != getattr(now.identity, field):
-            theirs, ours = _shown(made.identity, field), _shown(now.identity, field)
+            theirs, ours = made.identity.shown(field), now.identity.shown(field)
             found.append(Difference(name, theirs, ours, remedy))
     return found
 
@@ -213,16 +213,6 @@ def _refuse(where: Path, found: list[Difference], otherwise: str | None = None) 
     raise CheckpointError(
         f"{where} was made with other settings than this run:{lines}\nTry: {tries}{ending}"
     )
-
-
-def _shown(identity: CaptureIdentity, field: str) -> str:
-    value = getattr(identity, field)
-    if field == "target_fingerprint":
-        revision = f" at revision {identity.target_revision}" if identity.target_revision else ""
-        return f"{identity.target}{revision} ({value[:12]})"
-    if field.endswith("_fingerprint"):
-        return str(value[:12])
-    return _value(list(value)) if isinstance(value, tuple) else str(value)
 
 
 def _value(value: Any) -> str:

@@ -129,7 +129,7 @@ def test_another_tokenizer_is_refused(toy_target: Path, copy: Path, strategy: St
     ("change", "message"),
     [
         ({"layers": (1, 4)}, "captured layers: [1, 3] in the capture, [1, 4] in this run"),
-        ({"final": "post_norm"}, "final hidden state: 'none' in the capture, 'post_norm' in this"),
+        ({"final": "post_norm"}, "final hidden state: none in the capture, post_norm in this"),
         ({"spec_version": 2}, "version of the strategy's capture format: 1 in the capture, 2 in"),
         ({"next_tokens": True}, "target's next tokens: False in the capture, True in this run"),
         ({"logsumexp": True}, "target's log-sum-exp: False in the capture, True in this run"),

@@ -157,7 +157,7 @@ def test_what_a_wrong_engine_captured_is_found(
         ("strategy.layers=[2,4]", "captured layers: [1, 3] in the capture, [2, 4] in this run"),
         (
             "strategy.final=pre_norm",
-            "final hidden state: 'post_norm' in the capture, 'pre_norm' in this run",
+            "final hidden state: post_norm in the capture, pre_norm in this run",
         ),
     ],
 )

@@ -248,15 +248,15 @@ def test_rows_that_are_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"input_ids": [1, 2]}, "needs a 'loss_mask', a list of 0 and 1"),
-        ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "needs a 'loss_mask', a list of 0 and 1"),
-        ({"input_ids": [1, 2], "loss_mask": [True, False]}, "needs a 'loss_mask'"),
+        ({"input_ids": [1, 2]}, "'loss_mask' is no list of 0 and 1"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "'loss_mask' is no list of 0 and 1"),
+        ({"input_ids": [1, 2], "loss_mask": [True, False]}, "'loss_mask' is no list"),
         ({"input_ids": [1, 2], "loss_mask": [0, 1, 1]}, "there are 2 input_ids, and a loss_mask"),
-        ({"input_ids": [1, -2], "loss_mask": [0, 1]}, "'input_ids' must be a list of token ids"),
-        ({"input_ids": [], "loss_mask": []}, "'input_ids' must be a list of token ids"),
-        ({"input_ids": ["1"], "loss_mask": [1]}, "'input_ids' must be a list of token ids"),
-        ({"input_ids": [2**40], "loss_mask": [1]}, "'input_ids' must be a list of token ids"),
-        ({"input_ids": 3, "loss_mask": [1]}, "'input_ids' must be a list of token ids"),
+        ({"input_ids": [1, -2], "loss_mask": [0, 1]}, "'input_ids' is no list of token ids"),
+        ({"input_ids": [], "loss_mask": []}, "'input_ids' is no list of token ids"),
+        ({"input_ids": ["1"], "loss_mask": [1]}, "'input_ids' is no list of token ids"),
+        ({"input_ids": [2**40], "loss_mask": [1]}, "'input_ids' is no list of token ids"),
+        ({"input_ids": 3, "loss_mask": [1]}, "'input_ids' is no list of token ids"),
     ],
 )
 def test_rows_of_tokens_that_cannot_be_trained_on(

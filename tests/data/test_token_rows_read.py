@@ -83,9 +83,9 @@ def test_arguments_of_the_template_and_the_date_may_differ(tmp_path: Path) -> No
         ([{"input_ids": [1, 2.0], "loss_mask": [0, 1]}], "'input_ids' is no list"),
         ([{"input_ids": [1, True], "loss_mask": [0, 1]}], "'input_ids' is no list"),
         ([{"input_ids": [1, 2**31], "loss_mask": [0, 1]}], "'input_ids' is no list"),
-        ([{"input_ids": [1, 2], "loss_mask": [1]}], "'loss_mask' is no list of 2"),
-        ([{"input_ids": [1, 2]}], "'loss_mask' is no list of 2"),
-        ([{"input_ids": [1, 2], "loss_mask": [0, 2]}], "other values than 0 and 1"),
+        ([{"input_ids": [1, 2], "loss_mask": [1]}], "there are 2 input_ids, and a loss_mask of 1"),
+        ([{"input_ids": [1, 2]}], "'loss_mask' is no list of 0 and 1"),
+        ([{"input_ids": [1, 2], "loss_mask": [0, 2]}], "'loss_mask' is no list of 0 and 1"),
         ([{"input_ids": [1, 260], "loss_mask": [0, 1]}], "token id 260 is beyond"),
     ],
 )
