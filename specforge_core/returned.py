@@ -61,7 +61,9 @@ def _tensor(value: object) -> bool:
 
 
 def _dense(value: Any) -> bool:
-    return _tensor(value) and str(value.layout) == "torch.strided"
+    """Say whether a value is a tensor that can be saved: on the meta device one has no data."""
+    dense = _tensor(value) and str(value.layout) == "torch.strided"
+    return dense and value.device.type != "meta"
 
 
 def _on_host(value: Any) -> bool:
@@ -237,7 +239,10 @@ def wrong_export(export: Export) -> Wrong | None:
         export,
         {
             "config": (_json, "values by name that JSON can write, for config.json"),
-            "weights": (lambda v: _by_name(v, _dense) and len(v) > 0, "dense tensors by name"),
+            "weights": (
+                lambda v: _by_name(v, _dense) and len(v) > 0,
+                "dense tensors with data, by name",
+            ),
             "files": (lambda v: _by_name(v, lambda f: isinstance(f, bytes)), "bytes by name"),
             "serve": (
                 lambda v: _by_name(v, lambda options: _by_name(options, lambda _: True)),

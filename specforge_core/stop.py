@@ -36,7 +36,7 @@ class Interrupted(BaseException):
     `kept` says what is there to go on from.
     """
 
-    def __init__(self, signum: int, kept: str = "what is finished is kept") -> None:
+    def __init__(self, signum: int, kept: str = "nothing that was finished is lost") -> None:
         super().__init__(signum, kept)
         self.signum, self.kept = signum, kept
 

@@ -80,6 +80,10 @@ CALLABLES = {
         ("train_step", "", "return out_of(lambda o: replace(o, loss_sum=o.loss_sum * 1j))"),
         "specforge_train_step: returned a loss_sum of complex numbers, expected a real one",
     ),
+    "a weight without data": (
+        ("train_step", "", "return out_of(lambda o: replace(o, weight=o.weight.to('meta')))"),
+        "specforge_train_step: returned a weight on the meta device, expected a number",
+    ),
     "a step that raises what is no Exception": (
         ("train_step", "", "return lambda draft, batch, ctx: odd()"),
         "specforge-bad 0.1.0, specforge_train_step: Odd: mine",

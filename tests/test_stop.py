@@ -67,7 +67,8 @@ def test_a_signal_ends_what_has_nothing_to_keep(signum: int, body: str) -> None:
     assert status == 128 + signum
     name = signal.Signals(signum).name
     assert out == (
-        f"stopped by {name}: what is finished is kept. Start the same command again to go on\n"
+        f"stopped by {name}: nothing that was finished is lost. "
+        "Start the same command again to go on\n"
     )
     assert err == ""
 

@@ -104,13 +104,14 @@ def check_place(directory: Path, *, force: bool) -> None:
         )
 
 
-def read_export(directory: Path) -> Export:
+def read_export(directory: Path, provenance: Mapping[str, Any] | None = None) -> Export:
     """Read a directory's config and weights; only safetensors files are opened.
 
-    Raises CheckpointError when something is missing, damaged, not finite or does not agree.
+    `provenance` is what `read_provenance` gave, where that was asked before.  Raises
+    CheckpointError when something is missing, damaged, not finite or does not agree.
     """
     config = read_json(directory, CONFIG)
-    check_export(directory)
+    check_export(directory, read_provenance(directory) if provenance is None else provenance)
     weights = _read_all_weights(directory)
     check_finite(str(directory), weights)
     return Export(config=config, weights=weights)
@@ -149,12 +150,12 @@ def read_provenance(directory: Path) -> dict[str, Any]:
     return read_json(directory, PROVENANCE) if there else {}
 
 
-def check_export(directory: Path) -> bool:
+def check_export(directory: Path, provenance: Mapping[str, Any]) -> bool:
     """Read an export's weights whole and compare their checksums.
 
     Returns False where it has none: another program or version wrote it.  Raises CheckpointError.
     """
-    checksums = read_provenance(directory).get("checksums", {})
+    checksums = provenance.get("checksums", {})
     if not isinstance(checksums, dict):
         raise CheckpointError(f"{directory / PROVENANCE}: checksums is no object. Export again")
     check_folder(directory, checksums, "Export again")

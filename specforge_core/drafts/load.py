@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,38 +39,42 @@ def restore(run: RunConfig, strategy: Strategy, path: Path, *, templates: bool =
     (tokenizer and chat template only with `templates`), or its tensors are others.
     """
     target = load_target_info(run.target)
-    place, made = recorded(path)
-    if made is not None:
-        check_strategy(place, made.strategy, strategy.name)
+    stored = Stored.find(path)
+    if stored.made is not None:
+        check_strategy(stored.place, stored.made.strategy, strategy.name)
     draft = strategy.draft(run.strategy, target, None)
-    if made is not None:
+    if stored.made is not None:
         now = Made.of_run(run, strategy, draft, target_identity(run, strategy, target))
-        check_same(place, made, now, type(run.strategy), templates=templates)
-    _fill(run, strategy, target, draft, place)
+        check_same(stored.place, stored.made, now, type(run.strategy), templates=templates)
+    stored.fill(run, strategy, target, draft)
     return Restored(draft, target)
 
 
-def recorded(path: Path) -> tuple[Path, Made | None]:
-    """Return where the draft at `path` is, and what it says it was made of, if it does.
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A draft's weights on disk, and what they say of themselves."""
 
-    An export of another tool does not; a strategy compares its config.json in any case.
-    """
-    if not (path / "config.json").exists():
-        checkpoint = find(path)
-        return checkpoint, Made.of_state(read_state(checkpoint))
-    return path, Made.of_provenance(read_provenance(path), path)
+    place: Path
+    made: Made | None  # an export of another tool does not say; its config.json is compared
+    provenance: Mapping[str, Any] | None = None  # of an export; None: it is a checkpoint
 
+    @classmethod
+    def find(cls, path: Path) -> Stored:
+        """Return the draft at `path`: a run's output, one checkpoint, or an export."""
+        if not (path / "config.json").exists():
+            checkpoint = find(path)
+            return cls(checkpoint, Made.of_state(read_state(checkpoint)))
+        provenance = read_provenance(path)
+        return cls(path, Made.of_provenance(provenance, path), provenance)
 
-def _fill(
-    run: RunConfig, strategy: Strategy, target: TargetInfo, draft: Draft, place: Path
-) -> None:
-    """Load the weights of a checkpoint or an export into a draft."""
-    if (place / "config.json").exists():
-        export = read_export(place)
-        check_config(place, export.config)
+    def fill(self, run: RunConfig, strategy: Strategy, target: TargetInfo, draft: Draft) -> None:
+        """Load the weights into a draft."""
+        if self.provenance is None:
+            load_model(self.place, draft)
+            return
+        export = read_export(self.place, self.provenance)
+        check_config(self.place, export.config, self.provenance)
         strategy.load_export(run.strategy, draft, target, export)
-    else:
-        load_model(place, draft)
 
 
 def first_draft(
@@ -98,13 +102,13 @@ def first_draft(
             )
     if path is None or started:
         return strategy.draft(run.strategy, target, data)
-    place, made = recorded(path)
+    stored = Stored.find(path)
     draft = strategy.draft(run.strategy, target, None)
-    if made is not None:
+    if stored.made is not None:
         now = Made.of_run(run, strategy, draft, identity)
-        for line in check_start(place, made, now, type(run.strategy)):
+        for line in check_start(stored.place, stored.made, now, type(run.strategy)):
             say(line)
-    _fill(run, strategy, target, draft, place)
+    stored.fill(run, strategy, target, draft)
     return draft
 
 

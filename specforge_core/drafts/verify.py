@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ def verify_draft(directory: Path) -> str | None:
     """
     directory = follow(directory)
     if (directory / PROVENANCE).is_file():
-        checked = int(_check(directory, check_export))
-        check_config(directory, read_json(directory, CONFIG))
+        provenance = read_provenance(directory)
+        checked = int(_check(directory, partial(check_export, provenance=provenance)))
+        check_config(directory, read_json(directory, CONFIG), provenance)
         return _told(directory, 1, checked, "export")
     found = [directory] if (directory / STATE).is_file() else checkpoints(directory)
     if not found:
@@ -34,12 +36,12 @@ def verify_draft(directory: Path) -> str | None:
     return _told(directory, len(found), checked, "checkpoint")
 
 
-def check_config(directory: Path, config: Mapping[str, Any]) -> None:
+def check_config(directory: Path, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
     """Raise CheckpointError where an export's config.json is not what its provenance.json notes.
 
     The doctor does not ask for that: it says what another value does.
     """
-    written = read_provenance(directory).get(WRITTEN, config)
+    written = provenance.get(WRITTEN, config)
     if not isinstance(written, dict):
         raise CheckpointError(f"{directory / PROVENANCE}: {WRITTEN} is no object. Export again")
     check_written(config, written)

@@ -118,6 +118,8 @@ def check_scalars(who: str, output: StepOutput, *, training: bool = True) -> Non
             raise PluginError(f"{who}: returned a {name} {is_}, expected a tensor without axes")
         if value.is_complex():
             raise PluginError(f"{who}: returned a {name} of complex numbers, expected a real one")
+        if value.device.type == "meta":
+            raise PluginError(f"{who}: returned a {name} on the meta device, expected a number")
     if training and not output.loss_sum.requires_grad:
         raise PluginError(f"{who}: returned a loss_sum without a gradient. Is it detached?")
 

@@ -148,7 +148,8 @@ def test_a_signal_at_the_start_ends_with_one_line(config: Path, tmp_path: Path, 
     assert (status, out) == (130, "")
     assert err.count("stopped by") == 1
     assert err.endswith(
-        "stopped by SIGINT: what is finished is kept. Start the same command again to go on\n"
+        "stopped by SIGINT: nothing that was finished is lost. "
+        "Start the same command again to go on\n"
     )
     assert len(err.splitlines()) <= 2
     assert not (tmp_path / "run").exists()

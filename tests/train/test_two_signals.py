@@ -94,7 +94,7 @@ def test_while_it_imports_they_end_it(
     # the second may come when Python has given its handlers up: shells see 143 then, too
     assert status in (143, -signal.SIGTERM)
     assert out == ""
-    assert err.count("stopped by SIGTERM: what is finished is kept") == 1
+    assert err.count("stopped by SIGTERM: nothing that was finished is lost") == 1
     assert len(err.splitlines()) <= 2  # and on what it trains
     assert not (tmp_path / "run").exists()
 
