@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import blame, plugins
 from .calls import Calls
-from .errors import CheckpointError, PluginError
+from .errors import CheckpointError, ConfigError, PluginError
 from .returned import wrong_draft, wrong_export, wrong_optimizers, wrong_spec
 from .text import shorten
 from .types import CaptureSpec, Draft, Export, NotServed, Problem
@@ -264,11 +264,11 @@ class Strategy(Calls):
         hook = "specforge_import"
         try:
             done = self._first(hook, config=config, draft=draft, target=target, export=export)
-        except PluginError as exc:
-            if not isinstance(exc.__cause__, WRONG_VALUE):
+        except (PluginError, ConfigError) as exc:
+            if isinstance(exc, PluginError) and not isinstance(exc.__cause__, WRONG_VALUE):
                 raise
             raise CheckpointError(
-                f"the export's config.json has a value of a kind that is not read there: {exc}. "
+                f"config.json of the export has a value that cannot be used: {exc}. "
                 "Export again, or try a checkpoint: --draft OUTPUT_DIR"
             ) from exc
         if done is not None and not isinstance(done, bool):

@@ -61,6 +61,13 @@ def test_a_damaged_export_is_not_its_package_s_fault(
         strategy.load_export(CONFIG, DRAFT, TARGET, export)
 
 
+def test_a_config_error_of_an_export_is_the_export_s(fake_site: FakeSite) -> None:
+    body = "from specforge_core.errors import ConfigError; raise ConfigError('no such rope')"
+    strategy = bad(fake_site, "import", "export", body)
+    with pytest.raises(CheckpointError, match="has a value that cannot be used: no such rope"):
+        strategy.load_export(CONFIG, DRAFT, TARGET, Export(config={}, weights={}))
+
+
 def test_a_message_is_cut_whatever_is_in_it() -> None:
     text = str(CheckpointError(f"has {'x' * 10**6} and {'y ' * 10**6}"))
     assert text.startswith(f"has {'x' * 200}... (1000000 characters) and y y")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..tensorfile import CODES
 from ..text import cut, shorten
 
@@ -23,18 +23,6 @@ DAMAGE = (
     *(AttributeError, LookupError, RuntimeError),  # RecursionError is of the last kind
 )
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@contextmanager
-def readable_config() -> Iterator[None]:
-    """Turn what values of the wrong type in an export's config.json raise into an error."""
-    try:
-        yield
-    except (TypeError, ValueError, AttributeError, LookupError, ConfigError) as exc:
-        raise CheckpointError(
-            f"config.json of the export cannot be used: {type(exc).__name__}: {exc!s:.200}. "
-            "Export again"
-        ) from exc
 
 
 def check_alike(outer: Mapping[str, Any], nested: Mapping[str, Any], key: str) -> None:

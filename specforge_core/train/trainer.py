@@ -32,12 +32,11 @@ from .dist import World
 from .feed import Feed
 from .forward import Forward
 from .growth import Growth
-from .info import run_info, versions
 from .log import Log
 from .machine import Machine
 from .milestones import Milestones
 from .optim import local_gradients, lr_factor, set_learning_rate, square_norm
-from .report import Launched, TrainReport
+from .report import Launched, TrainReport, run_info, versions
 from .resume import check_resumed, learning_rate_change
 from .supply import Supply
 from .update import Update, grad_norm

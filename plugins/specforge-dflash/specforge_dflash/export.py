@@ -16,7 +16,6 @@ from specforge_core.drafts.tensors import (
     check_alike,
     check_given,
     check_options,
-    readable_config,
     written,
 )
 from specforge_core.errors import CheckpointError, ConfigError
@@ -155,8 +154,7 @@ def load_export(config: DFlashConfig, model: nn.Module, export: Export) -> bool:
     assert isinstance(model, DFlashModel)
     if ARCHITECTURE not in (export.config.get("architectures") or ()):
         return False
-    with readable_config():
-        _check(config, model.shape, export.config)
+    _check(config, model.shape, export.config)
     check_given(export.weights, model.state_dict())
     model.load_state_dict(dict(export.weights))
     return True

@@ -10,7 +10,7 @@ from typing import Any
 from specforge_dflash.around import export_around, load_around, parts
 from specforge_dflash.export import serving_options, target_not_served
 
-from specforge_core.drafts.tensors import check_options, readable_config
+from specforge_core.drafts.tensors import check_options
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import Draft, Export, TargetInfo
 
@@ -64,12 +64,11 @@ def specforge_import(config: DFlash2Config, draft: Draft, export: Export) -> boo
     if ARCHITECTURE not in (given.get("architectures") or ()):
         return False
     softcap = model.backbone.shape.softcap
-    with readable_config():
-        nested: dict[str, Any] = dict(given.get("dflash_config") or {})
-        cap = nested.pop(SOFTCAP, None) or None  # 0 is none too
-        theirs = {"output_multiplier": 1.0, **nested}  # what engines take for what is absent
-        options = {name: (theirs.get(name), getattr(config, name)) for name in OPTIONS}
-        check_options(options, {SOFTCAP: (cap, softcap)})
+    nested: dict[str, Any] = dict(given.get("dflash_config") or {})
+    cap = nested.pop(SOFTCAP, None) or None  # 0 is none too
+    theirs = {"output_multiplier": 1.0, **nested}  # what engines take for what is absent
+    options = {name: (theirs.get(name), getattr(config, name)) for name in OPTIONS}
+    check_options(options, {SOFTCAP: (cap, softcap)})
     # the soft cap was compared above
     load_around(config, model, export, {**given, SOFTCAP: softcap, "dflash_config": nested})
     return True

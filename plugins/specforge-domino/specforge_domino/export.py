@@ -14,7 +14,7 @@ from specforge_dflash.around import export_around, load_around, parts
 from specforge_dflash.export import ARCHITECTURE, target_not_served
 from specforge_dflash.model import Frozen
 
-from specforge_core.drafts.tensors import check_options, readable_config
+from specforge_core.drafts.tensors import check_options
 from specforge_core.errors import CheckpointError
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import Draft, Export, TargetInfo
@@ -87,8 +87,7 @@ def specforge_import(config: DominoConfig, draft: Draft, export: Export) -> bool
     said = {**given, **nested}  # engines read either place
     if said.get("projector_type") != "domino":
         return False
-    with readable_config():
-        _check(config, said, given)
+    _check(config, said, given)
     layout = {**nested, "label_layout": config.label_layout}  # compared above, as published
     load_around(config, draft.model, export, {**given, "dflash_config": layout})
     return True

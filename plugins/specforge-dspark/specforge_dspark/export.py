@@ -16,7 +16,7 @@ from specforge_dflash.around import export_around, load_around, parts
 from specforge_dflash.export import target_not_served
 from specforge_dflash.model import Frozen
 
-from specforge_core.drafts.tensors import check_alike, check_options, readable_config
+from specforge_core.drafts.tensors import check_alike, check_options
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import Draft, Export, ExportFile, TargetInfo
 
@@ -94,22 +94,21 @@ def specforge_import(config: DSparkConfig, draft: Draft, export: Export) -> bool
     if not set(READ) & set(given.get("architectures") or ()):
         return False
     weights = {n: w for n, w in export.weights.items() if not n.startswith(TARGETS_OWN)}
-    with readable_config():
-        layout, fields = _backbone_config(given), _fields(given)
-        confident = any(name.startswith("confidence_head.") for name in weights)
-        markov = bool(fields.get("confidence_head_with_markov", True))
-        both = confident and config.confidence_head
-        ours = config.confidence_with_markov
-        check_options(
-            {
-                "markov_head": (fields.get("markov_head_type"), config.markov_head),
-                "markov_rank": (fields.get("markov_rank"), config.markov_rank),
-                "confidence_head": (confident, config.confidence_head),
-                "confidence_with_markov": (markov if both else ours, ours),
-            }
-        )
-        for key in ("dflash_config", "dspark_config"):
-            check_alike(given, given.get(key) or {}, key)
+    layout, fields = _backbone_config(given), _fields(given)
+    confident = any(name.startswith("confidence_head.") for name in weights)
+    markov = bool(fields.get("confidence_head_with_markov", True))
+    both = confident and config.confidence_head
+    ours = config.confidence_with_markov
+    check_options(
+        {
+            "markov_head": (fields.get("markov_head_type"), config.markov_head),
+            "markov_rank": (fields.get("markov_rank"), config.markov_rank),
+            "confidence_head": (confident, config.confidence_head),
+            "confidence_with_markov": (markov if both else ours, ours),
+        }
+    )
+    for key in ("dflash_config", "dspark_config"):
+        check_alike(given, given.get(key) or {}, key)
     load_around(config, model, replace(export, weights=weights), layout)
     return True
 

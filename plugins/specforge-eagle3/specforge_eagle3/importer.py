@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specforge_core.drafts.dialects import from_layer_inputs
-from specforge_core.drafts.tensors import FLOATS, check_given, check_options, readable_config
+from specforge_core.drafts.tensors import FLOATS, check_given, check_options
 from specforge_core.errors import CheckpointError
 from specforge_core.nn.rotary import stored_rope
 from specforge_core.types import Draft, Export
@@ -40,14 +40,13 @@ def load_export(draft: Draft, export: Export) -> bool:
     assert isinstance(model, Eagle3Model)
     assert isinstance(frozen, Frozen)
     shape = model.shape
-    with readable_config():
-        layer = export.config.get("transformer_layer_config") or export.config
-        if int(layer.get("num_hidden_layers", 1)) != 1:
-            raise CheckpointError(
-                f"the export has {layer['num_hidden_layers']} layers, and engines disagree on how "
-                "more than one is served. Use a checkpoint of one layer"
-            )
-        check_config(shape, export.config)
+    layer = export.config.get("transformer_layer_config") or export.config
+    if int(layer.get("num_hidden_layers", 1)) != 1:
+        raise CheckpointError(
+            f"the export has {layer['num_hidden_layers']} layers, and engines disagree on how "
+            "more than one is served. Use a checkpoint of one layer"
+        )
+    check_config(shape, export.config)
     weights = published_names(export.weights)
     if (embedding := weights.pop("embed_tokens.weight", None)) is not None:
         check_embedding(embedding, frozen.embed_tokens)

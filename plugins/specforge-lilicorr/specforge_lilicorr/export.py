@@ -12,7 +12,7 @@ from specforge_dflash.around import export_around, load_around, parts
 from specforge_dflash.export import serving_options, target_not_served
 from specforge_dflash.model import Frozen
 
-from specforge_core.drafts.tensors import check_options, readable_config
+from specforge_core.drafts.tensors import check_options
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import Draft, Export, TargetInfo
 
@@ -92,14 +92,13 @@ def specforge_import(config: LiLiCorrConfig, draft: Draft, export: Export) -> bo
     (model, _), given = parts(draft, LiLiCorrModel), export.config
     if ARCHITECTURE not in (given.get("architectures") or ()):
         return False
-    with readable_config():
-        nested: dict[str, Any] = given.get("dflash_config") or {}
-        theirs = {name: nested.get(key) for name, key in OPTIONS.items()}
-        theirs |= {name: nested.get(name) or 0 for name in CONVOLUTIONS}
-        ours = {name: getattr(config, name) for name in theirs}
-        width = "lattice_hidden_size"
-        if {theirs[width], ours[width]} == {0, model.backbone.shape.hidden_size}:
-            theirs[width] = ours[width]  # 0 is the draft's width
-        check_options({name: (value, ours[name]) for name, value in theirs.items()})
+    nested: dict[str, Any] = given.get("dflash_config") or {}
+    theirs = {name: nested.get(key) for name, key in OPTIONS.items()}
+    theirs |= {name: nested.get(name) or 0 for name in CONVOLUTIONS}
+    ours = {name: getattr(config, name) for name in theirs}
+    width = "lattice_hidden_size"
+    if {theirs[width], ours[width]} == {0, model.backbone.shape.hidden_size}:
+        theirs[width] = ours[width]  # 0 is the draft's width
+    check_options({name: (value, ours[name]) for name, value in theirs.items()})
     load_around(config, model, export, given)
     return True

@@ -14,7 +14,7 @@ from specforge_eagle3.export import CAUSES, export_config, speculators_config
 from specforge_eagle3.frozen import Frozen
 from specforge_eagle3.importer import check_config, check_embedding, load_named, published_names
 
-from specforge_core.drafts.tensors import check_options, readable_config, written
+from specforge_core.drafts.tensors import check_options, written
 from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import Draft, Export, TargetInfo
@@ -93,12 +93,11 @@ def specforge_import(draft: Draft, export: Export) -> bool:
     weights = {name.replace("midlayer.", "layers.0."): value for name, value in named.items()}
     if "mask_hidden" not in weights and OWN_SPECULATORS not in (given.get("architectures") or ()):
         return False
-    with readable_config():
-        check_config(model.shape, given, unknown=("fc_norm", "use_aux_norm", "norm_output"))
-        ours = model.shape.mask_token_id
-        masks = [given[name] for name in MASKS if given.get(name) is not None] or [None]
-        # of several that differ, one that is not ours
-        check_options({"mask_token_id": (next((m for m in masks if m != ours), ours), ours)})
+    check_config(model.shape, given, unknown=("fc_norm", "use_aux_norm", "norm_output"))
+    ours = model.shape.mask_token_id
+    masks = [given[name] for name in MASKS if given.get(name) is not None] or [None]
+    # of several that differ, one that is not ours
+    check_options({"mask_token_id": (next((m for m in masks if m != ours), ours), ours)})
     embedding = weights.get("embed_tokens.weight")
     if model.embed_tokens is None and embedding is not None:
         try:
