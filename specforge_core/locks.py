@@ -50,10 +50,6 @@ class InTurn:
             self._asked.popleft()
             self._changed.notify_all()
 
-    def locked(self) -> bool:
-        """Say whether somebody holds it."""
-        return bool(self._asked)
-
     def waiting(self) -> int:
         """Return how many wait for its holder."""
         return max(0, len(self._asked) - 1)

@@ -39,7 +39,7 @@ def test_threads_have_their_turn_in_the_order_in_which_they_asked() -> None:
         lock.give_way()
         assert had == list(range(5))
         lock.give_way()  # nobody waits
-    assert not lock.locked()
+    assert not lock._asked
     for thread in running:
         thread.join(20)
 
@@ -64,9 +64,9 @@ def test_who_gives_up_waiting_is_passed_over() -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
     with lock:
-        assert lock.locked()
+        assert lock._asked
     holder.join(20)
-    assert not lock.locked()
+    assert not lock._asked
 
 
 def interrupt(*_: object) -> None:

@@ -127,17 +127,6 @@ def open_prompts(
     return Asked(data, fill, key_of([key, made_by, bounds, *(r.fingerprint() for r in known)]))
 
 
-def load_prompts(
-    data: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    source_rows: Rows,
-    **options: Any,
-) -> PromptSet:
-    """Read and tokenize `data.train` as `open_prompts` opens it."""
-    return open_prompts(data, tokenizer, vocab_size, source_rows, **options).load()
-
-
 @dataclass(frozen=True, slots=True)
 class Asked:
     """Conversations that are open; rows that are left out are told of by reason.

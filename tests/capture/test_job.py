@@ -19,7 +19,7 @@ from specforge_core.capture.store import ShardReader, read_token_counts
 from specforge_core.config import DataConfig, RunConfig
 from specforge_core.data.files import open_source
 from specforge_core.data.order import epoch_order
-from specforge_core.data.prompts import PromptSet, load_prompts
+from specforge_core.data.prompts import PromptSet
 from specforge_core.errors import CaptureError, ConfigError
 from specforge_core.load import load_config
 from specforge_core.target.engine import TransformersEngine
@@ -34,6 +34,8 @@ from specforge_core.types import (
     Sample,
     TargetCapture,
 )
+
+from ..data.prompted import load_prompts
 
 SOURCE = """
     import os, time

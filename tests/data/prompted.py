@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from specforge_core.config import (
     DataConfig,
     RegenerateConfig,
@@ -13,7 +15,9 @@ from specforge_core.config import (
     StrategyConfig,
     TargetConfig as Target,
 )
+from specforge_core.data.prompts import PromptSet, open_prompts
 from specforge_core.data.regenerate import RegenerateReport, regenerate as run_regenerate
+from specforge_core.data.sources import Rows
 from specforge_core.strategy import Strategy
 
 
@@ -46,3 +50,14 @@ def make_run(
 
 def lines(path: Path) -> list[str]:
     return sorted(path.read_text().splitlines())
+
+
+def load_prompts(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    source_rows: Rows,
+    **options: Any,
+) -> PromptSet:
+    """Read and tokenize `data.train` as `open_prompts` opens it."""
+    return open_prompts(data, tokenizer, vocab_size, source_rows, **options).load()

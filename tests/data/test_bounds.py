@@ -16,9 +16,10 @@ from specforge_core.data import chat
 from specforge_core.data.bounds import bounded_memory, bounded_time
 from specforge_core.data.chat import Encoder
 from specforge_core.data.files import open_source
-from specforge_core.data.prompts import load_prompts
 from specforge_core.data.sources import BadRow
 from specforge_core.testing.toy import TEMPLATE, toy_tokenizer
+
+from .prompted import load_prompts
 
 # the end of time or of memory may meet a callback of the garbage collector: Python says so and goes
 # on, and the next allocation, or the next second, raises it again

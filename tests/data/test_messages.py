@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from specforge_core.config import DataConfig
 from specforge_core.data.files import open_source
 from specforge_core.data.messages import REASONING, OnlyRead, parse
-from specforge_core.data.prompts import PromptSet, load_prompts
+from specforge_core.data.prompts import PromptSet
 from specforge_core.errors import DataError
 from specforge_core.testing.toy import toy_tokenizer
+
+from .prompted import load_prompts
 
 # in the manner of published templates that know tools
 TOOLS = (

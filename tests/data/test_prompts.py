@@ -10,9 +10,11 @@ import torch
 
 from specforge_core.config import DataConfig
 from specforge_core.data.files import open_source
-from specforge_core.data.prompts import PromptSet, load_prompts
+from specforge_core.data.prompts import PromptSet
 from specforge_core.errors import DataError
 from specforge_core.testing.toy import toy_tokenizer, write_conversations
+
+from .prompted import load_prompts
 
 TOKENIZER = toy_tokenizer()
 VOCAB = len(TOKENIZER)

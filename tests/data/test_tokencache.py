@@ -16,10 +16,12 @@ import torch
 from specforge_core.config import DataConfig
 from specforge_core.data import prompts, tokencache, workers
 from specforge_core.data.files import open_source
-from specforge_core.data.prompts import PromptSet, load_prompts
+from specforge_core.data.prompts import PromptSet
 from specforge_core.errors import DataError
 from specforge_core.testing.forked import SERVER, begin, python
 from specforge_core.testing.toy import toy_tokenizer, write_conversations
+
+from .prompted import load_prompts
 
 TOKENIZER = toy_tokenizer()
 VOCAB = len(TOKENIZER)
