@@ -48,10 +48,10 @@ class Calls:
             error.exit_code = status
             raise error from exc
 
-    def check_returned(self, hook: str, value: object, kind: type[T], text: str) -> T:
-        """Return what a plugin's callable returned; PluginError if it is of another type."""
+    def check_returned(self, hook: str, value: object, kind: type[T]) -> T:
+        """Return what a plugin returned; PluginError if it is of another type."""
         if not isinstance(value, kind):
-            raise self._unexpected(hook, value, text)
+            raise self._unexpected(hook, value, kind.__name__)
         return value
 
     def check(
@@ -82,9 +82,6 @@ class Calls:
                 "specforge_core/hookspecs.py says"
             )
         return found
-
-    def _typed(self, hook: str, value: object, kind: type[T]) -> T:
-        return self.check_returned(hook, value, kind, f"{kind.__name__}")
 
     def _with(self, hook: str, value: T, *names: str) -> T:
         with self.guard(hook, status=2):  # a property may raise

@@ -169,7 +169,7 @@ class Strategy(Calls):
 
     def draft(self, config: StrategyConfig, target: TargetInfo, data: DataInfo | None) -> Draft:
         found = self._need("specforge_draft", config=config, target=target, data=data)
-        draft = self._typed("specforge_draft", found, Draft)
+        draft = self.check_returned("specforge_draft", found, Draft)
         with self.guard("specforge_draft", status=2):  # its functions are tried
             wrong = wrong_draft(draft)
         self.check("specforge_draft", wrong)
@@ -253,7 +253,7 @@ class Strategy(Calls):
                 f"strategy {self.name!r} cannot export to format {format!r}. "
                 f"Try: --format {others}, or what its package documents"
             )
-        export = self._typed(hook, found, Export)
+        export = self.check_returned(hook, found, Export)
         self.check(hook, wrong_export(export))
         return export
 

@@ -61,7 +61,7 @@ class Forward:
         hook = "specforge_train_step"
         with self.strategy.guard(hook):
             output = self.step_function(self.draft, micro.batch, context)
-        self.strategy.check_returned(hook, output, StepOutput, "StepOutput")
+        self.strategy.check_returned(hook, output, StepOutput)
         who = f"{self.strategy.package}, {hook}"
         check_scalars(who, output, training=context.training)
         if micro.num_samples:
