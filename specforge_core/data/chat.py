@@ -15,10 +15,22 @@ from .answers import MARGIN, Marker, Row as Row, Tokens
 from .bounds import MEMORY, SECONDS, bounded_memory, bounded_time
 from .sources import BadRow, Message
 from .turns import find_turns, trained_on
-from .written import Shape, as_parts, left_out, reads_parts, wants_parts
+from .written import (
+    Shape,
+    as_parts,
+    left_out,
+    marks_of,
+    reads_parts,
+    wants_parts,
+    with_text_arguments,
+)
 
 CHARACTERS = 8  # of a token, more than most have: how much text is tokenized at first
 REFUSED = "refused by the chat template"
+AS_JSON = (
+    "Put a chat_template.jinja beside the tokenizer that writes `arguments | tojson`, and serve "
+    "with it"
+)
 
 
 @dataclass(slots=True)
@@ -56,6 +68,7 @@ class Encoder:
         with _in_time():
             texts = find_turns(self.render, messages, _Beyond(self, messages))
             self._check_written(messages, 1 + max(max(t.answers, default=-1) for t in texts))
+            _check_calls(messages, [text.text for text in texts])
             return [row for text in texts for row in marker.rows(text, cut)]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -87,12 +100,28 @@ class Encoder:
         except TimeoutError:
             raise
         except Exception as exc:  # it is a program: it may divide by zero, or fill the memory
+            hint = self._joins(given, prompt) or self._raw(messages)
             raise BadRow(
                 f"the chat template refuses the conversation: {_told(exc)}. "
-                f"{self._raw(messages)}Correct it, or set data.on_error=skip",
+                f"{hint}Correct it, or set data.on_error=skip",
                 REFUSED,
             ) from exc
         return str(text)
+
+    def _joins(self, messages: Sequence[Message], prompt: bool) -> str:
+        """Say whether the template wants the arguments of calls as texts, which it joins."""
+        given = [with_text_arguments(message) for message in messages]
+        if given == messages:
+            return ""
+        with suppress(Exception), bounded_memory(MEMORY):
+            self.tokenizer.apply_chat_template(
+                given, tokenize=False, add_generation_prompt=prompt, **(self._options or {})
+            )
+            return (
+                "It joins the arguments of a call to a text, and servers give it an object, as is "
+                f"done here. {AS_JSON}. Or: "
+            )
+        return ""
 
     def _raw(self, messages: Sequence[Message]) -> str:
         """Say which answer was copied from a target with its special tokens, if one was."""
@@ -122,7 +151,14 @@ class Encoder:
         had not been there.
         """
         answers = trained_on(messages)[:shown]
-        found = left_out(self._whole, messages, answers, self.written, self.template_kwargs)
+        found = left_out(
+            self._whole,
+            messages,
+            answers,
+            self.written,
+            self.template_kwargs,
+            marks_of(self._source()),
+        )
         if found is not None:
             number, part = found
             raise BadRow(
@@ -207,6 +243,26 @@ class _Beyond:
             if len(self._encoder.tokens(text).ids) < (self._encoder.limit or 0):
                 return text
         return ""
+
+
+def _check_calls(messages: Sequence[Message], texts: Sequence[str]) -> None:
+    """Raise BadRow where a call's arguments stand in a text as Python, not JSON, spells them.
+
+    A template that writes an object without a filter does so, and no target was taught that.
+    """
+    for number in trained_on(messages):
+        for call in messages[number].get("tool_calls", ()):
+            python = str(call["function"]["arguments"])
+            if python == "{}" or any(python in message["content"] for message in messages):
+                continue
+            if any(python in text for text in texts):
+                raise BadRow(
+                    f"message {number + 1}: the target's chat template writes the arguments of a "
+                    f"call as Python does, {python:.80}, and not as JSON, which the target writes. "
+                    f"{AS_JSON}; specforge regenerate keeps the tokens that the target writes; or "
+                    "set data.on_error=skip",
+                    "not JSON in the chat template",
+                )
 
 
 @contextmanager

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any, TypeAlias
+
+from jinja2 import Environment, TemplateError
 
 from ..errors import DataError
 from .messages import REASONING, Message, chat_of
@@ -13,8 +18,9 @@ from .tools import Tool
 Render: TypeAlias = Callable[[Sequence[Message]], str]  # without a generation prompt
 Shape: TypeAlias = tuple[object, ...]  # of a part of a message: what templates go by
 REASONING_TEXT = "reasoning"
-THOUGHTS = "thoughts"  # reasoning in the text itself, between these marks
-OPENED, CLOSED = "<think>", "</think>"
+BEFORE = "text before "  # and the mark that ends a piece of a text
+# a piece that says nothing: what opens thoughts, where there are none
+EMPTY = re.compile(r"\s*(?:[<\[\u25c1][^\s<>\[\]\u25c1\u25b7]*[>\]\u25b7])?\s*")
 
 ALIASES = {
     "tools": ("tools", "functions"),
@@ -23,9 +29,40 @@ ALIASES = {
 }
 
 
+@lru_cache
+def marks_of(template: str) -> re.Pattern[str] | None:
+    """Return what finds the marks in a text that a template names, such as `</think>`.
+
+    A template takes a text apart at strings that stand in its own source: thoughts are closed by
+    other ones in each family.  None where it has none, or is no template.
+    """
+    found: set[str] = set()
+    with suppress(TemplateError):
+        tokens = Environment().lexer.tokenize(template)
+        found = {str(token.value).strip() for token in tokens if token.type == "string"}
+    marks = [text for text in found if len(text) > 2 and not re.fullmatch(r"[\w\s]+", text)]
+    longest_first = sorted(marks, key=lambda mark: (-len(mark), mark))
+    return re.compile("|".join(map(re.escape, longest_first))) if marks else None
+
+
 def as_parts(message: Message) -> Message:
     """Return a message whose text is OpenAI's list of parts."""
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def with_text_arguments(message: Message) -> Message:
+    """Return a message, the arguments of its calls as texts of JSON, as a model writes them."""
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def reads_parts(template: str) -> bool:
@@ -57,19 +94,22 @@ def left_out(
     answers: Iterable[int],
     written: set[Shape],
     options: Mapping[str, Any],
+    marks: re.Pattern[str] | None,
 ) -> tuple[int, str] | None:
     """Return the first message that a template does not write whole, and what is left out.
 
     The message is counted from 0.  A part that is written changes the text when it is another;
     each answer is looked at where it ends the conversation, before later turns may change it.
-    `answers` are the messages that are trained on; `written` keeps what was found to be written.
+    `answers` are the messages that are trained on; `written` keeps what was found to be written;
+    `marks` are those of the template.
     """
     tools = bool(options.get("tools"))
     begin = 0
     for end in answers:
         for number in range(begin, end + 1):
             message = messages[number]
-            parts = _parts(message, trained=number == end)
+            pieces = _pieces(message["content"], marks) if number == end else {}
+            parts = [*pieces, *_parts(message, trained=number == end)]
             shape = (message["role"], messages[number - 1]["role"] if number else None, tools)
             for part in parts:
                 key = (*shape, number == end, *parts, part)  # parts stand in for one another
@@ -77,10 +117,10 @@ def left_out(
                     continue
                 others = (
                     [*messages[:number], other, *messages[number + 1 : end + 1]]
-                    for other in _others(message, part)
+                    for other in _others(message, part, pieces)
                 )
                 if not _written(render, messages[: end + 1], others):
-                    return number, REASONING_TEXT if part == THOUGHTS else part
+                    return number, part
                 written.add(key)
         begin = end + 1
     return None
@@ -97,25 +137,39 @@ def _written(
 
 
 def _parts(message: Message, *, trained: bool) -> list[str]:
-    """Return the names of what a message is made of; of what is trained on, also its thoughts."""
+    """Return the names of what a message is made of; of what is trained on, also its reasoning."""
     parts = ["text"] if message["content"].strip() else []
     parts += [f"call {place + 1}" for place in range(len(message.get("tool_calls", ())))]
     if trained and REASONING[0] in message:
         parts.append(REASONING_TEXT)
-    if trained and CLOSED in message["content"]:
-        thoughts = message["content"].partition(CLOSED)[0].rpartition(OPENED)[2]
-        parts += [THOUGHTS] if thoughts.strip() else []
     return parts
 
 
-def _others(message: Message, part: str) -> Iterator[Message]:
+def _pieces(text: str, marks: re.Pattern[str] | None) -> dict[str, int]:
+    """Return the ends of the pieces that a text with marks in it has, by their names.
+
+    They are the first and the last before each mark, and what is behind them all.
+    """
+    found: dict[str, int] = {}
+    begin = 0
+    for mark in marks.finditer(text) if marks else ():
+        if not EMPTY.fullmatch(text, begin, mark.start()):
+            name = f"{BEFORE}{mark[0]!r}"
+            found[f"{BEFORE}the last {mark[0]!r}" if name in found else name] = mark.start()
+        begin = mark.end()
+    if begin and not EMPTY.fullmatch(text, begin):
+        found["text behind the last mark"] = len(text)
+    return found
+
+
+def _others(message: Message, part: str, pieces: Mapping[str, int]) -> Iterator[Message]:
     """Yield a message with another part: longer at its end, or where that may be cut, its start."""
     text = message["content"]
     if part == "text":
         yield {**message, "content": text + "x"}
         yield {**message, "content": "x" + text}
-    elif part == THOUGHTS:
-        yield {**message, "content": text.replace(CLOSED, "x" + CLOSED, 1)}
+    elif part in pieces:
+        yield {**message, "content": f"{text[: pieces[part]]}x{text[pieces[part] :]}"}
     elif part == REASONING_TEXT:
         yield message | dict.fromkeys(REASONING, message[REASONING[0]] + "x")
     else:

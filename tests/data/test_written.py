@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ ASK = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
 WRITES = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 OPENS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CHATML = "{% for m in messages %}" + WRITES + "{% endfor %}" + OPENS
 # in the manner of those of LLaVA: texts are taken from lists of parts alone
 PARTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
 {%- for p in m['content'] | selectattr('type', 'equalto', 'text') %}{{ p['text'] }}{% endfor -%}
@@ -88,7 +90,10 @@ def test_what_a_template_leaves_out_is_told(chat: list[Message], said: str, turn
     ("chat", "said"),
     [
         ([ASK, calls("f", text="let me see")], "message 2.* its call 1 "),
-        ([ASK, {**ANSWER, "content": "<think>\nhm\n</think>\n\na"}], "message 2.* its reasoning "),
+        (
+            [ASK, {**ANSWER, "content": "<think>\nhm\n</think>\n\na"}],
+            "message 2.* its text before '</think>' ",
+        ),
     ],
 )
 def test_what_was_written_of_another_message_says_nothing_of_this_one(
@@ -102,6 +107,83 @@ def test_what_was_written_of_another_message_says_nothing_of_this_one(
         assert len(made.rows(fine)) == 1
         with pytest.raises(BadRow, match=said + ".*specforge regenerate"):
             made.rows(chat)
+
+
+CUTS = "{% set said = m.content.split(CLOSE)[-1] %}"
+MARKS = ("</think>", "[/THINK]", "<|/think|>", "</thinking>", "\u25c1/think\u25b7", "</seed:think>")
+
+
+@pytest.mark.parametrize("mark", [*MARKS, "<|END_THINKING|>", "<|channel|>final<|message|>"])
+def test_thoughts_are_closed_by_what_the_template_takes_a_text_apart_at(mark: str) -> None:
+    """No list of marks: those that a template's own source names."""
+    writes = CUTS.replace("CLOSE", f"'{mark}\n'") + WRITES.replace("m.content", "said")
+    made = encoder("{% for m in messages %}" + writes + "{% endfor %}" + OPENS)
+    for blank in ("", "\n", "<think>\n\n", "[THINK]", "\u25c1think\u25b7 \n"):
+        assert len(made.rows([ASK, {**ANSWER, "content": f"{blank}{mark}\na"}])) == 1
+    said = re.escape(
+        f"message 2: the target's chat template does not write its text before {mark!r}"
+    )
+    with pytest.raises(BadRow, match=said):
+        made.rows([ASK, {**ANSWER, "content": f"hm\n{mark}\na"}])
+    assert len(encoder(CHATML).rows([ASK, {**ANSWER, "content": f"hm\n{mark}\na"}])) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("well <think>hm</think>a", "its text before '<think>'"),
+        ("<think>hm</think>a</think>b", "its text before the last '</think>'"),
+        ("<think>hm</think>a<answer>b", "its text behind the last mark"),
+        ("<think>hm</think>a", None),
+        ("<think>\n\n</think>\n\na", None),
+        ("\n<think>hm</think>", None),
+    ],
+)
+def test_every_piece_of_an_answer_that_a_template_takes_apart_is_looked_at(
+    text: str, said: str | None
+) -> None:
+    parts = (
+        "{% set t = m.content.split('</think>')[0].split('<think>')[-1] %}"
+        "{% set a = m.content.split('</think>')[-1].split('<answer>')[0] %}"
+    )
+    writes = WRITES.replace("m.content", "'<think>' + t + '</think>' + a")
+    made = encoder(
+        "{% for m in messages %}{% if '</think>' in m.content %}"
+        f"{parts}{writes}{{% else %}}{WRITES}{{% endif %}}{{% endfor %}}{OPENS}"
+    )
+    for _ in range(2):  # what is known of a template is kept
+        assert len(made.rows([ASK, ANSWER])) == 1
+        if said is None:
+            assert len(made.rows([ASK, {**ANSWER, "content": text}])) == 1
+        else:
+            with pytest.raises(BadRow, match=re.escape(said)):
+                made.rows([ASK, {**ANSWER, "content": text}])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        # as DeepSeek's do, which were made for arguments that are a text
+        ("'\n```json\n' + c.arguments + '\n```'", r"It joins the arguments of a call to a text"),
+        ("' ' ~ c.arguments", r"message 2: .* as Python does, \{'at': 'it'\}, and not as JSON"),
+        ("' ' + c.arguments|tojson", None),
+        ("' ' + (c.arguments if c.arguments is string else c.arguments|tojson)", None),
+    ],
+)
+def test_the_arguments_of_a_call_are_written_as_json(arguments: str, said: str | None) -> None:
+    call = "{% for d in m.tool_calls %}{% set c = d.function %}{{ c.name + ARGUMENTS }}{% endfor %}"
+    opened, closed = WRITES.split(" + m.content + ")
+    made = encoder(
+        "{% for m in messages %}" + opened + " + m.content }}"
+        f"{call.replace('ARGUMENTS', arguments)}{{{{ {closed}{{% endfor %}}{OPENS}"
+    )
+    chat = [ASK, calls("f")]
+    chat[1]["tool_calls"][0]["function"]["arguments"] = {"at": "it"}
+    if said is None:
+        assert len(made.rows(chat)) == 1
+        return
+    with pytest.raises(BadRow, match=said + r".*`arguments \| tojson`.*data\.on_error=skip"):
+        made.rows(chat)
 
 
 def test_an_answer_with_special_tokens_in_its_text_is_regenerated() -> None:
