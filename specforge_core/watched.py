@@ -56,6 +56,8 @@ class Watched(Section):
 
 def a_part(value: float) -> float:
     """Return a part of the data; raises ValueError for all of it, or nothing."""
+    if value == 0:
+        raise ValueError("a part of the data is more than 0 (to hold out nothing: [])")
     if not 0 < value < 1:
         raise ValueError("a part of the data is more than 0 and less than 1, such as 0.02")
     return value

@@ -85,7 +85,7 @@ def test_files_are_validated_on_and_none_of_their_questions_is_trained_on(
 @pytest.mark.parametrize(
     ("override", "error", "message"),
     [
-        ("data.validation=0", ConfigError, "more than 0 and less than 1"),
+        ("data.validation=0", ConfigError, r"more than 0 \(to hold out nothing: \[\]\)"),
         ("data.validation=1.5", ConfigError, "more than 0 and less than 1"),
         ("data.validation=true", ConfigError, "Input should be a number"),
         ("data.validation=1e-9", DataError, "holds out none of 20 conversations"),
