@@ -46,23 +46,29 @@ def test_threads_have_their_turn_in_the_order_in_which_they_asked() -> None:
 
 def test_who_gives_up_waiting_is_passed_over() -> None:
     """A signal's exception, say, comes where the main thread waits."""
-    lock, entered = InTurn(), threading.Event()
+    lock, entered, leave = InTurn(), threading.Event(), threading.Event()
 
     def hold_on() -> None:
         with lock:
             entered.set()
-            time.sleep(0.3)
+            assert leave.wait(60)
 
     holder = threading.Thread(target=hold_on)
     holder.start()
     assert entered.wait(20)
+
+    def give_up_soon() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)  # in whatever of the next lines it comes
+        with lock:
+            raise AssertionError
+
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        with pytest.raises(KeyboardInterrupt), lock:
-            raise AssertionError
+        with pytest.raises(KeyboardInterrupt):
+            give_up_soon()
     finally:
         signal.signal(signal.SIGALRM, before)
+        leave.set()
     with lock:
         assert lock._asked
     holder.join(20)

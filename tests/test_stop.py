@@ -34,6 +34,11 @@ except stop.Interrupted as exc:
 FOREVER = "ready()\nwhile True: time.sleep(0.1)"
 # no handler runs before it returns, and it never does: a mutex that is locked twice
 DEEP = "stop.SECONDS = 1.0; lock(mutex); ready(); lock(mutex)"
+# says when the first signal has been counted
+HEARD = """def hear():
+    while not stop.count(): time.sleep(0.01)
+    print("heard", flush=True)
+threading.Thread(target=hear, daemon=True).start()"""
 
 
 def script(body: str) -> str:
@@ -85,8 +90,12 @@ sys.exit(7)"""
 
 @pytest.mark.parametrize("apart", [0.15, 0.6])
 def test_a_second_signal_ends_what_does_not_get_done(apart: float) -> None:
-    body = f"with stop.keeping(1.0):\n    {DEEP}"
-    status, out, err = end(begin(body), signal.SIGINT, signal.SIGINT, apart=apart)
+    process = begin(f"{HEARD}\nwith stop.keeping(1.0):\n    {DEEP}")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "heard\n"  # the time between them is that of the process
+    time.sleep(apart)
+    status, out, err = end(process, signal.SIGINT)
     assert (status, err) == (130, "")
     assert out.startswith("stopped by SIGINT: what was saved before is whole. Start")
 
@@ -106,11 +115,13 @@ def test_the_first_one_waits_and_says_so() -> None:
     body = f"stop.NOTE_SECONDS = 0.5\nwith stop.keeping(1.0):\n    {DEEP}"
     process = begin(body)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5 + stop.POLL_SECONDS + 1.0)
+    note = "finishing the step, then saving; a second signal ends this without saving\n"
+    assert process.stderr is not None
+    assert process.stderr.readline() == note
+    time.sleep(stop.POLL_SECONDS + 1.0)
     assert process.poll() is None
     status, _, err = end(process, signal.SIGTERM)
-    assert status == 143
-    assert err == "finishing the step, then saving; a second signal ends this without saving\n"
+    assert (status, err) == (143, "")
 
 
 def test_a_library_that_swallows_it_does_not_keep_the_command_running() -> None:

@@ -44,22 +44,23 @@ def test_no_more_than_depth_items_are_made_ahead_and_close_ends_the_thread() -> 
     time.sleep(0.3)
     assert len(made) <= 1 + 4 + 1  # taken, waiting, in the thread's hand
     items.close()
-    assert not any(t.name == "specforge-prefetch" for t in threading.enumerate())
+    assert not items._thread.is_alive()
 
 
 def test_a_stop_ends_the_wait_for_an_item_but_takes_one_that_is_ready(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    more = threading.Event()
+    asked, more = threading.Event(), threading.Event()
 
     def source() -> Iterator[int]:
         yield 1
+        asked.set()
         more.wait()
         yield 2
 
     items = Prefetcher(source(), 1)
+    assert asked.wait(20)  # for the second one, so the first is ready
     monkeypatch.setattr(stop, "asked", lambda: signal.SIGTERM)
-    time.sleep(0.3)
     assert next(items) == 1
     with pytest.raises(stop.Interrupted, match="stopped by SIGTERM"):
         next(items)

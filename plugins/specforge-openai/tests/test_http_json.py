@@ -162,11 +162,13 @@ def test_an_answer_ends_in_time_and_in_bounds(
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         began = time.monotonic()
         if error is None:
-            assert request_json(url, "/x", timeout=5) == [1]
+            assert request_json(url, "/x", timeout=20) == [1]
         else:
+            # the others' answers come, however busy the machine is
+            seconds = 1 if "timed out" in str(message) else 20
             with pytest.raises(error) as found:
-                request_json(url, "/x", timeout=1, api_key="a/key")
+                request_json(url, "/x", timeout=seconds, api_key="a/key")
             assert str(message) in str(found.value)
             assert "a/key" not in str(found.value)
-        assert time.monotonic() < began + 4
+        assert time.monotonic() < began + 20  # what trickles would take 50 s, or not end
         thread.join()

@@ -55,13 +55,21 @@ def test_as_many_as_the_batch_size_are_in_flight(start: Any, toy_target: Path) -
 
 
 def test_work_goes_to_the_server_with_the_fewest_outstanding(start: Any, toy_target: Path) -> None:
+    """One that does not answer its two gets no third of forty, of which four are in flight."""
+    rest = threading.Event()
+
     def slowly(body: dict[str, Any]) -> Any:
-        time.sleep(0.3)
+        assert rest.wait(60)
         return slow.said("yes")
 
-    slow, fast = start(slowly), start()
+    def count(body: dict[str, Any]) -> Any:
+        if len(fast.bodies) >= 38:
+            rest.set()
+        return fast.said("yes")
+
+    slow, fast = start(slowly), start(count)
     assert len(ask(OpenAIEngine.load(served(toy_target, slow, fast)), *["Hi"] * 40)) == 40
-    assert len(slow.bodies) < len(fast.bodies)
+    assert 1 <= len(slow.bodies) <= 2
 
 
 def test_a_server_that_dies_gives_its_work_to_the_others(
@@ -121,10 +129,12 @@ def test_a_server_that_comes_back_is_used_again(
 
 
 def test_going_on_after_the_last_server_died(start: Any, toy_target: Path, tmp_path: Path) -> None:
+    once = threading.Lock()
+
     def answer(body: dict[str, Any]) -> Any:
         if len(dying.bodies) < 6:
             return dying.echo(body)
-        if len(dying.bodies) == 6:
+        if once.acquire(blocking=False):  # of two that come together neither need be the sixth
             threading.Thread(target=dying.stop).start()
         dying.thread.join()
         return 0, None

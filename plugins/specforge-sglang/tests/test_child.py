@@ -35,6 +35,8 @@ from specforge_core.errors import CaptureError
 from specforge_core.target.info import load_target_info
 from specforge_core.testing.forked import SECONDS, python
 
+from .ended import gone
+
 LAUNCHER = """
 import json, os, subprocess, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -93,18 +95,6 @@ def configure(tmp_path: Path, toy_target: Path) -> Configure:
 
 def start(target: TargetConfig) -> ChildServer:
     return ChildServer(target, load_target_info(target), read_options(target))
-
-
-def gone(pid: int) -> bool:
-    for _ in range(100):
-        try:
-            os.kill(pid, 0)
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return True
-        except (ProcessLookupError, FileNotFoundError):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_a_child_gets_its_flags_and_the_plugin(
@@ -212,9 +202,12 @@ def test_a_key_is_made_where_sglang_takes_one() -> None:
 
 def test_a_child_that_never_answers_is_an_error(configure: Configure) -> None:
     child = start(configure("import time; print('loading', flush=True); time.sleep(600)"))
-    message = r"did not start in 2 s(.|\n)*loading\n(.|\n)*start_timeout"
+    until = time.monotonic() + 60
+    while "loading" not in child.last_words() and time.monotonic() < until:
+        time.sleep(0.02)
+    message = r"did not start in 1 s(.|\n)*loading\n(.|\n)*start_timeout"
     with pytest.raises(CaptureError, match=message):
-        child.wait(Client(child.url, 5.0), 2.0)
+        child.wait(Client(child.url, 5.0), 1.0)
     child.close()
 
 

@@ -101,8 +101,10 @@ def test_the_work_of_a_killed_server_is_done_by_the_others(
 ) -> None:
     servers = [start(delay=0.02) for _ in range(3)]
     engine = SGLangEngine.load(target(*servers, max_requests=12), CPU)
-    threading.Timer(0.3, servers[1].kill).start()
-    captures = list(engine.capture(prompts(*[10 + i % 7 for i in range(300)]), SPEC))
+    source = engine.capture(prompts(*[10 + i % 7 for i in range(300)]), SPEC)
+    captures = [next(source)]
+    servers[1].kill()
+    captures += source
     assert sorted(c.index for c in captures) == list(range(300))
     assert all(right(c) for c in captures)
     retired = [s for s in engine.pool.servers if s.retired]

@@ -220,6 +220,7 @@ def test_a_request_cannot_make_a_server_call_elsewhere(
             with pytest.raises(TimeoutError):
                 other.accept()
         assert f"SPECFORGE_SGLANG_RECEIVERS={address}" in caplog.text
+        other.settimeout(20)
         Sender(tmp_path, receivers=["trainer", address]).put(Parcel(asked, 1, lambda: []))
         connection, _ = other.accept()
         connection.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from specforge_core.config import TargetConfig
 from specforge_core.drafts.export import write_export
 from specforge_core.errors import CaptureError, CheckpointError, RunError
 from specforge_core.types import Export, ExportFile, NotServed
+
+from .ended import gone
 
 # a server of a few lines: every verification accepts 2 tokens, and 7 ends an answer
 LAUNCHER = """
@@ -91,18 +92,6 @@ def stand_in(tmp_path: Path, toy_target: Path) -> Callable[..., TargetConfig]:
         )
 
     return make
-
-
-def gone(pid: int) -> bool:
-    for _ in range(100):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        if Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] == "Z":
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_a_draft_is_served_without_the_plugin_and_counted(

@@ -243,7 +243,8 @@ def test_a_child_that_is_killed_is_an_error_with_its_last_words(
 def serving(port: int) -> int:
     """Return the process that was started with a port."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        words = path.read_bytes().split(b"\0")
-        if str(port).encode() in words and b"specforge_sglang_capture" in words:
-            return int(path.parent.name)
+        with suppress(OSError):  # another process, which has ended
+            words = path.read_bytes().split(b"\0")
+            if str(port).encode() in words and b"specforge_sglang_capture" in words:
+                return int(path.parent.name)
     raise AssertionError(f"no process was started with port {port}")
