@@ -12,11 +12,11 @@ from typing import IO
 from .documents import open_regular
 from .errors import ConfigError
 from .files import append, make_folder, open_own, refusing, sweep
-from .locks import hold
+from .locks import hold, release
 
 LOCK, METRICS = ".lock", "metrics.jsonl"  # of an output directory
 FILES, FOLDERS = (LOCK, METRICS), ("checkpoints",)
-LOOKS, LOOK_SECONDS = 5, 0.02  # who only looks for a run holds the lock for microseconds
+LOOKS, LOOK_SECONDS = 500, 0.01  # who only looks for a run shares the lock for microseconds
 
 
 def running(output_dir: Path) -> bool:
@@ -75,5 +75,8 @@ def _take(lock: IO[bytes]) -> bool:
     for _ in range(LOOKS):
         if hold(lock):
             return True
+        if not hold(lock, shared=True):  # a run has it for itself
+            return False
+        release(lock)
         time.sleep(LOOK_SECONDS)
     return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import threading
 from collections import deque
+from contextlib import suppress
 from typing import IO, Any
 
 
@@ -21,6 +22,12 @@ def hold(file: IO[Any] | int, *, shared: bool = False) -> bool:
     except OSError:
         pass
     return True
+
+
+def release(file: IO[Any] | int) -> None:
+    """Give an open file's lock back before it is closed."""
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 class InTurn:

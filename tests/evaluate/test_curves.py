@@ -19,6 +19,7 @@ from specforge_core.evaluate import watch
 from specforge_core.evaluate.compare import draw_runs, figure_of
 from specforge_core.evaluate.curves import Curves
 from specforge_core.evaluate.watch import chart, line
+from specforge_core.locks import hold, release
 from specforge_core.stop import Interrupted
 from specforge_core.train.metrics import MetricsFile
 
@@ -250,6 +251,16 @@ def test_looking_for_a_run_stops_none_from_beginning(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not running(tmp_path)
+
+
+def test_a_run_begins_however_long_others_look_for_one(tmp_path: Path) -> None:
+    with claim(tmp_path):
+        (tmp_path / "kept").touch()
+    with (tmp_path / ".lock").open("rb") as lock:
+        assert hold(lock, shared=True)
+        threading.Timer(0.5, release, (lock,)).start()
+        with claim(tmp_path):
+            assert running(tmp_path)
 
 
 def test_line_leaves_out_what_a_run_does_not_log(tmp_path: Path) -> None:

@@ -143,7 +143,8 @@ def test_ranks_that_have_unequal_data_left_stop_at_one_step(
 def test_a_signal_at_the_start_ends_with_one_line(config: Path, tmp_path: Path, ranks: int) -> None:
     absent = f"data.capture_dir={tmp_path / 'absent'}"
     process = start(config, ranks, absent, "data.follow=true", imports=ranks == 2)
-    wait(process, lambda: (tmp_path / "run" / ".lock").exists())
+    lock = tmp_path / "run" / ".lock"
+    wait(process, lambda: lock.exists() and lock.read_text() != "")  # it is the run's own
     status, out, err = end(process, signal.SIGINT)
     assert (status, out) == (130, "")
     assert err.count("stopped by") == 1
@@ -158,8 +159,7 @@ def test_a_signal_at_the_start_ends_with_one_line(config: Path, tmp_path: Path, 
 def test_two_signals_save_once_and_the_run_goes_on_as_if_undisturbed(
     config: Path, tmp_path: Path
 ) -> None:
-    options = ("train.save_every=100000", "train.batch_size=1", "train.max_steps=400")
-    process = start(config, 2, *options)
+    process = start(config, 2, *LONG, "train.batch_size=1")
     wait(process, lambda: num_lines(tmp_path) > 3)
     status, out, err = end(process, signal.SIGTERM, signal.SIGTERM, apart=0.05)
     assert status == 143
