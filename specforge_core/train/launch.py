@@ -62,7 +62,7 @@ class Ranks:
         self._directory = directory
         self._processes: list[subprocess.Popen[bytes]] = []
         self._killed: set[int] = set()  # by us
-        self._deaths: dict[int, float] = {}  # rank -> when it was found to have ended
+        self._alive: dict[int, float] = {}  # rank -> when it was last seen to run
         self._told = 0  # signals handed on
         self._stopped: float | None = None  # when the first was
         self._asked_to_end = False
@@ -80,6 +80,7 @@ class Ranks:
             LAUNCHER: str(os.getpid()),
         }
         command = [sys.executable, "-m", "specforge_core.cli", *arguments]
+        self._alive[rank] = time.monotonic()
         self._processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
 
     def wait(self) -> None:
@@ -130,13 +131,13 @@ class Ranks:
         return str(stop.Interrupted(status - 128)), status
 
     def _running(self) -> list[int]:
-        """Return the ranks that have not ended, and note when the others did."""
+        """Return the ranks that have not ended, and note that they were seen."""
         running = []
         for rank, process in enumerate(self._processes):
+            now = time.monotonic()
             if process.poll() is None:
+                self._alive[rank] = now
                 running.append(rank)
-            else:
-                self._deaths.setdefault(rank, time.monotonic())
         return running
 
     def _any_failed(self) -> bool:
@@ -150,7 +151,11 @@ class Ranks:
             self._processes[rank].send_signal(signum)
 
     def _end(self, rank: int) -> Report | None:
-        """Return how a rank ended, if it was neither well nor by us."""
+        """Return how a rank ended, if it was neither well nor by us.
+
+        A death that nobody told of counts from when the rank was last seen: what the others make of
+        it is told later, and may be before this process looks again.
+        """
         code = self._processes[rank].returncode
         if (report := read_report(self._directory, rank)) is not None:
             return report
@@ -163,11 +168,10 @@ class Ranks:
                 f"rank {rank} was killed by {name}{memory}. The other ranks were ended, and the "
                 f"checkpoints are whole. {stop.AGAIN}"
             )
-            # what the others make of its death may be written before we see that
-            return Report(None, message, 1, self._deaths[rank] - 1.0)
+            return Report(None, message, 1, self._alive[rank])
         message = f"rank {rank} ended with status {code}"
         if code < 0:  # a signal that came before the rank listened
             message, code = str(stop.Interrupted(-code)), 128 - code
         elif code in STOPPED:
             message = ""
-        return Report(None, message, code, self._deaths[rank])
+        return Report(None, message, code, self._alive[rank])
