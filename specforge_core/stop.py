@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -25,6 +25,7 @@ SECONDS = 3.0  # that a command may take to end, from a signal on, or from the s
 # what started it (timeout hands on what the terminal sent, too), later through a launcher
 SAME, SAME_OF_RANKS = 0.1, 0.5
 NOTE_SECONDS = 3.0  # from a signal to a line that says what the command is still at
+TELL_SECONDS = 0.5  # that a thread may take to say why the command ends
 ORPHAN_SECONDS = 20.0  # that a process may take to save and end when its launcher is gone
 POLL_SECONDS = 0.5  # between two looks for the launcher
 AGAIN = "Start the same command again to go on"
@@ -63,6 +64,7 @@ class _State:
     launcher: int | None = None  # the parent's process id, if this one ends with it
     orphaned: float | None = None  # when it was gone
     tell: Tell | None = None
+    telling: threading.Lock = field(default_factory=threading.Lock)  # held by who does
     fd: int = -1  # where the kernel's handler tells the thread; -1: nobody listens
 
 
@@ -89,10 +91,11 @@ def cause(exc: BaseException) -> Interrupted | None:
 
 
 def tell(stopped: Interrupted) -> None:
-    """Say why the command ends; once, whichever thread comes first."""
-    if _state.tell is not None:
-        telling, _state.tell = _state.tell, None
-        telling(stopped)
+    """Say why the command ends; once, whichever thread comes first.  The other waits for it."""
+    with _state.telling:
+        if _state.tell is not None:
+            telling, _state.tell = _state.tell, None
+            telling(stopped)
 
 
 def leaving() -> None:
@@ -252,7 +255,9 @@ def _end(stopped: Interrupted) -> None:
     # in a thread, since whoever reads our output may be what the command waits for
     telling = threading.Thread(target=tell, args=(stopped,), daemon=True)
     telling.start()
-    telling.join(0.5)
+    # in parts: a main thread that let no other run may have taken the time of the first one
+    for _ in range(10):
+        telling.join(TELL_SECONDS / 10)
     os._exit(stopped.status)
 
 

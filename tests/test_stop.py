@@ -124,6 +124,19 @@ def test_the_first_one_waits_and_says_so() -> None:
     assert (status, err) == (143, "")
 
 
+def test_the_end_waits_for_what_is_being_said() -> None:
+    body = """stop.SECONDS, stop.POLL_SECONDS, stop.TELL_SECONDS = 0.1, 0.05, 20.0
+def slowly(stopped):
+    time.sleep(1.0)
+    say(stopped)
+stop._state.tell = slowly
+ready()
+while True: time.sleep(0.1)"""
+    status, out, err = end(begin(body), signal.SIGTERM)
+    assert (status, err) == (143, "")
+    assert out.startswith("stopped by SIGTERM: ")
+
+
 def test_a_library_that_swallows_it_does_not_keep_the_command_running() -> None:
     body = """ready()
 while True:
