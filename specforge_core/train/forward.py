@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..batches.loader import Batches, Micro
 from ..config import RunConfig
+from ..errors import PluginError
 from ..strategy import Strategy
 from ..types import CaptureSpec, Draft, Ratio, StepContext, StepOutput, TrainStep
 from .dist import World
 from .feed import share_of
-from .metrics import check_scalars
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +70,33 @@ class Forward:
             return output
         nothing = {n: Ratio(num=r.num * 0, den=r.den * 0) for n, r in output.metrics.items()}
         return StepOutput(loss_sum=output.loss_sum * 0, weight=output.weight * 0, metrics=nothing)
+
+
+def check_scalars(who: str, output: StepOutput, *, training: bool = True) -> None:
+    """Raise PluginError for a StepOutput whose parts are no scalars, or that trains nothing."""
+    if not isinstance(output.metrics, Mapping) or not all(map(_is_name, output.metrics)):
+        raise PluginError(
+            f"{who}: returned the metrics {output.metrics!r:.80}, expected a Ratio by name"
+        )
+    parts: dict[str, object] = {"loss_sum": output.loss_sum, "weight": output.weight}
+    for name, ratio in output.metrics.items():
+        if not isinstance(ratio, Ratio):
+            raise PluginError(
+                f"{who}: returned the metric {name!r} as {type(ratio).__name__}, expected a Ratio, "
+                "whose num and den are summed over the ranks"
+            )
+        parts[f"{name}.num"], parts[f"{name}.den"] = ratio.num, ratio.den
+    for name, value in parts.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            is_ = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
+            raise PluginError(f"{who}: returned a {name} {is_}, expected a tensor without axes")
+        if value.is_complex():
+            raise PluginError(f"{who}: returned a {name} of complex numbers, expected a real one")
+        if value.device.type == "meta":
+            raise PluginError(f"{who}: returned a {name} on the meta device, expected a number")
+    if training and not output.loss_sum.requires_grad:
+        raise PluginError(f"{who}: returned a loss_sum without a gradient. Is it detached?")
+
+
+def _is_name(name: object) -> bool:
+    return type(name) is str and name.isprintable() and bool(name.strip())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from ..claim import METRICS as METRICS
 from ..errors import PluginError, RunError
-from ..evaluate.curves import whole_lines
+from ..evaluate.curves import TOO_LARGE, whole_lines
 from ..files import append, refusing, write_file
 from ..progress import console
 from ..records import in_message
 from ..stop import Interrupted
 from ..text import cut, said
-from ..types import RESERVED_METRICS, Ratio, StepOutput, Tracker
+from ..types import RESERVED_METRICS, StepOutput, Tracker
 
 RESTART = "The checkpoints before it are whole. Make room there, then start the same command again"
 MEASURED = ("validation/", "acceptance/", "eval/")  # lines of measurements hold these and the step
@@ -54,9 +55,14 @@ class Reduced:
     """Sums over the ranks, on the device at once and on the host when it has come there."""
 
     def __init__(
-        self, package: str, names: tuple[str, ...], kinds: tuple[bool, ...], total: Tensor
+        self,
+        package: str,
+        names: tuple[str, ...],
+        kinds: tuple[bool, ...],
+        total: Tensor,
+        told: set[str],
     ) -> None:
-        self._package, self._names, self._kinds = package, names, kinds
+        self._package, self._names, self._kinds, self._told = package, names, kinds, told
         self._sums, self._extra = total[: 2 * len(names)], total[2 * len(names) :]
         self._host = total.to("cpu", non_blocking=True)
         self._copied: torch.cuda.Event | None = None
@@ -80,7 +86,10 @@ class Reduced:
         return self._extra[-1]
 
     def read(self) -> tuple[Sums, list[float]]:
-        """Return the sums, and each of `extra`.  Waits until the device has come so far."""
+        """Return the sums, and each of `extra`.  Waits until the device has come so far.
+
+        A metric that came to no number is left out, and told of once.
+        """
         if self._copied is not None:
             self._copied.synchronize()
         values = self._host.tolist()
@@ -93,35 +102,28 @@ class Reduced:
                 f"{sums.values['loss'][1]:g}, which would turn its gradient round. A weight is 0 "
                 "or more: how many places the loss is summed over"
             )
+        if _is_number(*sums.values["loss"]):  # else the whole step is left out, and told of
+            for name in self._names[1:]:
+                if not _is_number(*sums.values[name]):
+                    self._leave_out(name, *sums.values.pop(name))
         rest = values[2 * len(self._names) :]
         found = iter(rest), iter(rest[self._kinds.count(False) :])  # numbers come before tensors
         return sums, [next(found[kind]) for kind in self._kinds]
 
-
-def check_scalars(who: str, output: StepOutput, *, training: bool = True) -> None:
-    """Raise PluginError for a StepOutput whose parts are no scalars, or that trains nothing."""
-    if not isinstance(output.metrics, Mapping) or not all(map(_is_name, output.metrics)):
-        raise PluginError(
-            f"{who}: returned the metrics {output.metrics!r:.80}, expected a Ratio by name"
-        )
-    parts: dict[str, object] = {"loss_sum": output.loss_sum, "weight": output.weight}
-    for name, ratio in output.metrics.items():
-        if not isinstance(ratio, Ratio):
-            raise PluginError(
-                f"{who}: returned the metric {name!r} as {type(ratio).__name__}, expected a Ratio, "
-                "whose num and den are summed over the ranks"
+    def _leave_out(self, name: str, num: float, den: float) -> None:
+        if name not in self._told and dist.get_rank() == 0:
+            console.print(
+                f"warning: {self._package}, specforge_train_step: the metric {name!r} came to "
+                f"{num:g} / {den:g}. It is left out wherever that is so; this is said once",
+                markup=False,
             )
-        parts[f"{name}.num"], parts[f"{name}.den"] = ratio.num, ratio.den
-    for name, value in parts.items():
-        if not isinstance(value, Tensor) or value.ndim:
-            is_ = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
-            raise PluginError(f"{who}: returned a {name} {is_}, expected a tensor without axes")
-        if value.is_complex():
-            raise PluginError(f"{who}: returned a {name} of complex numbers, expected a real one")
-        if value.device.type == "meta":
-            raise PluginError(f"{who}: returned a {name} on the meta device, expected a number")
-    if training and not output.loss_sum.requires_grad:
-        raise PluginError(f"{who}: returned a loss_sum without a gradient. Is it detached?")
+        self._told.add(name)
+
+
+def _is_number(num: float, den: float) -> bool:
+    """Say whether a ratio, and sums that it is a part of, can be written and read as numbers."""
+    ratio = num / den if den else 0.0
+    return all(abs(value) < TOO_LARGE for value in (num, den, ratio))  # a NaN is not
 
 
 @dataclass(slots=True)
@@ -134,6 +136,7 @@ class Reducer:
     package: str
     device: torch.device
     names: list[str] | None = None  # of the first step, the same on every rank
+    told: set[str] = field(default_factory=set)  # metrics that came to no number
 
     def reduce(self, outputs: Sequence[StepOutput], extra: Sequence[Tensor | float]) -> Reduced:
         """Sum the outputs and each of `extra` over the ranks, without waiting for the device.
@@ -157,7 +160,7 @@ class Reducer:
         total = torch.cat([torch.stack(rows).sum(0), pinned, *(t.reshape(1) for t in tensors)])
         dist.all_reduce(total)
         kinds = tuple(isinstance(e, Tensor) for e in extra)
-        return Reduced(self.package, ("loss", *names), kinds, total)
+        return Reduced(self.package, ("loss", *names), kinds, total, self.told)
 
     def _names(self, outputs: Sequence[StepOutput]) -> list[str]:
         hook = f"{self.package}, specforge_train_step: "
@@ -184,10 +187,6 @@ class Reducer:
                     "Their names must not depend on the data: use a Ratio whose denominator is 0"
                 )
         return self.names
-
-
-def _is_name(name: object) -> bool:
-    return type(name) is str and name.isprintable() and bool(name.strip())
 
 
 def _is_reserved(name: str) -> bool:
@@ -254,12 +253,23 @@ class Trackers:
     """
 
     alive: list[tuple[str, Tracker]]
+    told: set[str] = field(default_factory=set)  # numbers that were not finite
 
     def start(self, info: Mapping[str, Any]) -> None:
         self._each("start", info)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._each("log", step, metrics)
+        """Log what is finite: JSON has no other numbers.  The rest is told of once, by name."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        for name in [name for name in metrics if name not in {*finite, *self.told}]:
+            self.told.add(name)
+            console.print(
+                f"warning: {name} of step {step} is {metrics[name]}, which is not logged; this is "
+                "said once",
+                markup=False,
+            )
+        if finite:
+            self._each("log", step, finite)
 
     def event(self, name: str, **values: object) -> None:
         self._each("event", name, values)

@@ -4,6 +4,7 @@ import json
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
+from math import inf, nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,49 @@ def test_micro_batches_are_summed_then_divided_once() -> None:
     other = metrics.Sums({"loss": (1.0, 4.0), "never": (0.0, 0.0)})
     sums.merge(other)
     assert sums.ratios() == {"loss": 1.0, "accuracy": 1 / 8}
+
+
+@pytest.mark.parametrize("num", [nan, inf, -inf, 1e308])
+def test_a_metric_that_is_no_number_is_left_out_and_told_once_with_its_package(
+    num: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reducer = metrics.Reducer("pkg 1", CPU)
+    wide = Ratio(num=torch.tensor(num, dtype=torch.float64), den=torch.tensor(2.0))
+    odd = StepOutput(
+        loss_sum=torch.tensor(6.0), weight=torch.tensor(3.0), metrics={"odd": wide, "b": wide}
+    )
+    good = output(6.0, 3.0, odd=(1.0, 2.0), b=(1.0, 2.0))
+    window = metrics.Sums()
+    with world(CPU):
+        for one in (odd, good, odd):
+            window.merge(reducer.reduce([one], []).read()[0])
+    assert window.ratios() == {"loss": 2.0, "odd": 0.5, "b": 0.5}
+    said = capsys.readouterr().err
+    for name in ("odd", "b"):
+        told = f"pkg 1, specforge_train_step: the metric '{name}' came to {num:g} / 2. It is left"
+        assert said.count(told) == 1
+
+
+def test_the_metrics_of_a_bad_step_are_not_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    with world(CPU):
+        metrics.Reducer("pkg 1", CPU).reduce([output(nan, 3.0, a=(nan, 1.0))], []).read()
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_not_finite_is_not_logged_and_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = metrics.MetricsFile(tmp_path)
+    trackers = metrics.Trackers([("specforge-core", file), ("other 1.0", other := Told())])
+    trackers.log(1, {"validation/loss": nan})
+    trackers.log(2, {"loss": 1.0, "learning_rate": inf, "validation/loss": nan})
+    assert file.path.read_text() == '{"step": 2, "loss": 1.0}\n'
+    assert other.calls == ["log 2"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(", which")[0] for line in said] == [
+        "warning: validation/loss of step 1 is nan",
+        "warning: learning_rate of step 2 is inf",
+    ]
 
 
 def test_large_counts_stay_exact() -> None:

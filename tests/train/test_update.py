@@ -145,13 +145,14 @@ ODD = """
             loss = out.loss_sum
             if ctx.step in STEPS:
                 loss = CHANGE
-            return StepOutput(loss_sum=loss, weight=out.weight, metrics=out.metrics)
+            return StepOutput(loss_sum=loss, weight=out.weight, metrics=METRICS)
         return step
     """
 
 
-def odd(env: FakeSite, change: str, steps: tuple[int, ...]) -> None:
-    env.strategy("odd", ODD.replace("CHANGE", change).replace("STEPS", str(steps)))
+def odd(env: FakeSite, change: str, steps: tuple[int, ...], metrics: str = "out.metrics") -> None:
+    code = ODD.replace("CHANGE", change).replace("STEPS", str(steps))
+    env.strategy("odd", code.replace("METRICS", metrics))
 
 
 CHANGES = {
@@ -211,6 +212,20 @@ def test_a_run_with_a_bad_step_is_that_without_its_update(
     steps = {float(v) for k, v in four.items() if k.endswith(".step")}
     assert steps == {3.0}
     assert all(not torch.equal(two[name], four[name]) for name in moments)
+
+
+def test_a_metric_that_is_no_number_spoils_no_line_and_no_checkpoint_between_two(
+    config: Path, tmp_path: Path, env: FakeSite, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_none = "{**out.metrics, 'odd': type(out.metrics['accuracy'])(num=loss / 0, den=loss / loss)}"
+    odd(env, "loss", (), of_none)
+    options = ("target.device=cpu", "strategy.name=odd", "train.log_every=2", "train.max_steps=3")
+    train(*load(config, *options))
+    train(*load(config, *options, "train.max_steps=4"))  # fills up the window of the first
+    rows = lines(tmp_path / "run")
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all({"loss", "accuracy"} < row.keys() and "odd" not in row for row in rows)
+    assert capsys.readouterr().err.count("specforge_train_step: the metric 'odd' came to inf") == 2
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 3])
