@@ -7,7 +7,7 @@ import io
 import json
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,12 +32,15 @@ def request_json(
     *,
     timeout: float,
     api_key: str | None = None,
+    secrets: Sequence[str] = (),
 ) -> Any:
     """Return what is at `url` + `path`, or the answer to `body` there.
 
-    `timeout` is in seconds, for all of it.  Raises ServerDown and Refused.
+    `timeout` is in seconds, for all of it.  Raises ServerDown and Refused, whose messages show
+    neither the key nor any of the `secrets` in `body`, which a server may repeat.
     Safe to use from several threads at once: each request connects anew.
     """
+    hidden = [*filter(None, (api_key, *secrets))]
     parts = urlsplit(url)
     secure = parts.scheme == "https"
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -55,19 +58,19 @@ def request_json(
             if response.length and len(raw) <= MAX_BYTES:  # it ended before its length
                 raise http.client.IncompleteRead(raw, response.length)
     except (OSError, http.client.HTTPException, ValueError) as exc:  # ValueError: of a bad chunk
-        raise ServerDown(_told(f"{type(exc).__name__}: {exc}", api_key)) from exc
+        raise ServerDown(_told(f"{type(exc).__name__}: {exc}", hidden)) from exc
     finally:
         connection.close()
     if len(raw) > MAX_BYTES:
         raise ServerDown(f"an answer of more than {MAX_BYTES:,} bytes")
     if 400 <= status < 500 and status != TOO_MANY_REQUESTS:
-        raise Refused(f"HTTP {status}: {_told(_reason(raw), api_key)}")
+        raise Refused(f"HTTP {status}: {_told(_reason(raw), hidden)}")
     if status != 200:
-        raise ServerDown(f"HTTP {status}: {_told(_reason(raw), api_key)}")
+        raise ServerDown(f"HTTP {status}: {_told(_reason(raw), hidden)}")
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as exc:
-        told = raw.replace(api_key.encode(), b"(key)") if api_key else raw
+        told = _without(raw.decode("utf-8", "replace"), hidden)
         raise Refused(f"{path} is not JSON: {told[:80]!r}") from exc
 
 
@@ -80,9 +83,15 @@ class _Response(http.client.HTTPResponse):
         self.fp = io.BufferedReader(TimedReader(sock, until))
 
 
-def _told(text: str, key: str | None) -> str:
-    """Return what a server said in one line, without the key, which it may repeat."""
-    return " ".join((text.replace(key, "(key)") if key else text).split())[:300]
+def _told(text: str, hidden: Sequence[str]) -> str:
+    """Return what a server said in one line, without what is to be hidden."""
+    return " ".join(_without(text, hidden).split())[:300]
+
+
+def _without(text: str, hidden: Sequence[str]) -> str:
+    for secret in hidden:
+        text = text.replace(secret, "(key)")
+    return text
 
 
 def _reason(raw: bytes) -> str:

@@ -54,7 +54,7 @@ def test_key_is_sent(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ((404, b"<html>"), Refused, "HTTP 404: <html>"),
         ((429, {"message": "busy"}), ServerDown, "HTTP 429: busy"),
         ((503, b""), ServerDown, "HTTP 503: no reason given"),
-        ((200, b"<html>"), Refused, "/v1/completions is not JSON: b'<html>'"),
+        ((200, b"<html>"), Refused, "/v1/completions is not JSON: '<html>'"),
         ((200, {"choices": []}), ServerDown, "no completion"),
         ((200, {"choices": [{"text": None, "finish_reason": "stop"}]}), ServerDown, "text is None"),
         ((200, {"choices": [{"text": 5, "finish_reason": "stop"}]}), ServerDown, "text is 5"),

@@ -62,7 +62,7 @@ def test_a_body_makes_it_a_post(url: str) -> None:
         ("/down", ServerDown, "HTTP 503: out of memory"),
         ("/busy", ServerDown, "HTTP 429: slowly"),
         ("/wrong", Refused, "HTTP 400: too long"),
-        ("/page", Refused, "/page is not JSON: b'<html>'"),
+        ("/page", Refused, "/page is not JSON: '<html>'"),
     ],
 )
 def test_failures(url: str, path: str, error: type[Exception], message: str) -> None:
@@ -135,7 +135,7 @@ def in_chunks(sock: socket.socket) -> None:
         (trickle, ServerDown, "TimeoutError: timed out"),
         (trickle_in_the_head, ServerDown, "TimeoutError: timed out"),
         (endless, ServerDown, "an answer of more than 100,000 bytes"),
-        (deep, Refused, "/x is not JSON: b'[[["),
+        (deep, Refused, "/x is not JSON: '[[["),
         (chunk_of_less_than_nothing, ServerDown, "ValueError: "),
         (no_http, ServerDown, "BadStatusLine: Bearer (key)"),
         (repeats_the_key, ServerDown, "HTTP 500: no (key)"),

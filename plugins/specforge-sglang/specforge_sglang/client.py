@@ -10,6 +10,7 @@ from typing import Any
 from specforge_openai.http_json import Refused, ServerDown, request_json
 from specforge_openai.options import API_KEY_ENV, api_key
 from specforge_sglang_capture import MIN_VERSION, parse_version
+from specforge_sglang_capture.ask import Ask
 
 from specforge_core.errors import CaptureError
 from specforge_core.records import in_message
@@ -29,16 +30,19 @@ class Client:
         """Return the JSON object at a path; ServerDown when the server does not answer."""
         return self._request(path, None)
 
-    def prefill(self, input_ids: Sequence[int], request_id: str) -> None:
-        """Run a prompt; its states are handed over elsewhere, named in `request_id`."""
+    def prefill(self, input_ids: Sequence[int], ask: Ask) -> None:
+        """Run a prompt; its states are handed over elsewhere, as `ask` says.
+
+        No error shows the token by which they are let in.
+        """
         body = {
             "input_ids": list(input_ids),
-            "rid": request_id,
+            "rid": str(ask),
             "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
             "stream": False,
         }
-        answer = self._request("/generate", body)
-        with understood(answer, self.url):
+        answer = self._request("/generate", body, (ask.token,))
+        with understood(str(answer).replace(ask.place, "(place)"), self.url):
             cached = answer.get("meta_info", {}).get("cached_tokens")
         if cached:
             raise Refused(f"{cached} of its tokens came from the radix cache")
@@ -48,11 +52,15 @@ class Client:
         body = {"input_ids": list(input_ids), "sampling_params": dict(sampling), "stream": False}
         return self._request("/generate", body)
 
-    def _request(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _request(
+        self, path: str, body: Mapping[str, Any] | None, secrets: Sequence[str] = ()
+    ) -> dict[str, Any]:
         key = self.key or api_key()
-        answer = request_json(self.url, path, body, timeout=self.timeout, api_key=key)
+        answer = request_json(
+            self.url, path, body, timeout=self.timeout, api_key=key, secrets=secrets
+        )
         if not isinstance(answer, dict):
-            raise ServerDown(f"no answer of SGLang: {in_message(str(answer))[:80]}")
+            raise ServerDown("no answer of SGLang: it is no object of JSON")
         return answer
 
 

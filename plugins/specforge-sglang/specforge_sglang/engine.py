@@ -232,7 +232,7 @@ class SGLangEngine:
         self._handoff.expect(name, most)
         where = f"prompt {prompt.index} (request {name} at {server.client.url})"
         try:
-            server.client.prefill(prompt.input_ids.tolist(), str(ask))
+            server.client.prefill(prompt.input_ids.tolist(), ask)
             buffer = self._wait(server, name)
         except Refused as exc:
             self._handoff.forget(name)

@@ -30,6 +30,7 @@ from .options import SGLangOptions
 LOOPBACK = "127.0.0.1"
 LOCAL = {"localhost", LOOPBACK, "::1"}
 MAX_CONNECTIONS = 64  # at once; each server has a few threads that post
+HANG_UP_SECONDS = 1.0  # for a connection's thread to end that is closed for a new one
 HEAD_SECONDS = 10.0  # for a request's head
 IDLE_SECONDS = 30.0  # between two parts of a body
 NOT_FOUND, LENGTH_REQUIRED, TOO_LARGE = 404, 411, 413
@@ -41,22 +42,41 @@ class _Listener(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
         self._slots = threading.Semaphore(MAX_CONNECTIONS)
+        self._strangers: dict[Any, None] = {}  # connections that have shown no token, oldest first
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = found[0]
         super().__init__(found[4][:2], handler)  # type: ignore[arg-type]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Begin a thread for a connection, or hang up: the other side tries again."""
-        if self._slots.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        """Begin a thread for a connection; where there are too many, the oldest stranger goes.
+
+        Who knows the token shows it at once, so that many who say nothing keep nobody out.
+        """
+        if not self._slots.acquire(blocking=False):
+            self._hang_up()
+            if not self._slots.acquire(timeout=HANG_UP_SECONDS):
+                self.shutdown_request(request)  # the other side tries again
+                return
+        self._strangers[request] = None
+        super().process_request(request, client_address)
+
+    def welcome(self, request: Any) -> None:
+        """Keep a connection that has shown the token."""
+        self._strangers.pop(request, None)
+
+    def _hang_up(self) -> None:
+        for request in list(self._strangers):
+            self._strangers.pop(request, None)
+            with contextlib.suppress(OSError):  # it was about to end
+                request.shutdown(socket.SHUT_RDWR)
+                return
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one connection."""
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self._strangers.pop(request, None)
             self._slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -136,6 +156,7 @@ class HttpHandoff:
             most = self._expected.get(name)
         if not known or most is None:
             return NOT_FOUND
+        self._server.welcome(request.connection)
         length = request.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdecimal()):
             return LENGTH_REQUIRED

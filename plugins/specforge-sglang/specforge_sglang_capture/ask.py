@@ -39,6 +39,11 @@ class Ask:
     head: Head = ()  # what the model's head makes of every position
     protocol: int = PROTOCOL  # of who asks; with another one nothing else than the way is known
 
+    @property
+    def token(self) -> str:
+        """What lets a frame in over http, and is nobody else's business; nothing for files."""
+        return self.place.rpartition("/")[2] if self.way == "http" else ""
+
     def __str__(self) -> str:
         layers, head = ",".join(map(str, self.layers)), ",".join(self.head)
         # in every protocol the way and the place come first and the name last, so that a server

@@ -109,7 +109,8 @@ class Sender:
 def _write(path: Path, pieces: Sequence[memoryview]) -> None:
     """Write the pieces at the beginning of a file, which may be longer."""
     left = [piece for piece in pieces if len(piece)]
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o600)
     try:
         while left:
             count = os.writev(descriptor, left)  # all at once: each call waits for the model's

@@ -1,8 +1,9 @@
 """Hand-off directories: who owns one, which are left over, and which files can be used again.
 
 The reader makes a directory and holds a lock in it as long as it lives.  The kernel frees the
-lock however the reader ends, so a directory whose lock can be taken has no reader any more,
-and anyone may delete it.  What the lock says tells such a directory from others of a like name.
+lock however the reader ends, so a directory whose lock can be taken has no reader any more, and
+its user's other processes may delete it.  What the lock says tells such a directory from others of
+a like name.  Another user's is none: a link may lie there in the place of a frame.
 
 A file that was read is not deleted but called `free-SIZE-NUMBER`, and a writer takes it by
 renaming it: filling memory that is there already is several times as fast as new memory.
@@ -45,12 +46,14 @@ def make(root: Path) -> tuple[Path, int]:
 
 
 def _lock(path: Path) -> int | None:
-    """Open the lock of a hand-off directory; None where `path` is none, or a link to one."""
+    """Open the lock of a hand-off directory of this user; None where `path` is none, or a link."""
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
     try:
+        if os.fstat(directory).st_uid != os.geteuid():
+            return None
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # nor wait for a pipe
         descriptor = os.open(LOCK, flags, dir_fd=directory)
     except OSError:
@@ -102,7 +105,10 @@ def sweep(root: Path) -> list[Path]:
 def free(path: Path) -> bool:
     """Let a writer have a file, whatever is in it; False when there is none."""
     try:
-        found = path.stat()
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):  # a link that somebody put there
+            path.unlink()
+            return False
         path.rename(path.with_name(f"{FREE}{found.st_size}-{found.st_ino}"))
     except FileNotFoundError:
         return False

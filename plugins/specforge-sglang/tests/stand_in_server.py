@@ -47,7 +47,8 @@ class Server(BaseHTTPRequestHandler):
             return self.answer(200, {})
         ids = torch.tensor(body["input_ids"])
         if len(ids) > 500:
-            return self.answer(400, {"error": {"message": "the input is longer than 500 tokens."}})
+            message = f"the input is longer than 500 tokens ({body.get('rid')})."
+            return self.answer(400, {"error": {"message": message}})
         Server.served += 1
         fault = self.options.get("fault")
         if len(ids) == 3 and not self.options.get("at_once"):

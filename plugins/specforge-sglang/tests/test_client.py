@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from specforge_openai.http_json import Refused, ServerDown
 from specforge_sglang.client import Client, check_server
+from specforge_sglang_capture.ask import Ask
 
 from specforge_core.errors import CaptureError
+
+ASK = Ask("x", "http", "here:1/the-token", (0,), "none")
 
 
 def test_nobody_listening_is_down() -> None:
@@ -30,8 +33,10 @@ def test_a_server_that_hangs_is_down() -> None:
 
 
 def test_a_request_it_cannot_do_is_refused_with_its_reason(shared: Any) -> None:
-    with pytest.raises(Refused, match=r"^HTTP 400: the input is longer than 500 tokens"):
-        Client(shared().url, 5.0).prefill([1] * 501, "x")
+    """A reason that repeats the request's id shows no token: error messages get into logs."""
+    with pytest.raises(Refused, match=r"^HTTP 400: the input is longer than 500 tokens") as error:
+        Client(shared().url, 5.0).prefill([1] * 501, ASK)
+    assert "specforge|2|http|here:1/(key)|0|none||x" in str(error.value)
 
 
 def test_something_else_at_the_url_is_no_server(shared: Any) -> None:
@@ -55,11 +60,13 @@ def test_a_server_that_tells_of_itself_in_another_way(shared: Any, info: dict[st
     assert len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("meta", [None, [], "x", 5])
+@pytest.mark.parametrize("meta", [None, [], "x", 5, str(ASK)])
 def test_an_answer_whose_meta_info_is_another(monkeypatch: pytest.MonkeyPatch, meta: Any) -> None:
     monkeypatch.setattr(Client, "_request", lambda *_: {"meta_info": meta})
-    with pytest.raises(CaptureError, match=r"that is not SGLang's: .*Check target\.options\.urls"):
-        Client("http://here", 5.0).prefill([1], "x")
+    message = r"that is not SGLang's: .*Check target\.options\.urls"
+    with pytest.raises(CaptureError, match=message) as error:
+        Client("http://here", 5.0).prefill([1], ASK)
+    assert "the-token" not in str(error.value)
 
 
 def test_a_cpu_server_needs_no_flag_about_graphs(shared: Any) -> None:

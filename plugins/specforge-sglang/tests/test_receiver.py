@@ -181,6 +181,27 @@ def test_connections_that_say_nothing_are_closed_and_are_not_many(
     assert post(receiver.place, "a", b"x") == 200
 
 
+def test_many_that_say_nothing_keep_nobody_out(receiver: HttpHandoff) -> None:
+    """Also while the token's own connection is slow: strangers go first, the oldest of them."""
+    host, port = receiver.place.split("/")[0].split(":")
+    receiver.expect("slow")
+    receiver.expect("a")
+    with ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+
+        slow = connect()
+        head = f"POST /{receiver.place.split('/')[1]}/slow HTTP/1.1\r\nContent-Length: 2\r\n\r\n"
+        slow.sendall(head.encode() + b"x")
+        idle = [connect() for _ in range(receiving.MAX_CONNECTIONS + 5)]
+        assert post(receiver.place, "a", b"x") == 200
+        assert idle[0].recv(1) == b""
+        slow.sendall(b"y")
+        assert b" 200 " in slow.makefile("rb").read()
+    assert bytes(receiver.take("slow", 1)) == b"xy"
+
+
 def test_a_head_that_trickles_is_cut_off(
     receiver: HttpHandoff, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,19 @@ def test_a_real_full_tmpfs_is_waited_for(tmp_path: Path) -> None:
         subprocess.run(["umount", "--lazy", str(small)], check=True)
 
 
+def test_a_link_in_the_place_of_a_frame_is_not_written_through(tmp_path: Path) -> None:
+    reader = FileHandoff(tmp_path)
+    (tmp_path / "victim").write_bytes(b"precious")
+    (reader.path / ".a.part").symlink_to(tmp_path / "victim")
+    sender = Sender(tmp_path, threads=1)
+    sender.put(parcel(reader.place, "a"))
+    sender.put(parcel(reader.place, "b"))
+    assert reader.take("b", 5) is not None
+    assert reader.take("a", 0) is None
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+    reader.close()
+
+
 def test_nothing_is_written_for_a_reader_that_is_gone(tmp_path: Path) -> None:
     path, lock = spool.make(tmp_path)
     os.close(lock)  # what the kernel does when a reader is killed

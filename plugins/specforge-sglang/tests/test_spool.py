@@ -76,6 +76,16 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     assert made.exists()
 
 
+def test_another_user_s_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hold links, and a server writes where it finds a reader."""
+    path, lock = spool.make(tmp_path)
+    other = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    assert not spool.has_reader(path)
+    os.close(lock)
+    assert spool.sweep(tmp_path) == []
+
+
 def test_what_a_reader_left_while_it_closed_is_swept(tmp_path: Path) -> None:
     path, lock = spool.make(tmp_path)
     os.close(lock)
