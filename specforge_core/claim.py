@@ -13,9 +13,13 @@ from .documents import open_regular
 from .errors import ConfigError
 from .files import append, make_folder, open_own, refusing, sweep
 from .locks import hold, release
+from .progress import console
+from .text import cut
 
 LOCK, METRICS = ".lock", "metrics.jsonl"  # of an output directory
-FILES, FOLDERS = (LOCK, METRICS), ("checkpoints",)
+CHECKPOINTS = "checkpoints"
+FILES, FOLDERS = (LOCK, METRICS), (CHECKPOINTS,)
+SHOWN = 3  # names of others' files
 LOOKS, LOOK_SECONDS = 500, 0.01  # who only looks for a run shares the lock for microseconds
 
 
@@ -35,7 +39,7 @@ def claim(output_dir: Path) -> Iterator[None]:
 
     A block that writes nothing there leaves nothing, nor the directory if it was not there.
     Raises ConfigError when the directory cannot be written, something else has the name of what
-    a run keeps in it, or another run holds it.
+    a run keeps in it, or another run holds it.  Says when there are files of others.
     """
     path = output_dir / LOCK
     for names, right, kind in ((FILES, Path.is_file, "file"), (FOLDERS, Path.is_dir, "folder")):
@@ -46,6 +50,7 @@ def claim(output_dir: Path) -> Iterator[None]:
                     "output_dir=DIR"
                 )
     there = output_dir.exists()
+    others = _others(output_dir)
     with refusing(ConfigError, "Try: output_dir=DIR", output_dir):
         make_folder(output_dir)
         lock = open_own(path)
@@ -60,7 +65,9 @@ def claim(output_dir: Path) -> Iterator[None]:
         try:
             with refusing(ConfigError, "Make room there, or try: output_dir=DIR", output_dir):
                 append(lock, str(os.getpid()).encode(), 0, sync=False)
-            for folder in (output_dir, output_dir / "checkpoints"):
+            if others:
+                console.print(others, markup=False)
+            for folder in (output_dir, output_dir / CHECKPOINTS):
                 sweep(folder)
             yield
         finally:
@@ -68,6 +75,29 @@ def claim(output_dir: Path) -> Iterator[None]:
                 path.unlink()
                 if not there:
                     output_dir.rmdir()
+
+
+def _others(output_dir: Path) -> str | None:
+    """Return a line about what lies in a directory that is no run's yet.
+
+    Raises ConfigError where that is in the place of what a run writes, and removes.
+    """
+    if not output_dir.is_dir() or (output_dir / LOCK).exists():
+        return None
+    if any(output_dir.glob(f"{CHECKPOINTS}/step-*/state.json")):  # copied without its lock
+        return None
+    names = sorted(path.name for path in output_dir.iterdir())
+    for name in (METRICS, CHECKPOINTS):
+        path = output_dir / name
+        if path.exists() and (path.stat().st_size if path.is_file() else any(path.iterdir())):
+            raise ConfigError(
+                f"{path} is of no run that can go on: no checkpoint of one is there, and what is "
+                "would be replaced. Move it away, or try: output_dir=DIR"
+            )
+    shown = ", ".join(map(cut, names[:SHOWN]))
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    here = f"{output_dir} is not empty ({shown}{more}): what the run writes comes beside that"
+    return here if names else None
 
 
 def _take(lock: IO[bytes]) -> bool:

@@ -76,6 +76,47 @@ def test_an_output_directory_that_cannot_be_written_is_named(tmp_path: Path) -> 
         pass
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/step-00000100/model.pt"])
+def test_what_another_program_keeps_where_a_run_does_is_not_replaced(
+    tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"step": 9, "loss": 1}\n')
+    message = r"is of no run that can go on.*Move it away, or try: output_dir=DIR"
+    with pytest.raises(ConfigError, match=message), claim(tmp_path):
+        pass
+    assert path.read_text() == '{"step": 9, "loss": 1}\n'
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_files_of_others_are_told_of_until_a_run_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "c", "d", "metrics.jsonl"):  # which is empty
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoints").mkdir()
+    for _ in range(2):
+        with claim(tmp_path):
+            pass
+    told = capsys.readouterr().err
+    assert (
+        told
+        == f"{tmp_path} is not empty (a, b, c and 3 more): what the run writes comes beside that\n"
+    )
+
+
+def test_a_run_that_was_copied_without_its_lock_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints/step-00000003").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000003/state.json").touch()
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with claim(tmp_path):
+        pass
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "checkpoints"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "other"])
 def test_what_has_the_name_of_a_run_s_own_is_refused_at_once(

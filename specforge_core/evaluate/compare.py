@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..errors import CheckpointError, RunError
+from ..documents import open_regular
+from ..errors import CheckpointError, ConfigError, RunError
 from ..files import refusing, write_file
 from .curves import PHASE, VIEWS, Curves, is_phase
 from .plot import as_label
@@ -18,16 +20,29 @@ from .plot import as_label
 STYLES = ("-", "--", ":", "-.")
 MANY = 30  # points; fewer are marked
 LEGEND = 12  # lines that a legend still helps with
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def plot_runs(runs: Sequence[Path], png: Path) -> None:
     """Draw loss, acceptance, throughput and phases of some runs; a colour each.
 
-    Raises CheckpointError for a run that has logged nothing.
+    Raises CheckpointError for a run that has logged nothing, ConfigError where `png` is another
+    kind of file.
     """
+    if png.exists() and not _may_replace(png):
+        raise ConfigError(f"{png} is there and no PNG. Move it away, or try: -o OTHER.png")
     data = draw_runs(runs)
     with refusing(RunError, "Make room there, then run the same command again"):
         write_file(png, data)
+
+
+def _may_replace(path: Path) -> bool:
+    """Say whether a file is empty or an earlier picture."""
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            return file.read(len(PNG)) in (PNG, b"")
+    except OSError:
+        return False
 
 
 def draw_runs(runs: Sequence[Path]) -> bytes:

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from specforge_core.claim import claim, running
 from specforge_core.cli import cli
-from specforge_core.errors import CheckpointError
+from specforge_core.errors import CheckpointError, ConfigError
 from specforge_core.evaluate import watch
-from specforge_core.evaluate.compare import draw_runs, figure_of
+from specforge_core.evaluate.compare import draw_runs, figure_of, plot_runs
 from specforge_core.evaluate.curves import Curves
 from specforge_core.evaluate.watch import chart, line
 from specforge_core.locks import hold, release
@@ -38,6 +38,19 @@ def write(folder: Path, *rows: dict[str, float], first: int = 1) -> Path:
 def size(png: bytes) -> tuple[int, int]:
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
+def test_a_picture_replaces_a_picture_and_nothing_else(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", ROW)
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl is there and no PNG.*-o OTHER\.png"):
+        plot_runs([run], run / "metrics.jsonl")
+    with pytest.raises(ConfigError, match="run is there and no PNG"):
+        plot_runs([run], run)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    for _ in range(2):
+        plot_runs([run], tmp_path / "plot.png")
+    assert size((tmp_path / "plot.png").read_bytes())
 
 
 def test_lines_are_read_as_they_come_and_anew_after_a_resume(tmp_path: Path) -> None:
@@ -227,10 +240,11 @@ def test_a_signal_ends_the_watching_and_not_the_run(
     def signalled(output_dir: Path, every: float) -> None:
         raise Interrupted(2)
 
-    write(tmp_path, ROW)
     monkeypatch.setattr(watch, "_wait", signalled)
-    with claim(tmp_path), pytest.raises(Interrupted, match="SIGINT: the run goes on"):
-        told(tmp_path, False)
+    with claim(tmp_path):
+        write(tmp_path, ROW)
+        with pytest.raises(Interrupted, match="SIGINT: the run goes on"):
+            told(tmp_path, False)
 
 
 def test_looking_for_a_run_stops_none_from_beginning(tmp_path: Path) -> None:
