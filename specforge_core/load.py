@@ -23,6 +23,12 @@ from .yaml_text import MAX_DEPTH, parse, read_file
 
 MAX_ERRORS = 5  # shown of one config
 MESSAGE = 300  # characters of one of them
+# pydantic's types of errors that name Python's types -> what a file of YAML calls it
+PLAIN = {
+    "tuple_type": "Input should be a list, as [A, B]",
+    "path_type": "Input should be a path",
+    "model_type": "Input should be a section, as {KEY: VALUE}",
+}
 S = TypeVar("S", bound=Section)
 
 
@@ -129,9 +135,9 @@ def _explain(
             lines.append(f"{where}: required, and missing")
         else:
             message = cut(error["msg"].removeprefix("Value error, "), MESSAGE)
-            if error["type"] == "tuple_type":  # what a file of YAML calls a list
-                message = "Input should be a list, as [A, B]"
-            quote = error["type"] == "string_type" and not isinstance(error["input"], dict | list)
+            message = PLAIN.get(error["type"], message)
+            texts = error["type"] in ("string_type", "path_type")
+            quote = texts and not isinstance(error["input"], dict | list)
             hint = ": text that looks like something else stands in quotes" if quote else ""
             got = f"{message}, got {shorten(in_error(error['input'], where))}{hint}"
             lines.append(f"{where}: {got}" if where else message)
@@ -142,6 +148,9 @@ def _explain(
 
 
 def _similar(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    section, dot, key = str(loc[-1]).partition(".")
+    if dot and len(loc) == 1 and section in model.model_fields:
+        return f", only of an override: in a file it is {section}: {{{cut(key)}: ...}}"
     for part in loc[:-1]:
         field = model.model_fields.get(str(part))
         inner = field.annotation if field is not None else None

@@ -96,6 +96,8 @@ def test_overrides_make_sections_lists_and_nulls(config: Path) -> None:
         (f"eval.prompts={{a: {'x' * 300}}}", "eval.prompts: this path is too long"),
         ("train.betas=0.9", "train.betas: Input should be a list, as [A, B], got 0.9"),
         ("regenerate.prompts=3", "regenerate.prompts: Input should be a list, as [A, B], got 3"),
+        ("output_dir=2024", "output_dir: Input should be a path, got 2024: text that looks like"),
+        ("train=[]", "train: Input should be a section, as {KEY: VALUE}, got []"),
         ("plugins=false", "plugins must hold a section by plugin, got False"),
     ],
 )
@@ -121,6 +123,11 @@ def test_a_wrong_override_says_which_key_and_value(
             "the key 'train' is in line 3 too",
         ),
         (f"{YAML}train:\n  keep: 1\n  keep: 2\n", "line 5, column 3: the key 'keep' is in line 4"),
+        (f"{YAML}train:\n", "train: Input should be a section, as {KEY: VALUE}, got None"),
+        (
+            f"{YAML}train.keep: 1\n",
+            "unknown key, only of an override: in a file it is train: {keep",
+        ),
         (f"{YAML}data: {{limit: 1:30}}\n", "data.limit: Input should be a valid integer"),
         (f"{YAML}\ud800", "is not UTF-8 text (byte 43)"),
     ],

@@ -61,6 +61,7 @@ MEANT = (
 PART = {"type", "text", "annotations", "cache_control", "citations", "id", "index"}  # of a text
 # of a row: how its own prompt is rendered, or that its answer is a bad one, whatever they say
 SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "chat_template_kwargs")
+TOKENS = ("tokens", "token_ids")  # where they are no count: what somebody meant to be trained on
 BAD = ("label", "is_correct", "correct")  # where they are false
 
 CHATS = ("messages", "conversations")
@@ -103,6 +104,7 @@ def parse(row: object, ignored: Iterable[str] = ()) -> Parsed:
         messages.append(message if trained else OnlyRead(message))
     contents = {message["content"] for message in messages}
     unused = [key for key in MEANT if key in row and _says(row[key], contents)]
+    unused += [key for key in TOKENS if isinstance(row.get(key), list | Mapping)]
     unused += [key for key in SWITCHES if key in row and key not in unused]
     unused += [key for key in BAD if row.get(key) is False]
     if all(row.get(key) for key in CHATS) and not _alike(*(row[key] for key in CHATS)):

@@ -13,6 +13,7 @@ from typing import IO, Any, Literal, TypeAlias
 
 from ..config import DataConfig
 from ..errors import DataError
+from .bounds import each_key_once
 from .hints import SKIP, of_line, of_row
 from .messages import Message as Message, parse, tokens_alone
 from .tools import Tool
@@ -207,7 +208,7 @@ def read_array(file: IO[bytes], name: str) -> Iterator[Line | DataError]:
     Raises DataError where it cannot be read: nobody knows how many rows would be lost.
     """
     reader = getreader("utf-8-sig")(file)
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(object_pairs_hook=each_key_once).raw_decode
     number, size = 0, PIECE
     try:
         text, place = reader.read(size).lstrip()[1:], 0  # behind the bracket
@@ -220,7 +221,7 @@ def read_array(file: IO[bytes], name: str) -> Iterator[Line | DataError]:
                 return
             try:
                 row, place = decode(text, place)
-            except ValueError:
+            except json.JSONDecodeError:
                 more = reader.read(size)
                 text, place, size = text[place:] + more, 0, 2 * size
                 if not more or len(text) > MAX_LINE:
@@ -242,7 +243,7 @@ def _pass_over(line: bytes, file: IO[bytes]) -> None:
 
 def _parse(line: bytes, where: str) -> Line | DataError:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=each_key_once)
     except RecursionError:
         return BadRow(f"{where} is JSON nested too deeply to be read. {SKIP}", "not JSON")
     except ValueError as exc:  # also bytes that are not UTF-8

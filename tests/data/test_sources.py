@@ -146,6 +146,13 @@ def test_an_instruction_and_its_input_are_one_question(tmp_path: Path) -> None:
         ("[" * 100_000, "d.jsonl:2 is JSON nested too deeply to be read"),
         ('{"a": ' + "[" * 100_000, "d.jsonl:2 is JSON nested too deeply to be read"),
         ('{"id": ' + "1" * 5000 + "}", "d.jsonl:2 is not a line of JSON"),
+        ('{"messages": [], "messages": []}', "(the key 'messages' is there twice)"),
+        (
+            '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+            "is not a line of JSON (the key 'content' is there twice)",
+        ),
+        ({**OPENAI, "tokens": {"input_ids": [1]}}, "the row has 'tokens', which is not used"),
+        ({**OPENAI, "token_ids": [1]}, "the row has 'token_ids', which is not used"),
         (with_text({"a": 1}), "the text of a message's part must be text, found {'a': 1}"),
         (with_text(None), "the text of a message's part must be text, found None"),
         (with_text(3), "the text of a message's part must be text, found 3"),
