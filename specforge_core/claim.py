@@ -42,16 +42,9 @@ def claim(output_dir: Path) -> Iterator[None]:
     a run keeps in it, or another run holds it.  Says when there are files of others.
     """
     path = output_dir / LOCK
-    for names, right, kind in ((FILES, Path.is_file, "file"), (FOLDERS, Path.is_dir, "folder")):
-        for found in (output_dir / name for name in names):
-            if found.exists() and not right(found):
-                raise ConfigError(
-                    f"{found} is no {kind}, and a run keeps one there. Move it away, or try: "
-                    "output_dir=DIR"
-                )
-    there = output_dir.exists()
-    others = _others(output_dir)
     with refusing(ConfigError, "Try: output_dir=DIR", output_dir):
+        _check_kinds(output_dir)
+        others, there = _others(output_dir), output_dir.exists()
         make_folder(output_dir)
         lock = open_own(path)
     with lock:
@@ -75,6 +68,17 @@ def claim(output_dir: Path) -> Iterator[None]:
                 path.unlink()
                 if not there:
                     output_dir.rmdir()
+
+
+def _check_kinds(output_dir: Path) -> None:
+    """Raise ConfigError where something else has the name of a file or folder of a run's."""
+    for names, right, kind in ((FILES, Path.is_file, "file"), (FOLDERS, Path.is_dir, "folder")):
+        for found in (output_dir / name for name in names):
+            if found.exists() and not right(found):
+                raise ConfigError(
+                    f"{found} is no {kind}, and a run keeps one there. Move it away, or try: "
+                    "output_dir=DIR"
+                )
 
 
 def _others(output_dir: Path) -> str | None:

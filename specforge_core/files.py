@@ -28,6 +28,7 @@ UNLOCKED_SECONDS = 24 * 3600  # where nothing can be locked, what is older is no
 # what no folder can do anything about; every other error of fsync on one counts
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 CANNOT_WRITE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -218,6 +219,8 @@ def refusing(error: type[SpecForgeError], advice: str, path: Path | None = None)
     try:
         yield
     except OSError as exc:
+        if exc.errno in NO_RIGHT:  # where room does not help
+            advice = advice.replace("Make room there", "Get the right to write there")
         raise error(f"{cannot_write(exc, path)}. {advice}") from exc
 
 

@@ -117,6 +117,18 @@ def test_a_run_that_was_copied_without_its_lock_is_one(
     assert capsys.readouterr().err == ""
 
 
+def test_an_output_directory_that_cannot_be_looked_into_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    message = r"lock cannot be written: Permission denied \(.*\)\. Try: output_dir=DIR"
+    with pytest.raises(ConfigError, match=message), claim(tmp_path):
+        pass
+
+
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "checkpoints"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "other"])
 def test_what_has_the_name_of_a_run_s_own_is_refused_at_once(

@@ -213,3 +213,15 @@ def test_a_folder_is_tried_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         prepare_folder(tmp_path / "file" / "eval")
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "Make room there, or"), (errno.EACCES, "Get the right to write there, or")],
+)
+def test_room_is_asked_for_where_it_helps(tmp_path: Path, number: int, advice: str) -> None:
+    with (
+        pytest.raises(DataError, match=rf"x cannot be written: .*\. {advice} try: -o Y"),
+        refusing(DataError, "Make room there, or try: -o Y", tmp_path / "x"),
+    ):
+        raise OSError(number, os.strerror(number))
