@@ -18,7 +18,8 @@ class Fitted(Watched):
         gt=0,
         le=MANY,
         description="Tokens per micro-batch and rank, about, instead of `batch_size` samples: the "
-        "samples of all ranks are dealt out so that each has as many tokens.",
+        "samples of all ranks are dealt out so that each has as many tokens, and as many rows to "
+        "train on.",
     )
     recompute: bool = Field(
         False,

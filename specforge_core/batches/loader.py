@@ -34,16 +34,17 @@ from ..types import (
     Batch,
     CaptureSpec,
     Collate,
+    Counting,
     Prompt,
     Sample,
     TargetEngine,
     Transform,
 )
 from .collate import pinned
-from .made import Made, device_of
+from .made import Made, device_of, to_device as to_device
 from .prefetch import Prefetcher
 from .stored import StoredSource as StoredSource
-from .turns import Placed as Placed, Share as Share, Turn, windows
+from .turns import Placed as Placed, Rows, Share as Share, Turn, supervised_rows, windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +89,12 @@ class Prompts(Protocol):
 class Source(Protocol):
     """Yields one rank's samples from a position of the endless sequence on, without end.
 
-    Those from `end` on are not trained on, if that is known.
+    Those from `end` on are not trained on, if that is known.  Ranks have as many `rows` each.
     """
 
-    def samples(self, position: int, /, end: int | None = None) -> Iterator[Placed]: ...
+    def samples(
+        self, position: int, /, end: int | None = None, rows: Rows = supervised_rows
+    ) -> Iterator[Placed]: ...
 
     def close(self) -> None: ...
 
@@ -115,11 +118,13 @@ class OnlineSource:
         self.closed.set()
         self.prompts.stop()
 
-    def samples(self, position: int, /, end: int | None = None) -> Iterator[Placed]:
+    def samples(
+        self, position: int, /, end: int | None = None, rows: Rows = supervised_rows
+    ) -> Iterator[Placed]:
         """Yield this rank's samples; while those of a window are used, the next is captured."""
         order = Order(self.share.seed, self.share.window, self.prompts.wait, self.share.first)
         device = device_of(self.engine)
-        found = self._windows(order, position, end, device)
+        found = self._windows(order, position, end, rows, device)
         windows = Prefetcher(found, 0, device, inner=True)
         try:
             for window in windows:
@@ -139,7 +144,7 @@ class OnlineSource:
             windows.close()
 
     def _windows(
-        self, order: Order, position: int, end: int | None, device: torch.device
+        self, order: Order, position: int, end: int | None, rows: Rows, device: torch.device
     ) -> Iterator[Window]:
         """Yield each window in turn, captured unless it begins at `end` or later.
 
@@ -150,8 +155,12 @@ class OnlineSource:
             epoch, _, prompt = self._number(order, place)
             return epoch, len(self.prompts[prompt].input_ids)
 
-        whole = partial(self.prompts.wait, None)
-        for turns, done in windows(self.share, position, self.window, look, whole, end=end):
+        def work(place: int) -> int:
+            mask = self.prompts[self._number(order, place)[2]].loss_mask
+            return rows(len(mask), int(mask.sum()))
+
+        cut = (self.share, position, self.window, look, partial(self.prompts.wait, None))
+        for turns, done in windows(*cut, end=end, work=work):
             use = end is None or turns[0].place < end
             if end is not None and use:  # nothing is captured for no use
                 turns = [turn for turn in turns if turn.place < end]
@@ -205,7 +214,8 @@ class Batches:
 
         Raises DataError when a whole epoch gave no sample to train on.
         """
-        samples = source.samples(position, self.end)
+        counting = isinstance(self.transform, Counting)
+        samples = source.samples(position, self.end, self._rows if counting else supervised_rows)
         try:
             yield from self._micro_batches(samples, position)
         finally:
@@ -247,6 +257,11 @@ class Batches:
                 return taken, reached
         return taken, position
 
+    def _rows(self, tokens: int, supervised: int) -> int:
+        assert isinstance(self.transform, Counting)
+        with self.strategy.guard("specforge_transform"):
+            return int(self.transform.rows(tokens, supervised))
+
     def _left(self, position: int) -> int:
         """Return how many of this rank's next samples are before the end."""
         if self.end is None:
@@ -277,17 +292,3 @@ class Batches:
             f"none of {len(seen)} samples can be trained on: each was skipped by the "
             "strategy (too short, or nothing supervised). Check data.train and data.max_length"
         )
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to the device, wherever its tensors are: states may be on the target's.
-
-    From the host to a GPU through pinned memory, in which `pack` and `pad` put them at once.
-    """
-    if device.type == "cpu":
-        return {name: tensor.to(device) for name, tensor in batch.items()}  # waits for a GPU's
-    moved = {}
-    for name, tensor in batch.items():
-        far = tensor.device.type != "cpu" or tensor.is_pinned()
-        moved[name] = (tensor if far else tensor.pin_memory()).to(device, non_blocking=True)
-    return moved

@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from ..types import Batch
+
 
 def device_of(engine: object) -> torch.device:
     """Return where an engine's captures are made, if that is in this process; else the CPU."""
@@ -53,3 +55,17 @@ class Made:
                 stream = torch.cuda.current_stream(tensor.device)
                 stream.wait_event(self._event)
                 tensor.record_stream(stream)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch to the device, wherever its tensors are: states may be on the target's.
+
+    From the host to a GPU through pinned memory, in which `pack` and `pad` put them at once.
+    """
+    if device.type == "cpu":
+        return {name: tensor.to(device) for name, tensor in batch.items()}  # waits for a GPU's
+    moved = {}
+    for name, tensor in batch.items():
+        far = tensor.device.type != "cpu" or tensor.is_pinned()
+        moved[name] = (tensor if far else tensor.pin_memory()).to(device, non_blocking=True)
+    return moved

@@ -14,7 +14,7 @@ from ..data.stream import Closed
 from ..errors import DataError
 from ..progress import console
 from ..types import GrowingReader, Reader, Sample
-from .turns import Placed, Share, Turn, windows
+from .turns import Placed, Rows, Share, Turn, supervised_rows, windows
 
 READERS = 4  # threads that read samples of a capture, each a copy out of the page cache
 AHEAD = 8  # samples that are read before they are asked for
@@ -37,7 +37,9 @@ class StoredSource:
         """End the wait for a sample in another thread: there it raises Closed."""
         self._closed.set()
 
-    def samples(self, position: int, /, end: int | None = None) -> Iterator[Placed]:
+    def samples(
+        self, position: int, /, end: int | None = None, rows: Rows = supervised_rows
+    ) -> Iterator[Placed]:
         order = Order(self.share.seed, self.share.window, lambda _: len(self.reader))
         count = getattr(self.reader, "num_tokens", None)  # known without reading a sample
         share = self.share if count is not None else replace(self.share, batch=1)
@@ -52,7 +54,13 @@ class StoredSource:
             tokens = int(count(index)) if count is not None else 0
             return epoch, tokens if self.longest is None else min(tokens, self.longest)
 
-        groups = windows(share, position, 1, look, lambda: len(self.reader), end=end)
+        supervised = getattr(self.reader, "num_supervised", None)
+
+        def work(place: int) -> int:
+            tokens, (_, index) = look(place)[1], self._locate(place, order)
+            return rows(tokens, min(int(supervised(index)), tokens) if supervised else tokens)
+
+        groups = windows(share, position, 1, look, lambda: len(self.reader), end=end, work=work)
         mine = (turn for group, done in groups for turn in group[done:])
         turn = next(mine)
         asked: deque[tuple[int, int, Turn, Future[Sample]]] = deque()

@@ -2,18 +2,23 @@
 
 A micro-batch of all ranks is `world_size * batch` places that follow each other.  Which rank takes
 which of them changes no sum over ranks, only how long they wait for the one with most to do: so
-they are dealt out by their tokens.  With `train.batch_tokens` it is as many places as have so many
-tokens together, cut anew in each epoch, and ranks may take unlike numbers of samples.
+they are dealt out by their tokens, and by the rows that the objective makes of them.  With
+`train.batch_tokens` it is as many places as have so many tokens together, cut anew in each epoch,
+and ranks may take unlike numbers of samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
 
 from ..types import Sample
+
+NEAR = 1.01  # of the mean: a rank that has no more than this is not worth another exchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,15 @@ class Share:
         return self.world_size * self.batch
 
 
+# what a step makes of a sample with so many tokens, so many of them supervised
+Rows: TypeAlias = Callable[[int, int], int]
+
+
+def supervised_rows(tokens: int, supervised: int) -> int:
+    """Return what is trained of a sample, where a strategy does not say more."""
+    return supervised
+
+
 class Turn(NamedTuple):
     """A place that a rank takes."""
 
@@ -69,21 +83,23 @@ def windows(
     samples: Callable[[], int],
     *,
     end: int | None = None,
+    work: Callable[[int], int] | None = None,
 ) -> Iterator[tuple[list[Turn], int]]:
     """Yield a rank's turns in groups of `size`, or a little more, and how many of each are done.
 
     Groups begin at fixed places, as far before `position` as need be, so that a resumed run has the
-    same ones.  `look` gives the epoch and the tokens at a place, `samples` how many an epoch has.
+    same ones.  `look` gives the epoch and the tokens at a place, `samples` how many an epoch has,
+    `work` the rows at a place, where those are known.
     """
     if share.tokens is None:
         ranks = share.world_size
         done = position // ranks % size if position % ranks == 0 else 0
-        mine = places(share, position, lambda place: look(place)[1], end=end, back=done)
+        mine = places(share, position, lambda place: look(place)[1], work, end=end, back=done)
         while True:
             yield [Turn(place) for place in islice(mine, size)], done
             done = 0
     group: list[Turn] = []
-    for cut in _cuts(share, position, look, samples, end):
+    for cut in _cuts(share, position, look, samples, end, work):
         group += cut.turns
         reached = cut.turns[-1].reached or 0
         if (len(group) >= size or cut.ends) and reached > position:
@@ -98,6 +114,7 @@ def places(
     share: Share,
     position: int,
     tokens: Callable[[int], int],
+    work: Callable[[int], int] | None = None,
     *,
     end: int | None = None,
     back: int = 0,
@@ -112,33 +129,32 @@ def places(
         yield from count(position - back * ranks + share.rank, ranks)
     own = position // ranks - back
     blocks = count(own // share.batch * block, block)
-    yield from islice(_of_blocks(blocks, share, tokens, end), own % share.batch, None)
+    yield from islice(_of_blocks(blocks, share, tokens, work, end), own % share.batch, None)
 
 
 def _of_blocks(
-    blocks: Iterator[int], share: Share, tokens: Callable[[int], int], end: int | None
+    blocks: Iterator[int],
+    share: Share,
+    tokens: Callable[[int], int],
+    work: Callable[[int], int] | None,
+    end: int | None,
 ) -> Iterator[int]:
     for first in blocks:
         if end is not None and first + share.block > end:
             yield from range(first + share.rank, first + share.block, share.world_size)
             continue
         sizes = [tokens(place) for place in range(first, first + share.block)]
-        yield from (first + at for at in dealt(sizes, share.world_size)[share.rank])
+        mine = evenly(_costs(first, sizes, work), share.world_size, share.batch)[share.rank]
+        yield from (first + at for at in mine)
 
 
-def dealt(sizes: list[int], ranks: int) -> list[list[int]]:
-    """Return which of `sizes` each rank takes, as many each: the largest first, to who has least.
-
-    Each rank's are in ascending order.
-    """
-    batch = len(sizes) // ranks
-    taken: list[list[int]] = [[] for _ in range(ranks)]
-    sums = [0] * ranks
-    for at in sorted(range(len(sizes)), key=lambda at: (-sizes[at], at)):
-        least = min((r for r in range(ranks) if len(taken[r]) < batch), key=lambda r: (sums[r], r))
-        taken[least].append(at)
-        sums[least] += sizes[at]
-    return [sorted(mine) for mine in taken]
+def _costs(
+    first: int, sizes: Sequence[int], work: Callable[[int], int] | None
+) -> list[tuple[int, ...]]:
+    """Return the tokens and, where it is known, the work of places from `first` on."""
+    if work is None:
+        return [(size,) for size in sizes]
+    return [(size, work(place)) for place, size in enumerate(sizes, first)]
 
 
 def _cuts(
@@ -147,6 +163,7 @@ def _cuts(
     look: Callable[[int], tuple[int, int]],
     samples: Callable[[], int],
     end: int | None,
+    work: Callable[[int], int] | None,
 ) -> Iterator[Cut]:
     """Yield a rank's part of each micro-batch, from the start of the epoch of `position` on.
 
@@ -172,40 +189,52 @@ def _cuts(
             sizes.append(size)
             total += size
             place += 1
-        mine = [Turn(first + at) for at in evenly(sizes, share.world_size)[share.rank]]
+        # one rank has it all: what is not needed is not read
+        costs = _costs(first, sizes, work if share.world_size > 1 else None)
+        mine = [Turn(first + at) for at in evenly(costs, share.world_size)[share.rank]]
         mine = mine or [Turn(first, counts=False)]
         mine[-1] = mine[-1]._replace(reached=place)
         yield Cut(mine, ends or place == end)
 
 
-def evenly(sizes: list[int], ranks: int) -> list[list[int]]:
-    """Return which of `sizes` each rank takes, so that their sums are near each other.
+def evenly(
+    costs: Sequence[tuple[int, ...]], ranks: int, batch: int | None = None
+) -> list[list[int]]:
+    """Return which of `costs` each rank takes, `batch` of them if that is given.
 
-    The largest first, to who has least; then the rank with most gives one to the one with least, or
-    swaps one with it, as long as that brings the two together and they are a hundredth apart.  Each
+    A cost has several parts, such as tokens and rows; each counts as its share of that part's sum,
+    and a rank's load is the largest of its parts.  The largest first, to who has least in all; then
+    the rank with the largest load gives one to another, or swaps one with it, whichever leaves the
+    larger of the two loads smallest, as long as that is less and no load is near the mean.  Each
     rank's are in ascending order.
     """
-    taken: list[list[int]] = [[] for _ in range(ranks)]
-    sums = [0] * ranks
-    for at in sorted(range(len(sizes)), key=lambda at: (-sizes[at], at)):
-        least = min(range(ranks), key=lambda r: (sums[r], r))
-        taken[least].append(at)
-        sums[least] += sizes[at]
-    while True:
-        most, least = (pick(range(ranks), key=lambda r: (sums[r], r)) for pick in (max, min))
-        gap = sums[most] - sums[least]
-        if 100 * gap <= sums[most]:
-            return [sorted(mine) for mine in taken]
-        given: list[int | None] = [None, *taken[least]]
-        swaps = [
-            (abs(gap - 2 * (sizes[a] - (0 if b is None else sizes[b]))), a, i)
-            for a in taken[most]
-            for i, b in enumerate(given)
-        ]
-        left, a, i = min(swaps, default=(gap, 0, 0))
-        if left >= gap:
-            return [sorted(mine) for mine in taken]
-        b = given[i]
-        for rank, out, back in ((most, a, b), (least, b, a)):
-            taken[rank] = [at for at in taken[rank] if at != out] + ([] if back is None else [back])
-            sums[rank] = sum(sizes[at] for at in taken[rank])
+    if not costs:
+        return [[] for _ in range(ranks)]
+    whole = np.asarray(costs, dtype=np.float64)
+    share = whole * (ranks / np.maximum(whole.sum(0), 1))  # a rank's mean is 1 in each part
+    owner = np.zeros(len(costs), dtype=np.int64)
+    load = np.zeros((ranks, share.shape[1]))
+    count = np.zeros(ranks, dtype=np.int64)
+    for at in np.argsort(-share.sum(1), kind="stable"):
+        full = 0 if batch is None else np.where(count < batch, 0, np.inf)
+        owner[at] = rank = int((load.sum(1) + full).argmin())
+        load[rank] += share[at]
+        count[rank] += 1
+    while (top := load.max()) > NEAR:
+        most = int(load.max(1).argmax())
+        mine, others = (np.flatnonzero(found) for found in (owner == most, owner != most))
+        nothing = np.zeros((ranks if batch is None else 0, share.shape[1]))
+        back = np.concatenate([share[others], nothing])  # what may be given for one, or nothing
+        to = np.concatenate([owner[others], np.arange(len(nothing))])
+        moved = share[mine][:, None] - back
+        left = np.maximum((load[most] - moved).max(2), (load[to] + moved).max(2))
+        left[:, to == most] = np.inf
+        if not left.size or left.min() >= top - 1e-9:
+            break
+        a, b = divmod(int(left.argmin()), len(to))
+        load[most] -= moved[a, b]
+        load[to[b]] += moved[a, b]
+        owner[mine[a]] = to[b]
+        if b < len(others):
+            owner[others[b]] = most
+    return [np.flatnonzero(owner == rank).tolist() for rank in range(ranks)]

@@ -43,6 +43,7 @@ class ShardReader:
         self._lock = threading.Lock()
         self._open: dict[int, OpenShard] = {}
         self._seen: dict[int, bytearray] = {}  # of every shard that was ever open
+        self._supervised: dict[int, Tensor] = {}  # of every shard that was asked for it
         self._ends = [0]  # stored samples up to and with each shard
         self._use(manifest)
 
@@ -60,6 +61,22 @@ class ShardReader:
         number, row = self._locate(index)
         offsets = self._shard(number).offsets
         return offsets[row + 1] - offsets[row]
+
+    def num_supervised(self, index: int) -> int:
+        """Return how many of a sample's tokens are supervised; all, without a `loss_mask`.
+
+        All masks of a shard lie side by side, and are read when the first one is asked for.
+        """
+        number, row = self._locate(index)
+        if (counts := self._supervised.get(number)) is None:
+            shard = self._shard(number)
+            counts = torch.tensor(shard.offsets).diff()
+            if (told := self._fields.get("loss_mask")) is not None and told.shape == (None,):
+                masks = shard.entries["loss_mask"].rows(shard.file, 0, shard.offsets[-1])
+                ends = torch.cat([torch.zeros(1, dtype=torch.long), (masks != 0).cumsum(0)])
+                counts = ends[shard.offsets].diff()
+            self._supervised[number] = counts
+        return int(counts[row])
 
     def prompt_index(self, index: int) -> int:
         """Return which prompt a sample is of."""

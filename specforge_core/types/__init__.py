@@ -34,6 +34,7 @@ from .training import (
     RESERVED_METRICS as RESERVED_METRICS,
     Batch as Batch,
     Collate as Collate,
+    Counting as Counting,
     DataInfo as DataInfo,
     Draft as Draft,
     GrowingReader as GrowingReader,

@@ -43,6 +43,18 @@ Transform: TypeAlias = "Callable[[Sample, torch.Generator], Sample | None]"
 Collate: TypeAlias = "Callable[[Sequence[Sample]], Batch]"
 
 
+@runtime_checkable
+class Counting(Protocol):
+    """A Transform that also says what a step makes of a sample, so that ranks have as much to do.
+
+    Without it, a sample counts for its tokens and for those of them that are supervised.
+    """
+
+    def rows(self, tokens: int, supervised: int, /) -> int:
+        """Return the rows, anchors or the like of a sample, about: nothing of it is read."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataInfo:
     """What a new draft may know of the data it will be trained on."""

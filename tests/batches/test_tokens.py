@@ -32,29 +32,45 @@ def lengths(count: int, seed: int) -> list[int]:
     return (100 * 20**drawn).long().tolist()  # 100 to 2,000, most of them short
 
 
+def supervised(tokens: int, place: int) -> int:
+    return tokens * (50 + place % 31) // 100  # about half to four fifths
+
+
+def anchors(tokens: int, place: int) -> int:
+    return min(512, supervised(tokens, place))
+
+
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_ranks_have_as_many_tokens_as_each_other_within_5_percent(ranks: int) -> None:
+@pytest.mark.parametrize("rows", [None, supervised, anchors], ids=["tokens", "rows", "anchors"])
+def test_ranks_have_as_much_to_do_as_each_other_within_5_percent(
+    ranks: int, rows: Callable[[int, int], int] | None
+) -> None:
     sizes, tokens = lengths(3000, ranks), 8192
     found = []
     for rank in range(ranks):
         share = Share(rank, ranks, 0, tokens=tokens)
         look = lambda place: (place // 3000, sizes[place % 3000])  # noqa: E731
-        groups = windows(share, 0, 1, look, lambda: 3000)
+        work = None if rows is None else lambda place: rows(sizes[place % 3000], place)
+        groups = windows(share, 0, 1, look, lambda: 3000, work=work)
         found.append([turns for turns, _ in islice(groups, 60)])
     places: list[int] = []
     for step, shares in enumerate(zip(*found, strict=True)):
         (reached,) = {turns[-1].reached for turns in shares}
-        places += [turn.place for turns in shares for turn in turns if turn.counts]
+        taken = [[turn.place for turn in turns if turn.counts] for turns in shares]
+        places += [place for mine in taken for place in mine]
         assert sorted(places) == list(range(reached or 0))
-        sums = [sum(sizes[turn.place % 3000] for turn in turns) for turns in shares]
         if (reached or 0) % 3000:  # the last one of an epoch has what is left
-            assert max(sums) < 1.05 * min(sums), step
+            sums = [sum(sizes[place % 3000] for place in mine) for mine in taken]
+            assert max(sums) < 1.05 * sum(sums) / ranks, step
             assert ranks * tokens - 2000 < sum(sums) <= ranks * tokens
+            if rows is not None:
+                made = [sum(rows(sizes[at % 3000], at) for at in mine) for mine in taken]
+                assert max(made) < 1.05 * sum(made) / ranks, step
 
 
 @pytest.mark.parametrize(("sizes", "ranks"), [([], 2), ([5], 2), ([3, 3, 2, 2, 2], 2)])
 def test_samples_are_dealt_out_evenly(sizes: list[int], ranks: int) -> None:
-    taken = evenly(sizes, ranks)
+    taken = evenly([(size,) for size in sizes], ranks)
     assert sorted(at for mine in taken for at in mine) == list(range(len(sizes)))
     sums = [sum(sizes[at] for at in mine) for mine in taken]
     if len(sizes) > 2:  # which the largest first alone does not find

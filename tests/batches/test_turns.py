@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from itertools import islice
 
 import pytest
 
 from specforge_core.batches.stored import StoredSource
-from specforge_core.batches.turns import Share, dealt, places
+from specforge_core.batches.turns import Share, evenly, places
 
 from .sources import Stored
 
@@ -57,9 +58,14 @@ def test_ranks_have_as_many_tokens_within_five_percent(ranks: int) -> None:
 
 
 def test_the_largest_goes_to_who_has_least() -> None:
-    assert dealt([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
-    assert dealt([3, 3, 3, 3], 2) == [[0, 2], [1, 3]]
-    assert dealt([7], 1) == [[0]]
+    assert evenly([(5,), (1,), (4,), (2,)], 2, 2) == [[0, 1], [2, 3]]
+    assert evenly([(3,), (3,), (3,), (3,)], 2, 2) == [[0, 2], [1, 3]]
+    assert evenly([(7,)], 1, 1) == [[0]]
+
+
+def test_tokens_alone_are_not_all_that_is_dealt_out() -> None:
+    """Of four samples as long, those with many rows are not of one rank."""
+    assert evenly([(9, 8), (9, 7), (9, 1), (9, 2)], 2, 2) == [[0, 2], [1, 3]]
 
 
 def test_a_block_that_the_data_ends_in_is_taken_in_turns() -> None:
@@ -92,6 +98,26 @@ def test_a_captures_samples_are_dealt_by_their_lengths() -> None:
         shares = [Share(rank, 2, 3, batch=2) for rank in range(2)]
         found = [islice(StoredSource(reader, share).samples(0), 2) for share in shares]
         assert [[placed.index for placed in mine] for mine in found] == want
+
+
+def test_a_captures_samples_are_dealt_by_what_a_step_makes_of_them() -> None:
+    """As many rows as a reader says are supervised, or as the transform says of these."""
+
+    class Masked(Counted):
+        def num_tokens(self, index: int) -> int:
+            return 10
+
+        def num_supervised(self, index: int) -> int:
+            return (9, 8, 2, 1)[index]
+
+    def dealt(*rows: Callable[[int, int], int]) -> list[list[int]]:
+        shares = [Share(rank, 2, 3, batch=2) for rank in range(2)]
+        sources = [StoredSource(Masked(4), share) for share in shares]
+        found = [islice(source.samples(0, None, *rows), 2) for source in sources]
+        return [[placed.index for placed in mine] for mine in found]
+
+    assert dealt() == [[0, 3], [1, 2]]
+    assert dealt(lambda tokens, supervised: tokens // supervised) == [[1, 3], [0, 2]]
 
 
 def test_no_sample_counts_for_more_tokens_than_are_trained_on() -> None:

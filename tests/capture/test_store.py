@@ -65,6 +65,23 @@ def test_samples_come_back_bit_for_bit_in_the_order_they_were_stored(directory: 
         assert equal(reader[i], sample(100 + i))
 
 
+def test_a_reader_tells_how_many_tokens_are_supervised(directory: Path, tmp_path: Path) -> None:
+    """From the masks alone, and of samples without one that all are."""
+    assert open_reader(directory).num_supervised(6) == len(sample(106)["input_ids"])
+    fields = {"input_ids": ((None,), "int64"), "loss_mask": ((None,), "uint8")}
+    masks = [torch.arange(n) % 3 == 0 for n in (5, 1, 9, 4, 30, 2)]
+    with ShardWriter(tmp_path / "masked", identity(layers=(1, 3), fields=fields), 12) as writer:
+        for index, mask in enumerate(masks):
+            writer.add(index, {"input_ids": torch.arange(len(mask)), "loss_mask": mask.byte()})
+        writer.close()
+    reader = open_reader(tmp_path / "masked")
+    assert len(reader.manifest.shards) > 1
+    found = [reader.num_supervised(i) for i in (5, 0, 3, 1, 2, 4)]
+    assert found == [int(masks[i].sum()) for i in (5, 0, 3, 1, 2, 4)]
+    with pytest.raises(IndexError):
+        reader.num_supervised(6)
+
+
 def test_shards_are_plain_safetensors_files(directory: Path):
     with safe_open(directory / "shard-00001.safetensors", framework="pt") as file:
         assert set(file.keys()) == {*IDENTITY.fields, *TABLE}

@@ -44,6 +44,10 @@ class DFlashTransform:
             drawn[PREFIXES] = counts + 1
         return cut | drawn
 
+    def rows(self, tokens: int, supervised: int, /) -> int:
+        """Return the anchors of a sample, about: each answer's last token starts no block."""
+        return min(supervised, self.num_anchors)
+
 
 def start_places(loss_mask: Tensor) -> Tensor:
     """Return where in `loss_mask` [T] a block may start, ascending.

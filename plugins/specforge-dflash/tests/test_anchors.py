@@ -11,7 +11,7 @@ from specforge_dflash.anchors import DFlashTransform, start_places
 from torch import Tensor
 
 from specforge_core.draws import draws_of
-from specforge_core.types import Sample
+from specforge_core.types import Counting, Sample
 
 SPEC = capture_spec((1, 5), 24)
 
@@ -34,6 +34,18 @@ def starts(mask: Tensor) -> list[int]:
 def test_every_place_is_taken_when_there_is_room(kit: Any) -> None:
     for sample in kit.samples((19, 11, 60)):
         assert anchors(sample, 512) == starts(sample["loss_mask"])
+
+
+def test_a_transform_tells_about_how_many_anchors_it_draws(kit: Any) -> None:
+    """By which ranks are balanced: the end of each answer alone is not known beforehand."""
+    for count in (4, 512):
+        transform = DFlashTransform(SPEC, 1000, count)
+        assert isinstance(transform, Counting)
+        for sample in kit.samples((19, 11, 60)):
+            mask = sample["loss_mask"].int()
+            answers = int((mask.diff(append=mask.new_zeros(1)) < 0).sum())
+            told = transform.rows(len(mask), int(mask.sum()))
+            assert 0 <= told - len(anchors(sample, count)) <= answers
 
 
 def test_anchors_are_distinct_ascending_and_allowed(kit: Any) -> None:
