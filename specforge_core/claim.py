@@ -59,7 +59,7 @@ def claim(output_dir: Path) -> Iterator[None]:
             with refusing(ConfigError, "Make room there, or try: output_dir=DIR", output_dir):
                 append(lock, str(os.getpid()).encode(), 0, sync=False)
             if others:
-                console.print(others, markup=False)
+                console.print(others)
             for folder in (output_dir, output_dir / CHECKPOINTS):
                 sweep(folder)
             yield

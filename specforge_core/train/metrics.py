@@ -114,8 +114,7 @@ class Reduced:
         if name not in self._told and dist.get_rank() == 0:
             console.print(
                 f"warning: {self._package}, specforge_train_step: the metric {name!r} came to "
-                f"{num:g} / {den:g}. It is left out wherever that is so; this is said once",
-                markup=False,
+                f"{num:g} / {den:g}. It is left out wherever that is so; this is said once"
             )
         self._told.add(name)
 
@@ -265,8 +264,7 @@ class Trackers:
             self.told.add(name)
             console.print(
                 f"warning: {name} of step {step} is {metrics[name]}, which is not logged; this is "
-                "said once",
-                markup=False,
+                "said once"
             )
         if finite:
             self._each("log", step, finite)
