@@ -291,8 +291,7 @@ def test_a_training_that_is_killed_takes_its_evaluation_along_and_makes_up_for_i
         time.sleep(0.02)
     assert time.monotonic() < until
     assert measured(out) == {}
-    # how far the training came beside it depends on the machine; a checkpoint of step 3 may be
-    # the last one, of which nothing is measured
+    # how far the training came beside it depends on the machine; of step 3 nothing is measured
     owed = max(step for step in steps(out) if step % 2 == 0)
     finish(forked.cli(*command))
     assert measured(out).keys() >= {owed, 4}
