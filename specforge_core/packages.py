@@ -21,6 +21,11 @@ def version(name: str) -> str:
     return _version(name, folders())
 
 
+def versions(*names: str) -> dict[str, str]:
+    """Return the versions of installed packages by name, to be written down."""
+    return {name: version(name) for name in names}
+
+
 def declared(group: str) -> list[EntryPoint]:
     """Return the entry points of a group, each with its distribution."""
     return list(_entry_points(folders()).select(group=group))

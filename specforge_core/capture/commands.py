@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def capture(config: Path, estimate: bool, yes: bool, overrides: tuple[str, ...])
         from ..yaml_text import dump
         from .estimate import estimate as run_estimate
 
-        click.echo(dump({"estimate": run_estimate(run, strategy).as_json()}))
+        click.echo(dump({"estimate": asdict(run_estimate(run, strategy))}))
         return
     from .job import run_capture
 

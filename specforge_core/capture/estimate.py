@@ -6,7 +6,7 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -62,10 +62,6 @@ class Estimate:
     tokens_per_second: float
     hours: float  # without waiting for the disk
     memory: dict[str, str]
-
-    def as_json(self) -> dict[str, object]:
-        """Return it as JSON has it."""
-        return asdict(self)
 
 
 def estimate(run: RunConfig, strategy: Strategy) -> Estimate:

@@ -121,9 +121,11 @@ def _check_alone(
         config, engine.info, spec, sample, fresh.capture()
     )
     problems = problems or compare(fresh, adapter, sample)
-    if problems:
-        listing = "\n  ".join(str(problem) for problem in problems)
-        raise CaptureError(
-            f"the first sample (prompt {prompt.index}) cannot be trained on:"
-            f"\n  {listing}\nTry: specforge check {strategy.name}"
-        )
+    what = f"the first sample (prompt {prompt.index})"
+    refuse(problems, what, f"Try: specforge check {strategy.name}")
+
+
+def refuse(problems: Iterable[Problem], what: str, advice: str) -> None:
+    """Raise CaptureError that lists what is wrong with a sample, if anything is."""
+    if listing := "".join(f"\n  {problem}" for problem in problems):
+        raise CaptureError(f"{what} cannot be trained on:{listing}\n{advice}")

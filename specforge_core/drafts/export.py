@@ -19,7 +19,7 @@ from ..checksums import check_folder, folder_checksums
 from ..documents import check_regular, read_object
 from ..errors import CheckpointError, PluginError
 from ..files import publish, refusing, sweep, system_error, temporary_folder, write_file
-from ..packages import version
+from ..packages import versions
 from ..types import Export
 from .links import run_of
 from .serve_options import PLAIN_NAME, found_options, stored_options
@@ -65,7 +65,7 @@ def write_export(
         "files": sorted(export.files),
         WRITTEN: dict(export.config),
     }
-    told = {**provenance, **told, "packages": _versions(), "checksums": {}}
+    told = {**provenance, **told, "packages": versions(*PACKAGES), "checksums": {}}
     files = {**export.files, CONFIG: _json(export.config, CONFIG).encode()}
     _json(told, PROVENANCE)  # before anything is written
     with refusing(CheckpointError, advice, directory):
@@ -253,10 +253,6 @@ def _own_files(directory: Path) -> set[str]:
 def _is_ours(name: str) -> bool:
     weights = name.startswith("model") and name.endswith(".safetensors")
     return weights or name in (CONFIG, INDEX, PROVENANCE)
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
 
 
 def _json(value: Mapping[str, Any], file: str) -> str:

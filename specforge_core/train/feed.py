@@ -23,7 +23,7 @@ from ..capture.cache import StateCache
 from ..capture.identity import check_identity
 from ..capture.job import VALIDATION, Job
 from ..capture.manifest import MANIFEST, CaptureIdentity, CaptureManifest
-from ..capture.samples import LOOK_AT_ONCE, LOOKS, check_first
+from ..capture.samples import LOOK_AT_ONCE, LOOKS, check_first, refuse
 from ..capture.store import read_token_counts
 from ..config import RunConfig
 from ..data.order import Order
@@ -118,29 +118,18 @@ def _offline(job: Job, directory: Path, share: Share) -> Feed:
     run, strategy, spec = job.run, job.strategy, job.adapter.spec
     if run.data.follow:
         _wait_for_manifest(directory)
-    manifest = CaptureManifest.read(directory)
-    check_identity(manifest.identity, job.identity, directory)
-    if not manifest.complete and not run.data.follow:
-        raise CaptureError(
-            f"the capture in {directory} is not complete ({manifest.num_samples} samples so far). "
-            "Finish it with the same `specforge capture` command, or train while it grows: "
-            "data.follow=true"
-        )
-    reader = strategy.reader(run.strategy, spec, job.target, directory)
-    wait_note = f"is `specforge capture` still filling {directory}?"
-    source = StoredSource(reader, share, wait_note, longest=run.data.max_length)
-    if manifest.complete and len(reader) == 0:
-        raise CaptureError(f"the capture in {directory} has no samples. Check data.train")
+    finish = (
+        "Finish it with the same `specforge capture` command, or train while it grows: "
+        "data.follow=true"
+    )
+    manifest, source = _stored(job, directory, share, "data.train", finish, grows=run.data.follow)
+    reader = source.reader
     sample = next(source.samples(0)).sample
     if sample is None:  # fewer than ranks: another's
         sample = reader[0]
     problems = strategy.verify_capture(run.strategy, job.target, spec, sample, None)
-    if problems:
-        listing = "\n  ".join(str(problem) for problem in problems)
-        raise CaptureError(
-            f"the first sample of {directory} cannot be trained on:\n  {listing}\n"
-            f"Try: specforge verify {directory} -c RUN.yaml"
-        )
+    again = f"Try: specforge verify {directory} -c RUN.yaml"
+    refuse(problems, f"the first sample of {directory}", again)
     return Feed(
         source=source,
         spec=spec,
@@ -163,15 +152,26 @@ def _held_out_offline(job: Job, directory: Path, share: Share) -> HeldOut:
     again = "Capture it with the same config: specforge capture -c RUN.yaml"
     if not (place / MANIFEST).exists():
         raise CaptureError(f"data.validation is not captured: {place} is not there. {again}")
-    manifest = CaptureManifest.read(place)
-    check_identity(manifest.identity, job.identity, place)
-    if not manifest.complete:
-        raise CaptureError(f"the capture in {place} is not complete. {again}")
-    reader = job.strategy.reader(job.run.strategy, job.adapter.spec, job.target, place)
-    if len(reader) == 0:
-        raise CaptureError(f"the capture in {place} has no samples. Check data.validation")
-    source = StoredSource(reader, share, longest=job.run.data.max_length)
-    return HeldOut(source=source, num_samples=len(reader))
+    _, source = _stored(job, place, share, "data.validation", again, grows=False)
+    return HeldOut(source=source, num_samples=len(source.reader))
+
+
+def _stored(
+    job: Job, directory: Path, share: Share, option: str, finish: str, *, grows: bool
+) -> tuple[CaptureManifest, StoredSource]:
+    """Open a capture of what `option` names; `finish` says what to do where it is not complete."""
+    manifest = CaptureManifest.read(directory)
+    check_identity(manifest.identity, job.identity, directory)
+    if not manifest.complete and not grows:
+        count = manifest.num_samples
+        raise CaptureError(
+            f"the capture in {directory} is not complete ({count} samples so far). {finish}"
+        )
+    reader = job.strategy.reader(job.run.strategy, job.adapter.spec, job.target, directory)
+    if manifest.complete and len(reader) == 0:
+        raise CaptureError(f"the capture in {directory} has no samples. Check {option}")
+    note = f"is `specforge capture` still filling {directory}?"
+    return manifest, StoredSource(reader, share, note, longest=job.run.data.max_length)
 
 
 def _online(job: Job, share: Share, *, whole: bool) -> Feed:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import RunConfig
-from ..packages import version
+from ..packages import versions
+from ..plugins import CORE
 from ..records import recorded
 from ..strategy import Strategy
 from .course import Course
@@ -50,11 +51,10 @@ def run_info(
         "target": run.target.path,
         "output_dir": str(run.output_dir),
         "config": recorded(run),
-        "versions": versions(strategy),
+        "versions": computed_with(strategy),
     }
 
 
-def versions(strategy: Strategy) -> dict[str, str]:
+def computed_with(strategy: Strategy) -> dict[str, str]:
     """Return the versions of what a run is computed with."""
-    names = ("specforge-core", "torch", "transformers")
-    return {name: version(name) for name in names} | {"strategy": strategy.package}
+    return versions(CORE, "torch", "transformers") | {"strategy": strategy.package}

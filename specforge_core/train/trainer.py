@@ -36,7 +36,7 @@ from .log import Log
 from .machine import Machine
 from .milestones import Milestones
 from .optim import local_gradients, lr_factor, set_learning_rate, square_norm
-from .report import Launched, TrainReport, run_info, versions
+from .report import Launched, TrainReport, computed_with, run_info
 from .resume import check_resumed, learning_rate_change
 from .supply import Supply
 from .update import Update, grad_norm
@@ -279,7 +279,7 @@ class Trainer:
             strategy=self.strategy.name,
             position=self.position,
             config=recorded(self.run),
-            versions=versions(self.strategy),
+            versions=computed_with(self.strategy),
             machine=asdict(self.machine),
             identity=self.feed.identity,
             resolved=resolved(self.draft),
