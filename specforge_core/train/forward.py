@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..batches.loader import Batches, Micro
 from ..config import RunConfig
+from ..draws import draws_of
 from ..errors import PluginError
 from ..strategy import Strategy
 from ..types import CaptureSpec, Draft, Ratio, StepContext, StepOutput, TrainStep
@@ -45,14 +45,10 @@ class Forward:
         self, step: int, total_steps: int, progress: float, *, training: bool = True
     ) -> StepContext:
         """Return where in the run a micro-batch is; validations draw the same at any step."""
-        generator = torch.Generator()
-        place = step if training else 0
-        seed = (self.run.train.seed * 1_000_003 + place) * 65_537 + self.world.rank
-        generator.manual_seed(seed % 2**63)
         return StepContext(
             step=step,
             total_steps=total_steps,
-            generator=generator,
+            generator=draws_of(self.run.train.seed, step if training else 0, self.world.rank),
             training=training,
             mesh=self.world.mesh,
             progress=progress,
