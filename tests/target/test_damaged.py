@@ -201,7 +201,7 @@ def test_sizes_that_no_model_has(target: Path, name: str, size: int) -> None:
     ("text", "why"),
     [
         ("{}", "it has no weight_map"),
-        ("[]", "it has no weight_map"),
+        ("[]", "it holds no object"),
         ('{"weight_map": []}', "it has no weight_map"),
         ('{"weight_map": {}}', "it has no weight_map"),
         ('{"weight_map": {"a": 5}}', "5 is no file beside it"),
@@ -213,7 +213,7 @@ def test_sizes_that_no_model_has(target: Path, name: str, size: int) -> None:
         ('{"weight_map": {"a": "\\ud800"}}', "is no file beside it"),
         ("{", "Expecting property name"),
         ("", "Expecting value"),
-        (DEEP, "maximum recursion depth"),
+        (DEEP, "it is nested too deeply"),
     ],
 )
 def test_a_damaged_index(target: Path, text: str, why: str) -> None:
