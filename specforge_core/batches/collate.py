@@ -103,6 +103,11 @@ def _length(sample: Sample, ragged: Collection[str]) -> int:
     return next((len(tensor) for name, tensor in sample.items() if name in ragged), 1)
 
 
+def num_tokens(sample: Sample, spec: CaptureSpec) -> int:
+    """Return a sample's tokens, whatever order its fields are in."""
+    return _length(sample, token_fields(spec))
+
+
 def flat_rows(batch: Batch, names: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
     """Return fields [N, ...] without the padding, and the documents [N] they are of."""
     documents = batch[DOCUMENT_IDS].flatten()

@@ -20,7 +20,6 @@ from typing import Protocol
 import torch
 
 from ..capture.cache import StateCache, capture_through
-from ..capture.layout import num_tokens
 from ..capture.samples import capture_in_order
 from ..data.order import Order
 from ..data.stream import Closed as Closed
@@ -40,7 +39,7 @@ from ..types import (
     TargetEngine,
     Transform,
 )
-from .collate import pinned
+from .collate import num_tokens, pinned
 from .made import Made, device_of, to_device as to_device
 from .prefetch import Prefetcher
 from .stored import StoredSource as StoredSource
@@ -237,7 +236,7 @@ class Batches:
             indices = tuple(index for index, sample in ready if sample is not None)
             if not kept and not stand_in:
                 stand_in = [self._look_ahead(samples, ahead)]
-            tokens = sum(num_tokens(self.spec.fields, sample) for sample in kept)
+            tokens = sum(num_tokens(sample, self.spec) for sample in kept)
             with self.strategy.guard("specforge_collate"), pinned(self.device.type == "cuda"):
                 batch = self.collate(kept or stand_in)
             self.strategy.check("specforge_collate", wrong_tensors(batch), value=self.collate)

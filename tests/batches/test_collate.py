@@ -5,12 +5,12 @@ import torch
 
 from specforge_core.batches.collate import (
     flat_rows,
+    num_tokens,
     pack,
     pad,
     token_fields,
     truncate,
 )
-from specforge_core.capture.layout import num_tokens
 from specforge_core.types import CaptureSpec, Field, Sample
 
 SPEC = CaptureSpec(
@@ -38,7 +38,7 @@ SAMPLES = [sample(3, 0), sample(1, 1), sample(4, 2)]
 
 def test_the_fields_with_a_token_axis_are_the_specs() -> None:
     assert frozenset({"input_ids", "hidden"}) == RAGGED
-    assert [num_tokens(SPEC.fields, s) for s in SAMPLES] == [3, 1, 4]
+    assert [num_tokens(s, SPEC) for s in SAMPLES] == [3, 1, 4]
 
 
 def test_packed_samples_stand_behind_each_other_in_one_row() -> None:
