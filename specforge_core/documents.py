@@ -26,9 +26,14 @@ def open_regular(path: Path) -> int:
 
 
 def check_regular(path: Path) -> None:
-    """Raise OSError for what is there and no file: a library would wait for a pipe."""
-    if path.exists() and not path.is_file():
-        raise OSError("it is no regular file")
+    """Raise OSError for what is there and no file, or cannot be read.
+
+    A library would wait for a pipe, or say of a file that it may not read that it is not there.
+    """
+    if path.exists():
+        if not path.is_file():
+            raise OSError("it is no regular file")
+        os.close(open_regular(path))
 
 
 def read_document(path: Path, most: int = MOST) -> bytes:

@@ -113,9 +113,8 @@ class StateCache:
                 self._count(used + need)
         except OSError as exc:
             self._writes = False
-            console.print(
-                f"no more states are kept in capture.cache ({exc.filename}: {exc.strerror})"
-            )
+            why = f"{exc.filename or self.directory}: {exc.strerror}"
+            console.print(f"no more states are kept in capture.cache ({why})")
 
     def _path(self, prompt: Prompt) -> Path:
         digest = hashlib.blake2b(self._about, digest_size=20)

@@ -67,7 +67,7 @@ def on_disk(
                 found = _read(path)
             os.utime(path)
     except OSError as exc:
-        why = f"{exc.filename}: {exc.strerror}"
+        why = f"{exc.filename or folder}: {exc.strerror}"
         console.print(f"tokens are not kept in data.cache ({why})")
         found = None
     return in_memory(fill) if found is None else found

@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..documents import read_object
+from ..documents import check_regular, read_object
 from ..errors import CaptureError
 from ..types import TargetInfo
 from .place import pointer
@@ -169,12 +169,16 @@ def fetch(target: TargetInfo, file: str) -> Path | None:
 
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; CaptureError naming it where it is damaged."""
+    """Open a safetensors file; CaptureError naming it where it is damaged, or cannot be read."""
     try:
+        check_regular(path)
         with safe_open(str(path), framework="pt") as file:
             yield file
     except SafetensorError as exc:
         raise CaptureError(_damaged(path, exc)) from exc
+    except OSError as exc:
+        why = exc.strerror or exc
+        raise CaptureError(f"{path} cannot be read: {why}. Get the right to, or a copy") from exc
 
 
 def _damaged(path: Path, exc: Exception) -> str:

@@ -134,7 +134,7 @@ def test_where_nothing_can_be_written_tokens_are_in_memory(
     path = write_conversations(tmp_path / "d.jsonl", 8)
     (tmp_path / "file").write_text("")
     assert same(load(path, cache=tmp_path / "file/cache"), load(path, cache=None))
-    assert "tokens are not kept in data.cache" in capsys.readouterr().err
+    assert f"tokens are not kept in data.cache ({tmp_path}/file" in capsys.readouterr().err
 
 
 def test_what_nobody_uses_is_removed(tmp_path: Path) -> None:

@@ -155,6 +155,20 @@ def test_a_damaged_file_is_named_with_what_to_do(spoil: Any, message: str, tmp_p
             use()
 
 
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As safetensors would not: to it a file that it cannot open is not there."""
+    info = save(tmp_path, "Llama")
+
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("specforge_core.documents.open_regular", denied)
+    with pytest.raises(CaptureError, match=r"model\.safetensors cannot be read: Permission denied"):
+        tensor_files(info)
+
+
 def test_a_head_beside_a_config_that_ties_it_is_the_head_everywhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
