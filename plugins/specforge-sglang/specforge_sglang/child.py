@@ -49,8 +49,6 @@ CPU_FLAGS: dict[str, Flag] = {
     "grammar_backend": "none",
     "mem_fraction_static": 0.5,  # its own guess for a CPU can be negative
 }
-
-
 CAPTURE = ("-m", "specforge_sglang_capture")
 # a plain server, which ends with its parent too
 PLAIN = (
@@ -113,6 +111,8 @@ class ChildServer:
         env = {k: v for k, v in os.environ.items() if not k.startswith(trainers)}
         for name in (*TRAINER_ONLY, "PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH"):
             env.pop(name, None)
+        if not {"dist_init_addr", "nnodes"} & flags.keys():
+            env |= self._own_machine()
         env |= options.env
         env[ENABLE_ENV] = "1" if CAPTURE[1] in command else "0"
         env[RECEIVERS_ENV] = ",".join(filter(None, (env.get(RECEIVERS_ENV), self._receiver)))
@@ -134,6 +134,16 @@ class ChildServer:
             pass_fds=(reading,),
             start_new_session=True,  # a group of its own, which can be ended as a whole
         )
+
+    def _own_machine(self) -> dict[str, str]:
+        """Return what keeps SGLang's ranks to this machine; torch's own store hears everybody."""
+        return {
+            "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self._directory / 'ranks'}",
+            **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo"),
+            # by these SGLang tells the shared memory of servers on one machine apart
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": self.url.rsplit(":", 1)[1],
+        }
 
     @staticmethod
     def _check_python(python: str) -> None:

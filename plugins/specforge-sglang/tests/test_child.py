@@ -115,11 +115,25 @@ def test_a_child_gets_its_flags_and_the_plugin(
     assert {"--disable-radix-cache", "--disable-cuda-graph", "--skip-tokenizer-init"} <= set(argv)
     assert "specforge_sglang_capture:register" in told["plugins"]
     assert told["env"]["SPECFORGE_SGLANG_CAPTURE"] == "1"
-    assert not {"RANK", "MASTER_PORT"} & told["env"].keys()
+    assert "RANK" not in told["env"]
+    assert told["env"]["MASTER_PORT"] == argv[argv.index("--port") + 1]  # not the trainer's
+    assert told["env"]["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"].startswith(
+        f"file://{told['cwd']}"
+    )
+    assert told["env"]["GLOO_SOCKET_IFNAME"] == "lo"
     assert "/trainer" not in told["env"]["PYTHONPATH"]
     assert told["env"]["PYTHONPATH"].split(os.pathsep)[0] == told["cwd"]  # for its own children
     assert all(gone(pid) for pid in told["pids"])
     assert not Path(told["cwd"]).exists()
+
+
+def test_servers_on_several_machines_meet_as_they_are_told(configure: Configure) -> None:
+    child = start(configure(server_args={"dist_init_addr": "10.0.0.1:5000", "nnodes": 2}))
+    client = child.client(5.0)
+    child.wait(client, 60)
+    told = client.get("/")
+    child.close()
+    assert not {"MASTER_PORT", "GLOO_SOCKET_IFNAME"} & told["env"].keys()
 
 
 def test_an_interpreter_that_sets_its_own_path_finds_the_plugin(

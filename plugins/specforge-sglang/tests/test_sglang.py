@@ -226,6 +226,25 @@ def test_the_key_of_a_server_is_in_no_command_line(engine: SGLangEngine) -> None
         Client(engine.pool.servers[0].client.url, 5.0).get("/server_info")
 
 
+def test_nothing_of_a_server_hears_other_machines(engine: SGLangEngine) -> None:
+    """Torch's own store would, under tcp://127.0.0.1 too."""
+    port = int(engine.pool.servers[0].client.url.rsplit(":", 1)[1])
+    group, sockets = os.getpgid(serving(port)), set[str]()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if os.getpgid(int(process.name)) == group:
+                sockets |= {str(number.readlink()) for number in (process / "fd").iterdir()}
+    heard = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                address, number = fields[1].split(":")
+                heard[int(number, 16)] = address
+    assert heard.pop(port) == "0100007F"
+    assert set(heard.values()) <= {"0100007F", "00000000000000000000000001000000"}, heard
+
+
 def test_a_child_that_is_killed_is_an_error_with_its_last_words(
     engine: SGLangEngine, prompts: Any
 ) -> None:
