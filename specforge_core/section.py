@@ -18,6 +18,7 @@ from pydantic import (
 # More is never meant, and would hang a run or crash torch
 MANY = 10**9
 SEEDS = 2**32 - 1
+EMPTY = "a path is empty"
 COLDEST = 1e-3  # logits over less than this overflow
 
 
@@ -31,6 +32,8 @@ def expand(path: str) -> str:
 
 def fits(path: str) -> str:
     """Refuse what no file system takes as a path."""
+    if not path:
+        raise ValueError(EMPTY)
     names = [os.fsencode(name) for name in path.split("/")]
     if any(b"\0" in name for name in names):
         raise ValueError("a path has no NUL in it")
@@ -67,12 +70,14 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _is_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a truth for a number, and no text for a path, which would be where one is."""
         field = cls.model_fields.get(info.field_name or "")
-        if isinstance(value, bool) and field is not None:
-            kinds = {field.annotation, *get_args(field.annotation)}
-            if kinds & {int, float} and bool not in kinds:
-                raise ValueError("Input should be a number")
+        kinds = set() if field is None else {field.annotation, *get_args(field.annotation)}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("Input should be a number")
+        if Path in kinds and (value == "" or (isinstance(value, list | tuple) and "" in value)):
+            raise ValueError(EMPTY)
         return value
 
     @field_validator("*")

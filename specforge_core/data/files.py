@@ -14,6 +14,7 @@ import xxhash
 
 from ..checksums import file_checksum
 from ..errors import DataError
+from ..section import expand
 from .formats import ENDINGS, EXTRA, read_file
 from .sources import Line
 
@@ -72,7 +73,7 @@ def open_source(source: str) -> FileRows | HubRows:
 
     Raises DataError where there is nothing of the kind.
     """
-    path = Path(source).expanduser()
+    path = Path(expand(source))
     if path.is_file():
         return FileRows((path,), path.parent)
     if path.is_dir():
@@ -85,7 +86,11 @@ def open_source(source: str) -> FileRows | HubRows:
     if glob.has_magic(source):
         base = Path(path.anchor or ".")
         inner = str(path.relative_to(path.anchor))
-        if files := sorted(found for found in base.glob(inner) if found.is_file()):
+        try:
+            files = sorted(found for found in base.glob(inner) if found.is_file())
+        except ValueError as exc:
+            raise DataError(f"data.train: {source!r} is no pattern of names: {exc}") from exc
+        if files:
             return FileRows(tuple(files), _common(files))
         raise DataError(
             f"no file has a name like {source!r}. Paths are taken from the working "

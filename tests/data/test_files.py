@@ -134,8 +134,18 @@ def test_folders_and_patterns(tmp_path: Path) -> None:
     assert ids(read(tmp_path / "?/*.jsonl")) == expected[:2]
     with pytest.raises(DataError, match=r"no file has a name like '.*\*\.csv'"):
         read(tmp_path / "*.csv")
+    with pytest.raises(DataError, match=r"x\*\*y' is no pattern of names: .*entire path component"):
+        read(tmp_path / "x**y")
     (tmp_path / "a/[1].jsonl").write_text(json.dumps(ROWS[9]))
     assert ids(read(tmp_path / "a/[1].jsonl")) == ["9"]  # a file, not a pattern
+
+
+def test_a_file_that_is_called_like_the_home_of_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "~nobody-here.jsonl").write_text(json.dumps(ROWS[9]))
+    monkeypatch.chdir(tmp_path)
+    assert ids(read(Path("~nobody-here.jsonl"))) == ["9"]
 
 
 @pytest.mark.parametrize(
