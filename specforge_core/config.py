@@ -50,8 +50,8 @@ class DataConfig(Section):
 
     train: tuple[str, ...] = Field(
         (),
-        description="Conversations: files (JSONL, JSON, Parquet, Arrow, also packed), folders, "
-        "patterns, Hugging Face data sets (NAME, NAME:SPLIT, NAME:CONFIG:SPLIT).",
+        description="Conversations: files (JSONL, JSON, Parquet, Arrow, packed), folders (of "
+        "splits train), patterns, Hugging Face data sets (NAME, NAME:SPLIT, NAME:CONFIG:SPLIT).",
     )
     mix: tuple[float, ...] = Field(
         (),

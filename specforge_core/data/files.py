@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ import xxhash
 from ..checksums import file_checksum
 from ..errors import DataError
 from ..section import expand
+from .folders import files_in
 from .formats import ENDINGS, EXTRA, read_file
 from .sources import Line
 
 HUB = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+){0,2}")  # NAME, NAME:SPLIT, NAME:CONFIG:SPLIT
-NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state|\w*config|manifest|\w*tokenizer.*)\.json")
+ADDRESS = re.compile(r"\w+://.+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def open_source(source: str) -> FileRows | HubRows:
     if path.is_file():
         return FileRows((path,), path.parent)
     if path.is_dir():
-        return FileRows(tuple(_inside(path)), path)
+        return FileRows(tuple(files_in(path)), path)
     if path.exists():
         raise DataError(
             f"data file {source!r} is no regular file: rows are read more than once. "
@@ -96,6 +96,11 @@ def open_source(source: str) -> FileRows | HubRows:
             f"no file has a name like {source!r}. Paths are taken from the working "
             f"directory, {Path.cwd()}; correct it in the config, or with KEY=[PATH]"
         )
+    if ADDRESS.fullmatch(source):
+        raise DataError(
+            f"{source!r} is an address, and rows are read from files. Download it, and name the "
+            "file: data.train=[PATH]; of Hugging Face name the data set: data.train=[OWNER/NAME]"
+        )
     if HUB.fullmatch(source) and not path.parent.exists() and not source.endswith(ENDINGS):
         return _hub(source)
     raise DataError(
@@ -108,59 +113,6 @@ def _common(files: Iterable[Path]) -> Path:
     """Return the innermost folder that holds all of them."""
     folders = [set(path.parents) for path in files]
     return max(set.intersection(*folders), key=lambda folder: len(folder.parts))
-
-
-def _inside(folder: Path) -> Iterator[Path]:
-    """Yield a folder's files of rows; of a saved data set, those that it names, in its order."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = _named(folder / "dataset_dict.json", "splits")
-        if "train" not in splits and len(splits) != 1:
-            shown = ", ".join(f"{folder}/{split}" for split in splits)
-            raise DataError(
-                f"data folder {str(folder)!r} holds several splits, and none is named train. "
-                f"Name those that are meant: {shown}"
-            )
-        folder /= "train" if "train" in splits else splits[0]
-    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        names = [file.get("filename") for file in _named(folder / "state.json", "_data_files")]
-        yield from (folder / Path(str(name)).name for name in names)
-        return
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and path.name.endswith(ENDINGS)
-        and not NO_ROWS.fullmatch(path.name)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    if not files or any((folder / name).is_file() for name in ("manifest.json", "config.json")):
-        raise DataError(_no_data(folder))
-    yield from files
-
-
-def _no_data(folder: Path) -> str:
-    said = f"data folder {str(folder)!r}"
-    if (folder / "manifest.json").is_file():
-        return f"{said} is a capture. Try: data.capture_dir={folder}, without data.train"
-    if (folder / "config.json").is_file():
-        return f"{said} is a model. Name a file or a folder of conversations: data.train=[PATH]"
-    names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-    return (
-        f"{said} holds no file that is named as one of rows is ({', '.join(ENDINGS)}), but "
-        f"{names:.200}. Name the files: data.train=[PATH]"
-    )
-
-
-def _named(path: Path, key: str) -> list[Any]:
-    try:
-        found = json.loads(path.read_bytes())[key]
-        assert isinstance(found, list)
-        assert found
-    except (OSError, ValueError, TypeError, KeyError, AssertionError, RecursionError) as exc:
-        raise DataError(
-            f"{path} does not say which {key!r} the data set has, so it is damaged. Save it again"
-        ) from exc
-    return found
 
 
 def _hub(source: str) -> HubRows:

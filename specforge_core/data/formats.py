@@ -9,6 +9,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ ENDINGS = (
     *(".jsonl", ".ndjson", ".json", ".parquet", ".arrow"),
     *(f".{kind}.{packed}" for kind in ("jsonl", "json") for packed in ("gz", "zst", "bz2", "xz")),
 )
+PACKED_NAME = re.compile(r"\.(gz|zst|bz2|xz)$", re.IGNORECASE)
 PIECE = 1 << 16  # packed bytes that are unpacked at once
 BOM = b"\xef\xbb\xbf"
 HEAD = 512  # bytes that tell what a file is
@@ -87,6 +89,13 @@ OTHERS = {
         "an SQLite data base",
         "sqlite3 -json FILE 'SELECT ...' | jq -c '.[]' > FILE.jsonl",
     ),
+    **dict.fromkeys(
+        (b"\xff\xfe\0\0", b"{\0\0\0", b"[\0\0\0"),
+        ("text in UTF-32", "iconv -f UTF-32LE -t UTF-8 FILE > FILE.jsonl"),
+    ),
+    **dict.fromkeys(
+        (b"{\0", b"[\0"), ("text in UTF-16", "iconv -f UTF-16LE -t UTF-8 FILE > FILE.jsonl")
+    ),
     b"\xff\xfe": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.jsonl"),
     b"\xfe\xff": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.jsonl"),
     b"\x80\x04": ("a Python pickle, which may run code", "write its rows as JSON lines"),
@@ -131,7 +140,8 @@ def open_data(path: Path) -> Iterator[IO[bytes]]:
         with path.open("rb") as file:
             yield file
     except DAMAGED as exc:
-        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+        system = exc.strerror if isinstance(exc, OSError) else None
+        reason = system or f"{exc}. It is damaged: get it again"
         raise DataError(f"data file {str(path)!r} cannot be read: {reason}") from exc
 
 
@@ -146,6 +156,8 @@ def _rows(file: IO[bytes], path: Path, name: str) -> Iterator[Line | DataError]:
     if (opener := _of(head, PACKED)) is not None:
         with opener(file) as unpacked, io.BufferedReader(unpacked) as stream:
             head = stream.peek(HEAD)[:HEAD]
+            if _of(head, PACKED) is not None:
+                raise _no_rows(path, "packed twice", "unpack it once")
             if head[257:262] == b"ustar" or _of(head, dict.fromkeys(TABLES, True)):
                 what = "an archive" if head[257:262] == b"ustar" else "a table"
                 raise _no_rows(path, f"{what}, packed", "unpack it, and name what is in it")
@@ -170,7 +182,7 @@ def _text(stream: IO[bytes], head: bytes, path: Path, name: str) -> Iterator[Lin
     start = head.removeprefix(BOM).lstrip()
     known = _of(start, OTHERS) or _of(head, OTHERS)
     if known is None and start[:1] not in (b"{", b"["):
-        known = BY_ENDING.get(path.suffix.lower())
+        known = BY_ENDING.get(Path(PACKED_NAME.sub("", path.name)).suffix.lower())
         if head[257:262] == b"ustar":
             known = ("an archive", "tar xf FILE, and name what is in it")
         if known is None and b"\0" in head:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ def of_line(line: bytes, exc: ValueError) -> str:
         return f"{SKIP}. All of the file in another code? Try: {other}"
     if line.rstrip().endswith(b"},"):
         return "A comma behind each object? Try: sed 's/,[[:space:]]*$//' FILE > FILE.jsonl"
+    if isinstance(exc, json.JSONDecodeError) and exc.msg == "Extra data":
+        return "Several objects on a line? Try: jq -c . FILE > FILE.jsonl"
     return SKIP
 
 

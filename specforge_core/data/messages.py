@@ -91,7 +91,9 @@ def parse(row: object, ignored: Iterable[str] = ()) -> Parsed:
             "the messages are one text. If that is JSON: jq -c "
             "'(.messages, .conversations | strings) |= fromjson' FILE > FILE.jsonl"
         )
-    if not isinstance(turns, list):
+    if turns is not None and not isinstance(turns, list):
+        raise ValueError(f"needs a list 'messages' of objects, found {shown(turns)}")
+    if turns is None:
         keys = ", ".join(map(repr, row)) or "none"
         raise ValueError(f"needs a list 'messages' or 'conversations', has the keys {keys:.200}")
     messages = []

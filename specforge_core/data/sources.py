@@ -243,7 +243,8 @@ def _pass_over(line: bytes, file: IO[bytes]) -> None:
 
 def _parse(line: bytes, where: str) -> Line | DataError:
     try:
-        row = json.loads(line, object_pairs_hook=each_key_once)
+        # of bytes json would guess the code by zeros
+        row = json.loads(str(line, "utf-8-sig"), object_pairs_hook=each_key_once)
     except RecursionError:
         return BadRow(f"{where} is JSON nested too deeply to be read. {SKIP}", "not JSON")
     except ValueError as exc:  # also bytes that are not UTF-8

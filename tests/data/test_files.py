@@ -61,6 +61,14 @@ def archive() -> bytes:
         ("d.sqlite", b"SQLite format 3\0", "an SQLite data base"),
         ("d.jsonl", b"<!DOCTYPE html><html>", "a web page"),
         ("d.jsonl", '{"a": 1}'.encode("utf-16"), "UTF-16, and no file of rows. Try: iconv"),
+        ("d.jsonl", '{"a": 1}'.encode("utf-16-le"), "Try: iconv -f UTF-16LE -t UTF-8"),
+        (
+            "d.jsonl",
+            '{"a": 1}'.encode("utf-32"),
+            "UTF-32, and no file of rows. Try: iconv -f UTF-32LE",
+        ),
+        ("d.csv.gz", gzip.compress(b"a,b\n1,2\n", mtime=0), "a table of text, and no file of rows"),
+        ("d.jsonl.gz", gzip.compress(gzip.compress(LINES), mtime=0), "packed twice"),
         ("d.pkl", b"\x80\x04\x95", "a Python pickle"),
         ("d.avro", b"Obj\x01\x04", "a file of Avro, and no file of rows. Try: fastavro"),
         ("d.orc", b"ORC\x08", 'Try: python -c "import pandas; pandas.read_orc('),
@@ -148,40 +156,6 @@ def test_a_file_that_is_called_like_the_home_of_nobody(
     assert ids(read(Path("~nobody-here.jsonl"))) == ["9"]
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ((), "but nothing. Name the files"),
-        (("x.csv",), r"\(\.jsonl, .*, but x\.csv"),
-        (("manifest.json", "d.jsonl"), "is a capture. Try: data.capture_dir="),
-        (("config.json", "model.safetensors"), "is a model"),
-    ],
-)
-def test_folders_without_data(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
-    for name in names:
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(DataError, match=message):
-        read(tmp_path)
-
-
-def test_saved_data_sets_are_read_in_their_own_order(tmp_path: Path) -> None:
-    made = datasets.Dataset.from_list(ROWS)
-    made.save_to_disk(str(tmp_path / "one"), num_shards=3)
-    assert ids(read(tmp_path / "one")) == [row["id"] for row in ROWS]
-    splits = {"test": made.select(range(5)), "train": made.select(range(5, 9))}
-    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "splits"))
-    assert ids(read(tmp_path / "splits")) == ["5", "6", "7", "8"]
-    assert ids(read(tmp_path / "splits/test")) == ["0", "1", "2", "3", "4"]
-    datasets.DatasetDict({"x": splits["test"], "y": splits["test"]}).save_to_disk(
-        str(tmp_path / "none")
-    )
-    with pytest.raises(DataError, match=r"none is named train\. Name those .*none/x, .*none/y"):
-        read(tmp_path / "none")
-    (tmp_path / "one/state.json").write_text("{}")
-    with pytest.raises(DataError, match=r"state\.json does not say which '_data_files'"):
-        read(tmp_path / "one")
-
-
 def test_names_of_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
@@ -207,6 +181,8 @@ def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(DataError, match=r"'org/chats' is no file here\. .* pip install 'specforge"):
         read("org/chats")
+    with pytest.raises(DataError, match=r"'https://x/y\.jsonl' is an address, .* Download it"):
+        read("https://x/y.jsonl")
     for path in ("data/chats.jsonl", "./chats", "a/b/c", "chats"):
         with pytest.raises(DataError, match=f"data file '{path}' does not exist"):
             read(path)

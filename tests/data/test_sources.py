@@ -97,6 +97,7 @@ TURNS = json.dumps(CHAT["messages"], ensure_ascii=False)
         f"{json.dumps(CHAT)},\n{json.dumps(CHAT)}\n",
         json.dumps(CHAT, indent=1),
         f"{TURNS}\n{TURNS}\n",
+        f"{json.dumps(CHAT)} {json.dumps(CHAT)}\n",
         pytest.param(json.dumps(CHAT, ensure_ascii=False).encode("latin-1"), id="latin-1"),
     ],
 )
@@ -161,6 +162,11 @@ def test_an_instruction_and_its_input_are_one_question(tmp_path: Path) -> None:
         ({"messages": [{"role": "user"}]}, "content must be text, found None"),
         ({"messages": {"role": "user"}}, "needs a list 'messages'"),
         ({"messages": None}, "needs a list 'messages'"),
+        (
+            {"conversations": {"role": ["user", "assistant"], "content": ["q", "a"]}},
+            "needs a list 'messages' of objects, found {'content': ['q', 'a'], 'role': ['user'",
+        ),
+        ("\0" * 64, "d.jsonl:2 is not a line of JSON (Expecting value"),
         ("3", "d.jsonl:2: expected an object, found int"),
         ("null", "d.jsonl:2: expected an object, found NoneType"),
         ({"messages": OPENAI["messages"][:2]}, "has no assistant turn, so nothing to train on"),

@@ -1,0 +1,134 @@
+"""Which files of a folder are trained on: those of rows, and of several splits the one for it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from .formats import ENDINGS
+
+NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state|\w*config|manifest|\w*tokenizer.*)\.json")
+# what may hold rows, and is not read where a folder is named
+UNREAD = re.compile(
+    r".+\.((csv|tsv|xlsx?|feather|orc|avro|pkl|pickle|zip|tar|tgz|7z|rar|lz4)"
+    r"|(incomplete|part|crdownload)|(\w+\.)?(gz|zst|bz2|xz))",
+    re.IGNORECASE,
+)
+TRAIN = ("train", "training")
+# the names under which Hugging Face's `datasets` looks for splits
+HELD_OUT = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+SHARD = re.compile(r"(.+[-.])(\d{5})-of-(\d{5})(\..+)?")
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Yield a folder's files of rows; of a saved data set, those that it names, in its order.
+
+    Raises DataError where there are none, or it is not clear which are meant.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = _named(folder / "dataset_dict.json", "splits")
+        if "train" not in splits and len(splits) != 1:
+            shown = ", ".join(f"{folder}/{split}" for split in splits)
+            raise DataError(
+                f"data folder {str(folder)!r} holds several splits, and none is named train. "
+                f"Name those that are meant: {shown}"
+            )
+        folder /= "train" if "train" in splits else splits[0]
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        names = [file.get("filename") for file in _named(folder / "state.json", "_data_files")]
+        yield from (folder / Path(str(name)).name for name in names)
+        return
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and (path.name.endswith(ENDINGS) or UNREAD.fullmatch(path.name))
+        and not NO_ROWS.fullmatch(path.name)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not any(path.name.endswith(ENDINGS) for path in files) or any(
+        (folder / name).is_file() for name in ("manifest.json", "config.json")
+    ):
+        raise DataError(_no_data(folder))
+    chosen = _to_train_on(folder, files)
+    for path in chosen:
+        if not path.name.endswith(ENDINGS):
+            raise DataError(
+                f"data folder {str(folder)!r} also holds {str(path.relative_to(folder))!r}, which "
+                f"is not read as rows. {_name_them(folder, chosen)}"
+            )
+    _check_shards(folder, chosen)
+    yield from chosen
+
+
+def _to_train_on(folder: Path, files: Sequence[Path]) -> Sequence[Path]:
+    """Return the files of the split to train on; all of them where none is named as held out."""
+    splits: dict[str | None, list[Path]] = defaultdict(list)
+    for path in files:
+        splits[_split(path.relative_to(folder))].append(path)
+    others = [name for name in splits if name is None or name.split("_")[0] in TRAIN]
+    if len(others) == len(splits) or len(splits) == 1:
+        return files
+    if len(others) == 1 and others[0] is not None:
+        return splits[others[0]]
+    raise DataError(
+        f"data folder {str(folder)!r} holds files that are named as held out, and it is not clear "
+        f"which are to train on. {_name_them(folder, [paths[0] for paths in splits.values()])}"
+    )
+
+
+def _split(path: Path) -> str | None:
+    """Return the split that a file's path names, as `train` or `test_sft`; None for no split."""
+    for word in re.split(r"[^a-z_]+", str(path).lower()):
+        if (name := word.strip("_")).split("_")[0] in (*TRAIN, *HELD_OUT):
+            return name
+    return None
+
+
+def _name_them(folder: Path, files: Iterable[Path]) -> str:
+    shown = [str(path) for path in files if path.name.endswith(ENDINGS)][:5]
+    return f"Name those that are meant (patterns, too): data.train=[{', '.join(shown)}]"
+
+
+def _check_shards(folder: Path, files: Iterable[Path]) -> None:
+    """Raise DataError where a file says that it is one of several, and another is not there."""
+    for path in files:
+        found = SHARD.fullmatch(path.name)
+        for number in range(int(found[3]) if found else 0):
+            assert found is not None
+            name = f"{found[1]}{number:05}-of-{found[3]}{found[4] or ''}"
+            if not path.with_name(name).exists():
+                raise DataError(
+                    f"data folder {str(folder)!r} lacks {name}, so its download did not end. Get "
+                    f"it again, or name the files: data.train=['{path.parent}/{found[1]}*']"
+                )
+
+
+def _no_data(folder: Path) -> str:
+    said = f"data folder {str(folder)!r}"
+    if (folder / "manifest.json").is_file():
+        return f"{said} is a capture. Try: data.capture_dir={folder}, without data.train"
+    if (folder / "config.json").is_file():
+        return f"{said} is a model. Name a file or a folder of conversations: data.train=[PATH]"
+    names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+    return (
+        f"{said} holds no file that is named as one of rows is ({', '.join(ENDINGS)}), but "
+        f"{names:.200}. Name the files: data.train=[PATH]"
+    )
+
+
+def _named(path: Path, key: str) -> list[Any]:
+    try:
+        found = json.loads(path.read_bytes())[key]
+        assert isinstance(found, list)
+        assert found
+    except (OSError, ValueError, TypeError, KeyError, AssertionError, RecursionError) as exc:
+        raise DataError(
+            f"{path} does not say which {key!r} the data set has, so it is damaged. Save it again"
+        ) from exc
+    return found
