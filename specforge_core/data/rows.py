@@ -31,7 +31,7 @@ class RowMaker:
         if ROWS in found.row:
             return token_rows(found.row, self.origin, self.encoder.limit)
         encoder = encoder_for(self.encoder, found.messages, found.tools, found.row)
-        return encoder.rows(found.messages, cut_answers(found.row))
+        return encoder.rows(found.messages, cut_answers(found.row, found.messages))
 
 
 def encoder_for(

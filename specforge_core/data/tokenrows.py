@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..target.tokenizer import template_fingerprint, tokenizer_fingerprint
 from .answers import Row
+from .messages import Message, chat_of
 from .sources import BadRow
+from .turns import trained_on
 
 ROWS, FINISH, ORIGIN, RETOKENIZED = "token_rows", "finish_reason", "fingerprint", "retokenized"
 FIELDS = (ROWS, FINISH, ORIGIN, RETOKENIZED)  # of a row that `regenerate` writes
@@ -127,8 +129,25 @@ def _damaged(why: str) -> BadRow:
     )
 
 
-def cut_answers(row: Mapping[str, Any]) -> frozenset[int]:
-    """Return which answers of a row, counted from 0, were broken off by a limit."""
-    reasons = row.get(FINISH)
-    known = reasons if isinstance(reasons, list) else []
-    return frozenset(i for i, reason in enumerate(known) if reason == "length")
+def cut_answers(row: Mapping[str, Any], messages: Sequence[Message]) -> frozenset[int]:
+    """Return which answers that are trained on, counted from 0, were broken off by a limit.
+
+    `regenerate` says so of each of them in a list; other data of a message, or of a row for its
+    last one, as servers' responses do.
+    """
+    answers = trained_on(messages)
+    if isinstance(reasons := row.get(FINISH), list):
+        return frozenset(i for i, reason in enumerate(reasons) if reason == "length")
+    turns = chat_of(row) or ()
+    first = len(messages) - len(turns)  # 1 with a system prompt that stands beside them
+    cut = {i for i, n in enumerate(answers) if first in (0, 1) and _broken_off(turns[n - first])}
+    last = max(
+        (n for n, message in enumerate(messages) if message["role"] == "assistant"), default=0
+    )
+    if _broken_off(row) and answers and answers[-1] == last:
+        cut.add(len(answers) - 1)
+    return frozenset(cut)
+
+
+def _broken_off(said: Mapping[str, Any]) -> bool:
+    return said.get(FINISH) == "length" or said.get("stop_reason") == "max_tokens"

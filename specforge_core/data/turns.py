@@ -53,7 +53,9 @@ def find_turns(
     answers = trained_on(messages)
     if not answers:
         raise BadRow(
-            "the conversation answers nothing, so there is nothing to train on", "without an answer"
+            "the conversation answers nothing, so there is nothing to train on. Take it out, or "
+            "set data.on_error=skip",
+            "without an answer",
         )
     if len(messages) > SHORT:
         with suppress(DataError):  # said again, and better, where every turn is rendered

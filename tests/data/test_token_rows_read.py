@@ -11,8 +11,9 @@ import pytest
 
 from specforge_core.config import DataConfig
 from specforge_core.data.harmony import as_message
-from specforge_core.data.messages import tokens_alone
+from specforge_core.data.messages import parse, tokens_alone
 from specforge_core.data.regenerate import regenerate
+from specforge_core.data.tokenrows import cut_answers
 from specforge_core.errors import DataError
 from specforge_core.strategy import Strategy
 from specforge_core.testing.toy import save_toy_target, toy_tokenizer
@@ -110,9 +111,10 @@ def test_tokens_are_cut_to_the_longest_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("scripted")
-def test_text_of_a_cut_answer_has_no_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reasons", [["length"], "length"])
+def test_text_of_a_cut_answer_has_no_end(tmp_path: Path, reasons: object) -> None:
     run = toy_answers(tmp_path)
-    change(tmp_path / "answers.jsonl", token_rows=None, finish_reason=["length"])
+    change(tmp_path / "answers.jsonl", token_rows=None, finish_reason=reasons)
     (row,) = trained(run)
     assert toy_tokenizer().decode(row.input_ids[row.loss_mask.bool()]) == "yes"
 
@@ -209,3 +211,25 @@ def test_what_stands_beside_tokens(beside: dict[str, Any], refused: bool) -> Non
             tokens_alone(row)
     assert tokens_alone(row, beside if refused else ())
     assert not tokens_alone({**row, "messages": []})
+
+
+ASK = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+READ = {**ANSWER, "weight": 0}
+
+
+@pytest.mark.parametrize("said", [{"finish_reason": "length"}, {"stop_reason": "max_tokens"}])
+@pytest.mark.parametrize("beside", [{}, {"system": "s"}])
+def test_other_data_says_of_a_message_or_of_the_last_one_that_it_was_broken_off(
+    said: dict[str, Any], beside: dict[str, Any]
+) -> None:
+    def cut(*messages: dict[str, Any], **row: Any) -> list[int]:
+        row = {**beside, "messages": list(messages), **row}
+        return sorted(cut_answers(row, parse(row).messages))
+
+    broken_off = {**ANSWER, **said}
+    assert cut(ASK, broken_off, ASK, ANSWER) == [0]
+    assert cut(ASK, READ, ASK, broken_off, ASK, ANSWER) == [0]  # of those that are trained on
+    assert cut(ASK, ANSWER, ASK, ANSWER, **said) == [1]
+    assert cut(ASK, ANSWER, ASK, READ, **said) == []
+    assert cut(ASK, {**ANSWER, "finish_reason": "stop"}, finish_reason="stop") == []
