@@ -14,9 +14,10 @@ from ..target.tokenizer import CLOCK, chat_template, pinned_template
 from .answers import MARGIN, Marker, Row as Row, Tokens
 from .bounds import MEMORY, SECONDS, bounded_memory, bounded_time
 from .sources import BadRow, Message
-from .turns import find_turns, trained_on
+from .turns import Text, find_turns, trained_on
 from .written import (
     Shape,
+    altered,
     as_parts,
     left_out,
     marks_of,
@@ -67,7 +68,7 @@ class Encoder:
         marker = Marker(self.tokens, self.limit, self.ends, self.special, self._closing)
         with _in_time():
             texts = find_turns(self.render, messages, _Beyond(self, messages))
-            self._check_written(messages, 1 + max(max(t.answers, default=-1) for t in texts))
+            self._check_written(messages, texts)
             _check_calls(messages, [text.text for text in texts])
             return [row for text in texts for row in marker.rows(text, cut)]
 
@@ -144,21 +145,23 @@ class Encoder:
     def _whole(self, messages: Sequence[Message]) -> str:
         return self.render(messages, False)
 
-    def _check_written(self, messages: Sequence[Message], shown: int) -> None:
+    def _check_written(self, messages: Sequence[Message], texts: Sequence[Text]) -> None:
         """Raise BadRow where the template leaves out a part of what the first answers are made of.
 
         A server would, too; but what was answered to it, or of it, would be trained on as if it
-        had not been there.
+        had not been there.  Nor may an answer be written as another text.
         """
-        answers = trained_on(messages)[:shown]
-        found = left_out(
-            self._whole,
-            messages,
-            answers,
-            self.written,
-            self.template_kwargs,
-            marks_of(self._source()),
-        )
+        answers = trained_on(messages)
+        shown = 1 + max(max(text.answers, default=-1) for text in texts)
+        marks = marks_of(self._source())
+        options = self.template_kwargs
+        found = left_out(self._whole, messages, answers[:shown], self.written, options, marks)
+        for text in texts:
+            for place, (start, end) in zip(text.answers, text.spans, strict=True):
+                answer = messages[answers[place]]["content"]
+                # a prompt may hold the answer's beginning
+                if altered(answer, text.text[max(0, start - len(answer)) : end], marks):
+                    found = found or (answers[place], "text as it is")
         if found is not None:
             number, part = found
             raise BadRow(

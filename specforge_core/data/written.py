@@ -179,6 +179,19 @@ def _others(message: Message, part: str, pieces: Mapping[str, int]) -> Iterator[
         yield {**message, "tool_calls": [*calls[:place], other, *calls[place + 1 :]]}
 
 
+def altered(answer: str, shown: str, marks: re.Pattern[str] | None) -> bool:
+    """Say whether an answer does not stand in the text that shows it, spaces aside.
+
+    Of one with marks of the template in it each piece: what is between them is written elsewhere.
+    """
+    pieces = marks.split(answer) if marks else [answer]
+    return any(
+        piece.strip() not in shown and "".join(piece.split()) not in "".join(shown.split())
+        for piece in pieces
+        if not EMPTY.fullmatch(piece)
+    )
+
+
 def unread(template: str, messages: Sequence[Message], tools: Sequence[Tool]) -> str | None:
     """Return which of a conversation's fields a chat template has no word of, if there is one.
 

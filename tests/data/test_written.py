@@ -160,6 +160,30 @@ def test_every_piece_of_an_answer_that_a_template_takes_apart_is_looked_at(
                 made.rows([ASK, {**ANSWER, "content": text}])
 
 
+@pytest.mark.parametrize("change", ["[:5]", "|upper", "|striptags", "|replace('o', '0')"])
+@pytest.mark.parametrize("text", ["a long <b>text</b>", "hm</think>a long <b>text</b>"])
+def test_an_answer_is_not_written_as_another_text(change: str, text: str) -> None:
+    """Also behind an answer that the template writes as it is."""
+    made = encoder(
+        "{% for m in messages %}"
+        + WRITES.replace("m.content", f"(m.content{change})")
+        + "{% endfor %}"
+        + OPENS
+        + "{% set close = '</think>' %}"
+    )
+    assert len(made.rows([{**ASK, "content": "A"}, {**ANSWER, "content": "1"}])) == 1
+    with pytest.raises(BadRow, match=r"message 2: .* does not write its text"):
+        made.rows([ASK, {**ANSWER, "content": text}])
+
+
+@pytest.mark.parametrize("text", ["a\n\nb", " a ", "<think>\na", ""])
+def test_spaces_may_be_others_and_a_prompt_may_hold_the_beginning(text: str) -> None:
+    spaces = WRITES.replace("m.content", "m.content.strip().replace('\n\n', '\n')")
+    opens = OPENS.replace("assistant\n", "assistant\n<think>\n" if "<" in text else "assistant\n")
+    made = encoder("{% for m in messages %}" + spaces + "{% endfor %}" + opens)
+    assert len(made.rows([ASK, {**ANSWER, "content": text}])) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
