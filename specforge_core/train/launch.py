@@ -126,8 +126,8 @@ class Ranks:
         if signum is None and not stops:
             return "", 0
         status = stops[0].status if signum is None else 128 + signum
-        if any(not failure.message for failure in stops):  # rank 0 has told of its checkpoint
-            return "", status
+        if any(not failure.message and failure.rank == 0 for failure in stops):
+            return "", status  # it has told of its checkpoint
         return str(stop.Interrupted(status - 128)), status
 
     def _running(self) -> list[int]:
@@ -174,4 +174,4 @@ class Ranks:
             message, code = str(stop.Interrupted(-code)), 128 - code
         elif code in STOPPED:
             message = ""
-        return Report(None, message, code, self._alive[rank])
+        return Report(rank if not message else None, message, code, self._alive[rank])

@@ -17,24 +17,34 @@ import pytest
 from specforge_core.process import Report
 from specforge_core.train import launch
 
+Started = list[subprocess.Popen[bytes]]
+
+
+def begin(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *commands: list[str]
+) -> tuple[launch.Ranks, Started]:
+    """Start ranks that are other commands."""
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(commands[len(started)], **options))
+        return started[-1]
+
+    started: Started = []
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=start))
+    ranks = launch.Ranks(folder)
+    for rank in range(len(commands)):
+        ranks.start(rank, len(commands), [])
+    return ranks, started
+
 
 def test_a_killed_rank_is_the_cause_however_late_that_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The machine may have no time for the launcher, and the other rank tells what it met."""
-
-    def sleeping(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        started.append(subprocess.Popen(["sleep", "60"], **options))
-        return started[-1]
-
-    started: list[subprocess.Popen[bytes]] = []
     late = 0.0
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late)
-    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=sleeping))
     monkeypatch.setattr(launch, "time", clock)
-    ranks = launch.Ranks(tmp_path)
-    for rank in range(2):
-        ranks.start(rank, 2, [])
+    ranks, started = begin(tmp_path, monkeypatch, ["sleep", "60"], ["sleep", "60"])
     assert ranks._running() == [0, 1]
     os.kill(started[1].pid, signal.SIGKILL)
     started[1].wait()
@@ -46,3 +56,19 @@ def test_a_killed_rank_is_the_cause_however_late_that_is_seen(
     message, status = ranks.verdict()
     assert message.startswith("error: rank 1 was killed by SIGKILL")
     assert status == 1
+
+
+@pytest.mark.parametrize("told_by", [0, 1])
+def test_of_ranks_that_were_stopped_only_the_first_may_have_told_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told_by: int
+) -> None:
+    """Another that ends without a word, on a disk that is busy, say, leaves nothing untold."""
+    ended = ["sh", "-c", f"exit {128 + signal.SIGTERM}"]
+    ranks, started = begin(tmp_path, monkeypatch, ended, ended)
+    told = Report(told_by, "stopped by SIGTERM: here", 128 + signal.SIGTERM, time.monotonic())
+    (tmp_path / f"rank-{told_by}.json").write_text(json.dumps(asdict(told)))
+    for process in started:
+        process.wait()
+    message, status = ranks.verdict()
+    assert status == 128 + signal.SIGTERM
+    assert message.startswith("stopped by SIGTERM: what is finished") == (told_by == 0)
