@@ -165,11 +165,11 @@ class Exports:
         It can import specforge-sglang's export_forward.py and export_keys.py, and writes
         OUTPUT/NAME.safetensors for each export.  Returns a function that reads these.
         """
+        from specforge_sglang.child import free_port
+
         out = Path(tempfile.mkdtemp(prefix="computed-", dir=self.folder.parent))
         (out / "request.json").write_text(json.dumps(request))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()  # none that a connection may be given before it is listened on
         exports = map(str, sorted(self.folder.iterdir()))
         request_file = str(out / "request.json")
         self.forks.run(python, script, target, request_file, str(port), str(out), *exports)

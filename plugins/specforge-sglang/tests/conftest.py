@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -56,10 +55,7 @@ Start = Callable[..., StandIn]
 
 
 def launch(root: Path, port: int | None = None, **options: Any) -> StandIn:
-    if port is None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+    port = port or free_port()  # none of those that connections are given, and no test twice
     env = {**os.environ, "SPECFORGE_SGLANG_DIR": str(root)}
     env["SPECFORGE_SGLANG_RECEIVERS"] = "127.0.0.1"
     script = HERE / "stand_in_server.py"
