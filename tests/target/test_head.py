@@ -115,6 +115,7 @@ def test_rows_that_only_pad_the_vocabulary_are_never_the_next_token(
 
 
 def test_long_sequences_are_summarized_in_parts(tmp_path: Path) -> None:
+    torch.manual_seed(0)  # two logits of 1,300 rows may be as near as rounding
     head = Head(weight=torch.randn(11, 8), bias=torch.randn(11), scale=0.5, softcap=3.0)
     states = torch.randn(1300, 8)
     tokens, sums = head.summarize(states)
