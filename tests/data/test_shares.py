@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,15 @@ def test_a_batch_of_answers_gives_way_between_two_tokens(
     prompt = Prompt(index=0, input_ids=ids, loss_mask=torch.ones_like(ids))
     state = next(engine.capture([prompt], spec)).hidden_states[1]
     taken = 0
+
+    def asked_for(*_: object) -> None:
+        """Before a token beside captures: wait until the next one is asked for."""
+        until = time.monotonic() + 20
+        answers = threading.current_thread() is not threading.main_thread()
+        while seconds == 0.0 and answers and not lock.waiting() and time.monotonic() < until:
+            time.sleep(0.001)
+
+    engine.model.register_forward_pre_hook(asked_for)
     for place, seconds in (("alone", 60.0), ("beside", 0.0)):
         monkeypatch.setattr(module, "SLICE_SECONDS", seconds)
         lock = InTurn()
@@ -107,7 +117,7 @@ def test_a_batch_of_answers_gives_way_between_two_tokens(
                 assert torch.equal(next(engine.capture([prompt], spec)).hidden_states[1], state)
         assert shares.wait(20)
         shares.close(20)
-    assert taken > 10  # in one batch, of 40 tokens
+    assert taken > 30  # in one batch, of 40 tokens
     alone, beside = (tmp_path / place / file_of((0, 2)) for place in ("alone", "beside"))
     assert len(read_share(alone)) == 2
     assert alone.read_bytes() == beside.read_bytes()

@@ -33,6 +33,29 @@ GROWS = (
 )
 EPOCHS = (5, 12)  # the last step of the first one, of 20 rows, and of the second, of 26
 
+# a run that goes on to a step, and no further
+HELD = """
+    import os, time
+    from specforge_core import hookimpl
+    from specforge_linear import (
+        specforge_adapter, specforge_config, specforge_draft, specforge_train_step)
+
+    class Held:
+        def start(self, info): ...
+
+        def log(self, step, metrics):
+            if step == int(os.environ["HELD_AT"]):
+                time.sleep(600)
+
+        def event(self, name, values): ...
+
+        def close(self): ...
+
+    @hookimpl
+    def specforge_tracker(run):
+        return Held()
+"""
+
 
 @dataclass
 class Whole:

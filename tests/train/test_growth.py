@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from specforge_core.train.run import train
 from specforge_core.train.trainer import Trainer
 
 from ..runs import linear_run
-from .growing import EPOCHS, GROWS, Whole, answers, same, trained, watched
+from .growing import EPOCHS, GROWS, HELD, Whole, answers, same, trained, watched
 
 pytest.importorskip("specforge_linear", reason="the linear example is not installed")
 
@@ -230,19 +231,23 @@ def test_no_rank_waits_for_a_batch_of_answers(
 
 
 @pytest.mark.slow
-def test_kills_at_any_time_change_nothing(config: Path, whole: Whole, tmp_path: Path) -> None:
-    every = (*GROWS, "train.save_every=2", "train.keep=1")
+def test_kills_at_any_time_change_nothing(
+    config: Path, whole: Whole, fake_site: FakeSite, tmp_path: Path
+) -> None:
+    fake_site.strategy("held", HELD)
+    every = (*GROWS, "train.save_every=2", "train.keep=1", "strategy.name=held")
     out = tmp_path / "cut"
     cut = ("train", "-c", str(config), *every, f"output_dir={out}")
     for number in range(100):
-        process = forked.cli(*cut)
-        before = time.monotonic()
         done = len(checkpoints(out)) and read_state(find(out)).step
-        while process.poll() is None and time.monotonic() - before < 60:
+        site = {"PYTHONPATH": str(fake_site.path), "HELD_AT": str(done + 6)}
+        process = forked.cli(*cut, env=os.environ | site)
+        while process.poll() is None:
             here = checkpoints(out)
-            if here and read_state(here[-1]).step >= done + 4:
-                time.sleep(0.01 * (number % 5))
-                process.kill()
+            with suppress(CheckpointError):  # the next one takes its place
+                if here and read_state(here[-1]).step >= done + 4:
+                    time.sleep(0.01 * (number % 5))
+                    process.kill()
             time.sleep(0.002)
         process.communicate()
         if process.returncode == 0:

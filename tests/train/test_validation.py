@@ -209,6 +209,6 @@ def test_a_stop_does_not_wait_for_the_states_of_a_validation(
     monkeypatch.setattr(Validation, "run", watched)
     settings = ("capture.window=20", "data.validation=0.5", "train.validate_every=1")
     report = train(*load(config, *settings, "train.max_steps=9", "train.save_every=100"))
-    assert time.monotonic() - asked[0] < 5
+    assert time.monotonic() - asked[0] < 15
     assert (report.step, report.finished, len(timers)) == (1, False, 1)
     assert not [row for row in lines(config.parent / "run") if "validation/loss" in row]
