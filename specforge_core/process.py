@@ -182,7 +182,7 @@ def _skip_teardown(status: int) -> None:
     One that comes back from an operation of torch at that time makes the process abort (pytorch
     issue 38228).  torch's caches keep process groups, and so their threads, whatever is destroyed.
     """
-    if "torch" in sys.modules:
+    if "torch._C" in sys.modules:  # also where a signal has cut off the import of the rest
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -196,6 +196,19 @@ def test_a_process_ends_when_its_launcher_is_gone() -> None:
         assert process.stdout.read().startswith("stopped by SIGTERM")  # to its end: nobody writes
 
 
+def test_what_a_cut_off_import_left_of_torch_is_not_torn_down() -> None:
+    code = """import sys, types
+import click
+from specforge_core.process import run
+class Last:
+    def __del__(self): print("torn down")
+last = Last()
+sys.modules["torch._C"] = types.ModuleType("torch._C")
+run(click.Command("nothing", callback=lambda: print("done")))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "done\n"
+
+
 def test_listening_in_a_block_leaves_nothing_behind() -> None:
     def block() -> None:
         with stop.listening():
