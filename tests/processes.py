@@ -14,7 +14,8 @@ from specforge_core.testing.forked import Forked
 Process = subprocess.Popen[str] | Forked
 # what is promised is 5; a machine that also runs other tests may take longer to start a thread
 SECONDS = 10.0  # with a core for each process that runs
-PROGRESS = re.compile(r"^[a-z]+( \w+)? \d+(/\d+)?(  .*)?\n", re.MULTILINE)
+# what is said of work that takes longer than most: its progress, and that a signal has been heard
+SLOW = re.compile(r"^([a-z]+( \w+)? \d+(/\d+)?(  .*)?|finishing the step, .*)\n", re.MULTILINE)
 
 
 def patience() -> float:
@@ -39,7 +40,7 @@ def wait(process: Process, reached: Callable[[], bool]) -> None:
 def end(process: Process, *signals: int, apart: float = 0.6) -> tuple[int, str, str]:
     """Send signals; return the status, stdout and stderr of a process that has to end by them.
 
-    Lines of progress are left out: they come every ten seconds, which few machines need.
+    Left out is what only a slow machine or disk has said besides.
     """
     start = time.monotonic()
     for number, signum in enumerate(signals):
@@ -48,7 +49,7 @@ def end(process: Process, *signals: int, apart: float = 0.6) -> tuple[int, str, 
         if process.poll() is None:
             process.send_signal(signum)
     out, err = process.communicate(timeout=60)
-    err = PROGRESS.sub("", err)
+    err = SLOW.sub("", err)
     seconds = time.monotonic() - start
     print(f"ended {seconds:.1f} s after the first of {len(signals)} signals")
     assert seconds < patience()
