@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from . import stop
 from .documents import open_regular
 from .errors import ConfigError
 from .files import append, make_folder, open_own, refusing, sweep
@@ -39,8 +40,10 @@ def claim(output_dir: Path) -> Iterator[None]:
 
     A block that writes nothing there leaves nothing, nor the directory if it was not there.
     Raises ConfigError when the directory cannot be written, something else has the name of what
-    a run keeps in it, or another run holds it.  Says when there are files of others.
+    a run keeps in it, or another run holds it; and Interrupted if the command was asked to end.
+    Says when there are files of others.
     """
+    stop.check()
     path = output_dir / LOCK
     with refusing(ConfigError, "Try: output_dir=DIR", output_dir):
         _check_kinds(output_dir)

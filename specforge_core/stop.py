@@ -90,6 +90,16 @@ def cause(exc: BaseException) -> Interrupted | None:
     return None
 
 
+def check() -> None:
+    """Raise Interrupted if a signal came, which a library may have swallowed: torch's import does.
+
+    Called before what has to be kept or tidied up after is begun.
+    """
+    if _state.signum is not None:
+        _state.raised = True
+        raise Interrupted(_state.signum)
+
+
 def tell(stopped: Interrupted) -> None:
     """Say why the command ends; once, whichever thread comes first.  The other waits for it."""
     with _state.telling:
@@ -108,11 +118,9 @@ def leaving() -> None:
 def keeping(seconds: float = SECONDS) -> Iterator[None]:
     """Let a signal only be `asked()` for in this block, which then saves and ends by itself.
 
-    The second one leaves it `seconds` for that.  Raises Interrupted if one came just before.
+    The second one leaves it `seconds` for that.  Raises Interrupted if one came before.
     """
-    if _state.signum is not None and not _state.raised:
-        _state.raised = True
-        raise Interrupted(_state.signum)
+    check()
     _state.keep = seconds
     try:
         yield

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from specforge_core import stop
 from specforge_core.claim import claim
 from specforge_core.errors import ConfigError
 
@@ -54,6 +56,15 @@ def test_a_run_that_writes_nothing_leaves_nothing(tmp_path: Path) -> None:
     with claim(tmp_path):
         (tmp_path / "metrics.jsonl").touch()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "metrics.jsonl"]
+
+
+def test_a_command_that_was_asked_to_end_begins_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop, "_state", stop._State(signum=signal.SIGTERM))
+    with pytest.raises(stop.Interrupted), claim(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:

@@ -147,6 +147,18 @@ while True:
     assert out.startswith("stopped by SIGTERM")
 
 
+def test_what_a_library_has_swallowed_is_raised_before_anything_is_begun() -> None:
+    body = """ready()
+try:
+    while True: time.sleep(0.05)
+except stop.Interrupted: pass
+with stop.keeping():
+    print("begun", flush=True)"""
+    status, out, err = end(begin(body), signal.SIGTERM)
+    assert (status, err) == (143, "")
+    assert out.startswith("stopped by SIGTERM: ")
+
+
 def test_a_finalizer_that_swallows_it_says_nothing_of_it() -> None:
     """Python would print a traceback and go on; each import has such code."""
     body = """class Gone:
