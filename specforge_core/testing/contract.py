@@ -12,7 +12,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,14 +20,14 @@ import torch
 from torch import Tensor
 
 from .. import plugins
+from ..batches.collate import num_tokens
 from ..capture.layout import check_sample
 from ..capture.samples import to_host
 from ..drafts.checkpoint import checkpoints
 from ..drafts.export import read_export, write_export
 from ..drafts.load import restore
 from ..errors import SpecForgeError
-from ..evaluate.decode import Limits, generate, generate_plain, pick
-from ..evaluate.run import open_target, ready_proposer
+from ..evaluate.decode import pick
 from ..train.compile import recompute_units
 from ..train.fsdp import cast_inputs
 from ..train.metrics import RESERVED_PREFIXES
@@ -44,6 +43,8 @@ from ..types import (
 )
 from . import acceptance, drawn, forked, runs
 from .case import Case
+from .edges import edge_samples, silenced, stepped
+from .greedy import check_greedy
 from .predictable import save_predictable_target
 from .runs import finish, load, losses
 
@@ -75,7 +76,7 @@ class StrategyContract:
         found: list[dict[str, Tensor]] = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            found.append(case.new_draft(case.job).model.state_dict())
+            found.append(case.new_draft(case.job, case.data).model.state_dict())
         _equal(found[0], found[1])
 
     def test_outputs_have_the_types_and_names_that_add_up(self, case: Case) -> None:
@@ -107,27 +108,30 @@ class StrategyContract:
         _equal(found[0], found[1])
 
     def test_a_batch_is_the_sum_of_its_samples(self, case: Case) -> None:
-        # also with every token supervised, so that a document's first ones are
-        loud = [replace(c, loss_mask=torch.ones_like(c.loss_mask)) for c in case.captures]
-        for samples in (case.samples, [s for c in loud if (s := case.sample(c)) is not None]):
-            whole, parts = case.step(samples), [case.step([s]) for s in samples]
-            _close(whole.loss_sum, sum(part.loss_sum for part in parts))
-            _close(whole.weight, sum(part.weight for part in parts))
+        """Also of samples of few tokens, of answers of one, and with every token supervised."""
+        usual = {f"sample {i}": sample for i, sample in enumerate(case.samples)}
+        for samples in (usual, edge_samples(case)):
+            whole, gradients = stepped(case, list(samples.values()), "all")
+            parts = [stepped(case, [sample], name) for name, sample in samples.items()]
+            _close(whole.loss_sum, sum(part.loss_sum for part, _ in parts))
+            _close(whole.weight, sum(part.weight for part, _ in parts))
             for name, ratio in whole.metrics.items():
-                _close(ratio.num, sum(part.metrics[name].num for part in parts))
-                _close(ratio.den, sum(part.metrics[name].den for part in parts))
+                _close(ratio.num, sum(part.metrics[name].num for part, _ in parts))
+                _close(ratio.den, sum(part.metrics[name].den for part, _ in parts))
+            for name, gradient in gradients.items():
+                apart = sum((found[name] for _, found in parts), -gradient)
+                # of the whole: where parts cancel each other, rounding is all that an element has
+                assert apart.norm() <= 1e-4 * gradient.norm(), f"gradient of {name}"
 
     def test_nothing_supervised_weighs_nothing(self, case: Case) -> None:
-        for capture in case.captures:
-            silent = replace(capture, loss_mask=torch.zeros_like(capture.loss_mask))
-            if (sample := case.sample(silent)) is None:
+        for capture in case.captures[:2]:
+            if (sample := silenced(case, capture)) is None:
                 continue
-            output = case.step([sample])
-            assert output.weight == 0
-            assert output.loss_sum.isfinite()
-            torch.autograd.backward(output.loss_sum)  # other ranks wait for its gradients
-            for parameter in case.draft.model.parameters():
-                assert parameter.grad is None or parameter.grad.isfinite().all()
+            output, gradients = stepped(case, [sample], "nothing supervised")
+            assert output.loss_sum == 0
+            tokens = num_tokens(sample, case.job.adapter.spec)
+            assert output.weight.item() in (0, tokens), "neither nothing nor a mean over tokens"
+            assert not [name for name, gradient in gradients.items() if gradient.any()]
 
     @pytest.mark.slow
     def test_one_rank_two_ranks_and_accumulation_train_alike(self, case: Case) -> None:
@@ -170,14 +174,7 @@ class StrategyContract:
 
     @pytest.mark.slow
     def test_greedy_answers_are_the_targets_own_behind_one_token_too(self, case: Case) -> None:
-        run, strategy, ends = case.job.run, case.job.strategy, Limits(24, frozenset())
-        with open_target(run, strategy) as (engine, spec, _):
-            proposer = ready_proposer(run, strategy, case.draft, engine)
-            for tokens in (1, 7):
-                prompt = case.captures[0].input_ids[:tokens].tolist()
-                found = generate(engine.model, proposer, spec, prompt, ends, _sampling())
-                alone = generate_plain(engine.model, prompt, ends, _sampling())
-                assert found.tokens == alone.tokens
+        check_greedy(case, case.captures[0].input_ids.tolist())
 
     @pytest.mark.slow
     def test_the_proposer_gets_accepted_what_the_step_simulates(self, tmp_path: Path) -> None:
@@ -202,6 +199,7 @@ class StrategyContract:
         assert found[1] == wanted[1], "options with which the step looks at every place are needed"
         # of two tokens that are almost equally likely, either may come first
         assert found[0] == pytest.approx(wanted[0], rel=0.01)
+        check_greedy(case, pairs[0][0].input_ids.tolist())  # where tokens are accepted
 
     def test_a_step_in_bfloat16_is_near_the_one_in_float32(self, case: Case) -> None:
         exact = case.step(case.samples)

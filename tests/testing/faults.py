@@ -68,6 +68,30 @@ FAULTS = {
         return run
         """,
     ),
+    "a gradient that others change": (
+        "test_a_batch_is_the_sum_of_its_samples",
+        "train_step",
+        """
+        def run(draft, batch, ctx):
+            out = step(draft, batch, ctx)
+            told = out.loss_sum
+            share = (told - told.detach()) / batch["document_ids"].max()
+            return dataclasses.replace(out, loss_sum=told.detach() + share)
+        return run
+        """,
+    ),
+    "a short sample without a graph": (
+        "test_a_batch_is_the_sum_of_its_samples",
+        "train_step",
+        """
+        def run(draft, batch, ctx):
+            out = step(draft, batch, ctx)
+            long = batch["input_ids"].numel() > 3
+            told = out.loss_sum if long else draft.model.blocks[0].weight.sum() * 0
+            return dataclasses.replace(out, loss_sum=told)
+        return run
+        """,
+    ),
     "a division by nothing": (
         "test_nothing_supervised_weighs_nothing",
         "train_step",

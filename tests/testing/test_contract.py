@@ -14,6 +14,7 @@ from specforge_core import new
 from specforge_core.errors import PluginError
 from specforge_core.testing.case import Case
 from specforge_core.testing.contract import StrategyContract
+from specforge_core.testing.edges import silenced
 from specforge_core.testing.forked import run
 from specforge_core.testing.plugin import FakeSite
 
@@ -53,6 +54,26 @@ def test_a_planted_fault_fails_at_its_point(
     case = Case.open(Faulty.strategy, toy_target, tmp_path)
     with pytest.raises((AssertionError, pytest.fail.Exception, PluginError)):
         run_point(point, case, tmp_path)
+
+
+def test_a_strategy_that_turns_silence_down_is_silenced_behind_its_transform(
+    template: FakeSite, toy_target: Path, tmp_path: Path
+) -> None:
+    body = """
+        from specforge_example import specforge_adapter as right
+        inner = right(target)
+        class Loud:
+            spec = inner.spec
+            def __call__(self, capture):
+                return inner(capture) if capture.loss_mask.any() else None
+        return Loud()
+        """
+    add(template, "adapter", body)
+    case = Case.open(Faulty.strategy, toy_target, tmp_path)
+    sample = silenced(case, case.captures[0])
+    assert sample is not None
+    assert not sample["loss_mask"].any()
+    assert float(case.step([sample]).weight) == 0
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ class TestContract(StrategyContract):
 
 @pytest.mark.slow
 class TestJetSpecContract(StrategyContract):
-    """Blocks as JetSpec's, and the target's own choices as labels."""
+    """Blocks as JetSpec's, the target's own choices as labels, and a sample in each row."""
 
     strategy = {  # noqa: RUF012
         **TestContract.strategy,
@@ -28,4 +28,5 @@ class TestJetSpecContract(StrategyContract):
         "loss": "kl",
         "weighting": "uniform",
         "labels": "target",
+        "batches": "padded",
     }

@@ -155,22 +155,6 @@ def test_the_teacher_of_a_slot_is_the_token_before_its_label(
     assert (batch["rows"] % 4).tolist() == [0 - shift, 1 - shift, 0 - shift]
 
 
-def test_a_batch_without_anchors_has_zero_loss_and_gradients(kit: Any) -> None:
-    """A rank whose samples have none must still take part in every collective."""
-    from specforge_dflash.adapter import capture_spec
-    from specforge_dflash.collate import DFlashCollate
-    from specforge_dflash.final import with_final
-
-    tiny = kit.tiny(markov_head="gated")
-    none = torch.empty(0, dtype=torch.int64)
-    samples = [{**sample, "anchors": none} for sample in kit.samples()]
-    spec = with_final(capture_spec((1, 5), 24), 24)
-    blocks = DFlashCollate(tiny.config, spec, 40, until_gap=True)
-    out = DSparkStep(tiny.config)(tiny.draft, blocks(samples), kit.context())
-    assert not any(gradient.any() for gradient in gradients(tiny.model, out.loss_sum).values())
-    assert float(out.loss_sum.detach()) == float(out.weight) == 0.0
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

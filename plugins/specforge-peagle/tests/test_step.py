@@ -103,20 +103,6 @@ def test_a_depth_reads_no_token_behind_its_row(kit: Any) -> None:
     assert loss(input_ids=ids) != before
 
 
-def test_a_batch_without_labels_has_zero_loss_and_gradients(kit: Any) -> None:
-    """A rank whose samples have none must still take part in every collective."""
-    tiny = kit.tiny()
-    samples = [
-        {**s, "loss_mask": s["loss_mask"] * 0, "depths": s["depths"] * 0}
-        for s in kit.samples(tiny.config)
-    ]
-    out = run(kit, tiny, samples)
-    found = gradients(tiny.model, out.loss_sum)
-    assert found.keys() == dict(tiny.model.named_parameters()).keys()
-    assert not any(gradient.any() for gradient in found.values())
-    assert float(out.loss_sum.detach()) == float(out.weight) == 0.0
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
