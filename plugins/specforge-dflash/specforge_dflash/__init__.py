@@ -93,7 +93,7 @@ def specforge_draft(config: DFlashConfig, target: TargetInfo) -> Draft:
         embedding if torch.equal(head, embedding) else head,
         scale=embedding_scale(target),
         beside=HeadScale(scale=given.scale, softcap=given.softcap),
-        mask_token_id=mask_token(config, target),
+        mask_token_id=mask_token(config.mask_token_id, target),
     )
 
 

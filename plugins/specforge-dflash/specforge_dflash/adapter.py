@@ -51,7 +51,7 @@ class DFlashAdapter:
 
     @classmethod
     def build(cls, config: DFlashConfig, target: TargetInfo) -> DFlashAdapter:
-        mask = mask_token(config, target)
+        mask = mask_token(config.mask_token_id, target)
         layers = draft_shape(config, target, mask).capture_layers  # refuses what cannot be trained
         spec = capture_spec(layers, target.hidden_size)
         if objective(config).labels == "target":

@@ -21,8 +21,6 @@ from specforge_core.errors import ConfigError, DataError
 from specforge_core.target.tokenizer import load_tokenizer
 from specforge_core.types import TargetInfo
 
-from .config import DFlashConfig
-
 REMEDY = "Try: strategy.mask_token_id=ID, a token that never occurs in your data"
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id")
 
@@ -32,9 +30,12 @@ def mask_token_occurs(token: int, where: str) -> str:
     return f"{where} contains token {token}, which the draft reads as 'not drafted yet'. {REMEDY}"
 
 
-def mask_token(config: DFlashConfig, target: TargetInfo) -> int:
-    """Return the mask token's id.  Raises ConfigError when none can be chosen safely."""
-    if config.mask_token_id is None:
+def mask_token(given: int | None, target: TargetInfo) -> int:
+    """Return the mask token's id: `strategy.mask_token_id`, or where that is not set a found one.
+
+    Raises ConfigError when it is no token, and when none can be chosen safely.
+    """
+    if given is None:
         taken = [v for k, v in target.config.items() if k.endswith("_token_id")]
         flat = tuple(i for v in taken for i in (v if isinstance(v, list | tuple) else [v]))
         return _choose(
@@ -44,12 +45,12 @@ def mask_token(config: DFlashConfig, target: TargetInfo) -> int:
             target.vocab_size,
             frozenset(i for i in flat if isinstance(i, int)),
         )
-    if config.mask_token_id >= target.vocab_size:
+    if given >= target.vocab_size:
         raise ConfigError(
-            f"strategy.mask_token_id {config.mask_token_id} is no row of the target's "
+            f"strategy.mask_token_id {given} is no row of the target's "
             f"{target.vocab_size} embeddings. Try: strategy.mask_token_id={target.vocab_size - 1}"
         )
-    return config.mask_token_id
+    return given
 
 
 @lru_cache(maxsize=8)

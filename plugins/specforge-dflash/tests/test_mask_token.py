@@ -73,13 +73,13 @@ def test_the_choice_reads_the_tokenizer_beside_the_target(kit: Any, tmp_path: Pa
         vocab_size=11 + 3,
         config={"eos_token_id": [3, 4]},
     )
-    assert mask_token(kit.config(mask_token_id=None), target) == 11
-    assert mask_token(kit.config(mask_token_id=2), target) == 2
+    assert mask_token(None, target) == 11
+    assert mask_token(2, target) == 2
 
 
 def test_a_row_that_does_not_exist_is_refused(kit: Any) -> None:
     with pytest.raises(ConfigError, match=r"mask_token_id 41 is no row of the target's 41"):
-        mask_token(kit.config(mask_token_id=41), kit.target())
+        mask_token(41, kit.target())
 
 
 def test_a_target_without_tokenizer_needs_the_option(kit: Any, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_target_without_tokenizer_needs_the_option(kit: Any, tmp_path: Path) -
     with pytest.raises(
         ConfigError, match=r"no mask token can be chosen: .* strategy.mask_token_id="
     ):
-        mask_token(kit.config(mask_token_id=None), target)
+        mask_token(None, target)
 
 
 SMOLLM = Path("~/.cache/specforge/smollm2-135m-instruct").expanduser()
@@ -112,6 +112,6 @@ def test_a_real_vocabulary_without_free_rows(kit: Any) -> None:
         vocab_size=49152,
         config={"eos_token_id": 2, "pad_token_id": 2},
     )
-    found = mask_token(kit.config(mask_token_id=None), target)
+    found = mask_token(None, target)
     tok = AutoTokenizer.from_pretrained(SMOLLM)
     assert tok.convert_ids_to_tokens(found) == "<empty_output>"

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from specforge_dflash.config import DFlashConfig
 from specforge_dflash.mask_token import mask_token
 from specforge_eagle3.config import DraftShape, VocabularyOptions, shape_fields
 
@@ -68,9 +67,8 @@ class PeagleShape(DraftShape):
 
 def peagle_shape(config: PeagleConfig, target: TargetInfo) -> PeagleShape:
     """Resolve the options against the target.  Raises ConfigError when they do not fit it."""
-    given = DFlashConfig(name="dflash", mask_token_id=config.mask_token_id)
     return PeagleShape(
         **shape_fields(config, target),
         num_layers=config.num_layers,
-        mask_token_id=mask_token(given, target),
+        mask_token_id=mask_token(config.mask_token_id, target),
     )
