@@ -72,6 +72,7 @@ class Case:
     batch_size: int
     offline: bool
     options: dict[str, Any] = field(default_factory=dict)
+    data: str = "data.jsonl"
 
 
 CASES = {
@@ -112,12 +113,12 @@ def make_data(path: Path, count: int, vocab: int, lengths: tuple[int, int]) -> N
             file.write(json.dumps({"input_ids": ids, "loss_mask": mask}) + "\n")
 
 
-def write_config(path: Path, work: Path, case: Case, *, small: bool, steps: int) -> None:
+def write_config(path: Path, work: Path, case: Case, *, small: bool) -> None:
     strategy = case.strategy | (FEWER[case.strategy["name"]] if small else {})
     if case.strategy["name"] == "dflash":  # random tokens, so that one has to be spared
         strategy = strategy | {"mask_token_id": (SMALL if small else SIZES)["vocab_size"] - 1}
     train = {
-        "max_steps": steps + 10_000,
+        "max_steps": 100_000,  # it is ended before
         "batch_size": case.batch_size,
         "schedule": "constant",
         "save_every": 10**6,
@@ -126,13 +127,24 @@ def write_config(path: Path, work: Path, case: Case, *, small: bool, steps: int)
     config = {
         "target": {"path": str(work / "target"), "dtype": "bfloat16", "batch_tokens": 16384},
         "strategy": strategy,
-        "data": {"train": [str(work / "data.jsonl")], "max_length": 2048},
+        "data": {"train": [str(work / case.data)], "max_length": 2048},
         "output_dir": str(path.with_suffix("")),
         "train": train | case.options,
     }
     if case.offline:
         config["data"]["capture_dir"] = str(work / f"capture-{case.strategy['name']}")
     path.write_text(json.dumps(config))  # JSON is YAML
+
+
+def make(work: Path, *, small: bool, conversations: int = 300) -> None:
+    """Make the random target and the data, of mixed lengths and of 2,048 tokens each."""
+    work.mkdir(parents=True, exist_ok=True)
+    sizes = SMALL if small else SIZES
+    lengths, longest = ((20, 100), 100) if small else (LENGTHS, 2048)
+    make_target(work / "target", sizes)
+    make_data(work / "data.jsonl", conversations, sizes["vocab_size"], lengths)
+    make_data(work / "long.jsonl", 64, sizes["vocab_size"], (longest, longest))
+    torch.cuda.empty_cache()
 
 
 def command(*arguments: str) -> list[str]:
@@ -161,15 +173,45 @@ def _children(parent: int) -> Iterator[int]:
                 yield int(stat.parent.name)
 
 
-def measure(config: Path, gpus: int, steps: int, seconds: float) -> Iterator[str]:
-    """Yield the cells of a row."""
+@dataclass(frozen=True)
+class Row:
+    """What one run came to; of the steps after the first quarter, where it does not say more."""
+
+    tokens: float  # a second
+    step_ms: float  # median
+    waiting: float  # part of the time that rank 0 waits for data
+    longest: float  # seconds, of the steps after the third
+    longest_step: int
+    first: float  # seconds from the command to the first line of metrics
+    steps: int
+    loss: float
+
+    @property
+    def cells(self) -> str:
+        return (
+            f"{self.tokens:10,.0f} {self.step_ms:9.1f} {100 * self.waiting:8.1f}"
+            f" {self.longest:8.2f} @{self.longest_step:<4} {self.first:8.1f} {self.steps:6}"
+            f" {self.loss:8.3f}"
+        )
+
+
+def measure(
+    config: Path, gpus: int, steps: int, seconds: float, environment: dict[str, str] | None = None
+) -> Row | str:
+    """Train until there are so many steps, or time is up; return why where it came to nothing."""
     output = config.with_suffix("")
     shutil.rmtree(output, ignore_errors=True)
     began = time.monotonic()
     log = config.with_suffix(".log")
     with log.open("w") as told:
         asked = command("train", "-c", str(config), "--nproc", str(gpus), "--debug")
-        process = subprocess.Popen(asked, stdout=told, stderr=told, start_new_session=True)
+        process = subprocess.Popen(
+            asked,
+            stdout=told,
+            stderr=told,
+            start_new_session=True,
+            env=os.environ | (environment or {}),
+        )
         first = None
         try:
             while time.monotonic() - began < seconds and process.poll() is None:
@@ -183,21 +225,33 @@ def measure(config: Path, gpus: int, steps: int, seconds: float) -> Iterator[str
             end(process)
     rows = lines(output / "metrics.jsonl")[:steps]
     if len(rows) < 8 or first is None:
-        yield f"only {len(rows)} steps in {seconds:.0f} s: {log.read_text()[-1500:]}"
-        return
+        return f"only {len(rows)} steps in {seconds:.0f} s: {log.read_text()[-1500:]}"
     steady = rows[len(rows) // 4 :]
     spent = steady[-1]["seconds"] - steady[0]["seconds"]
-    tokens = steady[-1]["tokens"] - steady[0]["tokens"]
     times = [b["seconds"] - a["seconds"] for a, b in pairwise(rows)]
-    waited = sum(row["seconds_data"] for row in steady[1:])
-    yield f"{tokens / spent:10,.0f}"
-    yield f"{1e3 * median(times[len(times) // 4 :]):9.1f}"
-    yield f"{100 * waited / spent:8.1f}"
     longest = max(range(3, len(times)), key=lambda i: times[i])
-    yield f"{times[longest]:8.2f} @{longest + 2:<4}"
-    yield f"{first:8.1f}"
-    yield f"{len(rows):6}"
-    yield f"{sum(row['loss'] for row in steady) / len(steady):8.3f}"
+    return Row(
+        tokens=(steady[-1]["tokens"] - steady[0]["tokens"]) / spent,
+        step_ms=1e3 * median(times[len(times) // 4 :]),
+        waiting=sum(row["seconds_data"] for row in steady[1:]) / spent,
+        longest=times[longest],
+        longest_step=longest + 2,
+        first=first,
+        steps=len(rows),
+        loss=sum(row["loss"] for row in steady) / len(steady),
+    )
+
+
+def prepare(work: Path, name: str, case: Case, *, small: bool) -> Path:
+    """Write a case's config, capture what it trains on if that is not there; return the config."""
+    config = work / f"{name}.json"
+    write_config(config, work, case, small=small)
+    directory = work / f"capture-{case.strategy['name']}"
+    if case.offline and not (directory / "manifest.json").exists():
+        done = subprocess.run(command("capture", "-c", str(config)), capture_output=True)
+        if done.returncode:
+            sys.exit(done.stderr.decode())
+    return config
 
 
 def main() -> None:
@@ -212,13 +266,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the code")
     arguments = parser.parse_args()
     work, small = arguments.work, arguments.small
-    work.mkdir(parents=True, exist_ok=True)
-    sizes = SMALL if small else SIZES
-    lengths = (20, 100) if small else LENGTHS
-    make_target(work / "target", sizes)
-    make_data(work / "data.jsonl", arguments.conversations, sizes["vocab_size"], lengths)
+    make(work, small=small, conversations=arguments.conversations)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    torch.cuda.empty_cache()
     print(f"{device}, torch {torch.__version__}")
     print(
         f"{'':16}{'GPUs':>5}{'tokens/s':>11}{'ms a step':>10}{'% data':>9}{'longest s':>15}"
@@ -226,17 +275,10 @@ def main() -> None:
         flush=True,
     )
     for name in filter(None, arguments.cases.split(",")):
-        case = CASES[name]
-        config = work / f"{name}.json"
-        write_config(config, work, case, small=small, steps=arguments.steps)
-        directory = work / f"capture-{case.strategy['name']}"
-        if case.offline and not (directory / "manifest.json").exists():
-            done = subprocess.run(command("capture", "-c", str(config)), capture_output=True)
-            if done.returncode:
-                sys.exit(done.stderr.decode())
+        config = prepare(work, name, CASES[name], small=small)
         for gpus in map(int, arguments.gpus.split(",")):
             row = measure(config, gpus, arguments.steps, arguments.seconds)
-            print(f"{name:16}{gpus:5} " + " ".join(row), flush=True)
+            print(f"{name:16}{gpus:5} {row if isinstance(row, str) else row.cells}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""The table that benchmarks/all.py ends with, of what its pieces printed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("specforge_dflash", reason="the DFlash plugin is not installed")
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+PRINTED = """
+head trained; warm-up 21 s
+step (forward + backward), median of 8: 56.5 ms
+  spread 56.1 to 57.0 ms; forward 20.0 ms
+floor: 30.1 TFLOP at the measured rate: 41.9 ms
+peak memory: 5.3 GiB, of which held between steps 3.1 GiB
+
+head frozen; warm-up 20 s
+step (forward + backward), median of 8: 49.5 ms
+floor: 28.0 TFLOP at the measured rate: 39.0 ms
+peak memory: 4.8 GiB, of which held between steps 3.0 GiB
+"""
+ROW = {"tokens": 50_000.0, "waiting": 0.003, "longest": 0.18, "steps": 80, "first": 47.2}
+
+
+@pytest.fixture
+def all_(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("all")
+
+
+def test_a_steps_numbers_are_found_in_what_it_prints(all_: ModuleType) -> None:
+    found = all_.found_in(PRINTED)
+    assert found == {"ms": [56.5, 49.5], "floor": [41.9, 39.0], "gib": [5.3, 4.8]}
+    assert all_.found_in("Traceback: no such kernel") == {"failed": "Traceback: no such kernel"}
+
+
+def test_the_table_says_what_was_measured_what_failed_and_what_was_not_run(
+    all_: ModuleType,
+) -> None:
+    one = {"machine": "a", "cold": True, **ROW}
+    results = {
+        "E1 1": {"machine": "a", **all_.found_in(PRINTED)},
+        "eagle3-offline 1": one,
+        "eagle3-offline 2": {**one, "tokens": 96_000.0, "cold": False},
+        "dflash-online 1": {"machine": "a", "failed": "too little memory"},
+        "eagle3-online 1": one,
+        "eagle3-online 2": {**one, "machine": "b"},
+    }
+    lines = all_.table(results, [1, 2])
+    assert any("head frozen" in line and "49.5 ms, 4.8 GiB" in line for line in lines)
+    assert any("96,000 tokens/s (1.92x)" in line for line in lines)
+    assert any("dflash-online, 1 GPU" in line and "FAILED" in line for line in lines)
+    assert any("D1 DFlash step" in line and "not run" in line for line in lines)
+    assert "47 s, warm" in "".join(lines)
+    assert lines[-1] == "\ndflash-online 1 FAILED: too little memory"
+    # two machines may differ by as much as is looked for
+    (online,) = [line for line in lines if line.startswith("eagle3-online, 2")]
+    assert "x)" not in online
+
+
+def test_a_piece_ends_when_its_time_is_up_and_leaves_no_process(
+    all_: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "left.json"
+    script = tmp_path / "step.py"
+    script.write_text(
+        "import json, os, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(left)!r}, 'w').write(json.dumps([os.getpid(), child.pid]))\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(all_, "__file__", str(tmp_path / "all.py"))
+    assert all_.step("D1", 2.0, small=True) == {"failed": "not done in 2 s"}
+    for pid in json.loads(left.read_text()):
+        state = Path(f"/proc/{pid}/stat")
+        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
