@@ -71,4 +71,4 @@ def test_of_ranks_that_were_stopped_only_the_first_may_have_told_why(
         process.wait()
     message, status = ranks.verdict()
     assert status == 128 + signal.SIGTERM
-    assert message.startswith("stopped by SIGTERM: what is finished") == (told_by == 0)
+    assert message.startswith("stopped by SIGTERM: nothing") == (told_by == 0)

@@ -65,7 +65,7 @@ def test_in_a_save_they_leave_the_checkpoint_before_it(
     wait(process, saving.exists)
     status, out, err = end(process, signal.SIGTERM, signal.SIGTERM)
     assert (status, out) == (143, "")
-    assert err.splitlines()[-1].startswith("stopped by SIGTERM: what ")
+    assert err.splitlines()[-1].startswith("stopped by SIGTERM: ")
     assert err.count("stopped by") == 1
     run = tmp_path / "run"
     assert [path.name for path in checkpoints(run)] == ["step-00000003"]

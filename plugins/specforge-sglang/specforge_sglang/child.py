@@ -42,6 +42,7 @@ LOG_LINES = 20
 STOP_SECONDS = 10.0
 # what torchrun sets would make SGLang's own process group join the trainer's
 TRAINER_ONLY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+LOCAL = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")  # a trainer's ranks, too
 CPU_FLAGS: dict[str, Flag] = {
     "device": "cpu",
     "attention_backend": "torch_native",
@@ -107,8 +108,8 @@ class ChildServer:
         reading: int,
         log: IO[bytes],
     ) -> subprocess.Popen[bytes]:
-        trainers = ("TORCHELASTIC_", "MASTER_")
-        env = {k: v for k, v in os.environ.items() if not k.startswith(trainers)}
+        kept = os.environ.items() - LOCAL.items()
+        env = {k: v for k, v in kept if not k.startswith(("TORCHELASTIC_", "MASTER_"))}
         for name in (*TRAINER_ONLY, "PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH"):
             env.pop(name, None)
         if not {"dist_init_addr", "nnodes"} & flags.keys():
@@ -139,7 +140,7 @@ class ChildServer:
         """Return what keeps SGLang's ranks to this machine; torch's own store hears everybody."""
         return {
             "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self._directory / 'ranks'}",
-            **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo"),
+            **LOCAL,
             # by these SGLang tells the shared memory of servers on one machine apart
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": self.url.rsplit(":", 1)[1],

@@ -127,13 +127,19 @@ def test_a_child_gets_its_flags_and_the_plugin(
     assert not Path(told["cwd"]).exists()
 
 
-def test_servers_on_several_machines_meet_as_they_are_told(configure: Configure) -> None:
+def test_servers_on_several_machines_meet_as_they_are_told(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # as a training sets it for its ranks
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")  # as a user does
+    monkeypatch.setenv("MASTER_PORT", "5001")
     child = start(configure(server_args={"dist_init_addr": "10.0.0.1:5000", "nnodes": 2}))
     client = child.client(5.0)
     child.wait(client, 60)
     told = client.get("/")
     child.close()
     assert not {"MASTER_PORT", "GLOO_SOCKET_IFNAME"} & told["env"].keys()
+    assert told["env"]["NCCL_SOCKET_IFNAME"] == "eth7"
 
 
 def test_an_interpreter_that_sets_its_own_path_finds_the_plugin(
