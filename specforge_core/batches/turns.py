@@ -203,7 +203,8 @@ def evenly(
     """Return which of `costs` each rank takes, `batch` of them if that is given.
 
     A cost has several parts, such as tokens and rows; each counts as its share of that part's sum,
-    and a rank's load is the largest of its parts.  The largest first, to who has least in all; then
+    and a rank's load is the largest of its parts.  The largest first, to whose load is least with
+    it, which of many leaves hardly anything to do (an exchange looks at all pairs of places); then
     the rank with the largest load gives one to another, or swaps one with it, whichever leaves the
     larger of the two loads smallest, as long as that is less and no load is near the mean.  Each
     rank's are in ascending order.
@@ -217,7 +218,7 @@ def evenly(
     count = np.zeros(ranks, dtype=np.int64)
     for at in np.argsort(-share.sum(1), kind="stable"):
         full = 0 if batch is None else np.where(count < batch, 0, np.inf)
-        owner[at] = rank = int((load.sum(1) + full).argmin())
+        owner[at] = rank = int(((load + share[at]).max(1) + full).argmin())
         load[rank] += share[at]
         count[rank] += 1
     while (top := load.max()) > NEAR:

@@ -77,6 +77,17 @@ def test_samples_are_dealt_out_evenly(sizes: list[int], ranks: int) -> None:
         assert sums == [6, 6]
 
 
+def test_of_many_samples_hardly_any_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exchange looks at all pairs of places, so the first deal of many must do."""
+    monkeypatch.setattr("specforge_core.batches.turns.NEAR", float("inf"))  # none at all
+    sizes = lengths(2000, 0)
+    costs = [(size, size * (5 + place % 91) // 100) for place, size in enumerate(sizes)]
+    taken = evenly(costs, 8)
+    for part in zip(*costs, strict=True):
+        sums = [sum(part[at] for at in mine) for mine in taken]
+        assert max(sums) < 1.01 * sum(sums) / 8
+
+
 # (ranks, tokens of a micro-batch, micro-batches), one after the other
 PLANS = (
     [(1, 14, 3), (2, 8, 4), (3, 7, 5), (1, 11, 9)],
