@@ -83,10 +83,15 @@ def _to_train_on(folder: Path, files: Sequence[Path]) -> Sequence[Path]:
 
 
 def _split(path: Path) -> str | None:
-    """Return the split that a file's path names, as `train` or `test_sft`; None for no split."""
+    """Return the split that a file's path names, as `train`, `test_sft` or, of `math_test`, `test`.
+
+    None for no split.
+    """
     for word in re.split(r"[^a-z_]+", str(path).lower()):
-        if (name := word.strip("_")).split("_")[0] in (*TRAIN, *HELD_OUT):
-            return name
+        parts = word.strip("_").split("_")
+        for name in ("_".join(parts), parts[-1]):
+            if name.split("_")[0] in (*TRAIN, *HELD_OUT):
+                return name
     return None
 
 
@@ -97,15 +102,19 @@ def _name_them(folder: Path, files: Iterable[Path]) -> str:
 
 def _check_shards(folder: Path, files: Iterable[Path]) -> None:
     """Raise DataError where a file says that it is one of several, and another is not there."""
-    for path in files:
-        found = SHARD.fullmatch(path.name)
-        for number in range(int(found[3]) if found else 0):
-            assert found is not None
-            name = f"{found[1]}{number:05}-of-{found[3]}{found[4] or ''}"
-            if not path.with_name(name).exists():
+    there = set(files)
+    sets = {  # in their order
+        (path.parent, found[1], found[3], found[4] or ""): None
+        for path in files
+        if (found := SHARD.fullmatch(path.name))
+    }
+    for place, name, count, ending in sets:
+        for number in range(int(count)):
+            shard = f"{name}{number:05}-of-{count}{ending}"
+            if place / shard not in there:
                 raise DataError(
-                    f"data folder {str(folder)!r} lacks {name}, so its download did not end. Get "
-                    f"it again, or name the files: data.train=['{path.parent}/{found[1]}*']"
+                    f"data folder {str(folder)!r} lacks {shard}, so its download did not end. Get "
+                    f"it again, or name the files: data.train=['{place}/{name}*']"
                 )
 
 

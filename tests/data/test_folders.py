@@ -50,6 +50,10 @@ def test_folders_without_data(tmp_path: Path, names: tuple[str, ...], message: s
             "train_sft-00000-of-00001.jsonl",
         ),
         ("train.jsonl test.csv", "train.jsonl"),
+        (
+            "gsm8k_train_1.jsonl gsm8k_train_2.jsonl gsm8k_test.jsonl",
+            "gsm8k_train_1.jsonl gsm8k_train_2.jsonl",
+        ),
         # without one that is held out all of it is meant
         ("test.jsonl", "test.jsonl"),
         ("eval/1.jsonl eval/2.jsonl", "eval/1.jsonl eval/2.jsonl"),
