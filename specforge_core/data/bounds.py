@@ -19,10 +19,8 @@ AGAIN = 1.0  # seconds after which what went on nevertheless is ended again
 def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object of JSON; ValueError where the last of two values would hide the first."""
     found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r:.60} is there twice")
+    if len(found) < len(pairs) and (other := [key for key, x in pairs if x != found[key]]):
+        raise ValueError(f"the key {other[0]!r:.60} is there twice")
     return found
 
 

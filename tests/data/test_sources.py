@@ -147,7 +147,7 @@ def test_an_instruction_and_its_input_are_one_question(tmp_path: Path) -> None:
         ("[" * 100_000, "d.jsonl:2 is JSON nested too deeply to be read"),
         ('{"a": ' + "[" * 100_000, "d.jsonl:2 is JSON nested too deeply to be read"),
         ('{"id": ' + "1" * 5000 + "}", "d.jsonl:2 is not a line of JSON"),
-        ('{"messages": [], "messages": []}', "(the key 'messages' is there twice)"),
+        ('{"messages": [], "messages": [{}]}', "(the key 'messages' is there twice)"),
         (
             '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
             "is not a line of JSON (the key 'content' is there twice)",
@@ -257,6 +257,11 @@ def test_a_line_without_end_is_not_read_whole(
         read(path)
     found = read(path, on_error="skip")
     assert [(c.row["id"], c.where) for c in found] == [("a", "d.jsonl:1"), ("b", "d.jsonl:3")]
+
+
+def test_a_key_that_says_the_same_twice_hides_nothing(tmp_path: Path) -> None:
+    (found,) = read(write(tmp_path / "d.jsonl", json.dumps(OPENAI)[:-1] + ', "id": "a"}'))
+    assert found.row == OPENAI
 
 
 def test_what_was_skipped_is_counted_by_reason(tmp_path: Path) -> None:
