@@ -83,6 +83,11 @@ def open_source(source: str) -> FileRows | HubRows:
             f"data file {source!r} is no regular file: rows are read more than once. "
             "Write them to a file first"
         )
+    if ADDRESS.fullmatch(source):
+        raise DataError(
+            f"{source!r} is an address, and rows are read from files. Download it, and name the "
+            "file: data.train=[PATH]; of Hugging Face name the data set: data.train=[OWNER/NAME]"
+        )
     if glob.has_magic(source):
         base = Path(path.anchor or ".")
         inner = str(path.relative_to(path.anchor))
@@ -95,11 +100,6 @@ def open_source(source: str) -> FileRows | HubRows:
         raise DataError(
             f"no file has a name like {source!r}. Paths are taken from the working "
             f"directory, {Path.cwd()}; correct it in the config, or with KEY=[PATH]"
-        )
-    if ADDRESS.fullmatch(source):
-        raise DataError(
-            f"{source!r} is an address, and rows are read from files. Download it, and name the "
-            "file: data.train=[PATH]; of Hugging Face name the data set: data.train=[OWNER/NAME]"
         )
     if HUB.fullmatch(source) and not path.parent.exists() and not source.endswith(ENDINGS):
         return _hub(source)

@@ -181,8 +181,9 @@ def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(DataError, match=r"'org/chats' is no file here\. .* pip install 'specforge"):
         read("org/chats")
-    with pytest.raises(DataError, match=r"'https://x/y\.jsonl' is an address, .* Download it"):
-        read("https://x/y.jsonl")
+    for address in ("https://x/y.jsonl", "https://x/y.jsonl?download=true", "s3://x/*.jsonl"):
+        with pytest.raises(DataError, match=r" is an address, .* Download it"):
+            read(address)
     for path in ("data/chats.jsonl", "./chats", "a/b/c", "chats"):
         with pytest.raises(DataError, match=f"data file '{path}' does not exist"):
             read(path)
