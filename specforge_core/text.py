@@ -56,9 +56,9 @@ def in_units(count: float) -> str:
     """Return a number of bytes as a reader writes it, in units of 1000s, as disks are sold."""
     units = iter(("bytes", "KB", "MB", "GB", "TB"))
     unit = next(units)
-    while count >= 1000 and (larger := next(units, None)):
+    while count >= 999.5 and (larger := next(units, None)):  # less is 999 in three digits
         count, unit = count / 1000, larger
-    return f"{count:,.0f} {unit}" if unit == "bytes" or count >= 1000 else f"{count:.3g} {unit}"
+    return f"{count:,.0f} {unit}" if unit == "bytes" or count >= 999.5 else f"{count:.3g} {unit}"
 
 
 def meant(name: str, known: Iterable[str], told: str, otherwise: str = "") -> str:

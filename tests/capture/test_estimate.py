@@ -96,7 +96,14 @@ def test_what_the_disk_has_no_room_for_needs_a_yes(
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 KB"), (12.3e9, "12.3 GB"), (2e15, "2,000 TB")],
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1500, "1.5 KB"),
+        (999_700, "1 MB"),
+        (12.3e9, "12.3 GB"),
+        (2e15, "2,000 TB"),
+    ],
 )
 def test_bytes_are_written_for_readers(count: float, text: str) -> None:
     assert in_units(count) == text
