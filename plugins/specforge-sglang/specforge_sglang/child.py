@@ -112,7 +112,7 @@ class ChildServer:
         env = {k: v for k, v in kept if not k.startswith(("TORCHELASTIC_", "MASTER_"))}
         for name in (*TRAINER_ONLY, "PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH"):
             env.pop(name, None)
-        if not {"dist_init_addr", "nnodes"} & flags.keys():
+        if not {"dist_init_addr", "nnodes", "dp_size", "data_parallel_size"} & flags.keys():
             env |= self._own_machine()
         env |= options.env
         env[ENABLE_ENV] = "1" if CAPTURE[1] in command else "0"
@@ -137,8 +137,8 @@ class ChildServer:
         )
 
     def _own_machine(self) -> dict[str, str]:
-        """Return what keeps SGLang's ranks to this machine; torch's own store hears everybody."""
-        return {
+        """Return what keeps one group of ranks to this machine: its file would mix up several."""
+        return {  # torch's own store hears everybody
             "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self._directory / 'ranks'}",
             **LOCAL,
             # by these SGLang tells the shared memory of servers on one machine apart

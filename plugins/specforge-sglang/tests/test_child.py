@@ -127,13 +127,14 @@ def test_a_child_gets_its_flags_and_the_plugin(
     assert not Path(told["cwd"]).exists()
 
 
-def test_servers_on_several_machines_meet_as_they_are_told(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flags", [{"dist_init_addr": "10.0.0.1:5000"}, {"dp-size": 2}])
+def test_ranks_of_several_machines_or_groups_meet_as_sglang_has_it(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, flags: dict[str, str | int]
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # as a training sets it for its ranks
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")  # as a user does
     monkeypatch.setenv("MASTER_PORT", "5001")
-    child = start(configure(server_args={"dist_init_addr": "10.0.0.1:5000", "nnodes": 2}))
+    child = start(configure(server_args=flags))
     client = child.client(5.0)
     child.wait(client, 60)
     told = client.get("/")
