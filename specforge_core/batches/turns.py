@@ -19,6 +19,7 @@ import numpy as np
 from ..types import Sample
 
 NEAR = 1.01  # of the mean: a rank that has no more than this is not worth another exchange
+MANY = 4096  # samples, of which no exchange is looked for: it takes memory for all pairs of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +222,7 @@ def evenly(
         owner[at] = rank = int(((load + share[at]).max(1) + full).argmin())
         load[rank] += share[at]
         count[rank] += 1
-    while (top := load.max()) > NEAR:
+    while (top := load.max()) > NEAR and len(costs) <= MANY:
         most = int(load.max(1).argmax())
         mine, others = (np.flatnonzero(found) for found in (owner == most, owner != most))
         nothing = np.zeros((ranks if batch is None else 0, share.shape[1]))

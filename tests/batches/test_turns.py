@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import tracemalloc
 from collections.abc import Callable
 from itertools import islice
 
@@ -66,6 +67,16 @@ def test_the_largest_goes_to_who_has_least() -> None:
 def test_tokens_alone_are_not_all_that_is_dealt_out() -> None:
     """Of four samples as long, those with many rows are not of one rank."""
     assert evenly([(9, 8), (9, 7), (9, 1), (9, 2)], 2, 2) == [[0, 2], [1, 3]]
+
+
+def test_of_many_samples_no_pairs_are_looked_at() -> None:
+    """One has more than half of all tokens, so that no exchange can help; pairs would take 2 GB."""
+    tracemalloc.start()
+    taken = evenly([(10**9,), *[(1,)] * 19_999], 2, 10_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [len(mine) for mine in taken] == [10_000, 10_000]
+    assert peak < 50e6
 
 
 def test_a_block_that_the_data_ends_in_is_taken_in_turns() -> None:
