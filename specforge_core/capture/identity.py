@@ -130,6 +130,6 @@ def _covers(name: str, found: CaptureIdentity, expected: CaptureIdentity) -> boo
 
 def _show(identity: CaptureIdentity, name: str, other: CaptureIdentity) -> str:
     if name != "fields":
-        return identity.shown(name)
+        return identity.shown(name, other)
     own = {key: field for key, field in identity.fields.items() if field != other.fields.get(key)}
     return str({key: f"{dtype} {list(shape)}" for key, (shape, dtype) in own.items()})

@@ -16,6 +16,7 @@ from ..types import CaptureSpec, Field, FinalState
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
+DIGITS = 12  # of a fingerprint that are shown, unless another has the same
 # 1: before specs could ask for next_tokens and logsumexp; 2: before there were checksums
 READABLE = (1, 2, 3)
 
@@ -70,14 +71,14 @@ class CaptureIdentity(Frozen):
             raise ValueError(f"layer {wrong[0]} of a target of {self.num_layers} layers")
         return self
 
-    def shown(self, name: str) -> str:
-        """Return the value of a field as a message has it."""
+    def shown(self, name: str, other: CaptureIdentity) -> str:
+        """Return the value of a field as a message has it beside that of another identity."""
         value = getattr(self, name)
+        if name.endswith("_fingerprint") and getattr(other, name)[:DIGITS] != value[:DIGITS]:
+            value = value[:DIGITS]
         if name == "target_fingerprint":
             revision = f" at revision {self.target_revision}" if self.target_revision else ""
-            return f"{self.target}{revision} ({value[:12]})"
-        if name.endswith("_fingerprint"):
-            return str(value[:12])
+            return f"{self.target}{revision} ({value})"
         return str(list(value)) if isinstance(value, tuple) else str(value)
 
     def spec(self) -> CaptureSpec:

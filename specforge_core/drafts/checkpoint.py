@@ -54,7 +54,10 @@ def check_files(path: Path) -> bool:
 
     Returns False where it has none: a version wrote it that had none.  Raises CheckpointError.
     """
-    advice = f"Restore it from a copy, or delete {path} to use the checkpoint before it"
+    advice = (
+        f"Restore it, or {CHECKSUMS} if that is what was changed, from a copy, or delete {path} to "
+        "use the checkpoint before it"
+    )
     try:
         if not (checksums := read_object(path / CHECKSUMS)):
             raise ValueError("it names no file")

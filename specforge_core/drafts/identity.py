@@ -128,10 +128,12 @@ def check_same(
     """Raise CheckpointError unless a run has everything as the draft at `where` was made with.
 
     Names each field with both values.  `templates`: compare tokenizer and chat template, too;
-    `otherwise`: what else can be done.
+    `otherwise`: what else can be done where a run may start with what differs.
     """
     found = differences(where, made, now, model)
-    _refuse(where, [d for d in found if templates or d.name not in _names(TEMPLATES)], otherwise)
+    found = [d for d in found if templates or d.name not in _names(TEMPLATES)]
+    anew = all(_may_start(model, d.name) for d in found)
+    _refuse(where, found, otherwise if anew else None)
 
 
 def check_start(where: Path, made: Made, now: Made, model: type[StrategyConfig]) -> list[str]:
@@ -140,7 +142,7 @@ def check_start(where: Path, made: Made, now: Made, model: type[StrategyConfig])
     Returns what else differs, a line each: another target, another objective.
     """
     found = differences(where, made, now, model, start=True)
-    said = [d for d in found if d.name in _names(LOOSE) or _may_start(model, d.name)]
+    said = [d for d in found if _may_start(model, d.name)]
     _refuse(where, [d for d in found if d not in said])
     return [f"the weights of {where} were made otherwise: {d}" for d in said]
 
@@ -166,7 +168,8 @@ def differences(
         if start and field == "final":  # who reads none does not mind which one another reads
             known = "none" in (made.identity.final, now.identity.final)
         if not known and getattr(made.identity, field) != getattr(now.identity, field):
-            theirs, ours = made.identity.shown(field), now.identity.shown(field)
+            ids = made.identity, now.identity
+            theirs, ours = ids[0].shown(field, ids[1]), ids[1].shown(field, ids[0])
             found.append(Difference(name, theirs, ours, remedy))
     return found
 
@@ -195,7 +198,7 @@ def _as_today(where: Path, made: Made, model: type[StrategyConfig]) -> dict[str,
 
 def _may_start(model: type[StrategyConfig], name: str) -> bool:
     field = model.model_fields.get(name.removeprefix("strategy."))
-    return field is not None and MayChange.AT_START in field.metadata
+    return name in _names(LOOSE) or (field is not None and MayChange.AT_START in field.metadata)
 
 
 def _names(fields: tuple[str, ...]) -> list[str]:

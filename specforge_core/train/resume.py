@@ -81,7 +81,7 @@ def check_optimizer(path: Path, state: TrainState, config: TrainConfig) -> None:
             raise CheckpointError(
                 f"{path} was trained with train.{key}={before}, this run has train.{key}={now}, "
                 f"which has no state in it. Try: train.{key}={before}, or start from its weights: "
-                f"train.init_from={path}, and another output_dir"
+                f"train.init_from={path} output_dir=ANOTHER"
             )
 
 

@@ -220,3 +220,11 @@ def test_shorter_samples_may_be_trained_on_but_not_mixed_into_a_capture(
     check_identity(found, shorter, Path("d"))
     with pytest.raises(CaptureError, match=r"data\.max_length: 2048 in the capture, 64 in this"):
         check_identity(found, shorter, Path("d"), resume=True)
+
+
+def test_fingerprints_are_shown_as_far_as_they_differ(toy_target: Path, strategy: Strategy):
+    own = identity(toy_target, strategy)
+    last = "1" if own.tokenizer_fingerprint.endswith("0") else "0"
+    other = own.tokenizer_fingerprint[:-1] + last
+    text = refused(own.model_copy(update={"tokenizer_fingerprint": other}), own)
+    assert f"{other} in the capture, {own.tokenizer_fingerprint} in this run" in text

@@ -82,7 +82,7 @@ def test_what_made_a_draft_is_compared_wherever_it_is_read(
         with pytest.raises(CheckpointError, match=rf"{message}(.|\n)*\nTry: .*{remedy}") as found:
             use(option)
         assert "made with other settings than this run" in str(found.value)
-        resumed = name in ("resume", "offline")
+        resumed = said and name in ("resume", "offline")
         assert resumed == ("or start from its weights: train.init_from=" in str(found.value))
     assert not (config.parent / "out").exists()
 
