@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -63,6 +64,7 @@ def test_the_table_says_what_was_measured_what_failed_and_what_was_not_run(
     assert "x)" not in online
 
 
+@pytest.mark.slow
 def test_a_piece_ends_when_its_time_is_up_and_leaves_no_process(
     all_: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +77,15 @@ def test_a_piece_ends_when_its_time_is_up_and_leaves_no_process(
         "time.sleep(600)\n"
     )
     monkeypatch.setattr(all_, "__file__", str(tmp_path / "all.py"))
-    assert all_.step("D1", 2.0, small=True) == {"failed": "not done in 2 s"}
-    for pid in json.loads(left.read_text()):
-        state = Path(f"/proc/{pid}/stat")
-        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert all_.step("D1", 5.0, small=True) == {"failed": "not done in 5 s"}
+    until = time.monotonic() + 60
+    while any(map(running, json.loads(left.read_text()))):  # the kernel ends them a little later
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
