@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..process import PRIVATE
 from ..progress import console
-from .launch import INTERFACES, LOOPBACK
+from .launch import LOCAL
 
 T = TypeVar("T")
 
@@ -60,8 +60,8 @@ def world(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == size:
-        for name in INTERFACES:
-            os.environ.setdefault(name, LOOPBACK)
+        for name, interface in LOCAL.items():
+            os.environ.setdefault(name, interface)
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, device_id=bound)
     elif (directory := os.environ.get(PRIVATE)) is not None:

@@ -27,7 +27,8 @@ KILL_SECONDS = 4.0  # then they are asked to end, and by this time made to
 SECOND_SECONDS = 4.0  # from a second signal on, which leaves a rank stop.SECONDS to end
 OWN_SECONDS = 10.0  # which this process needs less than, so that it can say what became of them
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
-INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # environment variables of both
+# environment variables by which ranks talk within this machine only
+LOCAL = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), LOOPBACK)
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
 
 
@@ -74,7 +75,7 @@ class Ranks:
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(nproc),
             "LOCAL_WORLD_SIZE": str(nproc),
-            **dict.fromkeys(INTERFACES, LOOPBACK),
+            **LOCAL,
             "NCCL_RAS_ENABLE": "0",  # a port that answers whoever asks
             PRIVATE: str(self._directory),
             LAUNCHER: str(os.getpid()),

@@ -33,6 +33,7 @@ from specforge_sglang_capture import (
 from specforge_core.config import TargetConfig
 from specforge_core.errors import CaptureError, ConfigError
 from specforge_core.records import MASK, is_secret, secret_values
+from specforge_core.train.launch import LOCAL
 from specforge_core.types import TargetInfo
 
 from .client import Client
@@ -42,7 +43,6 @@ LOG_LINES = 20
 STOP_SECONDS = 10.0
 # what torchrun sets would make SGLang's own process group join the trainer's
 TRAINER_ONLY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
-LOCAL = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")  # a trainer's ranks, too
 CPU_FLAGS: dict[str, Flag] = {
     "device": "cpu",
     "attention_backend": "torch_native",
