@@ -66,7 +66,7 @@ def bare(engine: TransformersEngine, prompts: list[Prompt], window: int, budget:
     with torch.no_grad():
         for first in range(0, len(prompts), window):
             asked = [p.input_ids for p in prompts[first : first + window]]
-            for batch in group_by_length([len(ids) for ids in asked], budget):
+            for batch in group_by_length([len(ids) for ids in asked], budget, engine._least):
                 ids = pad_sequence([asked[i] for i in batch], batch_first=True)
                 decoder(input_ids=ids.to(engine.model.device), use_cache=False)
     synchronize()

@@ -18,7 +18,7 @@ import step_case
 import step_case_e1
 import torch
 
-from specforge_core.train.compile import compile_units, recompute_units
+from specforge_core.compiled import compile_units, recompute_units
 from specforge_core.types import Batch, Draft, Planned
 
 GIB = 2**30

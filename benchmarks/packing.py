@@ -28,7 +28,7 @@ from specforge_eagle3.rows import Eagle3Collate
 
 from specforge_core.batches.loader import to_device
 from specforge_core.batches.turns import Share, windows
-from specforge_core.train.compile import compile_units
+from specforge_core.compiled import compile_units
 from specforge_core.types import Batch, Draft, Sample
 
 MICROS = 6  # micro-batches that are measured, after one that is not

@@ -26,8 +26,8 @@ from specforge_dflash.step import DFlashStep
 from step_case import CASES, SMALL, Case, backward, build, check, context, random_batch
 from torch import Tensor
 
+from specforge_core.compiled import compile_units
 from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
-from specforge_core.train.compile import compile_units
 from specforge_core.types import Batch, Draft
 
 

@@ -21,7 +21,7 @@ from specforge_eagle3.step import Eagle3Step
 from step_case_e1 import E1, SMALL, Case, backward, build, check, context, random_batch
 from step_profile import profile
 
-from specforge_core.train.compile import compile_units
+from specforge_core.compiled import compile_units
 from specforge_core.types import Batch, Draft
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,21 +11,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
 
+from ..compiled import compiled, swapped
 from ..config import TargetConfig
 from ..cpu import pick_target_dtype
 from ..errors import CaptureError, ConfigError
-from ..progress import console
 from ..types import CaptureSpec, Generated, GenerateOptions, Prompt, TargetCapture, TargetInfo
 from .asked import answer_room, check_prompts, finite_advice
-from .batching import group_by_length
+from .batching import group_by_length, least_tokens
 from .generate import answer_batch
 from .head import Head
 from .info import load_pretrained, load_target_info
+from .loaded import check_loaded, stored_dtypes
 from .proof import prove
 from .quantised import PLAIN, as_plain, check_method, loading, quant_method, widen_weights
 from .skeleton import auto_class, find_parts, text_model
 from .taps import Taps, tap_states
-from .weights import NoSafetensors, tensor_dtypes
 
 # Arguments of from_pretrained that `target` has keys for, or that are decided here
 RESERVED = frozenset(
@@ -37,12 +36,26 @@ RESERVED = frozenset(
 class TransformersEngine:
     """A TargetEngine in this process.  Its captures are slices of one padded batch."""
 
-    def __init__(self, model: Any, info: TargetInfo, head: Head, batch_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        info: TargetInfo,
+        head: Head,
+        batch_tokens: int,
+        *,
+        compile: bool = False,
+    ) -> None:
         self.model = model
         self.info = info
-        self._decoder: Any = find_parts(model).decoder
+        parts = find_parts(model)
+        self._decoder: Any = parts.decoder
         self._head = head
         self._batch_tokens = batch_tokens
+        counts = len(parts.layers), sum(p.numel() for p in model.parameters())
+        self._least = least_tokens(model.device.type, *counts)
+        # not for answers: each layer's cache would be a graph of its own
+        layers = parts.layers if compile else ()
+        self._compiled = [(layer, compiled(layer.forward)) for layer in layers]
 
     @classmethod
     def load(cls, target: TargetConfig, device: torch.device) -> TransformersEngine:
@@ -50,7 +63,13 @@ class TransformersEngine:
         info = load_target_info(target)
         pinned = target.model_copy(update={"revision": info.revision})  # the branch may move on
         # evaluation runs the target here whatever engine captures: its options are not for this one
-        own = target.options if target.engine == "transformers" else {}
+        own = dict(target.options) if target.engine == "transformers" else {}
+        compiles = own.pop("compile", False)
+        if compiles not in (True, False) or (compiles and device.type != "cuda"):
+            raise ConfigError(
+                f"target.options.compile is {compiles!r}: it is true or false, and true is for "
+                f"GPUs alone, where this target is on {device.type}. Try: target.options={{}}"
+            )
         if taken := sorted(own.keys() & RESERVED):
             raise ConfigError(
                 f"target.options.{taken[0]} is not for the engine transformers: it is decided "
@@ -63,11 +82,11 @@ class TransformersEngine:
         options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
         if method is not None:
             check_method(method, target.path)
-        stored = _stored(info)  # before transformers follows what an index says
+        stored = stored_dtypes(info)  # before transformers follows what an index says
         with loading(method, target.path):
             options |= as_plain(method)
             model, report = load_pretrained(auto_class(config), pinned, **options | own)
-        _check_loaded(model, report, info, stored, method)
+        check_loaded(model, report, info, stored, method)
         model = text_model(model)
         with loading(method, target.path):
             model.eval().requires_grad_(False)
@@ -75,7 +94,7 @@ class TransformersEngine:
                 widen_weights(model, getattr(torch, dtype))
             model.to(device)
             head = prove(model, info)
-        return cls(model, info, head, target.batch_tokens)
+        return cls(model, info, head, target.batch_tokens, compile=compiles)
 
     def supports(self, spec: CaptureSpec) -> bool:
         """Say yes: what the target cannot give is an error that names it."""
@@ -87,14 +106,15 @@ class TransformersEngine:
 
         Raises CaptureError for token ids the target lacks and for non-finite states.
         """
-        for batch in group_by_length([len(p.input_ids) for p in prompts], self._batch_tokens):
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        for batch in group_by_length(lengths, self._batch_tokens, self._least):
             yield from self._run([prompts[i] for i in batch], spec)
 
     def _run(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> list[TargetCapture]:
         check_prompts(prompts, self.info.vocab_size)
         # padding on the right needs no attention mask: no token sees a later one
         ids = pad_sequence([p.input_ids for p in prompts], batch_first=True)
-        with tap_states(self.model, spec, stop=True) as taps:
+        with swapped(self._compiled), tap_states(self.model, spec, stop=True) as taps:
             self._decoder(input_ids=ids.to(self.model.device), use_cache=False)
         tokens, sums = self._through_head(spec, taps, prompts)
         captures = []
@@ -150,123 +170,9 @@ class TransformersEngine:
     def close(self) -> None:
         """Drop the model, so that its memory can be used again."""
         self.model = self._decoder = self._head = None  # type: ignore[assignment]
+        self._compiled = []
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _stored(info: TargetInfo) -> Mapping[str, str]:
-    """Return each tensor's dtype code in the target's files; nothing for those of another format.
-
-    Raises CaptureError for files that are damaged, or an index that leads elsewhere.
-    """
-    try:
-        return tensor_dtypes(info)
-    except NoSafetensors:
-        return {}
-
-
-def _check_loaded(
-    model: Any,
-    report: Mapping[str, Any],
-    info: TargetInfo,
-    stored: Mapping[str, str],
-    method: str | None,
-) -> None:
-    """Raise ConfigError for weights that are not in the files, or beside used ones and not used.
-
-    transformers would go on: with random weights for the former; without, say, the scales of
-    8-bit weights for the latter.  Whole modules that a text model has no use for are no error.
-    """
-    path = info.name_or_path
-    _check_shapes(path, report["mismatched_keys"], method, info.vocab_size)
-    if missing := sorted(report["missing_keys"]):
-        raise ConfigError(
-            f"target.path {path!r} lacks {len(missing)} of its weights, such as {missing[0]}. "
-            "Download it again, or choose another target.path"
-        )
-    tied = info.config.get("tie_word_embeddings")
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if tied and head is not None and head.weight is not embedding.weight:
-        console.print(
-            f"note: config.json of {path} says tie_word_embeddings, and its files have a head of "
-            "their own, which is used here. A serving engine may take the embedding for it: set "
-            "tie_word_embeddings to false in config.json"
-        )
-    own = model.state_dict()
-    _check_layers(path, own.keys(), report["unexpected_keys"], len(find_parts(model).layers))
-    if method is None:
-        for name, code in stored.items():
-            if (
-                name in own
-                and own[name].is_floating_point()
-                and code[0] in "IUB"
-                and code != "BF16"
-            ):
-                raise ConfigError(
-                    f"target.path {path!r} has {name} in whole numbers ({code}) and no "
-                    "quantization_config in its config.json that says what they stand for. "
-                    "Try: target.path= its unquantised checkpoint"
-                )
-    unused = set(report["unexpected_keys"])
-    used = (stored.keys() | own.keys()) - unused
-    modules = {name.rpartition(".")[0] for name in used}
-    if beside := sorted(n for n in unused if n.rpartition(".")[0] in modules or _inside(n, used)):
-        why = (
-            "If it is quantised, its config.json lacks the quantization_config that transformers "
-            "reads; if they are of an adapter, merge it into the weights"
-            if method is None
-            else f"It is quantised ({method}), in another layout than transformers reads"
-        )
-        raise ConfigError(
-            f"target.path {path!r} has {len(beside)} tensors that {type(model).__name__} does not "
-            f"use beside others that it does, such as {beside[0]}: its states would be wrong. "
-            f"{why}. Try: target.path= its unquantised checkpoint"
-        )
-
-
-def _check_layers(path: str, own: Collection[str], unused: Iterable[str], used: int) -> None:
-    """Raise ConfigError for layers in the files, like those that run, that the config leaves out.
-
-    Layers that predict further tokens stand behind the others, too, and have parts of their own.
-    """
-    behind: dict[str, set[str]] = {}  # of each layer beyond the last
-    for name in unused:
-        if (found := re.match(r"(.*?\.)(\d+)\.(.+)", name)) and int(found[2]) >= used:
-            behind.setdefault(f"{found[1]}{found[2]}.", set()).add(found[3])
-    for prefix, names in behind.items():
-        last = re.sub(r"\d+\.$", f"{used - 1}.", prefix)
-        if names == {name.removeprefix(last) for name in own if name.startswith(last)}:
-            raise ConfigError(
-                f"target.path {path!r} has weights of more layers ({prefix[:-1]}) than the {used} "
-                "that num_hidden_layers in its config.json says, and like them: its states would "
-                "be wrong. Correct it, or choose another target.path"
-            )
-
-
-def _inside(name: str, used: Collection[str]) -> bool:
-    """Say whether a tensor is part of a module that has a weight of its own, as an adapter's is."""
-    parts = name.split(".")
-    return any(".".join((*parts[:end], "weight")) in used for end in range(1, len(parts) - 1))
-
-
-def _check_shapes(
-    path: str, mismatched: Iterable[tuple[str, Any, Any]], method: str | None, vocab_size: int
-) -> None:
-    """Raise ConfigError for a tensor of another shape than the config says: it is not loaded."""
-    if not (wrong := sorted(mismatched)):
-        return
-    name, found, expected = wrong[0]
-    if not method and found[1:] == expected[1:] and expected[0] == vocab_size:
-        raise ConfigError(
-            f"target.path {path!r} has {name} of {found[0]} rows, where the vocab_size in its "
-            f"config.json is {vocab_size}. Correct the one or the other"
-        )
-    what = f"quantised ({method})" if method else "packed into fewer bits, or of another model"
-    raise ConfigError(
-        f"target.path {path!r} has {name} of shape {list(found)}, where its config.json needs "
-        f"{list(expected)}; {len(wrong)} of its tensors do not fit. They are {what}, in a layout "
-        "that transformers does not read. Try: target.path= its unquantised checkpoint"
-    )
 
 
 def _check_finite(captures: Sequence[TargetCapture], taps: Taps) -> None:

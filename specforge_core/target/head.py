@@ -64,9 +64,15 @@ class Head:
 
     def logits(self, states: Tensor) -> Tensor:
         """Return [..., V] float32 (float64 for float64) for normed final states [..., H]."""
+        return self._given(self._product(states))
+
+    def _product(self, states: Tensor) -> Tensor:
+        """Return [..., V] in the weight's dtype."""
         bias = None if self.bias is None else self.bias.to(self.weight.dtype)
-        out = F.linear(states.to(self.weight.dtype), self.weight, bias)
-        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        return F.linear(states.to(self.weight.dtype), self.weight, bias)
+
+    def _given(self, product: Tensor) -> Tensor:
+        out = product.to(_wide(product))
         if self.scale != 1.0:
             out = out * self.scale
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
@@ -87,10 +93,19 @@ class Head:
         """Return the most likely token [T] int64 and the logits' log-sum-exp [T] float32."""
         tokens, sums = [], []
         for rows in torch.split(states, ROWS):
-            logits = self.logits(rows)
-            tokens.append(logits.argmax(dim=-1))
-            sums.append(logits.logsumexp(dim=-1).float())
+            logits = self._product(rows)
+            if self.scale != 1.0 or self.softcap is not None:
+                logits = self._given(logits)
+            token = logits.argmax(dim=-1, keepdim=True)
+            # z - log_softmax(z): one kernel reads and widens what takes logsumexp five
+            below = F.log_softmax(logits, dim=-1, dtype=_wide(logits)).gather(-1, token)
+            tokens.append(token[..., 0])
+            sums.append((logits.gather(-1, token) - below)[..., 0].float())
         return torch.cat(tokens), torch.cat(sums)
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def widen(states: Tensor, width: int) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CaptureError, ConfigError, SpecForgeError
 from ..text import cut
@@ -19,6 +20,7 @@ from .weights import embedding_scale
 
 TOKENS = 12
 LEAK = 0.02  # of a state: experts may be summed in another order where one more token goes to one
+HOOKED = "_output_capturing_hooks_installed"  # transformers' own note that it did
 ROUNDING = 8  # steps of the weights' dtype: the same pass through the same layers
 
 
@@ -58,7 +60,8 @@ def _prove(model: Any, info: TargetInfo) -> Head:
     assert again.normed is not None
     _check_causal(again.normed[:, :-1], taps.normed[:, :-1], name)
     _check_embeddings(taps.hidden_states[-1], parts.embedding, ids, info, name)
-    own = parts.decoder(input_ids=ids, use_cache=False, output_hidden_states=True)
+    with _unhooked(model):
+        own = parts.decoder(input_ids=ids, use_cache=False, output_hidden_states=True)
     listed = getattr(own, "hidden_states", None) or ()
     _check_layers([taps.hidden_states[layer] for layer in layers], listed, name)
     logits = model(input_ids=ids, use_cache=False).logits[..., : info.vocab_size]
@@ -71,6 +74,18 @@ def _prove(model: Any, info: TargetInfo) -> Head:
             "decoder than a matrix, a bias, a scale and a softcap. Choose another target.path"
         )
     return head
+
+
+@contextmanager
+def _unhooked(model: nn.Module) -> Iterator[None]:
+    """Take out afterwards what transformers hooks in to list states: it cannot be compiled."""
+    before = [(m, set(m._forward_hooks), HOOKED in vars(m)) for m in model.modules()]
+    yield
+    for module, hooks, hooked in before:
+        for key in module._forward_hooks.keys() - hooks:
+            del module._forward_hooks[key]
+        if not hooked:
+            vars(module).pop(HOOKED, None)
 
 
 def _check_finite(states: Sequence[Tensor], final: Tensor, name: str) -> None:

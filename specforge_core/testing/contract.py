@@ -23,12 +23,12 @@ from .. import plugins
 from ..batches.collate import num_tokens
 from ..capture.layout import check_sample
 from ..capture.samples import to_host
+from ..compiled import recompute_units
 from ..drafts.checkpoint import checkpoints
 from ..drafts.export import read_export, write_export
 from ..drafts.load import restore
 from ..errors import SpecForgeError
 from ..evaluate.decode import pick
-from ..train.compile import recompute_units
 from ..train.fsdp import cast_inputs
 from ..train.metrics import RESERVED_PREFIXES
 from ..train.run import train

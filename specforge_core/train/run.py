@@ -8,6 +8,7 @@ import torch
 
 from .. import stop
 from ..claim import claim
+from ..compiled import compile_units, recompute_units
 from ..config import RunConfig
 from ..cpu import DTYPES
 from ..devices import pick_device
@@ -17,7 +18,6 @@ from ..strategy import Strategy
 from .acceptance import Acceptance
 from .bad_steps import BadSteps
 from .best import Best
-from .compile import compile_units, recompute_units
 from .course import Course
 from .dist import World, world
 from .feed import Feed, open_feed, share_of

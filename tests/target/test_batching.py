@@ -1,31 +1,62 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations, pairwise
 
-from specforge_core.target.batching import group_by_length
+import pytest
+
+from specforge_core.target.batching import group_by_length, least_tokens
 
 
 def test_every_sequence_is_in_one_batch_and_no_batch_is_over_the_budget():
     lengths = [random.Random(0).randint(1, 300) for _ in range(200)]
-    batches = group_by_length(lengths, 1000)
+    batches = group_by_length(lengths, 1000, 0)
     assert sorted(i for batch in batches for i in batch) == list(range(200))
     assert all(max(lengths[i] for i in b) * len(b) <= 1000 for b in batches)
 
 
-def test_padding_is_a_small_part_of_what_runs():
-    lengths = [random.Random(1).randint(1, 300) for _ in range(200)]
-    batches = group_by_length(lengths, 1000)
-    padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
-    assert sum(lengths) / padded > 0.9
+def padded(batches: list[list[int]], lengths: list[int], least: int) -> int:
+    return sum(max(max(lengths[i] for i in b) * len(b), least) for b in batches)
+
+
+@pytest.mark.parametrize("least", [0, 100, 250, 1000])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_other_cut_pads_less(least: int, seed: int):
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, 300) for _ in range(9)]
+    order = sorted(range(9), key=lambda i: -lengths[i])
+    every = []
+    for count in range(9):
+        for cuts in combinations(range(1, 9), count):
+            edges = [0, *cuts, 9]
+            batches = [order[a:b] for a, b in pairwise(edges)]
+            if all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= 900 for b in batches):
+                every.append((padded(batches, lengths, least), len(batches)))
+    found = group_by_length(lengths, 900, least)
+    assert padded(found, lengths, least) == min(every)[0]
+
+
+def test_what_would_save_no_time_is_not_cut():
+    lengths = [100, 90, 20, 10]
+    lengths = [100, 90, 20, 10]
+    assert group_by_length(lengths, 1000, 400) == [[0, 1, 2, 3]]
+    assert group_by_length(lengths, 1000, 50) == [[0], [1], [2, 3]]
 
 
 def test_a_sequence_longer_than_the_budget_runs_alone():
-    assert group_by_length([5, 50, 4], 10) == [[1], [0, 2]]
+    assert group_by_length([5, 50, 4], 10, 5) == [[1], [0, 2]]
 
 
 def test_equal_lengths_keep_their_order():
-    assert group_by_length([3, 3, 3, 3], 6) == [[0, 1], [2, 3]]
+    assert group_by_length([3, 3, 3, 3], 6, 0) == [[0, 1], [2, 3]]
 
 
 def test_no_sequences_make_no_batches():
-    assert group_by_length([], 10) == []
+    assert group_by_length([], 10, 0) == []
+
+
+def test_a_small_model_on_a_gpu_waits_for_its_launches():
+    """What fits a launch: some 1,300 tokens of 8 G parameters, many more of 135 M."""
+    assert 1200 < least_tokens("cuda", 36, 8_200_000_000) < 1500
+    assert least_tokens("cuda", 30, 135_000_000) > 50_000
+    assert least_tokens("cpu", 30, 135_000_000) < 100

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from specforge_core.compiled import compiled
 from specforge_core.config import TargetConfig
-from specforge_core.errors import CaptureError
+from specforge_core.errors import CaptureError, ConfigError
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.taps import tap_states
 from specforge_core.testing.close import close
-from specforge_core.types import CaptureSpec, Prompt
+from specforge_core.types import CaptureSpec, GenerateOptions, Prompt
 
 from .. import families
 from .small import CPU, FAMILIES, save
@@ -199,3 +202,53 @@ def test_layers_that_cannot_be_found_are_an_error(llama: TargetConfig):
     del engine.model.model.layers
     with pytest.raises(CaptureError, match="LlamaForCausalLM has no list of layers beside its inp"):
         list(engine.capture(prompts(4), ALL))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_layers_are_compiled_once_for_captures_and_not_for_answers(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plain = TransformersEngine.load(save(tmp_path, family), CPU)
+    torch.compiler.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr("specforge_core.target.engine.compiled", partial(compiled, backend=counter))
+    engine = TransformersEngine(plain.model, plain.info, plain._head, 64, compile=True)
+    spec = replace(ALL, final="post_norm", next_tokens=True)
+    for lengths in ((7, 20, 20, 3), (5, 9), (31, 31), (12, 3)):
+        found = {c.index: c for c in engine.capture(prompts(*lengths), spec)}
+        for expected in plain.capture(prompts(*lengths), spec):
+            capture = found[expected.index]
+            assert expected.final is not None
+            assert capture.final is not None
+            close(capture.final, expected.final, terms=TERMS)
+            assert capture.hidden_states.keys() == expected.hidden_states.keys()
+    assert 1 <= counter.frame_count <= 2  # a batch of one row is a graph of its own
+    before = counter.frame_count
+    assert engine.model(prompts(5)[0].input_ids[None], output_hidden_states=True).hidden_states
+    options = GenerateOptions(max_new_tokens=4)
+    list(engine.generate(prompts(5, 6), options))
+    assert counter.frame_count == before
+
+
+@pytest.mark.parametrize("value", [True, "yes", 2])
+def test_a_target_on_a_cpu_is_not_compiled(llama: TargetConfig, value: object):
+    asked = llama.model_copy(update={"options": {"compile": value}})
+    with pytest.raises(ConfigError, match=rf"target.options.compile is {value!r}: .*on cpu. Try"):
+        TransformersEngine.load(asked, CPU)
+
+
+@pytest.mark.gpu
+def test_a_compiled_capture_is_the_capture(tmp_path: Path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    target, gpu = save(tmp_path, "Qwen3"), torch.device("cuda")
+    plain = TransformersEngine.load(target, gpu)
+    asked = target.model_copy(update={"options": {"compile": True}})
+    engine = TransformersEngine.load(asked, gpu)
+    spec = replace(ALL, final="post_norm", logsumexp=True)
+    for lengths in ((7, 20, 20, 3), (5, 9), (31, 31)):
+        found = {c.index: c for c in engine.capture(prompts(*lengths), spec)}
+        for expected in plain.capture(prompts(*lengths), spec):
+            capture = found[expected.index]
+            close(capture.final, expected.final, terms=TERMS)
+            close(capture.logsumexp, expected.logsumexp, terms=TERMS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from specforge_core.errors import CaptureError
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.head import Head
 from specforge_core.target.info import load_target_info
+from specforge_core.testing.close import close
 from specforge_core.types import CaptureSpec, Prompt, TargetInfo
 
 from .small import SHAPE
@@ -123,6 +125,17 @@ def test_long_sequences_are_summarized_in_parts(tmp_path: Path) -> None:
     whole = 3.0 * torch.tanh(z / 3.0)
     assert torch.equal(tokens, whole.argmax(-1))
     torch.testing.assert_close(sums, whole.logsumexp(-1))
+
+
+def test_narrow_logits_are_summed_wide() -> None:
+    torch.manual_seed(0)
+    head = Head(weight=torch.randn(3000, 8).bfloat16())
+    states = torch.randn(700, 8).bfloat16()
+    tokens, sums = head.summarize(states)
+    logits = F.linear(states, head.weight).double()  # as narrow as the target gives them
+    assert sums.dtype == torch.float32
+    assert torch.equal(tokens, logits.argmax(-1))  # the first of those that bfloat16 makes equal
+    close(sums, logits.logsumexp(-1), terms=3000)
 
 
 def test_narrow_weights_give_wide_logits() -> None:

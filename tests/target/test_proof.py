@@ -62,6 +62,8 @@ def test_a_layer_that_is_not_what_the_model_lists_is_named(tmp_path: Path) -> No
     save("llama", tmp_path)
     model, info = build("llama"), info_of(tmp_path)
     prove(model, info)
+    assert not any(module._forward_hooks for module in model.modules())  # none that it left there
+    model(torch.tensor([[3]]), output_hidden_states=True)  # which takes the states from here on
     model.model.layers[2].register_forward_hook(lambda module, args, output: output * 1.5)
     with pytest.raises(CaptureError, match=r"layer 2 as captured differs by 50\.00% from what"):
         prove(model, info)

@@ -11,7 +11,7 @@ from specforge_dflash.step import DFlashStep
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from specforge_core.train.compile import CACHE, compile_units
+from specforge_core.compiled import CACHE, compile_units
 from specforge_core.types import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from specforge_core.batches.loader import to_device
-from specforge_core.train.compile import CACHE, compile_units
+from specforge_core.compiled import CACHE, compile_units
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 

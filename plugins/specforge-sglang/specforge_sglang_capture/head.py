@@ -32,7 +32,10 @@ def summarize(processor: Any, lm_head: Any, states: Tensor) -> dict[str, Tensor]
     plain = SimpleNamespace(next_token_logits_buffer=None)  # no buffer of a CUDA graph
     tokens, sums = [], []
     for rows in torch.split(states, ROWS):
-        logits = logits_of(rows, lm_head, plain).float()
-        tokens.append(logits.argmax(-1))
-        sums.append(logits.logsumexp(-1))
+        logits = logits_of(rows, lm_head, plain)
+        token = logits.argmax(-1, keepdim=True)
+        # z - log_softmax(z): one kernel reads and widens what takes logsumexp five
+        below = torch.log_softmax(logits, -1, dtype=torch.float32).gather(-1, token)
+        tokens.append(token[..., 0])
+        sums.append((logits.gather(-1, token) - below)[..., 0])
     return {"next_tokens": torch.cat(tokens), "logsumexp": torch.cat(sums)}

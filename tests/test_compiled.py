@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from specforge_core.train.compile import CACHE, compile_units, recompute_units
+from specforge_core.compiled import CACHE, compile_units, recompute_units, swapped
 
 
 class Unit(nn.Module):
@@ -80,3 +80,17 @@ def test_the_cache_is_where_the_user_says_or_at_home(
     compile_units([])
     assert os.environ[CACHE] == (given or str(tmp_path / ".cache/specforge/compile"))
     monkeypatch.setenv(CACHE, given or "")
+
+
+def test_forwards_are_swapped_back_also_those_that_were_a_modules_own() -> None:
+    plain, own = Unit(), Unit()
+    mine = own.forward = lambda x: x + 1  # type: ignore[method-assign]
+    x = torch.ones(1, 8)
+    before = plain(x)
+    other = lambda x: -x  # noqa: E731
+    with swapped([(plain, other), (own, other)]):
+        assert torch.equal(plain(x), -x)
+        assert torch.equal(own(x), -x)
+    assert torch.equal(plain(x), before)
+    assert "forward" not in vars(plain)
+    assert own.forward is mine

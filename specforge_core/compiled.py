@@ -1,9 +1,10 @@
-"""How a draft's units are compiled: once, for every length, and kept on disk."""
+"""How layers are compiled: once, for every length, and kept on disk."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,23 @@ def compile_units(
     from what is kept anyway, in the pass that reads it, is not kept: an MLP's inner product and
     normed states.
     """
+    _prepare()
+    options = _options() if backend == "inductor" else None
+    for unit in units:
+        if inner:
+            unit.forward = compiled(unit.forward, backend)
+        else:
+            unit.compile(backend=backend, dynamic=True, options=options)
+
+
+def compiled(function: Callable[..., Any], backend: str | Any = "inductor") -> Callable[..., Any]:
+    """Return a function that is compiled at its first call, as `compile_units` says."""
+    _prepare()
+    options = _options() if backend == "inductor" else None
+    return torch.compile(function, backend=backend, dynamic=True, options=options)
+
+
+def _prepare() -> None:
     os.environ.setdefault(CACHE, str(Path.home() / ".cache" / "specforge" / "compile"))
     import torch._dynamo.config as tracing
     import torch._functorch.config as partitioner
@@ -38,13 +56,21 @@ def compile_units(
         partitioner.ban_recompute_materialized_backward = False
     if hasattr(symbols, "use_duck_shape"):
         symbols.use_duck_shape = False
-    options = _options() if backend == "inductor" else None
-    for unit in units:
-        if inner:
-            forward = unit.forward
-            unit.forward = torch.compile(forward, backend=backend, dynamic=True, options=options)
-        else:
-            unit.compile(backend=backend, dynamic=True, options=options)
+
+
+@contextmanager
+def swapped(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Give modules other forwards for the length of a `with`."""
+    before = [(module, vars(module).get("forward")) for module, _ in forwards]
+    for module, forward in forwards:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in before:
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 def recompute_units(units: Iterable[nn.Module]) -> None:
