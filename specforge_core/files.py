@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from .errors import SpecForgeError
-from .locks import hold
+from .locks import hold_new
 from .text import cut, in_units
 
 TEMPORARY = re.compile(r"\..*\.specforge-[0-9a-f]{16}\.tmp", re.DOTALL)
@@ -86,12 +86,10 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     beside = temporary(path)
     try:
         make_folder(path.parent)
-        beside.mkdir()
-        held = os.open(beside, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        held = hold_new(beside, lambda: _make(beside))
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror, str(path)) from exc
     try:
-        hold(held)
         yield beside
     except OSError as exc:
         if str(exc.filename).startswith(str(beside)):
@@ -258,9 +256,12 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _create(path: Path) -> IO[bytes]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    file = os.fdopen(os.open(path, flags, 0o666), "wb")
-    hold(file)
-    return file
+    return os.fdopen(hold_new(path, lambda: os.open(path, flags, 0o666)), "wb")
+
+
+def _make(folder: Path) -> int:
+    folder.mkdir()
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _remove_left(path: Path) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
+
+SWEEP_SECONDS, POLL_SECONDS = 10.0, 0.001  # for which another process may hold what it removes
 
 
 def hold(file: IO[Any] | int, *, shared: bool = False) -> bool:
@@ -22,6 +28,35 @@ def hold(file: IO[Any] | int, *, shared: bool = False) -> bool:
     except OSError:
         pass
     return True
+
+
+def is_at(number: int, path: Path) -> bool:
+    """Say whether an open file is still the one at `path`: who held it may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(number), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def hold_new(path: Path, make: Callable[[], int]) -> int:
+    """Return the number of what `make` makes and opens at `path`, held.
+
+    What is not held yet looks like what a killed process has left.  It is made again where another
+    process has taken it for that and removed it.
+    """
+    while True:
+        try:
+            number = make()
+        except FileNotFoundError:  # a folder is made first and opened then
+            if not path.parent.is_dir():
+                raise
+            continue
+        until = time.monotonic() + SWEEP_SECONDS
+        while not hold(number) and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+        if is_at(number, path):
+            return number
+        os.close(number)
 
 
 def release(file: IO[Any] | int) -> None:

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from specforge_core import locks
 from specforge_core.errors import DataError
 from specforge_core.files import (
     TEMPORARY,
@@ -131,6 +134,57 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
         (beside / "inside").touch()
     assert {path.name for path in tmp_path.iterdir()} == {*others, "held"}
     sweep(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_what_is_swept_before_it_is_held_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """As when another process sweeps a folder that several write to."""
+    hold, swept = locks.hold, list[str]()
+
+    def remove(path: Path, number: int) -> None:
+        path.rmdir() if path.is_dir() else path.unlink()
+        os.close(number)
+
+    def late(number: int) -> bool:
+        if not (found := [path for path in tmp_path.iterdir() if path.name not in ("a", "b")]):
+            return hold(number)
+        (path,) = found
+        if path.name not in swept and len(swept) < 2:
+            swept.append(path.name)
+            if taken:  # the sweep is in the middle of it
+                other = os.open(path, os.O_RDONLY)
+                assert hold(other)
+                threading.Timer(0.05, remove, (path, other)).start()
+            else:
+                sweep(tmp_path)
+        return hold(number)
+
+    monkeypatch.setattr(locks, "hold", late)
+    write_file(tmp_path / "a", b"x")
+    with temporary_folder(tmp_path / "b") as beside:
+        write_file(beside / "inside", b"x")
+        publish(beside, tmp_path / "b")
+    assert len(swept) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_folder_that_is_swept_before_it_is_opened_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, made = Path.mkdir, list[Path]()
+
+    def swept(self: Path, **how: Any) -> None:
+        mkdir(self, **how)
+        made.append(self)
+        if TEMPORARY.fullmatch(self.name) and made.count(self) == 1:
+            sweep(self.parent)
+
+    monkeypatch.setattr(Path, "mkdir", swept)
+    with temporary_folder(tmp_path / "b") as beside:
+        assert made == [tmp_path, beside, beside]
+        assert beside.is_dir()
 
 
 def test_another_users_leftovers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
