@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from . import stop
 from .documents import open_regular
 from .errors import ConfigError
 from .files import append, make_folder, open_own, refusing, sweep
-from .locks import hold, release
+from .locks import hold, is_at, release
 from .progress import console
 from .text import cut
 
@@ -47,17 +47,9 @@ def claim(output_dir: Path) -> Iterator[None]:
     path = output_dir / LOCK
     with refusing(ConfigError, "Try: output_dir=DIR", output_dir):
         _check_kinds(output_dir)
-        others, there = _others(output_dir), output_dir.exists()
-        make_folder(output_dir)
-        lock = open_own(path)
+        others = _others(output_dir)
+        lock, there = _taken(output_dir)
     with lock:
-        if not _take(lock):
-            lock.seek(0)
-            holder = lock.read().decode(errors="replace").strip() or "unknown"
-            raise ConfigError(
-                f"another run (process {holder}) is training in {str(output_dir)!r}. Wait for "
-                f"it, end it with `kill {holder}`, or try: output_dir=DIR"
-            )
         try:
             with refusing(ConfigError, "Make room there, or try: output_dir=DIR", output_dir):
                 append(lock, str(os.getpid()).encode(), 0, sync=False)
@@ -70,7 +62,8 @@ def claim(output_dir: Path) -> Iterator[None]:
             if list(output_dir.iterdir()) == [path]:
                 path.unlink()
                 if not there:
-                    output_dir.rmdir()
+                    with suppress(OSError):  # another run begins in it
+                        output_dir.rmdir()
 
 
 def _check_kinds(output_dir: Path) -> None:
@@ -105,6 +98,35 @@ def _others(output_dir: Path) -> str | None:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     here = f"{output_dir} is not empty ({shown}{more}): what the run writes comes beside that"
     return here if names else None
+
+
+def _taken(output_dir: Path) -> tuple[BinaryIO, bool]:
+    """Return the file whose lock is taken, and whether its directory was there before.
+
+    A run that ends and has written nothing removes both, maybe after this one has opened the file:
+    then they are made again.
+    """
+    path, looks = output_dir / LOCK, 0
+    while True:
+        there, looks = output_dir.exists(), looks + 1
+        try:
+            make_folder(output_dir)
+            lock = open_own(path)
+        except FileNotFoundError:
+            if looks == LOOKS:
+                raise
+            continue
+        if not _take(lock):
+            with lock:
+                lock.seek(0)
+                holder = lock.read().decode(errors="replace").strip() or "unknown"
+            raise ConfigError(
+                f"another run (process {holder}) is training in {str(output_dir)!r}. Wait for "
+                f"it, end it with `kill {holder}`, or try: output_dir=DIR"
+            )
+        if is_at(lock.fileno(), path):
+            return lock, there
+        lock.close()
 
 
 def _take(lock: IO[bytes]) -> bool:

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from specforge_core import stop
-from specforge_core.claim import claim
+from specforge_core import files, stop
+from specforge_core.claim import claim, running
 from specforge_core.errors import ConfigError
 
 HOLD = """
@@ -56,6 +58,48 @@ def test_a_run_that_writes_nothing_leaves_nothing(tmp_path: Path) -> None:
     with claim(tmp_path):
         (tmp_path / "metrics.jsonl").touch()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_ends_and_leaves_nothing_takes_no_other_s_lock_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """It removes its file, and its directory, before or after the other has opened the file."""
+    run, opened = tmp_path / "run", list[BinaryIO | None]()
+
+    def open_own(path: Path) -> BinaryIO:
+        if opened:
+            return files.open_own(path)
+        early = files.open_own(path) if when == "after" else None
+        opened.append(early)
+        first.__exit__(None, None, None)
+        return early or files.open_own(path)
+
+    first = claim(run)
+    first.__enter__()
+    monkeypatch.setattr("specforge_core.claim.open_own", open_own)
+    with claim(run):
+        assert running(run)  # no third one begins
+        assert (run / ".lock").read_text() == str(os.getpid())
+    assert opened
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_in_which_another_run_begins_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink, run, second = Path.unlink, tmp_path / "run", ExitStack()
+
+    def then_begin(self: Path) -> None:
+        monkeypatch.undo()
+        unlink(self)
+        second.enter_context(claim(run))
+
+    with claim(run):
+        monkeypatch.setattr(Path, "unlink", then_begin)
+    with second:
+        assert running(run)
+    assert list(run.iterdir()) == []
 
 
 def test_a_command_that_was_asked_to_end_begins_no_run(
