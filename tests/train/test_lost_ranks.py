@@ -36,7 +36,9 @@ def config(tmp_path: Path, toy_target: Path) -> Path:
 
 def test_an_error_of_the_ranks_is_said_as_one_process_says_it(config: Path, tmp_path: Path) -> None:
     absent = f"data.capture_dir={tmp_path / 'absent'}"
-    alone, both = start(config, 1, absent), start(config, 2, absent)
+    # a folder each: at once in one, the later of the two would find it taken
+    places = [f"output_dir={tmp_path / name}" for name in ("alone", "both")]
+    alone, both = start(config, 1, absent, places[0]), start(config, 2, absent, places[1])
     said = [process.communicate(timeout=SECONDS) for process in (alone, both)]
     assert (alone.returncode, both.returncode) == (2, 2)
     (alone_out, alone_err), (both_out, both_err) = said
