@@ -40,6 +40,7 @@ from ..data.prompted import load_prompts
 SOURCE = """
     import os, time
     from dataclasses import dataclass
+    from pathlib import Path
     import torch
     from specforge_core import hookimpl
     from specforge_core.config import StrategyConfig
@@ -56,6 +57,9 @@ SOURCE = """
 
         def __call__(self, capture):
             time.sleep(float(os.environ.get("TINY_SLEEP", 0)))
+            directory, _, most = os.environ.get("TINY_HELD", "").partition(":")
+            while directory and len(list(Path(directory).glob("shard-*"))) >= int(most):
+                time.sleep(0.1)  # until it is killed
             if len(capture.input_ids) > self.config.longest:
                 return None
             hidden = torch.cat([capture.hidden_states[i] for i in self.spec.layers], -1)
@@ -236,9 +240,9 @@ def test_a_batching_engine_that_mixes_up_sequences_is_caught_before_the_first_wr
 # ---- kill -9 ----------------------------------------------------------------
 
 
-def start(config: Path, site: Path, sleep: float, *overrides: str) -> Forked:
-    environment = {**os.environ, "PYTHONPATH": str(site), "TINY_SLEEP": str(sleep)}
-    return cli("capture", "-c", str(config), *overrides, env=environment)
+def start(config: Path, site: Path, *overrides: str, **environment: str) -> Forked:
+    env = {**os.environ, "PYTHONPATH": str(site), **environment}
+    return cli("capture", "-c", str(config), *overrides, env=env)
 
 
 def shards(directory: Path) -> int:
@@ -252,12 +256,13 @@ def shards(directory: Path) -> int:
 def test_a_capture_killed_again_and_again_is_byte_for_byte_the_uninterrupted_one(
     config: Path, env: FakeSite, tmp_path: Path
 ):
-    short = f"strategy.longest={lengths(config)[30]}"
-    run, strategy = load_config(config, (short, f"data.capture_dir={tmp_path / 'whole'}"))
+    short = (f"strategy.longest={lengths(config)[30]}", "capture.shard_tokens=200")
+    run, strategy = load_config(config, (*short, f"data.capture_dir={tmp_path / 'whole'}"))
     whole = run_capture(run, strategy)
     killed, seen = tmp_path / "capture", 0
     for stop in (1, 2, 4):
-        process = start(config, env.path, 0.05, short)
+        held = f"{killed}:{stop + 2}"  # it does not end before it is killed
+        process = start(config, env.path, *short, TINY_SLEEP="0.05", TINY_HELD=held)
         while shards(killed) < stop and process.poll() is None:
             time.sleep(0.002)
         time.sleep(0.03 * stop)  # into the middle of the next shard
@@ -268,7 +273,7 @@ def test_a_capture_killed_again_and_again_is_byte_for_byte_the_uninterrupted_one
         read_back(killed)  # whole so far, nothing twice
         seen = max(seen, shards(killed))
     assert 4 <= seen < len(whole.shards)
-    process = start(config, env.path, 0, short)
+    process = start(config, env.path, *short)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert CaptureManifest.read(killed) == whole
