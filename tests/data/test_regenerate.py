@@ -21,11 +21,19 @@ from specforge_core.testing.forked import python
 from .prompted import ask, lines, make_run, regenerate, write
 
 KILLED = """
-import sys
+import sys, time
 from pathlib import Path
 from specforge_core.config import RunConfig
+from specforge_core.data.journal import Journal
 from specforge_core.data.regenerate import regenerate
 from specforge_core.strategy import Strategy
+append, answered = Journal.append, []
+def held(journal, rows):
+    append(journal, rows)
+    answered.append(rows)
+    if len(answered) == 30:
+        time.sleep(600)  # it does not end before it is killed
+Journal.append = held
 run = RunConfig.model_validate_json(sys.argv[1])
 regenerate(run, Strategy.load("linear"), Path(sys.argv[2]))
 """
@@ -106,14 +114,15 @@ def test_kill_9(talker: Path, tmp_path: Path) -> None:
     output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    for kills in range(2):
+    for _ in range(2):
         before = output.stat().st_size if output.exists() else 0
         process = python(script, run.model_dump_json(), str(output), env=os.environ)
         while process.poll() is None and not (output.exists() and output.stat().st_size > before):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"finished before kill {kills}"
+        assert process.returncode == -signal.SIGKILL
+    assert 2 <= len(lines(output)) <= 60
     regenerate(run, output)
     regenerate(run, whole)
     assert lines(output) == lines(whole)
