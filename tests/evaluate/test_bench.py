@@ -115,6 +115,7 @@ def test_what_ends_one_prompt_ends_all_of_them(
     class Slow(Guess):
         def propose(self, last_token: int, max_tokens: int, sampling: Sampling) -> Proposal:
             if threading.current_thread() is not threading.main_thread():  # not the warm-up
+                assert broken.wait(60)
                 time.sleep(0.2)
                 rounds.append(last_token)
             return super().propose(last_token, max_tokens, sampling)
@@ -122,11 +123,13 @@ def test_what_ends_one_prompt_ends_all_of_them(
     class Broken(Guess):
         def propose(self, last_token: int, max_tokens: int, sampling: Sampling) -> Proposal:
             if threading.current_thread() is not threading.main_thread():
+                broken.set()
                 raise error("no more")
             return super().propose(last_token, max_tokens, sampling)
 
     made: list[Proposer] = []
     rounds: list[int] = []
+    broken = threading.Event()
 
     def make(draft: Draft) -> Proposer:
         made.append(Slow(draft) if not made else Broken(draft))
