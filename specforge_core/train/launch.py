@@ -89,10 +89,11 @@ class Ranks:
         failed = second = None
         while self._running():
             now = time.monotonic()
-            if (signum := stop.asked()) is not None and self._told < stop.count():
+            if stop.asked() is not None and self._told < stop.count():
                 self._told = stop.count()
                 self._stopped = self._stopped or now
-                self._send(signum)
+                # whichever came: of a SIGINT a Python that only starts prints a traceback
+                self._send(signal.SIGTERM)
             if self._told >= 2:
                 second = second or now
             if failed is None and self._any_failed():

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from specforge_core import stop
 from specforge_core.process import Report
 from specforge_core.train import launch
 
@@ -72,3 +74,20 @@ def test_of_ranks_that_were_stopped_only_the_first_may_have_told_why(
     message, status = ranks.verdict()
     assert status == 128 + signal.SIGTERM
     assert message.startswith("stopped by SIGTERM: nothing") == (told_by == 0)
+
+
+def test_a_rank_whose_python_only_starts_says_nothing_of_a_sigint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Until it listens itself, Python would end with a traceback, one of each rank."""
+    starts = [sys.executable, "-S", "-c", "import time; print(flush=True); time.sleep(60)"]
+    ranks, _ = begin(tmp_path, monkeypatch, starts, starts)
+    until = time.monotonic() + 60
+    while len(capfd.readouterr().out) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    monkeypatch.setattr(stop, "_state", stop._State(signum=signal.SIGINT, count=1))
+    ranks.wait()
+    message, status = ranks.verdict()
+    assert status == 128 + signal.SIGINT
+    assert message.startswith("stopped by SIGINT: nothing")
+    assert capfd.readouterr().err == ""
