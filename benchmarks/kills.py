@@ -60,25 +60,39 @@ class Command:
         """Kill it, or one of its ranks, and wait until the others have noticed."""
         members = [self.process.pid]
         if self.ranks > 1:
-            with suppress(OSError):  # it ended just now
-                task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-                members += map(int, task.read_text().split())
+            members += self._hold()
         with suppress(ProcessLookupError):
             os.kill(self.draw.choice(members), signal.SIGKILL)
+        self.process.send_signal(signal.SIGCONT)
         ends = time.monotonic() + LONGEST
         while self.process.poll() is None or any(map(runs, members)):
             if time.monotonic() > ends:
                 raise SystemExit(f"processes {members} outlive the one that was killed")
             time.sleep(0.02)
 
+    def _hold(self) -> list[int]:
+        """Stop the launcher, which then starts no more ranks, and return those that there are."""
+        self.process.send_signal(signal.SIGSTOP)
+        while state(self.process.pid) not in ("T", "Z", ""):
+            time.sleep(0.001)
+        with suppress(OSError):  # it ended just now
+            task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            return [*map(int, task.read_text().split())]
+        return []
+
 
 def runs(process: int) -> bool:
     """Say whether a process runs; one that nobody has waited for yet does not."""
+    return state(process) not in ("Z", "")
+
+
+def state(process: int) -> str:
+    """Return the letter by which the kernel tells what a process does; of none, nothing."""
     try:
         text = Path(f"/proc/{process}/stat").read_text()
     except OSError:
-        return False
-    return text.rpartition(")")[2].split()[0] != "Z"
+        return ""
+    return text.rpartition(")")[2].split()[0]
 
 
 class Campaign:
