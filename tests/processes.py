@@ -7,6 +7,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from specforge_core.testing.forked import Forked
@@ -30,9 +31,10 @@ def patience() -> float:
 def wait(process: Process, reached: Callable[[], bool]) -> None:
     """Wait until a running process has come so far."""
     for _ in range(4000):
+        ended = process.poll() is not None  # before the look: it may come so far and end behind it
         if reached():
             return
-        assert process.poll() is None, process.communicate()
+        assert not ended, process.communicate()
         time.sleep(0.03)
     raise AssertionError("it did not happen within two minutes")
 
@@ -45,6 +47,7 @@ def end(process: Process, *signals: int, apart: float = 0.6) -> tuple[int, str, 
     start = time.monotonic()
     for number, signum in enumerate(signals):
         if number:
+            delivered(process)
             time.sleep(apart)
         if process.poll() is None:
             process.send_signal(signum)
@@ -56,6 +59,20 @@ def end(process: Process, *signals: int, apart: float = 0.6) -> tuple[int, str, 
     assert "Traceback" not in err
     assert process.returncode is not None
     return process.returncode, out, err
+
+
+def delivered(process: Process) -> None:
+    """Wait until a process has taken the signals that it was sent: of two alike that wait, one is.
+
+    A busy machine may have no time for it for longer than two signals are apart.
+    """
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until:
+        with suppress(OSError):  # it ends
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            if not int(re.findall(r"^ShdPnd:\s*(\w+)$", status, re.MULTILINE)[0], 16):
+                return
+        time.sleep(0.01)
 
 
 def alive(process: int) -> bool:
