@@ -88,7 +88,7 @@ def test_a_signal_ends_what_has_nothing_to_keep(signum: int, body: str) -> None:
 
 
 def test_what_is_kept_is_kept_after_two_signals_too() -> None:
-    body = """with stop.keeping():
+    body = """with stop.keeping(20.0):
     ready()
     while not stop.asked(): time.sleep(0.05)
     time.sleep(1.5)
