@@ -77,7 +77,11 @@ def test_a_piece_ends_when_its_time_is_up_and_leaves_no_process(
         "time.sleep(600)\n"
     )
     monkeypatch.setattr(all_, "__file__", str(tmp_path / "all.py"))
-    assert all_.step("D1", 5.0, small=True) == {"failed": "not done in 5 s"}
+    for seconds in (5, 20, 60):  # on a busy machine it may not have begun
+        found = all_.step("D1", float(seconds), small=True)
+        assert found == {"failed": f"not done in {seconds} s"}
+        if left.exists():
+            break
     until = time.monotonic() + 60
     while any(map(running, json.loads(left.read_text()))):  # the kernel ends them a little later
         assert time.monotonic() < until
