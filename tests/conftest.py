@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import pytest
 
+from specforge_core import stop
 from specforge_core.testing.plugin import FakeSite
+
+# here a run that is stopped ends in the process of all the tests, and who takes too long is ended
+# together with it
+stop.SECONDS = 120.0
 
 
 @pytest.fixture
