@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is ARM's
 BFLOAT16_ISAS = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")  # in oneDNN's names
 GAIN = 1.2  # bfloat16 rounds, so it has to be worth it
+_agreed: bool | None = None  # among ranks, whether bfloat16 is fast
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -46,9 +48,21 @@ def has_fast_bfloat16() -> bool:
     It must have instructions for it that no environment variable forbids, and then win a race
     of some milliseconds: emulated, bfloat16 takes up to 25 times as long as float32.
     """
+    if _agreed is not None:
+        return _agreed
     if not has_bfloat16_instructions(CPUINFO) or forbids_bfloat16():
         return False
     return _seconds(torch.bfloat16) * GAIN < _seconds(torch.float32)
+
+
+def agree_on_bfloat16(from_first: Callable[[bool], bool]) -> None:
+    """Have this rank say what the first one has measured, which `from_first` tells all.
+
+    They share the machine while they measure, so that each may come to another end.
+    """
+    global _agreed
+    _agreed = from_first(has_fast_bfloat16())
+    has_fast_bfloat16.cache_clear()
 
 
 def has_bfloat16_instructions(cpuinfo: Path) -> bool:

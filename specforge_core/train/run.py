@@ -10,7 +10,7 @@ from .. import stop
 from ..claim import claim
 from ..compiled import compile_units, recompute_units
 from ..config import RunConfig
-from ..cpu import DTYPES
+from ..cpu import DTYPES, agree_on_bfloat16
 from ..devices import pick_device
 from ..drafts.load import first_draft
 from ..process import describe, report
@@ -40,10 +40,12 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
     """Train a draft as the config says; resumes from `output_dir` by itself."""
     config = run.train
     device = pick_device(config.device, "train.device")
-    machine = choose(run)
     with ExitStack() as stack:
         world_ = stack.enter_context(world(device))
         try:
+            if world_.size > 1:
+                agree_on_bfloat16(world_.from_first)
+            machine = choose(run)
             if world_.main:
                 stack.enter_context(claim(run.output_dir))
             world_.say(f"training on {machine}")

@@ -256,3 +256,31 @@ def test_a_sample_that_was_changed_on_the_disk_is_not_trained_on(
     path.write_bytes(data)
     with pytest.raises(CaptureError, match=r"the sample of prompt .* is not as written"):
         train(*load(config, *options, "train.max_steps=20"))
+
+
+UNLIKE = """
+    import os
+    import torch
+    from specforge_core import cpu
+    from specforge_linear import (
+        specforge_adapter, specforge_config, specforge_draft, specforge_train_step)
+
+    # bfloat16 wins the race of one rank, and loses the other's
+    cpu.has_bfloat16_instructions = lambda path: True
+    def seconds(dtype):
+        slow = torch.float32 if os.environ.get("RANK", "0") == "0" else torch.bfloat16
+        return 2.0 if dtype == slow else 1.0
+    cpu._seconds = seconds
+    """
+
+
+@pytest.mark.slow
+def test_ranks_compute_in_one_dtype_whatever_each_has_measured(
+    config: Path, tmp_path: Path, env: Any
+) -> None:
+    env.strategy("unlike", UNLIKE)
+    environment = os.environ | {"PYTHONPATH": str(env.path)}
+    options = ("strategy.name=unlike", "train.compute_dtype=auto")
+    finish(cli("train", "-c", str(config), "--nproc", "2", *options, env=environment))
+    machine = checkpoint.read_state(checkpoint.find(tmp_path / "run")).machine
+    assert machine["compute_dtype"] == "bfloat16"
