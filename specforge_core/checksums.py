@@ -5,15 +5,18 @@ They find what a disk, a network or a copy damaged, not what somebody forged.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from .documents import open_regular
 from .errors import CheckpointError
 
+SEAL = "checksum"  # in an object of JSON: that of all else in it
 PIECE = 1 << 20  # bytes read at once: the buffer stays in the processor's cache
 
 
@@ -30,6 +33,29 @@ def file_checksum(path: Path) -> str:
 def checksum(data: bytes) -> str:
     """Return the checksum of a file that holds `data`."""
     return xxhash.xxh3_128(data).hexdigest()
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an object of JSON with the checksum of its own values, however they are laid out."""
+    plain = json.loads(json.dumps(document))  # keys that are numbers are texts when it is read
+    return {**plain, SEAL: _seal(plain)}
+
+
+def check_seal(document: Mapping[str, Any]) -> bool:
+    """Compare an object with the checksum in it; ValueError for another.
+
+    Returns False where it has none: a version wrote it that had none.
+    """
+    if SEAL not in document:
+        return False
+    if (found := _seal(document)) != document[SEAL]:
+        raise ValueError(f"its checksum is {found}, {document[SEAL]!r:.40} was written")
+    return True
+
+
+def _seal(document: Mapping[str, Any]) -> str:
+    values = {name: value for name, value in document.items() if name != SEAL}
+    return checksum(json.dumps(values, sort_keys=True).encode())
 
 
 def folder_checksums(folder: Path) -> dict[str, str]:

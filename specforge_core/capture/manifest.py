@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import to_json
 
+from ..checksums import SEAL, check_seal, sealed
 from ..documents import read_document, why_invalid
 from ..errors import CaptureError
 from ..files import inside, write_file
 from ..types import CaptureSpec, Field, FinalState
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 DIGITS = 12  # of a fingerprint that are shown, unless another has the same
-# 1: before specs could ask for next_tokens and logsumexp; 2: before there were checksums
-READABLE = (1, 2, 3)
+# 1: before specs could ask for next_tokens and logsumexp; 2: before there were checksums;
+# 3: before the manifest had one of itself
+READABLE = (1, 2, 3, 4)
 
 Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
 Positive = Annotated[int, pydantic.Field(gt=0, lt=2**63)]
@@ -96,7 +99,10 @@ class CaptureIdentity(Frozen):
 
 
 class CaptureManifest(Frozen):
-    """The contents of manifest.json: rewritten whole, by rename, after every shard."""
+    """The contents of manifest.json: rewritten whole, by rename, after every shard.
+
+    There also with the checksum of all this.
+    """
 
     format_version: int = FORMAT_VERSION
     identity: CaptureIdentity
@@ -139,9 +145,9 @@ class CaptureManifest(Frozen):
         """
         path = directory / MANIFEST
         try:
-            data = read_document(path)
-            _check_version(path, data)
-            manifest = cls.model_validate_json(data)
+            raw = json.loads(read_document(path))
+            _check_version(path, raw)
+            manifest = cls.model_validate_json(to_json(_unsealed(raw)))
             for name in (*(shard.file for shard in manifest.shards), manifest.token_counts):
                 if name is not None:
                     inside(directory, name)
@@ -162,12 +168,21 @@ class CaptureManifest(Frozen):
 
     def write(self, directory: Path) -> None:
         """Replace the directory's manifest: the old or the new one is there, never half of one."""
-        write_file(directory / MANIFEST, self.model_dump_json(indent=1).encode() + b"\n")
+        document = sealed(self.model_dump(mode="json"))
+        write_file(directory / MANIFEST, json.dumps(document, indent=1).encode() + b"\n")
 
 
-def _check_version(path: Path, data: bytes) -> None:
+def _unsealed(told: Any) -> Any:
+    """Return what a manifest says without its checksum; ValueError where that is another."""
+    if not isinstance(told, dict):
+        return told
+    if not check_seal(told) and told.get("format_version") == FORMAT_VERSION:
+        raise ValueError(f"it has no {SEAL} of itself")
+    return {key: value for key, value in told.items() if key != SEAL}
+
+
+def _check_version(path: Path, told: Any) -> None:
     """Raise CaptureError for a later format, whose keys need not be known here."""
-    told = json.loads(data)
     version = told.get("format_version", 1) if isinstance(told, dict) else 1
     if type(version) is int and version not in READABLE:
         raise CaptureError(

@@ -19,7 +19,7 @@ from ..types import Problem, Prompt, Sample
 from .identity import check_identity
 from .job import Job
 from .layout import check_sample
-from .manifest import CaptureManifest
+from .manifest import FORMAT_VERSION, MANIFEST, CaptureManifest
 from .recapture import Fresh, compare
 from .store import ShardReader, read_token_counts
 
@@ -34,15 +34,15 @@ class VerifyReport:
     num_samples: int
     num_recaptured: int
     complete: bool
-    num_unchecked: int = 0  # shards of a version that wrote no checksums
+    unchecked: str = ""  # files of a version that wrote no checksums of them
 
     def __str__(self) -> str:
         again = f", {self.num_recaptured} of them captured again and equal"
         rest = "" if self.complete else "; the capture is not complete yet"
-        if self.num_unchecked:
+        if self.unchecked:
             rest += (
-                f"; {self.num_unchecked} shards have no checksums, of a version that wrote none: "
-                "changed bytes would not be seen"
+                f"; no checksum is of {self.unchecked}, as an earlier version wrote none: changed "
+                "bytes would not be seen"
             )
         return (
             f"{self.directory}: {self.num_samples} samples are as they should be"
@@ -87,8 +87,15 @@ def verify_directory(
             f"{more if len(shown) == MAX_PROBLEMS else ''}\n"
             "Capture again: specforge capture -c RUN.yaml data.capture_dir=EMPTY_DIRECTORY"
         )
-    unchecked = sum(shard.checksum is None for shard in manifest.shards)
-    return VerifyReport(directory, len(reader), len(fresh), manifest.complete, unchecked)
+    return VerifyReport(directory, len(reader), len(fresh), manifest.complete, _unchecked(manifest))
+
+
+def _unchecked(manifest: CaptureManifest) -> str:
+    """Say which files of a capture no checksum is of."""
+    shards = sum(shard.checksum is None for shard in manifest.shards)
+    found = [f"{shards} of its {len(manifest.shards)} shards"] if shards else []
+    found += [f"its {MANIFEST}"] if manifest.format_version < FORMAT_VERSION else []
+    return " and ".join(found)
 
 
 def _counts(directory: Path, manifest: CaptureManifest) -> Iterator[str]:

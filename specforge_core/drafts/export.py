@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..checksums import check_folder, folder_checksums
+from ..checksums import check_folder, check_seal, checksum, file_checksum, folder_checksums, sealed
 from ..documents import check_regular, read_object
 from ..errors import CheckpointError, PluginError
 from ..files import publish, refusing, sweep, system_error, temporary_folder, write_file
@@ -47,7 +48,8 @@ def write_export(
     `provenance` says where the draft comes from: strategy, target, revision,
     layers, fingerprints; the versions of the packages are added, and what serving
     engines and the doctor have to know: `serve`, `causes`, `base`, the names of the other
-    `files`, config.json as it is `written`, and the `checksums` of the weights.  An existing
+    `files`, config.json as it is `written`, and the `checksums` of weights, those files and
+    itself.  An existing
     directory is replaced only with `force`, and only when all of its files are an
     export's.  Raises CheckpointError when the directory is taken or cannot be
     written, PluginError when what the strategy returned cannot be saved.
@@ -72,8 +74,10 @@ def write_export(
         sweep(directory.parent)
         with temporary_folder(directory) as beside:
             _write_weights(weights, beside, shard_bytes)
-            told["checksums"] = folder_checksums(beside)
-            files[PROVENANCE] = _json(told, PROVENANCE).encode()
+            own = {name: checksum(data) for name, data in export.files.items()}
+            index = {INDEX: file_checksum(beside / INDEX)} if (beside / INDEX).exists() else {}
+            told["checksums"] = folder_checksums(beside) | index | own
+            files[PROVENANCE] = _json(sealed(told), PROVENANCE).encode()
             for name, data in files.items():
                 write_file(beside / name, data)
             publish(beside, directory)
@@ -151,14 +155,15 @@ def read_provenance(directory: Path) -> dict[str, Any]:
 
 
 def check_export(directory: Path, provenance: Mapping[str, Any]) -> bool:
-    """Read an export's weights whole and compare their checksums.
+    """Read an export's weights and other files whole and compare their checksums.
 
     Returns False where it has none: another program or version wrote it.  Raises CheckpointError.
     """
     checksums = provenance.get("checksums", {})
     if not isinstance(checksums, dict):
         raise CheckpointError(f"{directory / PROVENANCE}: checksums is no object. Export again")
-    check_folder(directory, checksums, "Export again")
+    others = [n for n in checksums if n == INDEX or (PLAIN_NAME.fullmatch(n) and not _is_ours(n))]
+    check_folder(directory, checksums, "Export again", others)
     return bool(checksums)
 
 
@@ -245,9 +250,11 @@ def _check_names(files: Mapping[str, bytes]) -> None:
 
 
 def _own_files(directory: Path) -> set[str]:
-    """Return the names of an export's other files."""
-    found = read_json(directory, PROVENANCE).get("files", [])
-    return {str(name) for name in found} if isinstance(found, list) else set()
+    """Return the names of an export's other files; none where a damaged one is to be replaced."""
+    with suppress(OSError, ValueError):
+        found = read_object(directory / PROVENANCE).get("files", [])
+        return {str(name) for name in found} if isinstance(found, list) else set()
+    return set()
 
 
 def _is_ours(name: str) -> bool:
@@ -266,7 +273,10 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
     """Return the object in a file of an export.  Raises CheckpointError."""
     path = directory / name
     try:
-        return read_object(path)
+        found = read_object(path)
+        if name == PROVENANCE:
+            check_seal(found)
+        return found
     except OSError as exc:
         raise CheckpointError(
             f"{directory} is not an exported draft: {name} cannot be read ({exc.strerror}). "

@@ -48,9 +48,40 @@ def test_a_damaged_manifest_is_an_error(content: str, tmp_path: Path):
 
 
 def test_a_manifest_of_a_later_format_is_an_error(tmp_path: Path):
-    later = CaptureManifest(identity=IDENTITY).model_copy(update={"format_version": 4})
+    later = CaptureManifest(identity=IDENTITY).model_copy(update={"format_version": 5})
     later.write(tmp_path)
-    with pytest.raises(CaptureError, match=r"format 4, and this version reads formats up to 3\."):
+    with pytest.raises(CaptureError, match=r"format 5, and this version reads formats up to 4\."):
+        CaptureManifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"complete": True}, "its checksum is"),
+        ({"format_version": 3}, "its checksum is"),
+        ({"checksum": "0" * 32}, "its checksum is"),
+        ({"checksum": None}, "its checksum is"),
+        ({"more": 1}, "its checksum is"),
+        ({}, "it has no checksum of itself"),
+    ],
+)
+def test_a_manifest_whose_values_were_changed_is_found(
+    change: dict[str, object], message: str, tmp_path: Path
+):
+    """Another fingerprint is one that another capture may have: only a checksum tells."""
+    CaptureManifest(identity=IDENTITY).write(tmp_path)
+    path = tmp_path / "manifest.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw))  # laid out otherwise
+    CaptureManifest.read(tmp_path)
+    if not change:
+        del raw["checksum"]
+    path.write_text(json.dumps(raw | change))
+    with pytest.raises(CaptureError, match=rf"manifest\.json cannot be read: {message}"):
+        CaptureManifest.read(tmp_path)
+    raw["identity"]["target_fingerprint"] = "another"
+    path.write_text(json.dumps(raw | change))
+    with pytest.raises(CaptureError, match=rf"manifest\.json cannot be read: {message}"):
         CaptureManifest.read(tmp_path)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from specforge_core.drafts.export import check_place, read_serve, write_export
+from specforge_core.drafts.export import INDEX, check_place, read_serve, write_export
+from specforge_core.drafts.verify import verify_draft
 from specforge_core.errors import CheckpointError, PluginError
 from specforge_core.types import Export, ExportFile
 
@@ -86,3 +88,43 @@ def test_files_stay_in_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(PluginError, match="a plain name"):
         write_export(replace(EXPORT, files={name: b""}), tmp_path / "out", {})
     assert list(tmp_path.iterdir()) == []
+
+
+def serve(told: dict[str, object]) -> None:
+    told["serve"] = {"engine": {"flag": 4}}
+
+
+def fingerprint(told: dict[str, object]) -> None:
+    told["capture"] = {"target_fingerprint": "another"}
+
+
+def edit(path: Path, change: Callable[[dict[str, object]], None]) -> None:
+    told = json.loads(path.read_text())
+    change(told)
+    path.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (lambda out: edit(out / "provenance.json", serve), "provenance.json"),
+        (lambda out: edit(out / "provenance.json", fingerprint), "provenance.json"),
+        (lambda out: (out / "chat_template.jinja").write_text("{{ y }}"), "chat_template.jinja"),
+        (lambda out: (out / "chat_template.jinja").unlink(), "chat_template.jinja"),
+        (lambda out: (out / INDEX).write_text((out / INDEX).read_text() + " "), INDEX),
+    ],
+)
+def test_verify_finds_what_was_changed_in_any_file_of_an_export(
+    tmp_path: Path, damage: Callable[[Path], object], name: str
+) -> None:
+    out = tmp_path / "out"
+    weights = {"a": torch.ones(2), "b": torch.ones(2)}
+    config = {"id2label": dict.fromkeys(range(11), "x")}  # its keys are texts when it is read
+    write_export(replace(EXPORT, weights=weights, config=config), out, {}, shard_bytes=8)
+    assert str(verify_draft(out)).endswith("as they were written")
+    damage(out)
+    with pytest.raises(
+        CheckpointError, match=rf"{name} (is damaged|cannot be read): .*xport again"
+    ):
+        verify_draft(out)
+    check_place(out, force=True)  # which is then possible

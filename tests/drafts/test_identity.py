@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from specforge_core.checksums import sealed
 from specforge_core.cli import cli
 from specforge_core.drafts.checkpoint import CHECKSUMS, STATE, find
 from specforge_core.drafts.load import restore
@@ -161,7 +162,8 @@ def test_options_of_another_version_are_told_of(config: Path) -> None:
 )
 def test_a_provenance_that_was_edited_is_damaged(config: Path, change: dict[str, object]) -> None:
     path = config.parent / "export" / "provenance.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    told = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(sealed(told)))
     with pytest.raises(CheckpointError, match=r"export is damaged: .*Export again"):
         uses(config)["evaluate_export"]()
 
@@ -189,7 +191,7 @@ def test_a_config_json_that_was_edited_is_named_with_both_values(
         with pytest.raises(CheckpointError, match=rf"config\.json of the export {message} with"):
             use()
     provenance = json.loads((export / "provenance.json").read_text())
-    (export / "provenance.json").write_text(json.dumps(provenance | {"written": 3}))
+    (export / "provenance.json").write_text(json.dumps(sealed(provenance | {"written": 3})))
     with pytest.raises(CheckpointError, match="written is no object"):
         verify_draft(export)
 
@@ -208,7 +210,7 @@ def test_an_export_that_is_not_finite_is_refused(config: Path, bad: float) -> No
     weights["bias"][3] = bad
     save_file(weights, file)
     told = file.with_name("provenance.json")  # with checksums the file is damaged before that
-    told.write_text(json.dumps(json.loads(told.read_text()) | {"checksums": {}}))
+    told.write_text(json.dumps(sealed(json.loads(told.read_text()) | {"checksums": {}})))
     with pytest.raises(CheckpointError, match=r"tensor 'bias' of .*export holds values that are n"):
         uses(config)["evaluate_export"]()
 

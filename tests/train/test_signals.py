@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from specforge_core.capture.job import run_capture
-from specforge_core.capture.manifest import MANIFEST
+from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.drafts import checkpoint
 from specforge_core.testing.forked import cli
 from specforge_core.testing.plugin import FakeSite
@@ -50,10 +50,9 @@ def dead_capture(captured: Path, tmp_path: Path) -> str:
     """A capture whose writer is gone before it is complete."""
     directory = tmp_path / "capture"
     shutil.copytree(captured, directory)
-    path = directory / MANIFEST
-    text = path.read_text()
-    assert '"complete": true' in text
-    path.write_text(text.replace('"complete": true', '"complete": false'))
+    manifest = CaptureManifest.read(directory)
+    assert manifest.complete
+    manifest.model_copy(update={"complete": False}).write(directory)
     return f"data.capture_dir={directory}"
 
 

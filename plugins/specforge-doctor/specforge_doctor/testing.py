@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from specforge_core.checksums import folder_checksums
+from specforge_core.checksums import folder_checksums, sealed
 from specforge_core.cli import cli
 from specforge_core.drafts.export import PROVENANCE
 from specforge_core.drafts.load import export_checkpoint
@@ -87,7 +87,7 @@ class TrainedRun:
         save_file(weights, export / "model.safetensors")
         told = json.loads((export / PROVENANCE).read_text(encoding="utf-8"))
         told["checksums"] = folder_checksums(export)  # written so, not damaged
-        (export / PROVENANCE).write_text(json.dumps(told), encoding="utf-8")
+        (export / PROVENANCE).write_text(json.dumps(sealed(told)), encoding="utf-8")
         done = CliRunner().invoke(
             cli,
             [

@@ -15,6 +15,7 @@ from specforge_doctor.report import DoctorReport
 from specforge_doctor.run import diagnose
 from specforge_doctor.testing import NEAR
 
+from specforge_core.checksums import sealed
 from specforge_core.cli import cli
 from specforge_core.drafts.load import export_checkpoint
 from specforge_core.errors import CheckpointError, ConfigError, RunError
@@ -153,7 +154,8 @@ def examine(trained: Path, *overrides: str, **options: Any) -> DoctorReport:
 
 
 def edit(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(sealed(told | fields) if "checksum" in told else told | fields))
 
 
 @pytest.mark.slow
