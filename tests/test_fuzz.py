@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from specforge_core.capture.store import ShardReader
 from specforge_core.config import DataConfig
 from specforge_core.data.files import open_source
 from specforge_core.data.sources import read_conversations
-from specforge_core.drafts.checkpoint import checkpoints, read_state
+from specforge_core.drafts.checkpoint import CHECKSUMS, checkpoints, read_state
 from specforge_core.drafts.export import (
     check_place,
     read_export,
@@ -92,6 +93,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, toy_target: Path) -> Path:
         told = json.loads(file.read_text())  # their own checksum would keep changes from what reads
         del told["checksum"]
         file.write_text(json.dumps(told | ({"format_version": 3} if "identity" in told else {})))
+    bare = shutil.copytree(checkpoints(path / "run")[-1], path / "bare/checkpoints/step-00000001")
+    (bare / CHECKSUMS).unlink()
     return config
 
 
@@ -99,6 +102,7 @@ def readers(config: Path) -> dict[str, Reader]:
     """Return what is read of a run's files."""
     path = config.parent
     checkpoint, capture = checkpoints(path / "run")[-1], path / "capture"
+    bare = checkpoints(path / "bare")[-1]
     shard = next(capture.glob("shard*.safetensors"))
 
     def read_capture() -> None:
@@ -118,7 +122,7 @@ def readers(config: Path) -> dict[str, Reader]:
                 entry.rows(file, 0, min(entry.shape[0], 8))
 
     def read_stored_config() -> None:
-        state = read_state(checkpoint)
+        state = read_state(bare)
         validate(dict(state.config), "the stored config")
 
     def read_told() -> None:
@@ -134,7 +138,7 @@ def readers(config: Path) -> dict[str, Reader]:
     return {
         "config": Reader(path / "config.yaml", lambda: load_config(path / "config.yaml")),
         "rows": Reader(path / "row.jsonl", read_rows),
-        "state": Reader(checkpoint / "state.json", read_stored_config),
+        "state": Reader(bare / "state.json", read_stored_config),
         "manifest": Reader(capture / "manifest.json", read_capture),
         "header": Reader(shard, read_tensors, binary=True),
         "export": Reader(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,30 +16,21 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from ..checksums import check_folder, checksum, folder_checksums
-from ..documents import read_object
 from ..errors import CheckpointError
 from ..files import write_file
 from ..types import Draft
 from .links import follow
 from .state import (
+    CHECKSUMS as CHECKSUMS,
     STATE as STATE,
     TrainState as TrainState,
+    checkpoints as checkpoints,
+    instead,
+    read_checksums,
     read_state as read_state,
     step_of,
 )
 from .tensors import DAMAGE, check_finite, check_stored
-
-CHECKSUMS = "checksums.json"
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first.
-
-    Only `checkpoints/step-NNNNNNNN` with a state.json is one, whatever else lies there.
-    """
-    found = [(step_of(path), path) for path in output_dir.glob("checkpoints/step-*")]
-    whole = [(step, path) for step, path in found if step is not None and (path / STATE).is_file()]
-    return [path for _, path in sorted(whole)]
 
 
 def write_checksums(path: Path, state: bytes) -> None:
@@ -54,18 +44,9 @@ def check_files(path: Path) -> bool:
 
     Returns False where it has none: a version wrote it that had none.  Raises CheckpointError.
     """
-    advice = (
-        f"Restore it, or {CHECKSUMS} if that is what was changed, from a copy, or delete {path} to "
-        "use the checkpoint before it"
-    )
-    try:
-        if not (checksums := read_object(path / CHECKSUMS)):
-            raise ValueError("it names no file")
-    except (OSError, ValueError) as exc:
-        if not os.path.lexists(path / CHECKSUMS):
-            return False
-        raise CheckpointError(f"{path / CHECKSUMS} is damaged: {exc}. {advice}") from exc
-    check_folder(path, checksums, advice, others=(STATE,))
+    if (checksums := read_checksums(path)) is None:
+        return False
+    check_folder(path, checksums, instead(path), others=(STATE,))
     return True
 
 
@@ -153,8 +134,7 @@ def _damage(path: Path) -> Iterator[None]:
     else:
         return
     raise CheckpointError(
-        f"{path} is damaged: {type(reason).__name__}: {reason!s:.200}. "
-        "Delete it to use the checkpoint before it"
+        f"{path} is damaged: {type(reason).__name__}: {reason!s:.200}. {instead(path)}"
     ) from reason
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,11 +18,12 @@ from pydantic import (
 from pydantic_core import from_json, to_json
 
 from ..capture.manifest import CaptureIdentity
+from ..checksums import checksum
 from ..config import TrainConfig
-from ..documents import read_document, why_invalid
+from ..documents import read_document, read_object, why_invalid
 from ..errors import CheckpointError
 
-STATE = "state.json"
+STATE, CHECKSUMS = "state.json", "checksums.json"
 STEP = re.compile(r"step-([0-9]{8,12})")
 MOST = 10**15  # of anything counted, so that no arithmetic of a resumed run overflows
 
@@ -88,10 +90,49 @@ def step_of(path: Path) -> int | None:
     return None if found is None else int(found[1])
 
 
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first.
+
+    Only `checkpoints/step-NNNNNNNN` with a state.json is one, whatever else lies there.
+    """
+    found = [(step_of(path), path) for path in output_dir.glob("checkpoints/step-*")]
+    whole = [(step, path) for step, path in found if step is not None and (path / STATE).is_file()]
+    return [path for _, path in sorted(whole)]
+
+
+def instead(path: Path) -> str:
+    """Return what can be done where a file of a checkpoint is damaged."""
+    step, run = step_of(path), path.parent.parent
+    earlier = [p for p in checkpoints(run) if step is not None and (step_of(p) or 0) < step]
+    restore = f"Restore it, or {CHECKSUMS} if that is what was changed, from a copy, or "
+    if earlier:
+        return f"{restore}use {earlier[-1]}. To train on from there: rm -r {path}"
+    return f"{restore}train again: no earlier checkpoint is beside it. Try: output_dir=ANOTHER"
+
+
+def read_checksums(path: Path) -> dict[str, Any] | None:
+    """Return the checksums of a checkpoint's files; None where a version wrote it without.
+
+    Raises CheckpointError.
+    """
+    try:
+        if not (found := read_object(path / CHECKSUMS)):
+            raise ValueError("it names no file")
+    except (OSError, ValueError) as exc:
+        if not os.path.lexists(path / CHECKSUMS):
+            return None
+        raise CheckpointError(f"{path / CHECKSUMS} is damaged: {exc}. {instead(path)}") from exc
+    return found
+
+
 def read_state(path: Path) -> TrainState:
     """Read a checkpoint's state.json.  Raises CheckpointError when it is missing or damaged."""
     try:
-        raw = from_json(read_document(path / STATE), allow_inf_nan=False)
+        data = read_document(path / STATE)
+        told = (read_checksums(path) or {}).get(STATE)
+        if told is not None and (found := checksum(data)) != told:
+            raise ValueError(f"its checksum is {found}, {told!s:.40} was written")
+        raw = from_json(data, allow_inf_nan=False)
         state = TrainState.model_validate_json(to_json(_current(raw)))  # lists for tuples
     except FileNotFoundError as exc:
         raise CheckpointError(
@@ -99,10 +140,10 @@ def read_state(path: Path) -> TrainState:
         ) from exc
     except (ValueError, OSError) as exc:
         why = why_invalid(exc) if isinstance(exc, ValidationError) else str(exc)
-        raise CheckpointError(f"{path / STATE} is damaged: {why}. Use an earlier one") from exc
+        raise CheckpointError(f"{path / STATE} is damaged: {why}. {instead(path)}") from exc
     if step_of(path) not in (None, state.step):
         raise CheckpointError(
-            f"{path / STATE} is damaged: it is of step {state.step}. Use an earlier one"
+            f"{path / STATE} is damaged: it is of step {state.step}. {instead(path)}"
         )
     return state
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import CheckpointError
 from ..tensorfile import CODES
 from ..text import cut, shorten
+from .state import instead
 
 # what a file whose header or layout is damaged makes its readers raise
 DAMAGE = (
@@ -181,9 +182,7 @@ def _extents(file: Path, path: Path) -> dict[str, tuple[str, list[int]]]:
                 ends = [o + s for o, s in zip(offsets, shape, strict=True)]
                 found[name] = str(part.get_dtype()), ends
     except DAMAGE as exc:
-        raise CheckpointError(
-            f"{file} is damaged: {exc}. Delete {path} to use the checkpoint before it"
-        ) from exc
+        raise CheckpointError(f"{file} is damaged: {exc}. {instead(path)}") from exc
     return found
 
 

@@ -59,7 +59,7 @@ def test_a_run_of_0_1_goes_on_as_it_would_have(config: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"step": 1, "odd": 2}'])
 def test_a_damaged_state_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / STATE).write_text(text)
-    with pytest.raises(CheckpointError, match=r"state\.json is damaged: .*Use an earlier one"):
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged: .*Restore it"):
         read_state(tmp_path)
 
 
@@ -108,6 +108,12 @@ def newest(config: Path) -> Path:
     return find(config.parent / "run")
 
 
+def unchecked(config: Path) -> Path:
+    """Return the newest checkpoint, as of a version that wrote no checksums."""
+    (newest(config) / CHECKSUMS).unlink()
+    return newest(config)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -143,7 +149,7 @@ def newest(config: Path) -> Path:
 def test_a_state_that_no_run_wrote_is_refused_by_its_field(
     copy: Path, change: dict[str, object], message: str
 ) -> None:
-    path = newest(copy) / STATE
+    path = unchecked(copy) / STATE
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     for use in (lambda: train(*load(copy)), lambda: restore(*load(copy), path.parent)):
         with pytest.raises(CheckpointError, match=r"state\.json is damaged: ") as found:
@@ -158,6 +164,7 @@ def test_a_state_that_no_run_wrote_is_refused_by_its_field(
         *({"position": 3}, {"position": 10**14}, {"num_tokens": 10**15}, {"seconds": 1e14}),
         *({"logged": 99}, {"window": {"loss": [1.0, -1.0]}}, {"total_steps": 1}),
         *({"machine": {}}, {"versions": {}}, {"first_window": None, "length": 7}),
+        *({"stepp": 3}, {"step": None}),  # its checksum tells before its parser does
     ],
 )
 def test_a_state_whose_numbers_were_changed_is_found(copy: Path, change: dict[str, object]) -> None:
@@ -169,8 +176,18 @@ def test_a_state_whose_numbers_were_changed_is_found(copy: Path, change: dict[st
         lambda: restore(*load(copy), path.parent),
         lambda: verify_draft(copy.parent / "run"),
     ):
-        with pytest.raises(CheckpointError, match=r"state\.json is damaged: its checksum is"):
+        with pytest.raises(
+            CheckpointError, match=r"state\.json is damaged: its checksum is"
+        ) as told:
             use()
+        assert str(told.value).endswith(
+            "no earlier checkpoint is beside it. Try: output_dir=ANOTHER"
+        )
+    earlier = shutil.copytree(path.parent, path.parents[1] / "step-00000002")
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged: its checksum is") as told:
+        train(*load(copy))
+    advice = f"or use {earlier}. To train on from there: rm -r {path.parent}"
+    assert str(told.value).endswith(advice)
 
 
 @pytest.mark.parametrize("generators", [[], [[1, 2, 3]], 5, None])
@@ -185,7 +202,7 @@ def test_generators_of_0_1_are_not_read(trained: Path, tmp_path: Path, generator
 
 @pytest.mark.parametrize("section", ["train", "strategy", "target", "data"])
 def test_a_stored_config_without_a_section_is_refused(copy: Path, section: str) -> None:
-    path = newest(copy) / STATE
+    path = unchecked(copy) / STATE
     state = json.loads(path.read_text())
     del state["config"][section]
     path.write_text(json.dumps(state))
@@ -195,7 +212,7 @@ def test_a_stored_config_without_a_section_is_refused(copy: Path, section: str) 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "\xff", "nul\0"])
 def test_a_state_that_no_parser_likes_is_refused(copy: Path, text: str) -> None:
-    (newest(copy) / STATE).write_bytes(text.encode("latin-1"))
+    (unchecked(copy) / STATE).write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
         train(*load(copy))
 
