@@ -12,6 +12,7 @@ from ..compiled import compile_units, recompute_units
 from ..config import RunConfig
 from ..cpu import DTYPES, agree_on_bfloat16
 from ..devices import pick_device
+from ..drafts.links import odd_links
 from ..drafts.load import first_draft
 from ..process import describe, report
 from ..strategy import Strategy
@@ -48,6 +49,8 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
             machine = choose(run)
             if world_.main:
                 stack.enter_context(claim(run.output_dir))
+                for line in odd_links(run.output_dir):
+                    world_.say(line)
             world_.say(f"training on {machine}")
             share = share_of(run, world_.rank, world_.size)
             feed = open_feed(run, strategy, share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from specforge_core.cli import cli
 from specforge_core.drafts.checkpoint import CHECKSUMS, check_files, find
 from specforge_core.drafts.export import PROVENANCE, read_provenance, write_export
+from specforge_core.drafts.links import link, odd_links
 from specforge_core.drafts.state import STATE
 from specforge_core.errors import CheckpointError
 from specforge_core.types import Export
@@ -106,9 +108,57 @@ def test_best_is_a_checkpoint_of_the_run(run: Path, tmp_path: Path) -> None:
     checkpoint.rename(tmp_path / "step-00000003")
     for leads in ("../step-00000003", tmp_path / "step-00000003", "..", "/"):
         (run / "best").symlink_to(leads)
-        with pytest.raises(CheckpointError, match="the link leads out of the run, to"):
+        with pytest.raises(
+            CheckpointError, match=r"the link leads to .*, no checkpoint of this run"
+        ):
             find(best)
         (run / "best").unlink()
+
+
+def own_file(run: Path, name: str) -> None:
+    (run / name).write_text("mine")
+
+
+def own_link(run: Path, name: str) -> None:
+    (run / name).symlink_to("metrics.jsonl")
+
+
+def copied(run: Path, name: str) -> None:
+    shutil.copytree(run / "checkpoints/step-00000003", run / name)
+
+
+def dangling(run: Path, name: str) -> None:
+    (run / name).symlink_to("checkpoints/step-00000009")
+
+
+@pytest.mark.parametrize("name", ["best", "latest"])
+@pytest.mark.parametrize(
+    ("plant", "line", "message"),
+    [
+        (own_file, "no link to a checkpoint", "it is no link to a .* somebody's own. Try: {run}$"),
+        (own_link, "no link to a checkpoint", "the link leads to {run}/metrics.jsonl"),
+        (copied, "no link to a checkpoint", "is a folder, as in a copy, .* Try: {run}/{name}$"),
+        (dangling, "leads to checkpoints/step-00000009", "step-00000009, .* there. Try: {run}$"),
+    ],
+)
+def test_what_has_the_name_of_a_link_and_is_none_is_told_and_stays(
+    run: Path, name: str, plant: Callable[[Path, str], None], line: str, message: str
+) -> None:
+    (run / "metrics.jsonl").touch()
+    assert odd_links(run) == []
+    plant(run, name)
+    with pytest.raises(CheckpointError, match=message.format(run=run, name=name)):
+        find(Path(f"{run}@{name}"))
+    told = odd_links(run)
+    link(run, name, run / "checkpoints/step-00000003")
+    if plant is dangling:  # one of the run's own: the next checkpoint is its
+        assert len(told) == (name == "best")
+        assert odd_links(run) == []
+    else:
+        assert len(told) == 1
+        assert f"{run}@{name} names none" in told[0]
+        assert odd_links(run) == told
+    assert all(line in found for found in told)
 
 
 @pytest.mark.parametrize(
