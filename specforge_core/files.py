@@ -28,7 +28,12 @@ UNLOCKED_SECONDS = 24 * 3600  # where nothing can be locked, what is older is no
 # what no folder can do anything about; every other error of fsync on one counts
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_PLACE = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+}
+MAKE_ROOM = "Make room there"
 CANNOT_WRITE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -217,9 +222,21 @@ def refusing(error: type[SpecForgeError], advice: str, path: Path | None = None)
     try:
         yield
     except OSError as exc:
-        if exc.errno in NO_RIGHT:  # where room does not help
-            advice = advice.replace("Make room there", "Get the right to write there")
-        raise error(f"{cannot_write(exc, path)}. {advice}") from exc
+        raise error(f"{cannot_write(exc, path)}. {remedied(advice, exc)}") from exc
+
+
+def remedied(advice: str, exc: OSError) -> str:
+    """Return advice that begins with making room as it is where something else is wrong."""
+    if exc.errno in NO_ROOM:
+        return advice
+    first = "Look what is wrong there"
+    if exc.errno in NO_RIGHT:
+        first = "Get the right to write there"
+    elif exc.errno in NO_PLACE:
+        first = "Correct that path"
+    elif exc.errno == errno.EFBIG:
+        first = "Raise the limit on the size of files (ulimit -f)"
+    return advice.replace(MAKE_ROOM, first)
 
 
 def system_error(exc: Exception, path: Path) -> OSError:
@@ -238,7 +255,8 @@ def cannot_write(exc: OSError, path: Path | None = None) -> str:
     name = exc.filename if known else path
     place = None if name is None else Path(os.fsdecode(name))
     shown = "a file" if place is None else cut(str(place), 200)
-    return f"{shown} cannot be written: {exc.strerror or exc}{_room(place)}"
+    room = _room(place) if exc.errno in NO_ROOM else ""
+    return f"{shown} cannot be written: {exc.strerror or exc}{room}"
 
 
 def _exchange(one: Path, other: Path) -> bool:

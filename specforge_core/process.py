@@ -21,7 +21,7 @@ import click
 
 from . import stop
 from .errors import LONGEST, SpecForgeError
-from .files import CANNOT_WRITE, cannot_write, write_file
+from .files import CANNOT_WRITE, cannot_write, remedied, write_file
 from .text import cut, harmless, said
 
 PRIVATE = "SPECFORGE_PRIVATE"  # our own launcher's directory, in the environment of its ranks
@@ -116,7 +116,7 @@ def _described(exc: BaseException) -> tuple[str, int]:
         return f"there is too little memory. {then}\n{cut(said(exc), 300)}".strip(), 1
     if isinstance(exc, OSError) and exc.errno in CANNOT_WRITE:
         then = "Make room there or choose another place, then run the same command again"
-        return f"{cannot_write(exc)}. {then}", 1
+        return f"{cannot_write(exc)}. {remedied(then, exc)}", 1
     return (
         f"{type(exc).__name__}: {cut(said(exc), LONGEST)}\nAdd --debug to see where it came from",
         1,

@@ -124,7 +124,7 @@ def test_an_output_directory_that_cannot_be_written_is_named(tmp_path: Path) -> 
     with (
         pytest.raises(
             ConfigError,
-            match=r"cannot be written: Not a directory .*free there\). Try: output_dir=DIR",
+            match=r"cannot be written: Not a directory\. Try: output_dir=DIR",
         ),
         claim(tmp_path / "file" / "run"),
     ):
@@ -179,7 +179,7 @@ def test_an_output_directory_that_cannot_be_looked_into_is_named(
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "exists", denied)
-    message = r"lock cannot be written: Permission denied \(.*\)\. Try: output_dir=DIR"
+    message = r"lock cannot be written: Permission denied\. Try: output_dir=DIR"
     with pytest.raises(ConfigError, match=message), claim(tmp_path):
         pass
 

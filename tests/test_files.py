@@ -248,13 +248,13 @@ def test_errors_say_which_file_why_the_room_there_and_what_to_do(tmp_path: Path)
     with (
         pytest.raises(
             DataError,
-            match=r"file/a cannot be written: Not a directory \([0-9.]+ \w+ free there\)\. Do",
+            match=r"file/a cannot be written: Not a directory\. Do",
         ),
         refusing(DataError, "Do something"),
     ):
         write_file(tmp_path / "file" / "a", b"")
     with (
-        pytest.raises(DataError, match=r"/x/y cannot be written: why \("),
+        pytest.raises(DataError, match=r"/x/y cannot be written: why\. "),
         refusing(DataError, "", Path("/x/y")),
     ):
         raise OSError(5, "why")
@@ -271,11 +271,20 @@ def test_a_folder_is_tried_before_the_work(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "advice"),
-    [(errno.ENOSPC, "Make room there, or"), (errno.EACCES, "Get the right to write there, or")],
+    [
+        (errno.ENOSPC, r"\([0-9.]+ \w+ free there\)\. Make room there, or"),
+        (errno.EDQUOT, r"\([0-9.]+ \w+ free there\)\. Make room there, or"),
+        (errno.EACCES, r"Permission denied\. Get the right to write there, or"),
+        (errno.EROFS, r"Read-only file system\. Get the right to write there, or"),
+        (errno.ENOTDIR, r"Not a directory\. Correct that path, or"),
+        (errno.ENOENT, r"No such file or directory\. Correct that path, or"),
+        (errno.EFBIG, r"File too large\. Raise the limit on the size of files \(ulimit -f\), or"),
+        (errno.EIO, r"Input/output error\. Look what is wrong there, or"),
+    ],
 )
 def test_room_is_asked_for_where_it_helps(tmp_path: Path, number: int, advice: str) -> None:
     with (
-        pytest.raises(DataError, match=rf"x cannot be written: .*\. {advice} try: -o Y"),
+        pytest.raises(DataError, match=rf"x cannot be written: .*{advice} try: -o Y"),
         refusing(DataError, "Make room there, or try: -o Y", tmp_path / "x"),
     ):
         raise OSError(number, os.strerror(number))

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import DataError
-from ..files import append, cannot_write, make_folder, sync_folder
+from ..files import append, cannot_write, make_folder, remedied, sync_folder
 from ..locks import hold
 
 START = b'{"id": '  # of every line: rows have their id first
@@ -103,10 +103,11 @@ class Journal:
         return 0
 
     def _error(self, exc: OSError) -> DataError:
-        return DataError(
-            f"output {cannot_write(exc, self.path)}. What was written stays; make room there or "
-            "choose another -o PATH, then run the same command to go on"
+        advice = (
+            "What was written stays. Make room there, or choose another -o PATH, then run the same "
+            "command to go on"
         )
+        return DataError(f"output {cannot_write(exc, self.path)}. {remedied(advice, exc)}")
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -33,7 +33,12 @@ def watch(output_dir: Path, every: float) -> None:
 @click.command()
 @click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
 @click.option(
-    "-o", "--output", type=PATH, default="plot.png", show_default=True, help="PNG file to write."
+    "-o",
+    "--output",
+    type=PATH,
+    default="plot.png",
+    show_default=True,
+    help="Picture to write: .png, .pdf, .svg ...",
 )
 def plot(runs: tuple[Path, ...], output: Path) -> None:
     """Compare what runs have logged in one picture.

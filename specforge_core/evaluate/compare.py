@@ -13,42 +13,53 @@ from matplotlib.ticker import MaxNLocator
 
 from ..documents import open_regular
 from ..errors import CheckpointError, ConfigError, RunError
-from ..files import refusing, write_file
+from ..files import prepare_folder, refusing, write_file
 from .curves import PHASE, VIEWS, Curves, is_phase
 from .plot import as_label
 
 STYLES = ("-", "--", ":", "-.")
 MANY = 30  # points; fewer are marked
 LEGEND = 12  # lines that a legend still helps with
-PNG = b"\x89PNG\r\n\x1a\n"
+BEGINNING = 4  # bytes that tell a kind of picture
+NO_PICTURES = {"pgf", "raw", "rgba"}  # of matplotlib: for LaTeX, or of no size that they say
 
 
-def plot_runs(runs: Sequence[Path], png: Path) -> None:
+def plot_runs(runs: Sequence[Path], picture: Path) -> None:
     """Draw loss, acceptance, throughput and phases of some runs; a colour each.
 
-    Raises CheckpointError for a run that has logged nothing, ConfigError where `png` is another
-    kind of file.
+    The ending of `picture` says which kind it is.  Raises CheckpointError for a run that has
+    logged nothing, ConfigError where another kind of file is there, or no picture ends so.
     """
-    if png.exists() and not _may_replace(png):
-        raise ConfigError(f"{png} is there and no PNG. Move it away, or try: -o OTHER.png")
-    data = draw_runs(runs)
+    kind = picture.suffix[1:].lower()
+    if kind not in (known := Figure().canvas.get_supported_filetypes().keys() - NO_PICTURES):
+        raise ConfigError(
+            f"{picture} has the ending of no picture that can be drawn, which are "
+            f"{', '.join(sorted(known))}. Try: -o PLOT.png"
+        )
+    data = draw_runs(runs, kind)
+    if picture.exists() and not _may_replace(picture, data):
+        raise ConfigError(
+            f"{picture} is there and no {kind.upper()}. Move it away, or try: -o OTHER.{kind}"
+        )
+    with refusing(ConfigError, f"Make room there, or try: -o OTHER.{kind}", picture):
+        prepare_folder(picture.parent)
     with refusing(RunError, "Make room there, then run the same command again"):
-        write_file(png, data)
+        write_file(picture, data)
 
 
-def _may_replace(path: Path) -> bool:
-    """Say whether a file is empty or an earlier picture."""
+def _may_replace(path: Path, data: bytes) -> bool:
+    """Say whether a file is empty or an earlier picture of the kind of `data`."""
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            return file.read(len(PNG)) in (PNG, b"")
+            return file.read(BEGINNING) in (data[:BEGINNING], b"")
     except OSError:
         return False
 
 
-def draw_runs(runs: Sequence[Path]) -> bytes:
-    """Return the picture as PNG.  Raises what `plot_runs` does."""
+def draw_runs(runs: Sequence[Path], kind: str = "png") -> bytes:
+    """Return the picture as a file of that kind has it.  Raises what `plot_runs` does."""
     data = io.BytesIO()
-    figure_of(runs).savefig(data, format="png")
+    figure_of(runs).savefig(data, format=kind)
     return data.getvalue()
 
 

@@ -42,8 +42,17 @@ from ..drafts.checkpoint import (
 )
 from ..drafts.links import BEST, LATEST, link
 from ..errors import RunError
-from ..files import cannot_write, publish, remove_folder, system_error, temporary_folder, write_file
+from ..files import (
+    cannot_write,
+    publish,
+    remedied,
+    remove_folder,
+    system_error,
+    temporary_folder,
+    write_file,
+)
 from ..types import Draft
+from .metrics import RESTART
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # file systems without symbolic links
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -141,10 +150,8 @@ def _refusing(final: Path) -> Iterator[None]:
         cause = first_failure(exc)
         if not isinstance(cause, OSError | SafetensorError):
             raise
-        raise RunError(
-            f"checkpoint {cannot_write(system_error(cause, final))}. The checkpoints before it "
-            "are whole. Make room there, then start the same command again"
-        ) from exc
+        failure = system_error(cause, final)
+        raise RunError(f"checkpoint {cannot_write(failure)}. {remedied(RESTART, failure)}") from exc
 
 
 def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:

@@ -150,7 +150,9 @@ def small_files() -> Iterator[None]:
 def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
     out = tmp_path / "draft"
     large = Export(config={}, weights={"w": torch.zeros(4096)})
-    message = r"draft cannot be written: .* free there\)\. Make room there, or choose another place"
+    message = (
+        r"draft cannot be written: File too large\. Raise the limit .*, or choose another place"
+    )
     with small_files(), pytest.raises(CheckpointError, match=message):
         write_export(large, out, {})
     assert listing(tmp_path) == []

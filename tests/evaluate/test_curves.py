@@ -43,14 +43,26 @@ def size(png: bytes) -> tuple[int, int]:
 def test_a_picture_replaces_a_picture_and_nothing_else(tmp_path: Path) -> None:
     run = write(tmp_path / "run", ROW)
     before = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl is there and no PNG.*-o OTHER\.png"):
-        plot_runs([run], run / "metrics.jsonl")
-    with pytest.raises(ConfigError, match="run is there and no PNG"):
-        plot_runs([run], run)
+    for name in ("metrics.jsonl", "notes.txt", "", "a.pgf"):
+        message = r"has the ending of no picture .* jpg, pdf, png, .* -o PLOT\.png"
+        with pytest.raises(ConfigError, match=message):
+            plot_runs([run], run / name)
+    (run / "notes.png").write_text("mine")
+    (run / "folder.png").mkdir()
+    for name in ("notes.png", "folder.png"):
+        with pytest.raises(ConfigError, match=rf"{name} is there and no PNG.*-o OTHER\.png"):
+            plot_runs([run], run / name)
     assert (run / "metrics.jsonl").read_bytes() == before
+    assert (run / "notes.png").read_text() == "mine"
     for _ in range(2):
-        plot_runs([run], tmp_path / "plot.png")
-    assert size((tmp_path / "plot.png").read_bytes())
+        plot_runs([run], tmp_path / "new/folder/plot.png")
+    assert size((tmp_path / "new/folder/plot.png").read_bytes())
+    plot_runs([run], tmp_path / "plot.PDF")
+    assert (tmp_path / "plot.PDF").read_bytes().startswith(b"%PDF")
+    with pytest.raises(
+        ConfigError, match=r"cannot be written: Not a directory\. Correct that path"
+    ):
+        plot_runs([run], run / "notes.png" / "plot.png")
 
 
 def test_lines_are_read_as_they_come_and_anew_after_a_resume(tmp_path: Path) -> None:
