@@ -287,10 +287,11 @@ class Strategy(Calls):
             "specforge_serve", target=target, export=export, draft_tokens=draft_tokens
         )
         if found is None:
-            return NotServed(
-                reason=f"target.engine={target.engine} serves no drafts. "
-                "Try: target.engine=ENGINE of an installed plugin that does"
-            )
+            impls = self.pm.hook.specforge_serve.get_hookimpls()
+            able = {impl.plugin_name for impl in impls if not impl.wrapper}
+            tries = [f"target.engine={name}" for name in sorted(able - {"core", self.name})]
+            hint = ", or ".join(tries) or "pip install specforge-sglang, then target.engine=sglang"
+            return NotServed(reason=f"target.engine={target.engine} serves no drafts. Try: {hint}")
         if isinstance(found, NotServed):
             return found
         return self._with("specforge_serve", found, "name", "answer", "close")

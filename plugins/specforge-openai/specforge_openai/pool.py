@@ -123,8 +123,8 @@ class Pool(Generic[C]):
         listing = "\n  ".join(f"{s.client.url}: {s.retired}" for s in self.servers)
         return (
             f"no server of the target engine can be used, and none came back in "
-            f"{self.patience:.0f} s:\n  {listing}\nTry: start them again, then the same command, "
-            "which goes on where it stopped"
+            f"{self.patience:.0f} s:\n  {listing}\nTry: start them again, then the same command. "
+            "What it has stored stays"
         )
 
 

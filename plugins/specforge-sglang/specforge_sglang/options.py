@@ -96,6 +96,6 @@ def read_options(target: TargetConfig) -> SGLangOptions:
         raise ConfigError(
             "target.engine=sglang needs to know where SGLang is: it is not installed here. Try: "
             "target.options.python=/path/to/sglang-venv/bin/python, or "
-            "target.options.url=http://HOST:PORT of a running server"
+            "target.options.urls=[http://HOST:PORT] of running servers"
         ) from None
     return options.model_copy(update={"python": sys.executable})

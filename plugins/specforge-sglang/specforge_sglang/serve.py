@@ -52,8 +52,8 @@ def serve(target: TargetConfig, export: Path, draft_tokens: int) -> DraftServer 
     options = read_options(target)
     if options.python is None:
         return NotServed(
-            reason="the servers at target.options.url run without this draft. "
-            "Try: target.options.python=/path/to/sglang-venv/bin/python, and no url"
+            reason="the servers at target.options.urls run without this draft. "
+            "Try: target.options.python=/path/to/sglang-venv/bin/python, and no urls"
         )
     drafting = drafting_flags(export, draft_tokens)
     if isinstance(drafting, NotServed):

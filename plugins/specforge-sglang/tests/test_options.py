@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from specforge_sglang.options import read_options
+from specforge_openai.options import OpenAIOptions
+from specforge_sglang.options import SGLangOptions, read_options
 
 from specforge_core.config import TargetConfig
 from specforge_core.errors import ConfigError
+from specforge_core.section import Section
 
 
 def read(**options: Any) -> Any:
     return read_options(TargetConfig(path="t", engine="sglang", options=options))
+
+
+@pytest.mark.parametrize("options", [SGLangOptions, OpenAIOptions])
+def test_messages_advise_options_that_are_there(options: type[Section]) -> None:
+    package = Path(inspect.getfile(options)).parent
+    text = "".join(path.read_text() for path in package.glob("*.py"))
+    found = set(re.findall(r"target\.options\.([a-z_]+)", text))
+    assert "urls" in found <= set(options.model_fields)
 
 
 def test_one_url_or_several() -> None:
@@ -49,7 +61,7 @@ def test_what_is_wrong_is_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_without_sglang_here_one_is_asked_for() -> None:
-    with pytest.raises(ConfigError, match=r"target\.options\.python=.*target\.options\.url="):
+    with pytest.raises(ConfigError, match=r"target\.options\.python=.*target\.options\.urls="):
         read()
 
 
