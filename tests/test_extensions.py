@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from specforge_core.config import TrainConfig
+from specforge_core.config import TargetConfig, TrainConfig
 from specforge_core.errors import ConfigError, PluginError
 from specforge_core.strategy import Strategy
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.runs import lines, load, losses, write_run
 from specforge_core.train.run import train
-from specforge_core.types import Draft
+from specforge_core.types import Draft, NotServed
 
 OPTIMIZER = """
 import torch
@@ -168,3 +168,30 @@ def test_a_section_is_checked_as_the_core_s_own(config: Path) -> None:
     for name, told in (("recordr", r"Did you mean plugins\.recorder\?"), ("x", "pip install")):
         with pytest.raises(ConfigError, match=rf"plugins\.{name}: no installed plugin .*{told}"):
             load(config, f"plugins.{name}={{}}")
+
+
+SERVES = """
+from specforge_core import hookimpl
+
+@hookimpl
+def specforge_serve(target, export, draft_tokens): return None
+"""
+
+
+def test_an_engine_that_serves_no_drafts_names_those_that_do(
+    fake_site: FakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECFORGE_DISABLE_PLUGINS", "sglang")
+    target = TargetConfig(path="t")
+    told = Strategy.load("linear").serve(target, Path("export"), 3)
+    assert isinstance(told, NotServed)
+    assert told.reason == (
+        "target.engine=transformers serves no drafts. Try: pip install specforge-sglang, then "
+        "target.engine=sglang"
+    )
+    for name in ("quick", "able"):
+        group = {"specforge.plugins": {name: f"acme_{name}"}}
+        fake_site.dist(f"acme-{name}", "1.0", group, module=f"acme_{name}", source=SERVES)
+    told = Strategy.load("linear").serve(target, Path("export"), 3)
+    assert isinstance(told, NotServed)
+    assert told.reason.endswith("Try: target.engine=able, or target.engine=quick")

@@ -43,7 +43,7 @@ from specforge_core.tensorfile import DTYPES, OpenFile, read_header
 from specforge_core.testing.runs import load, write_run
 from specforge_core.train.run import train
 
-from .fuzzed import DEEP, HUGE, JSON, ODD, changed, places, replaced
+from .fuzzed import DEEP, HUGE, JSON, ODD, changed, places, replaced, unsealed
 
 SECONDS = 8  # of one input, on a busy machine
 # inputs of each file at the slow level; said by the environment, they are drawn anew every time
@@ -90,9 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, toy_target: Path) -> Path:
     export = method.export(loaded.strategy, restored.draft, restored.target, "hf")
     write_export(export, path / "export", {})
     for file in (path / "capture/manifest.json", path / "export/provenance.json"):
-        told = json.loads(file.read_text())  # their own checksum would keep changes from what reads
-        del told["checksum"]
-        file.write_text(json.dumps(told | ({"format_version": 3} if "identity" in told else {})))
+        file.write_bytes(unsealed(file.read_bytes()))
     bare = shutil.copytree(checkpoints(path / "run")[-1], path / "bare/checkpoints/step-00000001")
     (bare / CHECKSUMS).unlink()
     return config
@@ -101,9 +99,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, toy_target: Path) -> Path:
 def readers(config: Path) -> dict[str, Reader]:
     """Return what is read of a run's files."""
     path = config.parent
-    checkpoint, capture = checkpoints(path / "run")[-1], path / "capture"
-    bare = checkpoints(path / "bare")[-1]
-    shard = next(capture.glob("shard*.safetensors"))
+    checkpoint, bare = (checkpoints(path / name)[-1] for name in ("run", "bare"))
+    shard = next((capture := path / "capture").glob("shard*.safetensors"))
 
     def read_capture() -> None:
         samples = ShardReader(capture, CaptureManifest.read(capture))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from specforge_core import plugins
-from specforge_core.config import StrategyConfig, TargetConfig
+from specforge_core.config import StrategyConfig
 from specforge_core.errors import PluginError
 from specforge_core.listing import check_strategy, list_strategies
 from specforge_core.strategy import Strategy
 from specforge_core.testing.plugin import FakeSite
-from specforge_core.types import NotServed
 
 GOOD = """
 from specforge_core import hookimpl
@@ -276,31 +274,3 @@ def test_an_unknown_target_engine_names_the_package_to_install(env: FakeSite) ->
     env.strategy("good", GOOD)
     with pytest.raises(PluginError, match=r"target\.engine 'warp' is not provided"):
         Strategy.load("good").target_engine(TargetConfig(path="x", engine="warp"), None)  # type: ignore[arg-type]
-
-
-SERVES = """
-from specforge_core import hookimpl
-
-@hookimpl
-def specforge_serve(target, export, draft_tokens): return None
-"""
-
-
-def test_an_engine_that_serves_no_drafts_names_those_that_do(
-    env: FakeSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SPECFORGE_DISABLE_PLUGINS", "sglang")
-    env.strategy("good", GOOD)
-    target = TargetConfig(path="t")
-    told = Strategy.load("good").serve(target, Path("export"), 3)
-    assert isinstance(told, NotServed)
-    assert told.reason == (
-        "target.engine=transformers serves no drafts. Try: pip install specforge-sglang, then "
-        "target.engine=sglang"
-    )
-    for name in ("quick", "able"):
-        group = {"specforge.plugins": {name: f"acme_{name}"}}
-        env.dist(f"acme-{name}", "1.0", group, module=f"acme_{name}", source=SERVES)
-    told = Strategy.load("good").serve(target, Path("export"), 3)
-    assert isinstance(told, NotServed)
-    assert told.reason.endswith("Try: target.engine=able, or target.engine=quick")

@@ -6,17 +6,18 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig
+from ..data.files import glance
 from ..data.order import epoch_order
 from ..data.prompts import Asked, PromptSet, run_prompts
 from ..devices import pick_device
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..progress import track
 from ..stop import Interrupted
 from ..strategy import Strategy
@@ -139,8 +140,14 @@ def _capture(
     order = epoch_order(len(prompts), job.run.train.seed, 0, window)
     digest = prompts_fingerprint(prompts, order)
     shard_tokens = job.run.capture.shard_tokens
+    data = None
+    with suppress(DataError):  # they may be no files, but what another package reads
+        data = glance(job.run.data)
     writer = ShardWriter(
-        directory, job.identity, shard_tokens, prompts=digest, num_prompts=len(prompts)
+        *(directory, job.identity, shard_tokens),
+        prompts=digest,
+        num_prompts=len(prompts),
+        data=data,
     )
     try:
         with writer:

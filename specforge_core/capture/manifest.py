@@ -113,6 +113,7 @@ class CaptureManifest(Frozen):
     token_counts_checksum: Checksum | None = None
     prompts: str | None = None  # fingerprint of the prompts in capture order, to resume safely
     num_prompts: Count | None = None
+    data: str | None = None  # what tells data.train from others at a glance, where it is files
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> CaptureManifest:

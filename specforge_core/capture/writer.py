@@ -47,14 +47,18 @@ class ShardWriter:
         *,
         prompts: str | None = None,
         num_prompts: int | None = None,
+        data: str | None = None,
     ) -> None:
         """Lock the directory and read what is there; nothing is written yet.
 
-        `prompts` is a fingerprint of the prompts in their order.  Raises CaptureError
-        when the directory holds another capture, is being written, or is not writable.
+        `prompts` is a fingerprint of the prompts in their order, `data` of the files that they are
+        from.  Raises CaptureError when the directory holds another capture, is being written, or
+        is not writable.
         """
         self.directory = directory
-        self.manifest = CaptureManifest(identity=identity, prompts=prompts, num_prompts=num_prompts)
+        self.manifest = CaptureManifest(
+            identity=identity, prompts=prompts, num_prompts=num_prompts, data=data
+        )
         self.done: set[int] = set()
         self._fields = dict(identity.spec().fields)
         self._shard_tokens = shard_tokens
@@ -102,7 +106,8 @@ class ShardWriter:
                     f"Try: specforge verify {self.directory}"
                 )
             self.done.add(index)
-        self.manifest = manifest.model_copy(update={"format_version": FORMAT_VERSION})
+        new = {"format_version": FORMAT_VERSION, "data": self.manifest.data}
+        self.manifest = manifest.model_copy(update=new)
         self._clean()
 
     def _clean(self) -> None:

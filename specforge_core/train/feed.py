@@ -26,10 +26,11 @@ from ..capture.manifest import MANIFEST, CaptureIdentity, CaptureManifest
 from ..capture.samples import LOOK_AT_ONCE, LOOKS, check_first, refuse
 from ..capture.store import read_token_counts
 from ..config import RunConfig
+from ..data.files import glance
 from ..data.order import Order
 from ..data.prompts import PromptSet
 from ..data.stream import Stream
-from ..errors import CaptureError, ConfigError
+from ..errors import CaptureError, ConfigError, DataError
 from ..files import refusing
 from ..locks import InTurn
 from ..progress import console
@@ -123,6 +124,8 @@ def _offline(job: Job, directory: Path, share: Share) -> Feed:
         "data.follow=true"
     )
     manifest, source = _stored(job, directory, share, "data.train", finish, grows=run.data.follow)
+    if run.data.train and share.rank == 0:
+        _tell_other_data(run, directory, manifest)
     reader = source.reader
     sample = next(source.samples(0)).sample
     if sample is None:  # fewer than ranks: another's
@@ -144,6 +147,21 @@ def _offline(job: Job, directory: Path, share: Share) -> Feed:
         num_tokens=manifest.num_tokens if manifest.complete else None,
         held_out=_held_out_offline(job, directory, share) if run.data.validation != () else None,
     )
+
+
+def _tell_other_data(run: RunConfig, directory: Path, manifest: CaptureManifest) -> None:
+    """Say where `data.train` is not what was captured: nothing of it is read."""
+    try:
+        found = glance(run.data)
+    except DataError as exc:
+        console.print(f"note: the capture in {directory} is trained on, without data.train: {exc}")
+        return
+    if None not in (found, manifest.data) and found != manifest.data:
+        console.print(
+            f"note: the capture in {directory} is trained on, and data.train, data.limit, data.mix "
+            "or data.validation is no longer what it was made of. Try: specforge verify "
+            f"{directory} -c RUN.yaml"
+        )
 
 
 def _held_out_offline(job: Job, directory: Path, share: Share) -> HeldOut:

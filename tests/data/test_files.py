@@ -15,7 +15,7 @@ import pytest
 
 from specforge_core.config import DataConfig, RunConfig
 from specforge_core.data import sources
-from specforge_core.data.files import open_source
+from specforge_core.data.files import GLANCE, glance, open_source
 from specforge_core.data.sources import Conversation
 from specforge_core.errors import DataError
 
@@ -206,6 +206,29 @@ def test_fingerprints_are_of_what_is_in_the_files(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "copy.jsonl")).fingerprint() == first
     path.write_bytes(LINES + b"\n")
     assert open_source(str(path)).fingerprint() != first
+
+
+def test_a_glance_tells_other_data_and_asks_nobody_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(bytes(3 * GLANCE))
+
+    def seen(**changes: Any) -> str | None:
+        return glance(DataConfig(**{"train": (str(path),), **changes}))
+
+    found = {seen(), seen(limit=3), seen(validation=0.1), seen(train=(str(path), str(path)))}
+    for place in (0, 3 * GLANCE - 1):  # what is in the middle is not looked at
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"1")
+        found.add(seen())
+    assert len(found) == 6
+    assert None not in found
+    assert seen() == seen(train=(str(tmp_path),))
+    for elsewhere in ("owner/name", "owner/name:split", "s3://bucket/name"):
+        assert seen(train=(elsewhere,)) is None
+    for gone in ("owner/name.jsonl", "gone"):
+        with pytest.raises(DataError, match="does not exist"):
+            seen(train=(gone,))
 
 
 def test_the_home_folder_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

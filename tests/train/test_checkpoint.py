@@ -145,3 +145,15 @@ def test_a_run_that_was_killed_behind_its_last_checkpoint_keeps_no_more_than_it_
         "step-00000006",
     ]
     assert (tmp_path / "run" / "latest").resolve() == find(tmp_path / "run")
+
+
+def test_a_file_called_like_a_link_is_told_of_and_stays(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(*load(config, "train.max_steps=1"))
+    (tmp_path / "run/latest").unlink()
+    (tmp_path / "run/latest").write_text("mine")
+    capsys.readouterr()
+    train(*load(config, "train.max_steps=2"))
+    assert "run/latest is no link to a checkpoint of this run. It stays" in capsys.readouterr().err
+    assert (tmp_path / "run/latest").read_text() == "mine"

@@ -220,21 +220,14 @@ def test_what_cannot_be_measured_is_an_error_before_the_first_step(
     assert not checkpoints(tmp_path / "run")
 
 
-def test_a_best_one_that_is_not_there_is_an_error(
-    config: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_a_best_one_that_is_not_there_is_an_error(config: Path, tmp_path: Path) -> None:
     train(*load(config, "train.max_steps=1"))
-    with pytest.raises(
-        CheckpointError, match=r"run/best, and no link .* Train with train\.keep_best"
-    ):
+    with pytest.raises(CheckpointError, match=r"no link .* Train with train\.keep_best"):
         find(Path(f"{tmp_path / 'run'}@best"))
     assert find(Path(f"{tmp_path / 'run'}@latest")) == find(tmp_path / "run")
     (tmp_path / "run" / "best").mkdir()
     with pytest.raises(CheckpointError, match="somebody's own"):
         find(Path(f"{tmp_path / 'run'}@best"))
-    capsys.readouterr()
-    train(*load(config, "train.max_steps=1"))
-    assert "run/best is no link to a checkpoint of this run. It stays" in capsys.readouterr().err
 
 
 @pytest.mark.slow

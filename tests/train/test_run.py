@@ -22,6 +22,8 @@ from specforge_core.errors import (
     PluginError,
 )
 from specforge_core.testing.runs import lines, load, losses
+from specforge_core.testing.toy import write_conversations
+from specforge_core.train.feed import open_feed, share_of
 from specforge_core.train.metrics import Reducer
 from specforge_core.train.plan import plan_run
 from specforge_core.train.run import train
@@ -48,13 +50,28 @@ def test_online_training_lowers_the_loss_and_logs_every_step(config: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_offline_training_gives_what_online_training_gives(config: Path, tmp_path: Path) -> None:
+def test_offline_training_gives_what_online_training_gives(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(*load(config))
     directory = tmp_path / "capture"
     offline = (f"data.capture_dir={directory}", f"output_dir={tmp_path / 'offline'}")
     run_capture(*load(config, *offline))
     train(*load(config, *offline))
     assert losses(tmp_path / "offline") == losses(tmp_path / "run")
+
+    def told(*overrides: str) -> str:
+        run, strategy = load(config, *offline, *overrides)
+        capsys.readouterr()
+        open_feed(run, strategy, share_of(run, 0, 1)).close()
+        return str(capsys.readouterr().err)
+
+    assert told() == told("data.train=[]") == ""
+    other = write_conversations(tmp_path / "other.jsonl", 13)
+    for override in (f"data.train=[{other}]", "data.limit=7"):
+        assert "is trained on, and data.train, data.limit, data.mix or data." in told(override)
+    gone = told("data.train=[gone.jsonl]")
+    assert "is trained on, without data.train: data file 'gone.jsonl' does not exist" in gone
 
 
 @pytest.mark.slow

@@ -154,8 +154,8 @@ def examine(trained: Path, *overrides: str, **options: Any) -> DoctorReport:
 
 
 def edit(path: Path, **fields: Any) -> None:
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps(sealed(told | fields) if "checksum" in told else told | fields))
+    told = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps(sealed(told) if "checksum" in told else told))
 
 
 @pytest.mark.slow
@@ -167,8 +167,7 @@ def test_trainer_reference_and_engine_agree(trained: Path) -> None:
     assert len(found) == 5
     assert found["engine"] == found["reference loop"] == found["reference loop, export"]
     assert found["trainer, simulated"] == pytest.approx(found["draft, at every token"], rel=NEAR)
-    assert found["engine"] is not None
-    assert found["engine"] > 1.3
+    assert (found["engine"] or 0) > 1.3
     assert "stand-in 1.0: 8 of 8 answers are the reference's own" in report.notes
 
 
@@ -177,8 +176,7 @@ def test_what_only_the_engine_reads_is_found_by_serving_repaired_copies(trained:
     edit(trained / "export" / "config.json", layer_ids=[0])
     report = examine(trained)
     loop, served = (pair for pair in report.comparisons if pair.left == "reference loop")
-    assert not loop.differs
-    assert served.differs
+    assert (loop.differs, served.differs) == (False, True)
     assert report.verdict.cause == LAYERS
     assert "the export, served by stand-in 1.0, gets" in report.verdict.message
     assert f"Cause: {LAYERS}: layer_ids is [0], expected [-2]. Try: " in report.verdict.message
