@@ -94,10 +94,14 @@ def _others(output_dir: Path) -> str | None:
                 f"{path} is of no run that can go on: no checkpoint of one is there, and what is "
                 "would be replaced. Move it away, or try: output_dir=DIR"
             )
+    return told_of_others(output_dir, names, "run") if names else None
+
+
+def told_of_others(folder: Path, names: list[str], writer: str) -> str:
+    """Return a line about the files of others in a folder that a run, or another, writes into."""
     shown = ", ".join(map(cut, names[:SHOWN]))
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    here = f"{output_dir} is not empty ({shown}{more}): what the run writes comes beside that"
-    return here if names else None
+    return f"{folder} is not empty ({shown}{more}): what the {writer} writes comes beside that"
 
 
 def _taken(output_dir: Path) -> tuple[BinaryIO, bool]:

@@ -18,7 +18,7 @@ from ..data.order import epoch_order
 from ..data.prompts import Asked, PromptSet, run_prompts
 from ..devices import pick_device
 from ..errors import ConfigError, DataError
-from ..progress import track
+from ..progress import console, track
 from ..stop import Interrupted
 from ..strategy import Strategy
 from ..target.info import load_target_info
@@ -27,9 +27,8 @@ from ..types import Adapter, Prompt, TargetEngine, TargetInfo
 from .identity import capture_identity
 from .manifest import CaptureIdentity, CaptureManifest
 from .samples import capture_in_order, check_first, to_host
-from .writer import ShardWriter
-
-VALIDATION = "validation"  # the folder in a capture for what is held out
+from .store import read_token_counts
+from .writer import VALIDATION as VALIDATION, ShardWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +156,13 @@ def _capture(
             if first is not None:
                 first()
             if writer.manifest.complete:
+                read_token_counts(directory, writer.manifest)
+                if first is not None:
+                    console.print(
+                        f"{directory} was complete before, and nothing is captured. Sizes and row "
+                        "tables of its shards are as they were written; all bytes are compared "
+                        f"by: specforge verify {directory}"
+                    )
                 return writer.manifest
             _fill(job, engine(), writer, prompts, order)
             return writer.close()

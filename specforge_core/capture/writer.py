@@ -14,9 +14,11 @@ from types import TracebackType
 
 from torch import Tensor
 
+from ..claim import told_of_others
 from ..errors import CaptureError
 from ..files import make_folder, open_own, refusing, sweep
 from ..locks import hold
+from ..progress import console
 from ..tensorfile import write_tensors
 from ..types import Sample
 from .identity import check_identity
@@ -27,6 +29,8 @@ from .store import ShardReader
 
 TOKEN_COUNTS = "token_counts.safetensors"
 LOCK = ".lock"
+VALIDATION = "validation"  # the folder in a capture for what is held out
+OWN = {LOCK, TOKEN_COUNTS, VALIDATION}  # that a capture may have before its manifest
 SHARDS = "shard-[0-9][0-9][0-9][0-9][0-9].safetensors"
 
 
@@ -89,6 +93,8 @@ class ShardWriter:
                     "is of. Give an empty data.capture_dir"
                 )
             self._clean()
+            if others := sorted({path.name for path in self.directory.iterdir()} - OWN):
+                console.print(told_of_others(self.directory, others, "capture"))
             return
         manifest = CaptureManifest.read(self.directory)
         check_identity(manifest.identity, identity, self.directory, resume=True)

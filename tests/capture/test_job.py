@@ -164,11 +164,24 @@ def test_skipped_prompts_are_counted_and_not_tried_again(config: Path, tmp_path:
     assert 0 < manifest.num_skipped < 40
 
 
-def test_a_complete_capture_is_not_touched_again(config: Path, tmp_path: Path):
+def test_a_complete_capture_is_not_touched_again(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "capture").mkdir()
+    (tmp_path / "capture/notes.txt").touch()
     first = run_capture(*load_config(config))
+    assert "capture is not empty (notes.txt): what the capture" in capsys.readouterr().err
     times = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "capture").glob("*.*")}
     assert run_capture(*load_config(config)) == first
+    told = capsys.readouterr().err
+    assert "was complete before, and nothing is captured." in told
+    assert told.endswith(f"by: specforge verify {tmp_path / 'capture'}\n")
+    assert "is not empty" not in told
     assert times == {f.name: f.stat().st_mtime_ns for f in (tmp_path / "capture").glob("*.*")}
+    counts = tmp_path / "capture/token_counts.safetensors"
+    counts.write_bytes(counts.read_bytes()[:-1] + b"\1")
+    with pytest.raises(CaptureError, match=r"token_counts\.safetensors is missing or damaged"):
+        run_capture(*load_config(config))
 
 
 @pytest.mark.parametrize(
