@@ -28,6 +28,8 @@ class Meter:
     note: str = ""
     before: int = 0  # units of an earlier run
     deadline: float | None = None  # time.monotonic() at which the work ends in any case
+    ends: bool = False  # also the first line that says something and the last one are printed
+    told: int | None = None  # units done when a line was last printed
     started: float = field(default_factory=time.monotonic)
 
     def skip(self, units: int) -> None:
@@ -41,6 +43,13 @@ class Meter:
         self.note = self.note if note is None else note
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=self.done, note=self.note)
+        if self.ends and self.told is None and self.note:
+            self.tell()
+
+    def tell(self) -> None:
+        """Print the plain line."""
+        self.told = self.done
+        console.print(self.line())
 
     def seconds_left(self) -> float | None:
         """Return how long the rest takes at the speed so far, or None if that is not known."""
@@ -63,7 +72,7 @@ class Meter:
 
 def _print_lines(tracker: Meter, ended: threading.Event) -> None:
     while not ended.wait(PLAIN_SECONDS):
-        console.print(tracker.line())
+        tracker.tell()
 
 
 @contextmanager
@@ -77,16 +86,23 @@ def _plain(tracker: Meter) -> Iterator[Meter]:
     finally:
         ended.set()
         thread.join()
+    if tracker.ends and tracker.told not in (None, tracker.done):
+        tracker.tell()
 
 
 @contextmanager
-def track(label: str, total: int | None, *, quiet: bool = False) -> Iterator[Meter]:
-    """Show the progress of one piece of work; `quiet` (other ranks) shows nothing."""
+def track(
+    label: str, total: int | None, *, quiet: bool = False, ends: bool = False
+) -> Iterator[Meter]:
+    """Show the progress of one piece of work; `quiet` (other ranks) shows nothing.
+
+    With `ends` also work that is done before a line is due has a first and a last one.
+    """
     if quiet:
         yield Meter(label, total, None)
         return
     if not sys.stderr.isatty():
-        with _plain(Meter(label, total, None)) as tracker:
+        with _plain(Meter(label, total, None, ends=ends)) as tracker:
             yield tracker
         return
     columns = (

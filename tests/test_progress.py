@@ -37,3 +37,18 @@ def test_lines_come_while_one_unit_takes_long(
     with track("hidden", 3, quiet=True):
         time.sleep(0.1)
     assert "hidden" not in capsys.readouterr().err
+
+
+def test_short_work_has_a_first_and_a_last_line_where_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work(steps: int, *, ends: bool = True) -> list[str]:
+        with track("short work", 3, ends=ends) as tracker:
+            tracker.skip(0)
+            for step in range(steps):
+                tracker.advance(1, f"loss {step}" if step else "")
+        return [line.partition("  0:")[0] for line in capsys.readouterr().err.splitlines()]
+
+    assert work(3) == ["short work 2/3  loss 1", "short work 3/3  loss 2"]
+    assert work(2) == ["short work 2/3  loss 1"]
+    assert work(1) == work(0) == work(3, ends=False) == []

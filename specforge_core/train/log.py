@@ -66,6 +66,12 @@ class Log:
             return self.told.get("tokens_per_second", 0.0)
         return (tokens - self.tokens) / max(time.monotonic() - self.since, 1e-9)
 
+    def note(self, tokens: int) -> str:
+        """Return what progress shows of the steps since the last line; "" while none is read."""
+        if math.isnan(self.loss):
+            return ""
+        return f"loss {self.loss:.3f}  {self.rate(tokens):,.0f} tokens/s"
+
     def line(self, step: int, values: dict[str, float]) -> None:
         """Write a line if one is due after `step`, with `values` beside the means."""
         self.told = values

@@ -111,7 +111,9 @@ class Trainer:
         try:
             with (
                 ExitStack() as held,
-                track(label, self.course.total_steps, quiet=not self.world.main) as progress,
+                track(
+                    label, self.course.total_steps, quiet=not self.world.main, ends=True
+                ) as progress,
             ):
                 progress.skip(self.step)
                 if config.max_minutes is not None:
@@ -127,8 +129,7 @@ class Trainer:
                     due = save or grows or self.milestones.due(self.step)
                     while launched and (len(launched) > self.course.lag or due or self._ended()):
                         self._settle(launched)
-                    rate = self.log.rate(self.num_tokens)
-                    progress.advance(1, f"loss {self.log.loss:.3f}  {rate:,.0f} tokens/s")
+                    progress.advance(1, self.log.note(self.num_tokens))
                     good = self.step == one.step and not self.bad_steps.in_a_row
                     if grows and self.step == one.step and self._grow():
                         supply.renew(self._batches)

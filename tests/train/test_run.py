@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -38,8 +39,12 @@ def config(tmp_path: Path, toy_target: Path) -> Path:
     return linear_run(tmp_path, toy_target)
 
 
-def test_online_training_lowers_the_loss_and_logs_every_step(config: Path, tmp_path: Path) -> None:
+def test_online_training_lowers_the_loss_and_logs_every_step(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = train(*load(config, "train.max_steps=12"))
+    told = re.findall(r"training linear (\d+)/12  loss \d\.\d{3}  ", capsys.readouterr().err)
+    assert (told[0], told[-1]) == ("1", "12")
     assert (report.step, report.total_steps) == (12, 12)
     rows = lines(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, 13))
