@@ -41,14 +41,13 @@ MAX_HEADER = 100_000_000  # bytes, as safetensors has it
 class OpenFile:
     """A file open for reading at any place by any thread; closed when nobody has it any more."""
 
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
+    def __init__(self, path: Path, advice: str = "Restore it from a copy") -> None:
+        """Open it; `advice` is what can be done where it is damaged, which ends every error."""
+        self.name, self.advice = str(path), advice
         try:
             self.number = open_regular(path)
         except OSError as exc:
-            raise CaptureError(
-                f"{path} cannot be read: {exc.strerror}. Restore it from a copy"
-            ) from exc
+            raise CaptureError(f"{path} cannot be read: {exc.strerror}. {advice}") from exc
         finalize(self, os.close, self.number)
 
 
@@ -84,7 +83,7 @@ def read_header(file: OpenFile) -> dict[str, Entry]:
         length = os.fstat(file.number).st_size
         if not 2 <= size <= min(length - 8, MAX_HEADER):
             raise ValueError(f"a header of {size} bytes in a file of {length}")
-        header = json.loads(os.pread(file.number, size, 8), object_pairs_hook=_once)
+        header = _parsed(os.pread(file.number, size, 8))
         entries = {
             name: _entry(name, entry, 8 + size)
             for name, entry in header.items()
@@ -97,11 +96,24 @@ def read_header(file: OpenFile) -> dict[str, Entry]:
             end = entry.end
         if end != length:
             raise ValueError(f"its tensors end at byte {end}, the file at {length}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as exc:
+    except OSError as exc:
+        raise CaptureError(f"{file.name} cannot be read: {exc.strerror}. {file.advice}") from exc
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        why = "its header does not say what a tensor is"
         raise CaptureError(
-            f"{file.name} is not a safetensors file, or is damaged ({exc}). Restore it from a copy"
+            f"{file.name} is not a safetensors file, or is damaged: "
+            f"{exc if type(exc) is ValueError else why}. {file.advice}"
         ) from exc
     return entries
+
+
+def _parsed(header: bytes) -> dict[str, Any]:
+    """Return a header; ValueError for what is none, not in the words of a parser."""
+    try:
+        found: dict[str, Any] = json.loads(header, object_pairs_hook=_once)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ValueError("its header is no JSON") from exc
+    return found
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -138,12 +150,12 @@ def read_into(file: OpenFile, offset: int, left: memoryview) -> None:
             count = os.preadv(file.number, [left], offset)
         except OSError as exc:
             raise CaptureError(
-                f"{file.name} cannot be read: {exc.strerror}. Restore it from a copy"
+                f"{file.name} cannot be read: {exc.strerror}. {file.advice}"
             ) from exc
         if count == 0:
             raise CaptureError(
                 f"{file.name} ends at byte {offset}, in the middle of its data: it is truncated. "
-                "Restore it from a copy, or capture again into an empty directory"
+                f"{file.advice}"
             )
         left, offset = left[count:], offset + count
 

@@ -61,6 +61,16 @@ def in_units(count: float) -> str:
     return f"{count:,.0f} {unit}" if unit == "bytes" or count >= 999.5 else f"{count:.3g} {unit}"
 
 
+def line_of(data: bytes) -> str:
+    """Return a line of a file as a message shows it, whatever bytes it has."""
+    return shorten(harmless(data[: 4 * WIDTH].decode(errors="replace")))
+
+
+def counted(count: int, noun: str) -> str:
+    """Return "1 line", "2 lines", "1,000 lines": of nouns whose plural ends in s."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def meant(name: str, known: Iterable[str], told: str, otherwise: str = "") -> str:
     """Return `told` of the known name that was meant, or else what to install.
 

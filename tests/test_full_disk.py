@@ -231,12 +231,12 @@ def test_a_capture_goes_on_when_there_is_room(disk: Path, tmp_path: Path, toy_ta
     config = linear_run(tmp_path, toy_target)
     options = (f"data.capture_dir={disk / 'capture'}", "capture.shard_tokens=200")
     filler = fill(disk)
-    with pytest.raises(CaptureError, match=NO_ROOM + "0 samples in 0 shards are safe"):
+    with pytest.raises(CaptureError, match=NO_ROOM + r"Safe so far: 0 samples in 0 shards\. "):
         run_capture(*load(config, *options))
     assert state(disk / "capture") == {}
     filler.unlink()
     filler = fill(disk, 25)
-    with pytest.raises(CaptureError, match=NO_ROOM + r"[1-9]\d* samples in [1-9]"):
+    with pytest.raises(CaptureError, match=NO_ROOM + r"Safe so far: [1-9]\d* samples in [1-9]"):
         run_capture(*load(config, *options))
     before = state(disk / "capture")
     filler.unlink()

@@ -147,3 +147,26 @@ def test_a_file_is_closed_when_nobody_has_it(tmp_path: Path):
     del file
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(number)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"{nothing", "its header is no JSON"),
+        (b"\xff\xfe", "its header is no JSON"),
+        (b"[" * 100_000, "its header is no JSON"),
+        (b"[]", "its header does not say what a tensor is"),
+        (b'{"a": {}}', "its header does not say what a tensor is"),
+        (b'{"a": 1, "a": 2}', "a name occurs twice"),
+        (b"33", "its header does not say what a tensor is"),
+    ],
+)
+def test_a_header_that_is_none_is_told_in_words(
+    tmp_path: Path, header: bytes, message: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    expected = f"x.safetensors is not a safetensors file, or is damaged: {message}. So be it"
+    with pytest.raises(CaptureError) as told:
+        read_header(OpenFile(path, "So be it"))
+    assert str(told.value).endswith(expected)

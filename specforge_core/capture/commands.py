@@ -11,7 +11,7 @@ import click
 
 from ..commands import config_option, load_run, overrides_argument
 from ..errors import ConfigError
-from ..text import in_units
+from ..text import counted, in_units
 
 if TYPE_CHECKING:
     from .job import Job
@@ -35,7 +35,7 @@ def capture(config: Path, estimate: bool, yes: bool, overrides: tuple[str, ...])
 
     manifest = run_capture(run, strategy, None if yes else _ask)
     click.echo(
-        f"{manifest.num_samples} samples, {manifest.num_tokens} tokens, "
+        f"{counted(manifest.num_samples, 'sample')}, {counted(manifest.num_tokens, 'token')}, "
         f"{manifest.num_skipped} skipped in {run.data.capture_dir}"
     )
 

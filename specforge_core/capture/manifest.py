@@ -17,6 +17,10 @@ from ..files import inside, write_file
 from ..types import CaptureSpec, Field, FinalState
 
 MANIFEST = "manifest.json"
+AGAIN = (
+    "Restore it from a copy, or capture again: specforge capture -c RUN.yaml "
+    "data.capture_dir=EMPTY_DIRECTORY"
+)
 FORMAT_VERSION = 4
 DIGITS = 12  # of a fingerprint that are shown, unless another has the same
 # 1: before specs could ask for next_tokens and logsumexp; 2: before there were checksums;
@@ -161,10 +165,7 @@ class CaptureManifest(Frozen):
             ) from exc
         except (ValueError, RecursionError, OSError) as exc:
             why = why_invalid(exc) if isinstance(exc, ValidationError) else str(exc)
-            raise CaptureError(
-                f"{path} cannot be read: {why}. Restore it from a copy, or capture again "
-                "into an empty directory"
-            ) from exc
+            raise CaptureError(f"{path} cannot be read: {why}. {AGAIN}") from exc
         return manifest
 
     def write(self, directory: Path) -> None:

@@ -24,10 +24,9 @@ from ..errors import CaptureError
 from ..tensorfile import CODES, Entry, OpenFile, read_header, tensor_bytes, write_tensors
 from ..types import Field, Sample
 from .layout import is_ragged, num_tokens
-from .manifest import Shard
+from .manifest import AGAIN, Shard
 
 OFFSETS, INDEX, SKIPPED, CHECKSUMS = TABLE = ("_offsets", "_index", "_skipped", "_checksums")
-AGAIN = "Restore it from a copy, or capture again into an empty directory"
 
 
 def write_shard(
@@ -95,7 +94,7 @@ class OpenShard:
 
         Raises CaptureError where they, the manifest's numbers and its fields do not agree.
         """
-        file = OpenFile(path)
+        file = OpenFile(path, AGAIN)
         entries = read_header(file)
         names = TABLE if shard.table_checksum is not None else TABLE[:-1]
         _check_names(file, {*fields, *names}, set(entries))

@@ -17,8 +17,8 @@ from ..errors import CaptureError
 from ..files import inside
 from ..tensorfile import CODES, OpenFile, read_header
 from ..types import Sample
-from .manifest import CaptureManifest
-from .shardfile import AGAIN, OpenShard, check_file
+from .manifest import AGAIN, CaptureManifest
+from .shardfile import OpenShard, check_file
 
 MAX_OPEN = 256  # shards: a process may hold 1,024 files
 
@@ -175,7 +175,7 @@ def read_token_counts(directory: Path, manifest: CaptureManifest) -> Tensor | No
         told = manifest.token_counts_checksum
         if told is not None and (found := file_checksum(path)) != told:
             raise ValueError(f"its checksum is {found}, the manifest's {told}")
-        file = OpenFile(path)
+        file = OpenFile(path, AGAIN)
         entry = read_header(file)["token_counts"]
         if (entry.code, entry.shape) != (CODES[torch.int64], (manifest.identity.vocab_size,)):
             raise ValueError(f"it holds {entry.code} {list(entry.shape)}")
@@ -183,7 +183,8 @@ def read_token_counts(directory: Path, manifest: CaptureManifest) -> Tensor | No
         if counts.min() < 0:
             raise ValueError(f"it holds {int(counts.min())}")
     except (OSError, KeyError, ValueError) as exc:
+        why = "it holds no token_counts" if isinstance(exc, KeyError) else exc
         raise CaptureError(
-            f"{path} is missing or damaged ({exc}), and the manifest names it. {AGAIN}"
+            f"{path} is missing or damaged ({why}), and the manifest names it. {AGAIN}"
         ) from exc
     return counts

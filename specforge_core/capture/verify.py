@@ -15,11 +15,12 @@ from ..config import RunConfig
 from ..errors import CaptureError
 from ..progress import track
 from ..strategy import Strategy
+from ..text import counted
 from ..types import Problem, Prompt, Sample
 from .identity import check_identity
 from .job import Job
 from .layout import check_sample
-from .manifest import FORMAT_VERSION, MANIFEST, CaptureManifest
+from .manifest import AGAIN, FORMAT_VERSION, MANIFEST, CaptureManifest
 from .recapture import Fresh, compare
 from .store import ShardReader, read_token_counts
 
@@ -38,6 +39,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         again = f", {self.num_recaptured} of them captured again and equal"
+        fine = "is as it should be" if self.num_samples == 1 else "are as they should be"
         rest = "" if self.complete else "; the capture is not complete yet"
         if self.unchecked:
             rest += (
@@ -45,7 +47,7 @@ class VerifyReport:
                 "bytes would not be seen"
             )
         return (
-            f"{self.directory}: {self.num_samples} samples are as they should be"
+            f"{self.directory}: {counted(self.num_samples, 'sample')} {fine}"
             f"{again if self.num_recaptured else ''}{rest}"
         )
 
@@ -84,8 +86,7 @@ def verify_directory(
         more = f"\n  (and perhaps more than these {MAX_PROBLEMS})"
         raise CaptureError(
             f"the capture in {directory} must not be trained on:\n  {listing}"
-            f"{more if len(shown) == MAX_PROBLEMS else ''}\n"
-            "Capture again: specforge capture -c RUN.yaml data.capture_dir=EMPTY_DIRECTORY"
+            f"{more if len(shown) == MAX_PROBLEMS else ''}\n{AGAIN}"
         )
     return VerifyReport(directory, len(reader), len(fresh), manifest.complete, _unchecked(manifest))
 
@@ -93,7 +94,7 @@ def verify_directory(
 def _unchecked(manifest: CaptureManifest) -> str:
     """Say which files of a capture no checksum is of."""
     shards = sum(shard.checksum is None for shard in manifest.shards)
-    found = [f"{shards} of its {len(manifest.shards)} shards"] if shards else []
+    found = [f"{shards} of {counted(len(manifest.shards), 'shard')}"] if shards else []
     found += [f"its {MANIFEST}"] if manifest.format_version < FORMAT_VERSION else []
     return " and ".join(found)
 
@@ -103,7 +104,12 @@ def _counts(directory: Path, manifest: CaptureManifest) -> Iterator[str]:
     try:
         read_token_counts(directory, manifest)
     except CaptureError as exc:
-        yield str(exc)
+        yield _problem(exc)
+
+
+def _problem(exc: CaptureError) -> str:
+    """Return what is wrong without what can be done, which is said once for all problems."""
+    return str(exc).removesuffix(f". {AGAIN}")
 
 
 def _each(reader: ShardReader, check: Callable[[int, Sample], list[Problem]]) -> Iterator[str]:
@@ -116,7 +122,7 @@ def _each(reader: ShardReader, check: Callable[[int, Sample], list[Problem]]) ->
                 reader.check(shard)
             except CaptureError as exc:
                 whole = False
-                yield str(exc)
+                yield _problem(exc)
                 continue
             seen.update(reader.handled(shard))
             for number in reader.rows(shard):
@@ -134,7 +140,7 @@ def _bookkeeping(reader: ShardReader, seen: Counter[int]) -> Iterator[str]:
     # those skipped after the last sample are in no shard
     skipped, told = seen.total() - len(reader), reader.manifest.num_skipped
     if skipped > told or (skipped < told and not reader.manifest.complete):
-        yield f"{skipped} prompts were skipped, the manifest says {told}"
+        yield f"{counted(skipped, 'prompt')} skipped, the manifest says {told}"
 
 
 def _recapture(job: Job, reader: ShardReader, count: int) -> dict[int, Fresh]:

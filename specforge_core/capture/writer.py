@@ -20,6 +20,7 @@ from ..files import make_folder, open_own, refusing, sweep
 from ..locks import hold
 from ..progress import console
 from ..tensorfile import write_tensors
+from ..text import counted
 from ..types import Sample
 from .identity import check_identity
 from .layout import layout_problems, num_tokens
@@ -205,6 +206,7 @@ class ShardWriter:
     def _guard(self) -> AbstractContextManager[None]:
         return refusing(
             CaptureError,
-            f"{self.manifest.num_samples} samples in {len(self.manifest.shards)} shards are safe. "
+            f"Safe so far: {counted(self.manifest.num_samples, 'sample')} in "
+            f"{counted(len(self.manifest.shards), 'shard')}. "
             "Make room there, then run the same command again to go on",
         )

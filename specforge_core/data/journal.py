@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import DataError
 from ..files import append, cannot_write, make_folder, remedied, sync_folder
 from ..locks import hold
+from ..text import line_of
 
 START = b'{"id": '  # of every line: rows have their id first
 
@@ -71,7 +72,7 @@ class Journal:
                     row["id"]
                 except (ValueError, TypeError, KeyError, RecursionError) as exc:
                     raise DataError(
-                        f"{self.path}:{number} is no row of this command ({exc!r}). "
+                        f"{self.path}:{number} is no row of this command: {line_of(line)}. "
                         "Try: -o OTHER.jsonl"
                     ) from exc
                 yield row

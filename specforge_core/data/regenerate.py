@@ -21,6 +21,7 @@ from ..strategy import Strategy
 from ..target.fingerprint import target_fingerprint
 from ..target.info import load_target_info
 from ..target.tokenizer import CLOCK, chat_template, load_tokenizer, template_options
+from ..text import counted
 from .chat import Encoder
 from .journal import Journal
 from .messages import OnlyRead
@@ -62,14 +63,14 @@ class RegenerateReport:
     def __str__(self) -> str:
         dropped = "".join(f", {count} dropped ({why})" for why, count in self.dropped.items())
         before = f", {self.num_before} were there before" if self.num_before else ""
-        lines = f", {self.num_skipped} bad lines skipped ({told(self.skipped)})"
+        lines = f", {counted(self.num_skipped, 'bad line')} skipped ({told(self.skipped)})"
         skipped = lines if self.skipped else ""
         if self.num_retokenized:
             skipped += f", {self.num_retokenized} tokenized anew (the server gives no token ids)"
         rate = self.num_tokens / self.seconds if self.seconds else 0.0
         return (
-            f"{self.output}: {self.num_written} of {self.num_prompts} prompts answered"
-            f"{dropped}{before}{skipped}; {self.num_tokens:,} tokens, {rate:.1f} tokens/s"
+            f"{self.output}: {self.num_written} of {counted(self.num_prompts, 'prompt')} answered"
+            f"{dropped}{before}{skipped}; {counted(self.num_tokens, 'token')}, {rate:.1f} tokens/s"
         )
 
 

@@ -14,7 +14,7 @@ from ..config import RunConfig
 from ..strategy import Strategy
 from ..target.info import load_target_info
 from ..target.tokenizer import load_tokenizer
-from ..text import harmless
+from ..text import counted, harmless
 from ..types import Prompt
 from .prompts import PromptSet, run_prompts
 from .sources import told
@@ -58,13 +58,15 @@ class DataReport:
         share = prompts.num_supervised / prompts.num_tokens
         sources = dict(zip(self.sources, prompts.told.sources, strict=True))
         lines = [
-            f"{prompts.told.conversations:,} conversations, {len(prompts):,} rows to train on",
+            f"{counted(prompts.told.conversations, 'conversation')}, "
+            f"{counted(len(prompts), 'row')} to train on",
             *(f"  {count:,} of {source}" for source, count in sources.items() if len(sources) > 1),
             f"held out by data.validation: {prompts.told.other_side or 'none'}",
-            f"{prompts.num_tokens:,} tokens, {prompts.num_supervised:,} supervised ({share:.1%})",
+            f"{counted(prompts.num_tokens, 'token')}, {prompts.num_supervised:,} supervised "
+            f"({share:.1%})",
             f"lengths: {shortest:,} to {longest:,} tokens, half up to {half:,}, 90% up to "
             f"{most:,}, 99% up to {nearly:,}",
-            f"cut to {longest:,} tokens: {prompts.told.cut:,} rows"
+            f"cut to {longest:,} tokens: {counted(prompts.told.cut, 'row')}"
             if prompts.told.cut
             else "cut: none",
             f"skipped: {told(prompts.skipped) or 'none'}",

@@ -23,6 +23,7 @@ from ..files import prepare_folder, refusing, write_file
 from ..locks import InTurn
 from ..progress import console
 from ..target.engine import TransformersEngine
+from ..text import counted
 from ..types import Generated, GenerateOptions, Prompt, TargetEngine, TargetInfo
 from .regenerate import answered, origin_of
 from .respond import Answerer, Task
@@ -174,7 +175,7 @@ class Shares:
             write_file(path, share_text([answered(chat, self._origin) for chat in kept]))
         dropped = Counter(str(chat.dropped) for chat in chats if not chat.messages)
         why = f" ({told(dropped)})" if dropped else ""
-        console.print(f"{path}: {len(kept)} of {len(tasks)} prompts answered{why}")
+        console.print(f"{path}: {len(kept)} of {counted(len(tasks), 'prompt')} answered{why}")
 
     def _is_of(self, path: Path, tasks: Sequence[Task]) -> bool:
         """Say whether a file has answers to these prompts, as this run would write them."""

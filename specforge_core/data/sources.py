@@ -13,6 +13,7 @@ from typing import IO, Any, Literal, TypeAlias
 
 from ..config import DataConfig
 from ..errors import DataError
+from ..text import counted
 from .bounds import each_key_once
 from .hints import SKIP, of_line, of_row
 from .messages import Message as Message, parse, tokens_alone
@@ -61,7 +62,7 @@ class Skipped:
 
     def __str__(self) -> str:
         """Return "3 rows skipped (2 not JSON, 1 too long)"."""
-        return f"{self.counts.total()} rows skipped ({told(self.counts)})"
+        return f"{counted(self.counts.total(), 'row')} skipped ({told(self.counts)})"
 
 
 def told(counts: Mapping[str, int]) -> str:

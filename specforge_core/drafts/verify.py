@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from ..documents import open_regular
 from ..errors import CheckpointError
+from ..text import counted
 from .checkpoint import STATE, check_files, checkpoints
 from .export import CONFIG, PROVENANCE, WRITTEN, check_export, read_json, read_provenance
 from .links import follow
@@ -65,10 +66,9 @@ def _check(folder: Path, compare: Callable[[Path], bool]) -> bool:
 
 
 def _told(directory: Path, count: int, checked: int, what: str) -> str:
-    plural = "s" if count > 1 else ""
     if checked == count:
-        return f"{directory}: the weights of {count} {what}{plural} are as they were written"
+        return f"{directory}: all files of {counted(count, what)} are as they were written"
     return (
-        f"{directory}: {count - checked} of {count} {what}{plural} have no checksums, of a "
-        "version or program that wrote none: changed bytes would not be seen"
+        f"{directory}: no checksums are with {count - checked} of {counted(count, what)}, as a "
+        "version or program wrote them that wrote none: changed bytes would not be seen"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..claim import METRICS
 from ..documents import open_regular, read_document
 from ..errors import CheckpointError
+from ..text import line_of
 
 PHASE = "seconds_"
 LARGEST = 1 << 36  # bytes of all lines
@@ -58,7 +59,8 @@ class Curves:
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]  # a line that is being written has its turn later
         self._read += len(whole)
-        found = [self._row(line) for line in whole.splitlines()]
+        lines = enumerate(whole.splitlines(), len(self.rows) + 1)
+        found = [self._row(number, line) for number, line in lines]
         self.rows += found
         return anew or bool(found)
 
@@ -78,11 +80,11 @@ class Curves:
         """Return the names of the metrics that are chosen, in the order in which they came."""
         return [name for name in dict.fromkeys(n for row in self.rows for n in row) if chosen(name)]
 
-    def _row(self, line: bytes) -> dict[str, float]:
+    def _row(self, number: int, line: bytes) -> dict[str, float]:
         try:
             return row_of(line)
         except ValueError as exc:
-            raise self._unreadable(f"a line of it is {line[:60]!r}") from exc
+            raise self._unreadable(f"its line {number} is no metrics: {line_of(line)}") from exc
 
     def _unreadable(self, why: str) -> CheckpointError:
         return CheckpointError(

@@ -22,7 +22,7 @@ from ..files import append, refusing, write_file
 from ..progress import console
 from ..records import in_message
 from ..stop import Interrupted
-from ..text import cut, said
+from ..text import counted, cut, line_of, said
 from ..types import RESERVED_METRICS, StepOutput, Tracker
 
 RESTART = "The checkpoints before it are whole. Make room there, then start the same command again"
@@ -227,9 +227,10 @@ def rewind(path: Path, logged: int, step: int) -> None:
     lines = list(whole_lines(path))
     rows = [(line, row) for line, row in lines if row is not None]
     if odd := len(lines) - len(rows):
-        first = next(line for line, row in lines if row is None)
+        number, first = next((n, line) for n, (line, row) in enumerate(lines, 1) if row is None)
         console.print(
-            f"{path}: {odd} lines are no metrics, {first[:60]!r} the first: they are left out"
+            f"{path}: left out as no metrics: {counted(odd, 'line')}, the first in line {number}: "
+            f"{line_of(first)}"
         )
     kept = [
         line + b"\n"

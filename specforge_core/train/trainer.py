@@ -107,13 +107,11 @@ class Trainer:
         supply = Supply(self._batches(), alone=self.world.size == 1)
         launched: deque[Launched] = deque()
         begun = saved = self.step
-        label = f"training {self.strategy.name}"
+        label, steps = f"training {self.strategy.name}", self.course.total_steps
         try:
             with (
                 ExitStack() as held,
-                track(
-                    label, self.course.total_steps, quiet=not self.world.main, ends=True
-                ) as progress,
+                track(label, steps, quiet=not self.world.main, ends=True) as progress,
             ):
                 progress.skip(self.step)
                 if config.max_minutes is not None:

@@ -108,8 +108,13 @@ def test_shards_in_each_others_place_are_found(directory: Path) -> None:
     data = [(directory / shard.file).read_bytes() for shard in (first, second)]
     (directory / first.file).write_bytes(data[1])
     (directory / second.file).write_bytes(data[0])
-    with pytest.raises(CaptureError, match=r"shard-00000\.safetensors"):
+    with pytest.raises(CaptureError, match=r"shard-00000\.safetensors .* capture -c RUN\.yaml da"):
         read_all(directory)
+    for shard, content in zip(manifest.shards, data, strict=True):
+        (directory / shard.file).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CaptureError, match=r"(?s)shard-00000.*shard-00001") as told:
+        verify_directory(directory, None, None, 0)
+    assert str(told.value).count("Restore it from a copy") == 1
 
 
 def test_counts_that_were_changed_are_found(directory: Path) -> None:
@@ -139,7 +144,7 @@ def test_a_capture_without_checksums_is_read_and_verify_says_so(directory: Path)
     rewrite(directory, lambda columns: None)
     assert len(read_all(directory)) == 7
     report = str(verify_directory(directory, None, None, 0))
-    assert "1 shards have no checksums" in report
+    assert "no checksum is of 1 of" in report
 
 
 @pytest.mark.parametrize(

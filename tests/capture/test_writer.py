@@ -139,7 +139,8 @@ def fill_up(directory: Path) -> None:
         write(directory, 1000)
     kept = CaptureManifest.read(directory)
     assert 0 < kept.num_samples < 1000
-    assert f"{kept.num_samples} samples in {len(kept.shards)} shards are safe" in str(error.value)
+    safe = f"Safe so far: {kept.num_samples} samples in {len(kept.shards)} shards. "
+    assert safe in str(error.value)
     assert "run the same command again to go on" in str(error.value)
 
 
@@ -191,7 +192,7 @@ def test_a_file_size_limit_is_one_error_and_loses_no_finished_shard(tmp_path: Pa
     script.write_text(textwrap.dedent(source))
     identity = json.dumps(IDENTITY.model_dump(mode="json"))
     said = finish(python(script, str(capture), identity, env=os.environ))
-    assert "shard-00002.safetensors cannot be written: File too large. 4 samples in 2" in said
+    assert "shard-00002.safetensors cannot be written: File too large. Safe so far: 4 s" in said
     assert "Raise the limit on the size of files" in said
     assert CaptureManifest.read(capture).num_samples == 4
     assert temporaries(capture) == []

@@ -179,7 +179,7 @@ def test_a_row_that_the_template_fails_on_is_named_or_skipped(
     prompts = prompts_of(path, tokenizer, on_error="skip")
     assert len(prompts) == 2
     assert prompts.skipped == {"refused by the chat template": 1}
-    told_at_the_end = "data.train: 1 rows skipped (1 refused by the chat template)"
+    told_at_the_end = "data.train: 1 row skipped (1 refused by the chat template)"
     assert told_at_the_end in capsys.readouterr().err
 
 

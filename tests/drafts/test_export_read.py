@@ -125,7 +125,7 @@ def test_a_flipped_bit_and_a_file_too_many_are_found(written: Path) -> None:
         verify_draft(written)
     data[-1] ^= 1
     victim.write_bytes(data)
-    assert str(verify_draft(written)).endswith("weights of 1 export are as they were written")
+    assert str(verify_draft(written)).endswith("all files of 1 export are as they were written")
     shutil.copy(victim, written / "model-00009.safetensors")
     with pytest.raises(CheckpointError, match=r"model-00009.safetensors was not written with"):
         read_export(written)
@@ -138,4 +138,4 @@ def test_an_export_without_checksums_is_read_and_verify_says_so(written: Path) -
     del told["checksums"], told["checksum"]
     path.write_text(json.dumps(told))
     same(read_export(written), export())
-    assert "1 of 1 export have no checksums" in str(verify_draft(written))
+    assert "no checksums are with 1 of 1 export" in str(verify_draft(written))

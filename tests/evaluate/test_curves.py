@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -94,9 +95,12 @@ def test_lines_are_read_as_they_come_and_anew_after_a_resume(tmp_path: Path) -> 
     ],
 )
 def test_what_is_no_metrics_is_said(tmp_path: Path, text: str) -> None:
-    (tmp_path / "metrics.jsonl").write_text(text + "\n")
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be read: a line of it is"):
-        Curves.of(tmp_path).refresh()
+    good = '{"step": 1, "loss": 1}\n'
+    (tmp_path / "metrics.jsonl").write_text(good * 2 + text + "\n")
+    curves, shown = Curves.of(tmp_path), re.escape(repr(text.splitlines()[0][:30])[:-1])
+    message = rf"metrics\.jsonl cannot be read: its line 3 is no metrics: {shown}"
+    with pytest.raises(CheckpointError, match=message):
+        curves.refresh()
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

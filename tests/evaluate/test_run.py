@@ -231,7 +231,7 @@ def test_prompts_without_room_for_an_answer_are_left_out_or_an_error(
         refused(raw, r"short\.jsonl:1: a prompt of \d+ tokens leaves no room", DataError)
     raw["data"] = {"too_long": "skip"}
     assert run(raw, limit=2).per_set["short"].num_prompts == 2
-    assert "eval.prompts.short: 1 rows skipped (1 too long)" in capsys.readouterr().err
+    assert "eval.prompts.short: 1 row skipped (1 too long)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -242,7 +242,7 @@ def test_bad_prompts_are_skipped_and_counted(
     path = tmp_path / "short.jsonl"
     path.write_text(f"{'[' * 100_000}\n{path.read_text()}")
     assert run(raw, limit=2).per_set["short"].num_prompts == 2
-    assert "eval.prompts.short: 1 rows skipped (1 not JSON)" in capsys.readouterr().err
+    assert "eval.prompts.short: 1 row skipped (1 not JSON)" in capsys.readouterr().err
 
 
 def test_an_answer_ends_where_the_tokenizer_says_so_too(

@@ -120,7 +120,7 @@ def test_a_checkpoint_whose_files_were_changed_is_not_used(config: Path, tmp_pat
     with pytest.raises(CheckpointError, match=r"checksums\.json is damaged: it names no file"):
         verify_draft(path)
     (path / "checksums.json").unlink()  # as a version without them would have written it
-    assert "1 of 1 checkpoint have no checksums" in str(verify_draft(path))
+    assert "no checksums are with 1 of 1 checkpoint" in str(verify_draft(path))
     restore(run, strategy, tmp_path / "run")
 
 

@@ -149,9 +149,9 @@ def test_lines_that_no_run_wrote_are_left_out_and_told_of(
     file.path.write_bytes(good + text + good + b'{"step": 2, "lo')
     file.start({"step": 20, "logged": 20})
     assert file.path.read_bytes() == good + good
-    assert f"metrics.jsonl: 1 lines are no metrics, {text[:-1][:60]!r} the first" in (
-        capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    shown = repr(text[:20].decode(errors="replace").rstrip())[:-1]
+    assert f"left out as no metrics: 1 line, the first in line 2: {shown}" in told
 
 
 class Told:
