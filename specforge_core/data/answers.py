@@ -25,6 +25,7 @@ class Row:
     loss_mask: list[int]  # 1 on what the assistant wrote, its end-of-turn token included
     length: int  # of the whole row, in tokens
     counted: bool  # False: it is longer than `length`
+    blank: bool = False  # a `loss_mask` of its own has no 1, behind what was asked for neither
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from ..target.tokenizer import (
     template_options,
 )
 from ..types import TargetInfo
-from .chat import Encoder, Row
+from .chat import Encoder
 from .ends import end_tokens
 from .promptset import PromptSet as PromptSet, Spool, Told
 from .rows import RowMaker
@@ -34,6 +34,7 @@ from .split import Side, one_sided, training_side, validation_side
 from .stream import Stream
 from .tokencache import in_memory, kept, key_of, on_disk
 from .tokenrows import Fingerprint
+from .usable import check_ids, left_out, nothing_supervised
 from .workers import make_rows
 
 SMALL = 4 << 20  # bytes of data that are tokenized as soon as they are looked for
@@ -229,10 +230,7 @@ class Filler:
                 raise one_sided(self.side, data)
             raise nothing_left(data.train, skipped.first)
         if not spool.num_tokens:
-            raise DataError(
-                f"none of {used.total()} conversations has an answer within "
-                f"{bound_of(data, limit)}. Try: other data, or data.max_length=4096"
-            )
+            raise nothing_supervised(used.total(), skipped, data, limit)
         others = 0 if self.side is None else self.side.others
         sources = [used[name] for name in data.train]
         return Told(used.total(), cut, dict(skipped.counts), sources, others)
@@ -241,43 +239,3 @@ class Filler:
         if self.quiet:
             return nullcontext(Meter("", None, None))
         return track("reading conversations", self.data.limit)
-
-
-def left_out(row: Row, data: DataConfig, limit: int, where: str) -> str | None:
-    """Return why a row is not trained on, if it is not; `data.too_long` may make it an error."""
-    if row.length > limit and data.too_long == "raise":
-        raise DataError(_too_long(row, data, limit, where))
-    if row.length > limit and data.too_long == "skip":
-        return "too long"
-    if not any(row.loss_mask):
-        if row.length <= limit:
-            return "without an answer"
-        bound = "the target's positions" if limit < data.max_length else "data.max_length"
-        return f"without an answer in {bound}"
-    return None
-
-
-def bound_of(data: DataConfig, limit: int) -> str:
-    """Return what makes `limit` the longest row: the config, or the target."""
-    if limit < data.max_length:
-        return f"the target's {limit} positions"
-    return f"data.max_length={limit} tokens"
-
-
-def _too_long(row: Row, data: DataConfig, limit: int, where: str) -> str:
-    length = f"{row.length}" if row.counted else f"more than {row.length}"
-    larger = row.counted and limit == data.max_length
-    longer = f"data.max_length={row.length}, or " if larger else ""
-    return (
-        f"{where}: {length} tokens, longer than {bound_of(data, limit)}. "
-        f"Try: {longer}data.too_long=truncate (or skip)"
-    )
-
-
-def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> None:
-    """Raise DataError where a token is not in the target's vocabulary."""
-    if max(ids) >= vocab_size:
-        raise DataError(
-            f"{where}: token id {max(ids)} is beyond the target's vocabulary of {vocab_size}, so "
-            "tokenizer and model do not belong together. Try: target.path=, a directory with both"
-        )

@@ -20,14 +20,13 @@ from .chat import Encoder
 from .ends import end_tokens
 from .harmony import as_message
 from .messages import OnlyRead
-from .prompts import bound_of, check_ids
 from .rows import offering
 from .sources import BadRow, Conversation, Message
 from .tokenrows import add_turn
 from .tools import Tool
+from .usable import TOO_LONG as TOO_LONG, bound_of, check_ids
 
 BATCHES = 16  # asked for together: a conversation is in the file once its own turns are answered
-TOO_LONG = "too long"
 RETOKENIZED = 4  # tokens that a text may have for each that was generated
 
 

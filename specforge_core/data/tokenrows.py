@@ -105,7 +105,7 @@ def _read(found: object, limit: int | None, bad: Callable[[str], BadRow]) -> Row
         raise bad("'loss_mask' is no list of 0 and 1")
     if len(mask) != len(ids):
         raise bad(f"there are {len(ids)} input_ids, and a loss_mask of {len(mask)}")
-    return Row(ids[:limit], mask[:limit], len(ids), counted=True)
+    return Row(ids[:limit], mask[:limit], len(ids), counted=True, blank=1 not in mask)
 
 
 def _are_ids(value: object) -> TypeGuard[list[int]]:

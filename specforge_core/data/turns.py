@@ -52,8 +52,10 @@ def find_turns(
     """
     answers = trained_on(messages)
     if not answers:
+        marked = any(isinstance(m, OnlyRead) and m["role"] == "assistant" for m in messages)
+        what = "marks no answer as trained on (weight, train)" if marked else "answers nothing"
         raise BadRow(
-            "the conversation answers nothing, so there is nothing to train on. Take it out, or "
+            f"the conversation {what}, so there is nothing to train on. Take it out, or "
             "set data.on_error=skip",
             "without an answer",
         )

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from ..config import RunConfig
 from ..data.chat import Encoder
 from ..data.ends import end_tokens
-from ..data.prompts import check_ids
 from ..data.rows import encoder_for
 from ..data.sources import (
     BadRow,
@@ -24,6 +23,7 @@ from ..data.sources import (
     nothing_left,
     read_conversations,
 )
+from ..data.usable import check_ids
 from ..devices import pick_device
 from ..errors import ConfigError, DataError, PluginError, RunError
 from ..files import prepare_folder, refusing, write_file

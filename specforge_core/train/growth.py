@@ -12,13 +12,14 @@ from .. import stop
 from ..batches.loader import Micro, OnlineSource
 from ..checksums import file_checksum
 from ..config import RunConfig
-from ..data.prompts import PromptSet, left_out
+from ..data.prompts import PromptSet
 from ..data.promptset import Joined, Spool, Told
 from ..data.regenerate import read_tasks
 from ..data.shares import Range, Shares, file_of, read_share
 from ..data.split import training_side
 from ..data.tokencache import in_memory
 from ..data.tokenrows import Fingerprint, token_rows
+from ..data.usable import left_out
 from ..documents import check_regular
 from ..drafts.state import Grown
 from ..draws import later_seed

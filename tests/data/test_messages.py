@@ -169,7 +169,7 @@ def test_answers_that_are_only_read(
 
 def test_a_conversation_that_is_only_read_is_counted(tmp_path: Path) -> None:
     row = {"messages": [ASK, {**ANSWER, "weight": 0}]}
-    with pytest.raises(DataError, match="the conversation answers nothing"):
+    with pytest.raises(DataError, match=r"marks no answer as trained on \(weight, train\)"):
         load(tmp_path, row)
     assert isinstance(parse(row).messages[1], OnlyRead)
 
