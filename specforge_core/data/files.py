@@ -6,7 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from ..config import DataConfig
 from ..documents import open_regular
 from ..errors import DataError
 from ..section import expand
-from .folders import files_in
+from .folders import files_in, held_out, tell
 from .formats import ENDINGS, EXTRA, read_file
-from .sources import Line
+from .sources import Line, Rows
 
 HUB = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+){0,2}")  # NAME, NAME:SPLIT, NAME:CONFIG:SPLIT
 GLANCE = 1 << 20  # bytes of a file that `glance` reads at either end
@@ -32,6 +32,7 @@ class FileRows:
 
     files: tuple[Path, ...]
     folder: Path  # that their names are told from
+    held_out: tuple[Path, ...] = ()  # those that are so by their names, which nobody said
 
     def __iter__(self) -> Iterator[Line | DataError]:
         for path in self.files:
@@ -81,7 +82,8 @@ def open_source(source: str) -> FileRows | HubRows:
     if path.is_file():
         return FileRows((path,), path.parent)
     if path.is_dir():
-        return FileRows(tuple(files_in(path)), path)
+        files = tuple(files_in(path))
+        return FileRows(files, path, held_out(files, path))
     if path.exists():
         raise DataError(
             f"data file {source!r} is no regular file: rows are read more than once. "
@@ -96,11 +98,11 @@ def open_source(source: str) -> FileRows | HubRows:
         base = Path(path.anchor or ".")
         inner = str(path.relative_to(path.anchor))
         try:
-            files = sorted(found for found in base.glob(inner) if found.is_file())
+            files = tuple(sorted(found for found in base.glob(inner) if found.is_file()))
         except ValueError as exc:
             raise DataError(f"data.train: {source!r} is no pattern of names: {exc}") from exc
         if files:
-            return FileRows(tuple(files), _common(files))
+            return FileRows(files, _common(files), held_out(files, path))
         raise DataError(
             f"no file has a name like {source!r}. Paths are taken from the working "
             f"directory, {Path.cwd()}; correct it in the config, or with KEY=[PATH]"
@@ -127,7 +129,8 @@ def glance(data: DataConfig) -> str | None:
         if not there and (":" in source or HUB.fullmatch(source)):
             return None
         rows = open_source(source)
-        for path in rows.files if isinstance(rows, FileRows) else ():
+        kept = set(rows.files) - set(rows.held_out) if isinstance(rows, FileRows) else ()
+        for path in sorted(kept):
             try:
                 with os.fdopen(open_regular(path), "rb") as file:
                     size = os.fstat(file.fileno()).st_size
@@ -137,6 +140,32 @@ def glance(data: DataConfig) -> str | None:
             except OSError as exc:
                 raise DataError(f"data file {str(path)!r} cannot be read: {exc.strerror}") from exc
     return digest.hexdigest()
+
+
+def to_train_on(rows: Rows, option: str) -> Rows:
+    """Return `rows` without files that are held out by their names, unless a source names them.
+
+    `option` has the sources.  DataError where a source has no other files.
+    """
+
+    def opened(source: str, data: DataConfig) -> Iterable[Mapping[str, Any] | DataError]:
+        found = rows(source, data)
+        if not isinstance(found, FileRows) or not found.held_out:
+            return found
+        names = ", ".join([*map(str, found.held_out[:5]), *["..."][: len(found.held_out) > 5]])
+        rest = tuple(path for path in found.files if path not in found.held_out)
+        if not rest:
+            raise DataError(
+                f"all files of {source!r} are named as held out, and such are trained on only "
+                f"where they are named. If they are meant: {option}=[{names}]"
+            )
+        tell(
+            f"note: of {source!r} {names} is left out, as the name says. To train on it, too, "
+            f"name it in {option}"
+        )
+        return replace(found, files=rest, held_out=())
+
+    return opened
 
 
 def _common(files: Iterable[Path]) -> Path:

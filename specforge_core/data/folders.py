@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..progress import console
 from .formats import ENDINGS
 
 NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state|\w*config|manifest|\w*tokenizer.*)\.json")
@@ -38,7 +41,10 @@ def files_in(folder: Path) -> Iterator[Path]:
                 f"data folder {str(folder)!r} holds several splits, and none is named train. "
                 f"Name those that are meant: {shown}"
             )
-        folder /= "train" if "train" in splits else splits[0]
+        chosen_split = "train" if "train" in splits else splits[0]
+        if others := [split for split in splits if split != chosen_split]:
+            tell(f"note: of {str(folder)!r} {chosen_split} is read, and {', '.join(others)} is not")
+        folder /= chosen_split
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         names = [file.get("filename") for file in _named(folder / "state.json", "_data_files")]
         yield from (folder / Path(str(name)).name for name in names)
@@ -71,15 +77,41 @@ def _to_train_on(folder: Path, files: Sequence[Path]) -> Sequence[Path]:
     splits: dict[str | None, list[Path]] = defaultdict(list)
     for path in files:
         splits[_split(path.relative_to(folder))].append(path)
-    others = [name for name in splits if name is None or name.split("_")[0] in TRAIN]
+    others = [name for name in splits if not _is_held_out(name)]
     if len(others) == len(splits) or len(splits) == 1:
         return files
     if len(others) == 1 and others[0] is not None:
+        left = ", ".join(str(name) for name in splits if name != others[0])
+        tell(f"note: of {str(folder)!r} {others[0]} is read, and {left} is not")
         return splits[others[0]]
+    meant = [splits[name][0] for name in others] or [paths[0] for paths in splits.values()]
     raise DataError(
         f"data folder {str(folder)!r} holds files that are named as held out, and it is not clear "
-        f"which are to train on. {_name_them(folder, [paths[0] for paths in splits.values()])}"
+        f"which are to train on. {_name_them(folder, meant)}"
     )
+
+
+def held_out(files: Iterable[Path], source: Path) -> tuple[Path, ...]:
+    """Return the files that are held out by their names below `source`, which does not say so.
+
+    `source` is a folder, or a pattern.
+    """
+    parts = source.parts
+    place = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    if _is_held_out(_split(Path(*parts[max(0, place - 1) :]))):
+        return ()
+    base = Path(*parts[:place])
+    return tuple(path for path in files if _is_held_out(_split(path.relative_to(base))))
+
+
+def _is_held_out(split: str | None) -> bool:
+    return split is not None and split.split("_")[0] in HELD_OUT
+
+
+@cache
+def tell(note: str) -> None:
+    """Print a line, once however often a source is opened."""
+    console.print(note)
 
 
 def _split(path: Path) -> str | None:

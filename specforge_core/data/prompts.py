@@ -26,6 +26,7 @@ from ..target.tokenizer import (
 from ..types import TargetInfo
 from .chat import Encoder
 from .ends import end_tokens
+from .files import to_train_on
 from .promptset import PromptSet as PromptSet, Spool, Told
 from .rows import RowMaker
 from .scatter import GROUP, can_scatter, scattered
@@ -54,11 +55,13 @@ def run_prompts(
     `fingerprint` is the target's; None where no weight of it is to be read.  With `validation`
     those that are held out, without it those that are trained on.
     """
-    data, rows = run.data, strategy.conversations
+    data = run.data
+    rows: Rows = strategy.conversations
     if validation:
         data, side = validation_side(data)
     else:
         side = training_side(data, rows)
+        rows = to_train_on(rows, "data.train")
         _tell_unread(data, tokenizer)
     return open_prompts(
         data,

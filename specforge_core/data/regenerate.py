@@ -23,6 +23,7 @@ from ..target.info import load_target_info
 from ..target.tokenizer import CLOCK, chat_template, load_tokenizer, template_options
 from ..text import counted
 from .chat import Encoder
+from .files import to_train_on
 from .journal import Journal
 from .messages import OnlyRead
 from .respond import TOO_LONG, Answerer, Chat, Task, asked_turns
@@ -157,6 +158,7 @@ def read_tasks(
     tasks: dict[str, Task] = {}
     sources: dict[str, str] = {}  # of each id
     skipped, held_out = Skipped(run.data.on_error), 0
+    rows = to_train_on(rows, "regenerate.prompts")
     for found in read_conversations(files, run.data, rows, need_answer=False, skipped=skipped):
         if side is not None and not side.takes(found):
             held_out += 1

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from specforge_core.config import DataConfig
+from specforge_core.data.files import FileRows, open_source, to_train_on
 from specforge_core.errors import DataError
 
 from .rows_in_files import ROWS, ids, read
@@ -64,7 +66,7 @@ def test_folders_without_data(tmp_path: Path, names: tuple[str, ...], message: s
         ),
         (
             "chats.jsonl test.jsonl",
-            r"held out, .*: data\.train=\[.*/chats\.jsonl, .*/test\.jsonl\]",
+            r"held out, .*: data\.train=\[[^,]*/chats\.jsonl\]$",
         ),
         (
             "chats.jsonl train.jsonl dev.jsonl",
@@ -94,6 +96,56 @@ def test_of_a_folder_what_is_held_out_is_not_trained_on_and_nothing_is_missed(
     else:
         with pytest.raises(DataError, match=read_files):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "source", "trained", "said"),
+    [
+        ("test.jsonl", "", "", r"are named as held out.*: data\.train=\[[^,]*/d/test\.jsonl\]"),
+        ("test/1.jsonl test/2.jsonl", "", "", r"data\.train=\[.*test/1\.jsonl, .*test/2\.jsonl\]"),
+        ("test/1.jsonl", "test", "test/1.jsonl", ""),
+        ("math_test.jsonl", "math_test.jsonl", "math_test.jsonl", ""),
+        ("train.jsonl test.jsonl", "", "train.jsonl", "/d' train is read, and test is not"),
+        # a pattern is no name, unless it has the split in it
+        ("test.jsonl", "*.jsonl", "", r"are named as held out.*: data\.train=\[.*/test\.jsonl\]"),
+        ("a.jsonl dev/1.jsonl", "**/*.jsonl", "a.jsonl", "dev/1.jsonl is left out, as the name"),
+        ("a.jsonl test.jsonl", "te*.jsonl", "", "are named as held out"),
+        ("a.jsonl test-1.jsonl", "test-*.jsonl", "test-1.jsonl", ""),
+        ("test/1.jsonl", "test/*.jsonl", "test/1.jsonl", ""),
+        (
+            "data/train/1.jsonl data/test/1.jsonl",
+            "data/*/*.jsonl",
+            "data/train/1.jsonl",
+            "left out",
+        ),
+    ],
+)
+def test_what_is_held_out_is_trained_on_only_by_its_name(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    names: str,
+    source: str,
+    trained: str,
+    said: str,
+) -> None:
+    folder = tmp_path / "d"  # the test's own names it
+    for name in names.split():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("{}")
+    rows, asked = to_train_on(lambda name, _: open_source(name), "data.train"), str(folder / source)
+    plain = open_source(asked)
+    assert isinstance(plain, FileRows)
+    if not trained:
+        with pytest.raises(DataError, match=said):
+            rows(asked, DataConfig())
+        assert plain.files  # read as what is validated with, or evaluated on
+        return
+    _, found = (rows(asked, DataConfig()) for _ in range(2))
+    assert isinstance(found, FileRows)
+    assert [str(path.relative_to(folder)) for path in found.files] == [trained]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(said)  # once, however often it is opened
+    assert said in "".join(lines)
 
 
 def test_saved_data_sets_are_read_in_their_own_order(tmp_path: Path) -> None:
