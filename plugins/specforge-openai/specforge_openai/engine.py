@@ -66,17 +66,18 @@ class OpenAIEngine:
             read_options(target, OpenAIOptions),
         )
         limits = [max_positions(engine.info)]
+        down: dict[Server[Client], ServerDown] = {}
         for server in engine.pool.servers:
             try:
                 limits.append(engine._look_at(server.client))
             except ServerDown as exc:
-                engine.pool.retire(server, str(exc))
+                down[server] = exc
         # the shortest context bounds all answers, whichever server gives one
         shortest = min((limit for limit in limits if limit), default=None)
         config = {**engine.info.config, "max_position_embeddings": shortest}
         engine.info = replace(engine.info, config=config)
-        if all(server.retired for server in engine.pool.servers):
-            engine.pool.release(engine.pool.acquire(0), 0, served=False)  # waits, or says who
+        start = f"vllm serve {target.path}, or python -m sglang.launch_server --model-path "
+        engine.pool.begin(down, start + target.path, wait="patience" in target.options)
         return engine
 
     def supports(self, spec: CaptureSpec) -> bool:

@@ -21,6 +21,10 @@ class ServerDown(Exception):
     """A server that could not do what it was asked now; another one, or later, may do."""
 
 
+class Unreachable(ServerDown):
+    """Nobody listens at a server's address, or nothing leads there."""
+
+
 class Refused(Exception):
     """A server's answer that it cannot do what was asked, whichever server is asked."""
 
@@ -36,8 +40,9 @@ def request_json(
 ) -> Any:
     """Return what is at `url` + `path`, or the answer to `body` there.
 
-    `timeout` is in seconds, for all of it.  Raises ServerDown and Refused, whose messages show
-    neither the key nor any of the `secrets` in `body`, which a server may repeat.
+    `timeout` is in seconds, for all of it.  Raises ServerDown (Unreachable where nobody listens)
+    and Refused, whose messages show neither the key nor any of the `secrets` in `body`, which a
+    server may repeat.
     Safe to use from several threads at once: each request connects anew.
     """
     hidden = [*filter(None, (api_key, *secrets))]
@@ -49,6 +54,10 @@ def request_json(
         headers["Authorization"] = f"Bearer {api_key}"
     connection = kind(parts.netloc, timeout=timeout)
     until = time.monotonic() + timeout
+    try:
+        connection.connect()
+    except OSError as exc:
+        raise Unreachable(_told(f"{type(exc).__name__}: {exc}", hidden)) from exc
     try:
         method, text = ("GET", None) if body is None else ("POST", json.dumps(body))
         connection.request(method, parts.path + path, text, headers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
@@ -18,7 +18,7 @@ from specforge_core.progress import console
 from specforge_core.records import in_message
 from specforge_core.text import harmless
 
-from .http_json import ServerDown
+from .http_json import ServerDown, Unreachable
 
 RETRY_SECONDS = 3.0  # between two looks at a server that was retired
 
@@ -56,6 +56,25 @@ class Pool(Generic[C]):
     closed: bool = False
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
+    def begin(self, down: Mapping[Server[C], ServerDown], start: str, *, wait: bool) -> None:
+        """Leave out the servers that were `down` when they were first looked at.
+
+        Where all of them were, one is waited for; but where nobody listens at their addresses,
+        only if the user said so (`wait`): else RunError, with how to `start` one.
+        """
+        none = len(down) == len(self.servers)
+        if none and not wait and all(isinstance(exc, Unreachable) for exc in down.values()):
+            listing = "\n  ".join(f"{server.client.url}: {exc}" for server, exc in down.items())
+            raise RunError(
+                f"no server of the target engine answers:\n  {listing}\nTry: {start}; or correct "
+                "target.options.urls; or target.options.patience=600, which waits so many seconds "
+                "for one that is being started"
+            )
+        for server, exc in down.items():
+            self.retire(server, str(exc))
+        if none:
+            self.release(self.acquire(0), 0, served=False)  # waits, or says who is down
+
     def acquire(self, cost: int) -> Server[C]:
         """Return the server with the least outstanding, and count `cost` to it.
 
@@ -91,10 +110,12 @@ class Pool(Generic[C]):
         with self._changed:
             first, server.retired = server.retired is None, reason
             server.retry_at = time.monotonic() + RETRY_SECONDS
+            left = any(other.retired is None for other in self.servers)
             self._changed.notify_all()
         if first and not self.closed:
             why = harmless(in_message(reason))
-            console.print(f"{server.client.url} failed ({why}); going on without")
+            then = "going on without" if left else f"no other is left, waiting {self.patience:g} s"
+            console.print(f"{server.client.url} failed ({why}); {then}")
 
     def _take_due(self) -> Server[C] | None:
         """Return a retired server that it is time to look at; no one else gets it meanwhile."""

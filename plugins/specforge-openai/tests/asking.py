@@ -27,6 +27,7 @@ EOS = TOKENIZER.eos_token_id
 
 def served(target: Path, *found: Any, **options: Any) -> Target:
     given = {"urls": [server.url for server in found], "patience": 0.0, **options}
+    given = {name: value for name, value in given.items() if value is not None}  # not set
     return Target(path=str(target), device="cpu", dtype="float32", engine="openai", options=given)
 
 

@@ -111,6 +111,24 @@ def test_no_server_answers(start: Any, toy_target: Path) -> None:
     assert "start them again, then the same command" in message
 
 
+def test_where_nobody_listens_nothing_is_waited_for(
+    start: Any, toy_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless `patience` is given: a server may be starting."""
+    dead = start()
+    dead.stop()
+    with pytest.raises(RunError) as error:
+        OpenAIEngine.load(served(toy_target, dead, patience=None))
+    told = str(error.value)
+    assert f"answers:\n  {dead.url}: ConnectionRefusedError" in told
+    assert f"Try: vllm serve {toy_target}, or python -m sglang" in told
+    assert "target.options.patience=600" in told
+    assert capsys.readouterr().err == ""
+    with pytest.raises(RunError, match="none came back in 0 s"):
+        OpenAIEngine.load(served(toy_target, dead, patience=0))
+    assert "no other is left, waiting 0 s" in capsys.readouterr().err
+
+
 def test_a_server_that_comes_back_is_used_again(
     start: Any, toy_target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +141,7 @@ def test_a_server_that_comes_back_is_used_again(
 
     server = start()
     server.answer = away
-    (found,) = ask(OpenAIEngine.load(served(toy_target, server, patience=60.0)), "Hi")
+    (found,) = ask(OpenAIEngine.load(served(toy_target, server, patience=None)), "Hi")
     assert text_of(found) == "2 tokens<|im_end|>"
     assert len(looks) > 3
 

@@ -94,6 +94,7 @@ class SGLangEngine:
         tokens = torch.arange(3)
         prompt = Prompt(index=0, input_ids=tokens, loss_mask=torch.zeros_like(tokens))
         spec = CaptureSpec(layers=(0,), final="post_norm", fields={})
+        down: dict[Server[Client], ServerDown] = {}
         for server in self.pool.servers:
             try:
                 check_server(server.client)
@@ -101,11 +102,10 @@ class SGLangEngine:
             except ServerDown as exc:
                 if self._child is not None:
                     self._child.check_alive()
-                self.pool.retire(server, str(exc))
+                down[server] = exc
                 continue
             self._itemsize = capture.hidden_states[0].element_size()
-        if all(server.retired for server in self.pool.servers):
-            self.pool.release(self.pool.acquire(0), 0, served=False)  # waits, or says who is down
+        self.pool.begin(down, START, wait="patience" in self._options.model_fields_set)
 
     def supports(self, spec: CaptureSpec) -> bool:
         """Say yes: what a model cannot give is an error that names it."""
