@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -20,6 +22,9 @@ from .records import MASK, in_error, override_in_error, remember_secrets
 from .strategy import Strategy
 from .text import cut, meant, shorten
 from .yaml_text import MAX_DEPTH, parse, read_file
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 MAX_ERRORS = 5  # shown of one config
 MESSAGE = 300  # characters of one of them
@@ -124,7 +129,7 @@ def _explain(
     command: str = "config",
 ) -> str:
     lines: list[str] = []
-    errors = exc.errors(include_url=False, include_context=False)
+    errors = _one_a_value(exc.errors(include_url=False, include_context=False), model)
     for error in errors[:MAX_ERRORS]:
         where = ".".join(cut(str(part)) for part in (*prefix, *error["loc"]))
         if error["type"] == "extra_forbidden":
@@ -134,8 +139,7 @@ def _explain(
         elif error["type"] == "missing":
             lines.append(f"{where}: required, and missing")
         else:
-            message = cut(error["msg"].removeprefix("Value error, "), MESSAGE)
-            message = PLAIN.get(error["type"], message)
+            message = cut(_message(error), MESSAGE)
             texts = error["type"] in ("string_type", "path_type")
             quote = texts and not isinstance(error["input"], dict | list)
             hint = ": text that looks like something else stands in quotes" if quote else ""
@@ -145,6 +149,44 @@ def _explain(
         lines.append(f"and {len(errors) - MAX_ERRORS} more")
     listing = "\n  ".join(lines)
     return f"{origin} is not a valid config:\n  {listing}\nTry: specforge {command}"
+
+
+def _message(error: ErrorDetails) -> str:
+    return PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
+
+
+def _one_a_value(errors: list[ErrorDetails], model: type[BaseModel]) -> list[ErrorDetails]:
+    """Return one error for a value that may be of several kinds, and is of none.
+
+    Pydantic tells of each kind.  What is wrong inside of one of them tells more than the others.
+    """
+    found: list[ErrorDetails] = []
+    for field, group in groupby(errors, lambda error: _of_kinds(model, error["loc"])):
+        kinds, depth = list(group), len(field)
+        inside = [error for error in kinds if field and len(error["loc"]) > depth + 1]
+        for error in inside:
+            error["loc"] = (*field, *error["loc"][depth + 1 :])
+        if field and len(kinds) > 1 and not inside:
+            said = [_message(error).removeprefix("Input should be ") for error in kinds]
+            one = kinds[0]
+            one["loc"], one["msg"], one["type"] = field, f"Input should be {', or '.join(said)}", ""
+            inside = [one]
+        found += inside or kinds
+    return found
+
+
+def _of_kinds(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Return the part of `loc` that names the field, if that takes several kinds of values."""
+    for depth, part in enumerate(loc, 1):
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field is not None else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+            continue
+        kinds = [kind for kind in get_args(inner) if kind is not type(None)]
+        union = get_origin(inner) in (Union, UnionType) and len(kinds) > 1
+        return loc[:depth] if union and len(loc) > depth else ()
+    return ()
 
 
 def _similar(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:

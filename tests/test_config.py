@@ -100,6 +100,14 @@ def test_overrides_make_sections_lists_and_nulls(config: Path) -> None:
         (f"eval.prompts={{a: {'x' * 300}}}", "eval.prompts: this path is too long"),
         ("train.betas=0.9", "train.betas: Input should be a list, as [A, B], got 0.9"),
         ("regenerate.prompts=3", "regenerate.prompts: Input should be a list, as [A, B], got 3"),
+        (
+            "data.validation=null",
+            "Input should be a valid number, or a list, as [A, B], got None\n",
+        ),
+        (
+            "data.validation=[1]",
+            "config:\n  data.validation.0: Input should be a valid string, got 1",
+        ),
         ("output_dir=2024", "output_dir: Input should be a path, got 2024: text that looks like"),
         ("train=[]", "train: Input should be a section, as {KEY: VALUE}, got []"),
         ("plugins=false", "plugins must hold a section by plugin, got False"),

@@ -234,9 +234,12 @@ class Filler:
             raise nothing_left(data.train, skipped.first)
         if not spool.num_tokens:
             raise nothing_supervised(used.total(), skipped, data, limit)
-        others = 0 if self.side is None else self.side.others
+        others, least = 0, None
+        if self.side is not None:
+            others = self.side.others
+            least = self.side.least if self.side.fraction and not others else None
         sources = [used[name] for name in data.train]
-        return Told(used.total(), cut, dict(skipped.counts), sources, others)
+        return Told(used.total(), cut, dict(skipped.counts), sources, others, least)
 
     def _progress(self) -> AbstractContextManager[Meter]:
         if self.quiet:

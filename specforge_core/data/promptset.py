@@ -27,6 +27,7 @@ class Told:
     skipped: Mapping[str, int] = field(default_factory=dict)  # reason -> rows left out
     sources: Sequence[int] = ()  # conversations used of each source
     other_side: int = 0  # conversations left to the other side of `data.validation`
+    least: float | None = None  # the part that holds out one, where that of the config does not
 
 
 class PromptSet(Sequence[Prompt]):

@@ -52,6 +52,12 @@ class DataReport:
         lengths = self.prompts.lengths.sort().values.tolist()
         return {f"{part:.0%}": lengths[round(part * (len(lengths) - 1))] for part in PARTS}
 
+    def _held_out(self) -> str:
+        told = self.prompts.told
+        if told.least is None:
+            return str(told.other_side or "none")
+        return f"none, so that training is refused; the least part with one is {told.least}"
+
     def __str__(self) -> str:
         prompts = self.prompts
         shortest, half, most, nearly, longest = self._lengths().values()
@@ -61,7 +67,7 @@ class DataReport:
             f"{counted(prompts.told.conversations, 'conversation')}, "
             f"{counted(len(prompts), 'row')} to train on",
             *(f"  {count:,} of {source}" for source, count in sources.items() if len(sources) > 1),
-            f"held out by data.validation: {prompts.told.other_side or 'none'}",
+            f"held out by data.validation: {self._held_out()}",
             f"{counted(prompts.num_tokens, 'token')}, {prompts.num_supervised:,} supervised "
             f"({share:.1%})",
             f"lengths: {shortest:,} to {longest:,} tokens, half up to {half:,}, 90% up to "

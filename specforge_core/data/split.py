@@ -28,11 +28,20 @@ class Side:
     fraction: float = 0.0  # of the questions that are held out
     questions: frozenset[int] = frozenset()  # that are held out in any case
     others: int = field(default=0, compare=False)  # conversations of the other side, so far
+    nearest: int = field(default=SPACE - 1, compare=False)  # number of a question not held out
 
     def takes(self, found: Conversation) -> bool:
         """Say whether a conversation is on this side."""
         number = question(found)
-        return self.held_out == (number in self.questions or number < self.fraction * SPACE)
+        held_out = number in self.questions or number < self.fraction * SPACE
+        if not held_out:
+            self.nearest = min(self.nearest, number)
+        return self.held_out == held_out
+
+    @property
+    def least(self) -> float:
+        """Return the least fraction, in hundredths, that would hold out one conversation more."""
+        return (100 * self.nearest // SPACE + 1) / 100
 
     def only(
         self, items: Iterable[Conversation | DataError], limit: int | None
@@ -95,9 +104,10 @@ def validation_side(data: DataConfig) -> tuple[DataConfig, Side | None]:
 def one_sided(side: Side, data: DataConfig) -> DataError:
     """Return the error for a side without a conversation."""
     if side.held_out:
+        part = f"data.validation={side.least}, or " if side.least < 1 else ""
         return DataError(
             f"data.validation={data.validation} holds out none of {side.others} conversations. "
-            "Try: data.validation=0.1, or a file of its own: data.validation=[FILE.jsonl]"
+            f"Try: {part}a file of its own: data.validation=[FILE.jsonl]"
         )
     return DataError(
         f"all {side.others} conversations of data.train are held out by data.validation, and "

@@ -55,6 +55,8 @@ def test_what_is_held_out_is_told(config: Path) -> None:
     part = report_data(*load_config(config, ("data.on_error=skip", "data.validation=0.5")))
     assert every.as_json()["held_out"] == 0
     assert "held out by data.validation: none" in str(every)
+    few = report_data(*load_config(config, ("data.on_error=skip", "data.validation=1e-9")))
+    assert "none, so that training is refused; the least part with one is 0." in str(few)
     held_out = len(every.prompts) - len(part.prompts)
     assert part.as_json()["held_out"] == held_out > 0
     assert f"held out by data.validation: {held_out}" in str(part)

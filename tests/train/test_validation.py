@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -99,6 +100,17 @@ def test_what_holds_out_nothing_or_all_is_an_error(
 ) -> None:
     with pytest.raises(error, match=message):
         train(*load(config, override))
+
+
+def test_the_part_that_is_advised_holds_out_one(config: Path) -> None:
+    with pytest.raises(DataError) as error:
+        rows(config, "data.validation=1e-9", validation=True)
+    found = re.search(r"Try: (data\.validation=([0-9.]+))", str(error.value))
+    assert found is not None
+    assert rows(config, found[1], validation=True)
+    if (less := float(found[2]) - 0.01) > 0:
+        with pytest.raises(DataError, match="holds out none"):
+            rows(config, f"data.validation={less:.2f}", validation=True)
 
 
 @pytest.mark.slow
