@@ -145,10 +145,24 @@ def glance(data: DataConfig) -> str | None:
 def to_train_on(rows: Rows, option: str) -> Rows:
     """Return `rows` without files that are held out by their names, unless a source names them.
 
-    `option` has the sources.  DataError where a source has no other files.
+    `option` has the sources; files that it has twice are told of.  DataError where a source has
+    no other files.
     """
+    seen: dict[object, str] = {}  # a file, under whatever name, or a data set -> its first source
 
     def opened(source: str, data: DataConfig) -> Iterable[Mapping[str, Any] | DataError]:
+        found = chosen(source, data)
+        names = _told_apart(source, found)
+        twice = {seen[key]: name for key, name in reversed(names.items()) if key in seen}
+        for first, name in twice.items():
+            tell(
+                f"note: {option} has {name} twice, in {first!r} and in {source!r}: its "
+                "conversations count twice"
+            )
+        seen.update({key: source for key in names if key not in seen})
+        return found
+
+    def chosen(source: str, data: DataConfig) -> Iterable[Mapping[str, Any] | DataError]:
         found = rows(source, data)
         if not isinstance(found, FileRows) or not found.held_out:
             return found
@@ -166,6 +180,14 @@ def to_train_on(rows: Rows, option: str) -> Rows:
         return replace(found, files=rest, held_out=())
 
     return opened
+
+
+def _told_apart(source: str, found: object) -> dict[object, str]:
+    """Return what tells each file of a source from all others, with its name."""
+    if not isinstance(found, FileRows):
+        return {found.fingerprint() if isinstance(found, HubRows) else source: source}
+    status = {path: path.stat() for path in found.files if path.exists()}
+    return {(one.st_dev, one.st_ino): str(path) for path, one in status.items()}
 
 
 def _common(files: Iterable[Path]) -> Path:

@@ -15,7 +15,8 @@ import pytest
 
 from specforge_core.config import DataConfig, RunConfig
 from specforge_core.data import sources
-from specforge_core.data.files import GLANCE, glance, open_source
+from specforge_core.data.files import GLANCE, glance, open_source, to_train_on
+from specforge_core.data.folders import tell
 from specforge_core.data.sources import Conversation
 from specforge_core.errors import DataError
 
@@ -281,3 +282,23 @@ def test_sources_are_mixed_in_proportion(tmp_path: Path) -> None:
 def test_wrong_weights(mix: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"data\.mix"):
         DataConfig(train=("a", "b"), mix=mix)
+
+
+@pytest.mark.parametrize("other", ["d.jsonl", "./d.jsonl", "link.jsonl", "*.jsonl", ".", "e.jsonl"])
+def test_a_file_that_is_named_twice_is_told_of(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    other: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tell.cache_clear()
+    (tmp_path / "d.jsonl").write_bytes(LINES)
+    if other == "link.jsonl":
+        (tmp_path / other).symlink_to("d.jsonl")
+    elif other == "e.jsonl":  # the same rows in another file are not looked for
+        (tmp_path / other).write_bytes(LINES)
+    rows = to_train_on(lambda source, _: open_source(source), "data.train")
+    assert all(len(list(rows(name, DataConfig()))) >= len(ROWS) for name in ("d.jsonl", other))
+    said = f" twice, in 'd.jsonl' and in {other!r}: its conversations count twice"
+    assert capsys.readouterr().err.count(said) == (other != "e.jsonl")

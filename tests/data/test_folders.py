@@ -132,15 +132,19 @@ def test_what_is_held_out_is_trained_on_only_by_its_name(
     for name in names.split():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text("{}")
-    rows, asked = to_train_on(lambda name, _: open_source(name), "data.train"), str(folder / source)
+    asked = str(folder / source)
     plain = open_source(asked)
+
+    def rows() -> object:
+        return to_train_on(lambda name, _: open_source(name), "data.train")(asked, DataConfig())
+
     assert isinstance(plain, FileRows)
     if not trained:
         with pytest.raises(DataError, match=said):
-            rows(asked, DataConfig())
+            rows()
         assert plain.files  # read as what is validated with, or evaluated on
         return
-    _, found = (rows(asked, DataConfig()) for _ in range(2))
+    _, found = rows(), rows()
     assert isinstance(found, FileRows)
     assert [str(path.relative_to(folder)) for path in found.files] == [trained]
     lines = capsys.readouterr().err.splitlines()
