@@ -127,7 +127,7 @@ def test_a_header_that_says_what_cannot_be_is_an_error(
         ({"a": []}, bytes(0), "is damaged"),
         ({"a": None}, bytes(0), "is damaged"),
         (b'{"a": ' + b"[" * 100_000, bytes(0), "is damaged"),
-        (json.dumps(GOOD).replace('"b"', '"a"').encode(), bytes(24), "a name occurs twice"),
+        (json.dumps(GOOD).replace('"b"', '"a"').encode(), bytes(24), "the name 'a' occurs twice"),
         (GOOD, bytes(32), r"its tensors end at byte \d+, the file at \d+"),
         (GOOD, bytes(8), r"its tensors end at byte \d+, the file at \d+"),
     ],

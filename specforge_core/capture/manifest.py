@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import to_json
 
 from ..checksums import SEAL, check_seal, sealed
-from ..documents import read_document, why_invalid
+from ..documents import parse_json, read_document, why_invalid
 from ..errors import CaptureError
 from ..files import inside, write_file
 from ..types import CaptureSpec, Field, FinalState
@@ -150,7 +149,7 @@ class CaptureManifest(Frozen):
         """
         path = directory / MANIFEST
         try:
-            raw = json.loads(read_document(path))
+            raw = parse_json(read_document(path))
             _check_version(path, raw)
             manifest = cls.model_validate_json(to_json(_unsealed(raw)))
             for name in (*(shard.file for shard in manifest.shards), manifest.token_counts):

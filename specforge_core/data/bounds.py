@@ -1,4 +1,4 @@
-"""Bounds on what somebody else wrote: the time and the memory of a chat template, keys of a row."""
+"""Bounds on what somebody else wrote: the time and the memory of a chat template."""
 
 from __future__ import annotations
 
@@ -9,19 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 SECONDS = 5.0  # of processor time, that the work on one row may take
 MEMORY = 2 << 30  # bytes, that one rendering may take
 AGAIN = 1.0  # seconds after which what went on nevertheless is ended again
-
-
-def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON; ValueError where the last of two values would hide the first."""
-    found = dict(pairs)
-    if len(found) < len(pairs) and (other := [key for key, x in pairs if x != found[key]]):
-        raise ValueError(f"the key {other[0]!r:.60} is there twice")
-    return found
 
 
 @contextmanager

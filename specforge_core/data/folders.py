@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..documents import parse_json
 from ..errors import DataError
 from ..progress import console
 from .formats import ENDINGS
@@ -165,7 +165,7 @@ def _no_data(folder: Path) -> str:
 
 def _named(path: Path, key: str) -> list[Any]:
     try:
-        found = json.loads(path.read_bytes())[key]
+        found = parse_json(path.read_bytes())[key]
         assert isinstance(found, list)
         assert found
     except (OSError, ValueError, TypeError, KeyError, AssertionError, RecursionError) as exc:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
 from ..config import DataConfig
+from ..documents import KeyTwice, decode_one, each_key_once
 from ..errors import DataError
 from ..text import counted
-from .bounds import each_key_once
 from .hints import SKIP, of_line, of_row
 from .messages import Message as Message, parse, tokens_alone
 from .tools import Tool
@@ -209,10 +209,11 @@ def read_array(file: IO[bytes], name: str) -> Iterator[Line | DataError]:
     Raises DataError where it cannot be read: nobody knows how many rows would be lost.
     """
     reader = getreader("utf-8-sig")(file)
-    decode = json.JSONDecoder(object_pairs_hook=each_key_once).raw_decode
     number, size = 0, PIECE
     try:
-        text, place = reader.read(size).lstrip()[1:], 0  # behind the bracket
+        head = reader.read(size)
+        text, place = head.lstrip()[1:], 0  # behind the bracket
+        line = 1 + head.count("\n", 0, len(head) - len(text))  # that `text` begins in
         while True:
             while place < len(text) and text[place] in " \t\r\n,":
                 place += 1
@@ -221,9 +222,10 @@ def read_array(file: IO[bytes], name: str) -> Iterator[Line | DataError]:
                     raise ValueError("more follows behind the array")
                 return
             try:
-                row, place = decode(text, place)
+                row, place = decode_one(text, place, line)
             except json.JSONDecodeError:
                 more = reader.read(size)
+                line += text.count("\n", 0, place)
                 text, place, size = text[place:] + more, 0, 2 * size
                 if not more or len(text) > MAX_LINE:
                     raise
@@ -254,6 +256,8 @@ def _parse(line: bytes, where: str) -> Line | DataError:
 
 
 def _row(row: object, where: str) -> Line | DataError:
+    if isinstance(row, KeyTwice):
+        return BadRow(f"{where}: {row}. {SKIP}", "not JSON")
     if not isinstance(row, dict):
         found = type(row).__name__
         return BadRow(f"{where}: expected an object, found {found}. {SKIP}", "not a conversation")

@@ -20,7 +20,7 @@ from pydantic_core import from_json, to_json
 from ..capture.manifest import CaptureIdentity
 from ..checksums import checksum
 from ..config import TrainConfig
-from ..documents import read_document, read_object, why_invalid
+from ..documents import parse_json, read_document, read_object, why_invalid
 from ..errors import CheckpointError
 
 STATE, CHECKSUMS = "state.json", "checksums.json"
@@ -132,6 +132,7 @@ def read_state(path: Path) -> TrainState:
         told = (read_checksums(path) or {}).get(STATE)
         if told is not None and (found := checksum(data)) != told:
             raise ValueError(f"its checksum is {found}, {told!s:.40} was written")
+        parse_json(data)  # each key once
         raw = from_json(data, allow_inf_nan=False)
         state = TrainState.model_validate_json(to_json(_current(raw)))  # lists for tuples
     except FileNotFoundError as exc:

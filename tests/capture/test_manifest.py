@@ -173,6 +173,18 @@ def test_a_manifest_is_read_strictly(change: dict[str, object], message: str, tm
         CaptureManifest.read(tmp_path / "capture")
 
 
+@pytest.mark.parametrize("code", ["utf-8", "utf-16"])
+def test_a_key_of_a_manifest_that_is_there_twice_is_named_with_its_lines(tmp_path: Path, code: str):
+    text = json.dumps(json.loads(OLD), indent=1)
+    end = text.index('"num_tokens"')
+    line = text.count("\n", 0, text.index('"num_samples"')) + 1
+    text = f'{text[:end]}"num_samples":\n7, {text[end:]}'
+    (tmp_path / "manifest.json").write_text(text, encoding=code)
+    said = rf"cannot be read: the key 'num_samples' is there twice \(lines {line} and {line + 1}\)"
+    with pytest.raises(CaptureError, match=said):
+        CaptureManifest.read(tmp_path)
+
+
 def test_a_link_inside_of_a_capture_is_followed(tmp_path: Path):
     (tmp_path / "manifest.json").write_text(OLD)
     (tmp_path / "real").write_bytes(b"1234567")

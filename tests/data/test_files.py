@@ -110,10 +110,8 @@ def test_what_is_no_file_of_rows_is_said_with_a_way_out(
         (ARRAY[:-1], "object 701 of the array in d.json is not JSON"),
         (ARRAY + b"{}", "more follows behind the array"),
         (b"[" * 100_000, "object 1 of the array"),
-        (
-            b'[{"a": 1, "a": 2}, ',
-            "object 1 of the array in d.json is not JSON that can be read (the key",
-        ),
+        (b'[{"a": 1, "a": 2}, ', "d.json:1: the key 'a' is there twice (lines 1 and 1)"),
+        (b'[{"a": 1, "a": 2, ', "object 1 of the array in d.json is not JSON"),
         (b'["x"]', "d.json:1: expected an object, found str"),
         (b"[\xff]", "object 1 of the array"),
         (b"[]", "no conversations in"),
