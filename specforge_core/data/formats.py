@@ -80,6 +80,7 @@ PANDAS = (
     "python -c \"import pandas; pandas.read_{read}('FILE').to_json('FILE.jsonl', orient='records', "
     'lines=True)"'
 )
+AGAIN = "get the file again; or, if it holds rows of JSON: mv FILE FILE.jsonl"
 TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
 # first bytes -> what it is, and how rows come of it
 OTHERS = {
@@ -148,7 +149,11 @@ def open_data(path: Path) -> Iterator[IO[bytes]]:
 def is_lines(path: Path) -> bool:
     """Say whether `read_file` reads a file as lines that are not packed."""
     with open_data(path) as file:
-        return _peek(file).removeprefix(BOM).lstrip()[:1] == b"{"
+        return _peek(file).removeprefix(BOM).lstrip()[:1] == b"{" and not _is_named_table(path)
+
+
+def _is_named_table(path: Path) -> bool:
+    return path.suffix.lower() in (".parquet", ".arrow")
 
 
 def _rows(file: IO[bytes], path: Path, name: str) -> Iterator[Line | DataError]:
@@ -187,6 +192,9 @@ def _text(stream: IO[bytes], head: bytes, path: Path, name: str) -> Iterator[Lin
             known = ("an archive", "tar xf FILE, and name what is in it")
         if known is None and b"\0" in head:
             known = ("of no kind that is known", "a file of conversations, one JSON object a line")
+    if known is None and _is_named_table(path):
+        held = "text" if start else "empty"  # what a server said in the place of the file
+        known = f"{held}, and named as a table", AGAIN
     if known is not None:
         raise _no_rows(path, *known)
     lines = path.name.partition(".")[2].startswith(("jsonl", "ndjson"))

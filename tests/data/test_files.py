@@ -82,6 +82,18 @@ def archive() -> bytes:
         ("d.tar.gz", gzip.compress(archive(), mtime=0), "an archive, packed"),
         ("d.parquet.gz", gzip.compress(b"PAR1", mtime=0), "a table, packed"),
         ("d.parquet", b"PAR1xxxx", "is a damaged table of Parquet"),
+        (
+            "d.parquet",
+            b'{\n "error": "Not found"}',
+            "is text, and named as a table, and no file of",
+        ),
+        (
+            "d.parquet",
+            b"Entry not found",
+            "Try: get the file again; or, if it holds rows of JSON: mv",
+        ),
+        ("d.Arrow", LINES + b"x" * (5 << 20), "is text, and named as a table"),
+        ("d.parquet", b"", "is empty, and named as a table"),
         ("d.arrow", b"ARROW1\0\0xxxx", "is a damaged table of Arrow"),
         ("d.arrow", b"\xff\xff\xff\xff\xff", "is a damaged table of Arrow"),
         ("d.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "cannot be read: "),
