@@ -115,7 +115,7 @@ def open_prompts(
     fill = Filler(
         data=data,
         opened=opened,
-        make=RowMaker(Encoder(tokenizer, options, limit, ends), origin),
+        make=RowMaker(Encoder(tokenizer, options, limit, ends), origin, data.ignore_fields),
         limit=limit,
         vocab_size=vocab_size,
         side=side,

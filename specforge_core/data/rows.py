@@ -20,6 +20,7 @@ class RowMaker:
 
     encoder: Encoder
     origin: Fingerprint  # of this run: tokens that a target wrote must be of the same
+    ignored: tuple[str, ...] = ()  # fields of rows and of messages that are not read
 
     def __call__(self, found: Conversation) -> list[Row]:
         """Return a conversation's rows, of the tokens that it says or of its text.
@@ -28,10 +29,10 @@ class RowMaker:
         """
         if not found.messages:
             return [token_row(found.row, self.encoder.limit)]
-        if ROWS in found.row:
+        if found.row.get(ROWS) is not None and ROWS not in self.ignored:
             return token_rows(found.row, self.origin, self.encoder.limit)
         encoder = encoder_for(self.encoder, found.messages, found.tools, found.row)
-        return encoder.rows(found.messages, cut_answers(found.row, found.messages))
+        return encoder.rows(found.messages, cut_answers(found.row, found.messages, self.ignored))
 
 
 def encoder_for(

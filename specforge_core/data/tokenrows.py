@@ -6,7 +6,7 @@ tokenized in other ways than the target wrote it.  Ids that are known are what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeGuard
 
@@ -20,6 +20,7 @@ from .turns import trained_on
 
 ROWS, FINISH, ORIGIN, RETOKENIZED = "token_rows", "finish_reason", "fingerprint", "retokenized"
 FIELDS = (ROWS, FINISH, ORIGIN, RETOKENIZED)  # of a row that `regenerate` writes
+CUT = {FINISH: "length", "stop_reason": "max_tokens"}  # what an answer that was cut has there
 BOUND = 2**31  # token ids are kept in 32 bits
 CALLED = {
     "target": "target's weights or config",
@@ -76,7 +77,7 @@ def token_rows(row: Mapping[str, Any], expected: Fingerprint, limit: int | None)
             f"its tokens were written with another {CALLED[name]} than this run's "
             f"({str(theirs)[:12]} there, {str(getattr(expected, name))[:12]} here). Answer the "
             "prompts with this target: specforge regenerate -c RUN.yaml -o NEW.jsonl; or train on "
-            f"their text: jq -c 'del(.{ROWS})' FILE.jsonl > TEXT.jsonl",
+            f"their text: data.ignore_fields=[{ROWS}]",
             "of another target",
         )
     found = row[ROWS]
@@ -129,25 +130,27 @@ def _damaged(why: str) -> BadRow:
     )
 
 
-def cut_answers(row: Mapping[str, Any], messages: Sequence[Message]) -> frozenset[int]:
+def cut_answers(
+    row: Mapping[str, Any], messages: Sequence[Message], ignored: Collection[str] = ()
+) -> frozenset[int]:
     """Return which answers that are trained on, counted from 0, were broken off by a limit.
 
     `regenerate` says so of each of them in a list; other data of a message, or of a row for its
-    last one, as servers' responses do.
+    last one, as servers' responses do.  Fields that are `ignored` say nothing.
     """
+
+    def broken_off(said: Mapping[str, Any]) -> bool:
+        return any(said.get(name) == cut for name, cut in CUT.items() if name not in ignored)
+
     answers = trained_on(messages)
-    if isinstance(reasons := row.get(FINISH), list):
+    if isinstance(reasons := row.get(FINISH), list) and FINISH not in ignored:
         return frozenset(i for i, reason in enumerate(reasons) if reason == "length")
     turns = chat_of(row) or ()
     first = len(messages) - len(turns)  # 1 with a system prompt that stands beside them
-    cut = {i for i, n in enumerate(answers) if first in (0, 1) and _broken_off(turns[n - first])}
+    cut = {i for i, n in enumerate(answers) if first in (0, 1) and broken_off(turns[n - first])}
     last = max(
         (n for n, message in enumerate(messages) if message["role"] == "assistant"), default=0
     )
-    if _broken_off(row) and answers and answers[-1] == last:
+    if broken_off(row) and answers and answers[-1] == last:
         cut.add(len(answers) - 1)
     return frozenset(cut)
-
-
-def _broken_off(said: Mapping[str, Any]) -> bool:
-    return said.get(FINISH) == "length" or said.get("stop_reason") == "max_tokens"

@@ -53,9 +53,9 @@ def test_tokens_of_another_target_are_refused_by_name(tmp_path: Path, part: str)
     assert f"{part} than this run's" in str(error.value)
     assert "Answer the prompts with this target: specforge regenerate" in str(error.value)
     # what the message says: without them the text is trained on
-    assert "jq -c 'del(.token_rows)'" in str(error.value)
-    change(tmp_path / "answers.jsonl", token_rows=None)
-    (row,) = trained(run)
+    assert "data.ignore_fields=[token_rows]" in str(error.value)
+    data = DataConfig(train=run.data.train, ignore_fields=("token_rows",))
+    (row,) = trained(run.model_copy(update={"data": data}))
     assert row.loss_mask.sum() == 4
 
 
@@ -117,6 +117,17 @@ def test_text_of_a_cut_answer_has_no_end(tmp_path: Path, reasons: object) -> Non
     change(tmp_path / "answers.jsonl", token_rows=None, finish_reason=reasons)
     (row,) = trained(run)
     assert toy_tokenizer().decode(row.input_ids[row.loss_mask.bool()]) == "yes"
+    data = DataConfig(train=run.data.train, ignore_fields=("finish_reason",))
+    (row,) = trained(run.model_copy(update={"data": data}))
+    assert toy_tokenizer().decode(row.input_ids[row.loss_mask.bool()]) == "yes<|im_end|>"
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_row_of_a_table_has_an_empty_column_of_tokens(tmp_path: Path) -> None:
+    run = toy_answers(tmp_path)
+    row = json.loads((tmp_path / "answers.jsonl").read_text())
+    (tmp_path / "answers.jsonl").write_text(json.dumps({**row, "token_rows": None}))
+    assert len(trained(run)) == 1
 
 
 @pytest.mark.usefixtures("scripted")
@@ -225,6 +236,7 @@ def test_other_data_says_of_a_message_or_of_the_last_one_that_it_was_broken_off(
 ) -> None:
     def cut(*messages: dict[str, Any], **row: Any) -> list[int]:
         row = {**beside, "messages": list(messages), **row}
+        assert not cut_answers(row, parse(row).messages, tuple(said))
         return sorted(cut_answers(row, parse(row).messages))
 
     broken_off = {**ANSWER, **said}
