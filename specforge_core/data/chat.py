@@ -21,6 +21,7 @@ from .written import (
     altered,
     as_parts,
     left_out,
+    lost_mark,
     marks_of,
     reads_parts,
     wants_parts,
@@ -163,6 +164,8 @@ class Encoder:
                 # a prompt may hold the answer's beginning
                 if altered(answer, text.text[max(0, start - len(answer)) : end], marks):
                     found = found or (answers[place], "text as it is")
+                elif (mark := lost_mark(answer, text.text[start:end], marks)) is not None:
+                    found = found or (answers[place], f"mark {mark!r}")
         if found is not None:
             number, part = found
             raise BadRow(

@@ -192,6 +192,27 @@ def altered(answer: str, shown: str, marks: re.Pattern[str] | None) -> bool:
     )
 
 
+def lost_mark(answer: str, written: str, marks: re.Pattern[str] | None) -> str | None:
+    """Return a mark of an answer whose two sides stand in what is written of it without it.
+
+    Spaces aside.  Where anything else is between them, that is the template's own mark; of one
+    before all text nobody can tell: the prompt may hold it.
+    """
+    if marks is None or answer.strip() in written:
+        return None
+    whole, shown = "".join(answer.split()), "".join(written.split())
+    before, begin, lost = "", 0, None
+    for mark in (*marks.finditer(answer), None):
+        end = len(answer) if mark is None else mark.start()
+        blank = EMPTY.fullmatch(answer, begin, end)
+        piece = "" if blank else "".join(answer[begin:end].split())
+        if before and piece and shown.count(before + piece) > whole.count(before + piece):
+            return lost
+        if mark is not None:
+            before, begin, lost = piece, mark.end(), mark[0]
+    return None
+
+
 def unread(template: str, messages: Sequence[Message], tools: Sequence[Tool]) -> str | None:
     """Return which of a conversation's fields a chat template has no word of, if there is one.
 

@@ -160,6 +160,31 @@ def test_every_piece_of_an_answer_that_a_template_takes_apart_is_looked_at(
                 made.rows([ASK, {**ANSWER, "content": text}])
 
 
+@pytest.mark.parametrize(
+    ("change", "text", "lost"),
+    [
+        (".replace('</think>', '')", "<think>\nhm\n</think>\n\na", "</think>"),
+        (".replace('<think>', '').replace('</think>', '')", "<think>hm</think>a", "</think>"),
+        (".split('</think>')|join('\n')", "hm</think>a</think>hma", "</think>"),
+        (".replace('<think>', '')", "so <think>hm</think>a", "<think>"),
+        # marks of its own, and what a prompt holds
+        (".replace('<think>', '[T]').replace('</think>', '[/T]')", "<think>hm</think>a", None),
+        (".replace('<think>', '')", "<think>\nhm</think>a", None),
+        (".replace('</think>', '</think>\n')", "hm</think>a", None),
+        (".replace('</think>', '')", "<think></think>a", None),
+    ],
+)
+def test_a_mark_between_two_texts_is_not_lost(change: str, text: str, lost: str | None) -> None:
+    writes = WRITES.replace("m.content", f"(m.content{change})")
+    made = encoder("{% for m in messages %}" + writes + "{% endfor %}" + OPENS)
+    chat = [ASK, {**ANSWER, "content": text}]
+    if lost is None:
+        assert len(made.rows(chat)) == 1
+    else:
+        with pytest.raises(BadRow, match=f"message 2: .* does not write its mark '{lost}'"):
+            made.rows(chat)
+
+
 @pytest.mark.parametrize("change", ["[:5]", "|upper", "|striptags", "|replace('o', '0')"])
 @pytest.mark.parametrize("text", ["a long <b>text</b>", "hm</think>a long <b>text</b>"])
 def test_an_answer_is_not_written_as_another_text(change: str, text: str) -> None:
