@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from .written import (
     Shape,
     altered,
     as_parts,
+    as_python,
     left_out,
     lost_mark,
     marks_of,
@@ -71,7 +71,7 @@ class Encoder:
         with _in_time():
             texts = find_turns(self.render, messages, _Beyond(self, messages))
             self._check_written(messages, texts)
-            _check_calls(messages, [text.text for text in texts])
+            _check_calls(messages, texts)
             return [row for text in texts for row in marker.rows(text, cut)]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -252,19 +252,16 @@ class _Beyond:
         return ""
 
 
-def _check_calls(messages: Sequence[Message], texts: Sequence[str]) -> None:
-    """Raise BadRow where a call's arguments stand in a text as Python, not JSON, spells them.
+def _check_calls(messages: Sequence[Message], texts: Sequence[Text]) -> None:
+    """Raise BadRow where a call's arguments stand in an answer as Python, not JSON, spells them.
 
     A template that writes an object without a filter does so, and no target was taught that.
     """
-    for number in trained_on(messages):
-        for call in messages[number].get("tool_calls", ()):
-            python = str(arguments := call["function"]["arguments"])
-            if python == json.dumps(arguments, ensure_ascii=False):  # of nothing, or with "it's"
-                continue
-            if any(python in message["content"] for message in messages):
-                continue
-            if any(python in text for text in texts):
+    answers = trained_on(messages)
+    for text in texts:
+        for place, (start, end) in zip(text.answers, text.spans, strict=True):
+            number = answers[place]
+            if (python := as_python(messages[number], text.text[start:end])) is not None:
                 raise BadRow(
                     f"message {number + 1}: the target's chat template writes the arguments of a "
                     f"call as Python does, {python:.80}, and not as JSON, which the target writes. "

@@ -65,6 +65,33 @@ def with_text_arguments(message: Message) -> Message:
     return {**message, "tool_calls": calls} if calls else message
 
 
+def as_python(message: Message, written: str) -> str | None:
+    """Return an object or a list of a call that stands in `written` as Python spells it, not JSON.
+
+    Also one inside of the arguments.  A truth or a number alone is not looked for: nobody can tell
+    it from a word of the text.
+    """
+    given = [call["function"]["arguments"] for call in message.get("tool_calls", ())]
+    said = [
+        message["content"],
+        message.get(REASONING[0], ""),
+        json.dumps(given, ensure_ascii=False),
+    ]
+    for part in _containers(given):
+        python = str(part)
+        if python in written and not any(python in text for text in said):
+            return python
+    return None
+
+
+def _containers(value: Mapping[str, Any] | list[Any]) -> Iterator[object]:
+    """Yield the objects and lists inside of one, the outermost first."""
+    for part in value.values() if isinstance(value, Mapping) else value:
+        if isinstance(part, dict | list):
+            yield part
+            yield from _containers(part)
+
+
 def reads_parts(template: str) -> bool:
     """Say whether a template's source has a word of the texts in a list of parts."""
     return re.search(r"\.text\b|\[\s*['\"]text['\"]\s*\]", template) is not None

@@ -214,7 +214,12 @@ def test_spaces_may_be_others_and_a_prompt_may_hold_the_beginning(text: str) -> 
     [
         # as DeepSeek's do, which were made for arguments that are a text
         ("'\n```json\n' + c.arguments + '\n```'", r"It joins the arguments of a call to a text"),
-        ("' ' ~ c.arguments", r"message 2: .* as Python does, \{'at': 'it'\}, and not as JSON"),
+        ("' ' ~ c.arguments", r"message 2: .* as Python does, \{'at': 'it', 'deep'"),
+        # each argument of its own
+        (
+            "c.arguments.items()|map('join', '=')|join(' ')",
+            r"Python does, \{'in': True, 'no': \[None",
+        ),
         ("' ' + c.arguments|tojson", None),
         ("' ' + (c.arguments if c.arguments is string else c.arguments|tojson)", None),
     ],
@@ -227,7 +232,8 @@ def test_the_arguments_of_a_call_are_written_as_json(arguments: str, said: str |
         f"{call.replace('ARGUMENTS', arguments)}{{{{ {closed}{{% endfor %}}{OPENS}"
     )
     chat = [ASK, calls("f")]
-    chat[1]["tool_calls"][0]["function"]["arguments"] = {"at": "it"}
+    deep = {"in": True, "no": [None]}
+    chat[1]["tool_calls"][0]["function"]["arguments"] = {"at": "it", "deep": deep, "code": "['a']"}
     if said is None:
         assert len(made.rows(chat)) == 1
         chat[1]["tool_calls"][0]["function"]["arguments"] = {"it's": 1}  # in Python, too
