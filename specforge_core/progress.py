@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -15,6 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PLAIN_SECONDS = 10.0  # between two plain lines
 
 console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)  # texts as they are
+
+
+def tell(line: str) -> None:
+    """Print a line that every rank has to say, on the first one."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(line)
 
 
 @dataclass(slots=True)

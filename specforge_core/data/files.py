@@ -17,7 +17,7 @@ from ..config import DataConfig
 from ..documents import open_regular
 from ..errors import DataError
 from ..section import expand
-from .folders import files_in, held_out, tell
+from .folders import files_in, held_out, tell_once
 from .formats import ENDINGS, EXTRA, read_file
 from .sources import Line, Rows
 
@@ -155,7 +155,7 @@ def to_train_on(rows: Rows, option: str) -> Rows:
         names = _told_apart(source, found)
         twice = {seen[key]: name for key, name in reversed(names.items()) if key in seen}
         for first, name in twice.items():
-            tell(
+            tell_once(
                 f"note: {option} has {name} twice, in {first!r} and in {source!r}: its "
                 "conversations count twice"
             )
@@ -173,7 +173,7 @@ def to_train_on(rows: Rows, option: str) -> Rows:
                 f"all files of {source!r} are named as held out, and such are trained on only "
                 f"where they are named. If they are meant: {option}=[{names}]"
             )
-        tell(
+        tell_once(
             f"note: of {source!r} {names} is left out, as the name says. To train on it, too, "
             f"name it in {option}"
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..documents import parse_json
 from ..errors import DataError
-from ..progress import console
+from ..progress import tell
 from .formats import ENDINGS
 
 NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state|\w*config|manifest|\w*tokenizer.*)\.json")
@@ -43,7 +43,9 @@ def files_in(folder: Path) -> Iterator[Path]:
             )
         chosen_split = "train" if "train" in splits else splits[0]
         if others := [split for split in splits if split != chosen_split]:
-            tell(f"note: of {str(folder)!r} {chosen_split} is read, and {', '.join(others)} is not")
+            tell_once(
+                f"note: of {str(folder)!r} {chosen_split} is read, and {', '.join(others)} is not"
+            )
         folder /= chosen_split
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         names = [file.get("filename") for file in _named(folder / "state.json", "_data_files")]
@@ -82,7 +84,7 @@ def _to_train_on(folder: Path, files: Sequence[Path]) -> Sequence[Path]:
         return files
     if len(others) == 1 and others[0] is not None:
         left = ", ".join(str(name) for name in splits if name != others[0])
-        tell(f"note: of {str(folder)!r} {others[0]} is read, and {left} is not")
+        tell_once(f"note: of {str(folder)!r} {others[0]} is read, and {left} is not")
         return splits[others[0]]
     meant = [splits[name][0] for name in others] or [paths[0] for paths in splits.values()]
     raise DataError(
@@ -109,9 +111,9 @@ def _is_held_out(split: str | None) -> bool:
 
 
 @cache
-def tell(note: str) -> None:
+def tell_once(note: str) -> None:
     """Print a line, once however often a source is opened."""
-    console.print(note)
+    tell(note)
 
 
 def _split(path: Path) -> str | None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import DataConfig, RunConfig
 from ..cpu import available_cores
 from ..errors import DataError
-from ..progress import Meter, console, track
+from ..progress import Meter, tell, track
 from ..strategy import Strategy
 from ..target.asked import max_positions
 from ..target.tokenizer import (
@@ -81,7 +81,7 @@ def _tell_unread(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     given = data.chat_template_kwargs
     unread = [name for name in given if not re.search(rf"\b{re.escape(name)}\b", template)]
     if unread:
-        console.print(
+        tell(
             f"note: the target's chat template does not read {', '.join(map(repr, unread))} of "
             "data.chat_template_kwargs: rows are the same without"
         )
@@ -170,7 +170,7 @@ class Asked:
     def _tell(self, found: PromptSet) -> None:
         if found.skipped:
             skipped = Skipped(self.data.on_error, Counter(found.skipped))
-            console.print(f"data.train: {skipped}")
+            tell(f"data.train: {skipped}")
 
 
 @runtime_checkable

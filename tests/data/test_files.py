@@ -16,7 +16,7 @@ import pytest
 from specforge_core.config import DataConfig, RunConfig
 from specforge_core.data import sources
 from specforge_core.data.files import GLANCE, glance, open_source, to_train_on
-from specforge_core.data.folders import tell
+from specforge_core.data.folders import tell_once
 from specforge_core.data.sources import Conversation
 from specforge_core.errors import DataError
 
@@ -302,7 +302,7 @@ def test_a_file_that_is_named_twice_is_told_of(
     other: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tell.cache_clear()
+    tell_once.cache_clear()
     (tmp_path / "d.jsonl").write_bytes(LINES)
     if other == "link.jsonl":
         (tmp_path / other).symlink_to("d.jsonl")
@@ -310,5 +310,11 @@ def test_a_file_that_is_named_twice_is_told_of(
         (tmp_path / other).write_bytes(LINES)
     rows = to_train_on(lambda source, _: open_source(source), "data.train")
     assert all(len(list(rows(name, DataConfig()))) >= len(ROWS) for name in ("d.jsonl", other))
+    told = capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")  # all ranks have the same to say
+    tell_once.cache_clear()
+    again = to_train_on(lambda source, _: open_source(source), "data.train")
+    assert all(again(name, DataConfig()) for name in ("d.jsonl", other))
+    assert capsys.readouterr().err == ""
     said = f" twice, in 'd.jsonl' and in {other!r}: its conversations count twice"
-    assert capsys.readouterr().err.count(said) == (other != "e.jsonl")
+    assert told.count(said) == (other != "e.jsonl")
