@@ -251,7 +251,7 @@ def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...
     run, strategy = load_run(config, overrides)
     from .drafts.load import restore
     from .evaluate.report import render
-    from .evaluate.run import evaluate as run_evaluate
+    from .evaluate.run import PLOT, REPORT, evaluate as run_evaluate
 
     report = run_evaluate(run, strategy, restore(run, strategy, draft).draft)
     if as_json:
@@ -260,6 +260,7 @@ def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...
     from rich.console import Console
 
     Console().print(render(report))
+    click.echo(f"wrote {run.output_dir / REPORT} and {run.output_dir / PLOT}")
 
 
 @cli.command()
@@ -282,12 +283,12 @@ def export(
     KEY=VALUE arguments say what is otherwise than in training: target.path, where it lies now.
     """
     asked = None if config is None else load_run(config, overrides)
-    from .drafts.load import export_checkpoint
+    from .drafts.load import after_export, export_checkpoint
 
     written = export_checkpoint(
         checkpoint, format_, output, force=force, asked=asked, overrides=overrides
     )
-    click.echo(f"wrote {written}")
+    click.echo(after_export(written, format_))
 
 
 def main() -> None:

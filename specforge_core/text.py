@@ -61,6 +61,15 @@ def in_units(count: float) -> str:
     return f"{count:,.0f} {unit}" if unit == "bytes" or count >= 999.5 else f"{count:.3g} {unit}"
 
 
+def in_time(seconds: float) -> str:
+    """Return a time in the largest of s, min, h and days that it is two of, in three digits."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            value = seconds / size
+            return f"{value:,.0f} {unit}" if value >= 99.5 else f"{value:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def line_of(data: bytes) -> str:
     """Return a line of a file as a message shows it, whatever bytes it has."""
     return shorten(harmless(data[: 4 * WIDTH].decode(errors="replace")))

@@ -1,4 +1,4 @@
-"""What a capture will take: bytes of the disk, hours, memory; measured on a few prompts."""
+"""What a capture will take: bytes of the disk, time, memory; measured on a few prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from ..config import RunConfig
 from ..data.order import epoch_order
 from ..strategy import Strategy
-from ..text import in_units
+from ..text import in_time, in_units
 from ..types import CaptureSpec, Prompt
 from .job import Job, capture_directory
 from .layout import is_ragged
@@ -60,7 +60,7 @@ class Estimate:
     total: str
     free: str
     tokens_per_second: float
-    hours: float  # without waiting for the disk
+    time: str  # without waiting for the disk
     memory: dict[str, str]
 
 
@@ -97,7 +97,7 @@ def estimate(run: RunConfig, strategy: Strategy) -> Estimate:
         total=in_units(size.total(len(prompts), prompts.num_tokens)),
         free=in_units(free_bytes(directory)),
         tokens_per_second=round(rate, 1),
-        hours=round(prompts.num_tokens / rate / 3600, 4),
+        time=in_time(prompts.num_tokens / rate),
         memory=memory,
     )
 

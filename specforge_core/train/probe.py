@@ -21,7 +21,7 @@ from ..devices import pick_device
 from ..errors import SpecForgeError
 from ..process import describe
 from ..strategy import Strategy
-from ..text import in_units
+from ..text import in_time, in_units
 from ..types import Planned
 from .course import Course
 from .dist import world
@@ -55,16 +55,16 @@ class Probe:
         """Return what a plan says of the whole run, on `nproc` processes that are as fast each."""
         course = Course.of(run.train, self.samples, nproc, 0, self.total_tokens)
         seconds = self.data_seconds + self.step_seconds
-        hours = course.total_steps * seconds / 3600
+        whole = course.total_steps * seconds
         if run.train.max_minutes is not None:
-            hours = min(hours, run.train.max_minutes / 60)
+            whole = min(whole, run.train.max_minutes * 60)
         stored = "not known while the capture grows"
         if self.samples is not None and self.total_tokens is not None:
             stored = in_units(self.size.total(self.samples, self.total_tokens))
         return {
             "measured_on": f"{STEPS} steps of one process",
             "steps": course.total_steps,
-            "hours": round(hours, 4),  # data and steps overlap: at most
+            "time": in_time(whole),  # data and steps overlap: at most
             "seconds_per_step": {
                 "data": round(self.data_seconds, 4),
                 "training": round(self.step_seconds, 4),

@@ -20,12 +20,17 @@ from specforge_core.cli import cli
 from specforge_core.errors import ConfigError, DataError
 from specforge_core.strategy import Strategy
 from specforge_core.testing.runs import load, write_run
-from specforge_core.text import in_units
+from specforge_core.text import in_time, in_units
 from specforge_core.train import memory
 from specforge_core.train.plan import plan_run
 from specforge_core.types import Export
 
 Usage = namedtuple("Usage", "total used free")
+
+
+def seconds_of(text: str) -> float:
+    value, unit = text.split()
+    return float(value.replace(",", "")) * {"s": 1, "min": 60, "h": 3600}[unit]
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +64,8 @@ def test_an_estimate_says_what_the_capture_then_takes_and_writes_nothing(
     assert told["total"] == in_units(total)
     headers = 1024 * len(manifest.shards)
     assert total < sum(shard.num_bytes for shard in manifest.shards) < total + headers
-    assert told["hours"] == pytest.approx(
-        told["tokens"] / told["tokens_per_second"] / 3600, abs=1e-4
-    )
+    took = told["tokens"] / told["tokens_per_second"]
+    assert seconds_of(told["time"]) == pytest.approx(took, rel=0.01)
     assert told["memory"]["host"].endswith("B")
 
 
@@ -109,6 +113,22 @@ def test_bytes_are_written_for_readers(count: float, text: str) -> None:
     assert in_units(count) == text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.36, "0.36 s"),
+        (119, "119 s"),
+        (150, "2.5 min"),
+        (7199, "120 min"),
+        (9000, "2.5 h"),
+        (432000, "5 days"),
+        (1e9, "11,574 days"),
+    ],
+)
+def test_times_are_written_for_readers(seconds: float, text: str) -> None:
+    assert in_time(seconds) == text
+
+
 def test_a_plan_measures_some_steps_and_writes_nothing(config: Path) -> None:
     run, strategy = load(config)
     plan = yaml.safe_load(plan_run(run, strategy, 2, measure=True))["plan"]
@@ -116,7 +136,7 @@ def test_a_plan_measures_some_steps_and_writes_nothing(config: Path) -> None:
     assert told["steps"] == 7  # 9 samples, 3 epochs, 4 samples a step
     seconds = told["seconds_per_step"]
     assert min(seconds.values()) > 0
-    assert told["hours"] == pytest.approx(7 * sum(seconds.values()) / 3600, abs=1e-3)
+    assert seconds_of(told["time"]) == pytest.approx(7 * sum(seconds.values()), rel=0.02)
     spec = Size.of(strategy.adapter(run.strategy, _target(run)).spec)
     assert told["captured_states"]["bytes_per_token"] == spec.per_token
     assert told["captured_states"]["tokens"] > 9 * 10

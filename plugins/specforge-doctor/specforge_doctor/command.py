@@ -29,7 +29,7 @@ def doctor(
     from specforge_core.errors import RunError
 
     from .report import render
-    from .run import diagnose
+    from .run import REPORT, diagnose
 
     report = diagnose(run, strategy, draft, export, format_)
     if as_json:
@@ -38,6 +38,7 @@ def doctor(
         from rich.console import Console
 
         Console().print(render(report))
+        click.echo(f"wrote {run.output_dir / REPORT}")
     if not report.verdict.healthy:
         raise RunError(report.verdict.message)
     if not as_json:
