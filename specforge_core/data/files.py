@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def to_train_on(rows: Rows, option: str) -> Rows:
         found = rows(source, data)
         if not isinstance(found, FileRows) or not found.held_out:
             return found
-        names = ", ".join([*map(str, found.held_out[:5]), *["..."][: len(found.held_out) > 5]])
+        names = _named(found.held_out)
         rest = tuple(path for path in found.files if path not in found.held_out)
         if not rest:
             raise DataError(
@@ -180,6 +180,15 @@ def to_train_on(rows: Rows, option: str) -> Rows:
         return replace(found, files=rest, held_out=())
 
     return opened
+
+
+def _named(files: Sequence[Path]) -> str:
+    """Return what names files that are held out: of many a pattern that has the split in it."""
+    # of their characters: test-00000, test-00001 are test-0000*
+    pattern = f"{os.path.commonprefix([str(path) for path in files])}*"  # noqa: RUF071
+    if len(files) <= 5 or held_out(files[:1], Path(pattern)):
+        return ", ".join(map(str, files))
+    return f"'{pattern}'"
 
 
 def _told_apart(source: str, found: object) -> dict[object, str]:

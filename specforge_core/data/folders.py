@@ -86,10 +86,15 @@ def _to_train_on(folder: Path, files: Sequence[Path]) -> Sequence[Path]:
         left = ", ".join(str(name) for name in splits if name != others[0])
         tell_once(f"note: of {str(folder)!r} {others[0]} is read, and {left} is not")
         return splits[others[0]]
-    meant = [splits[name][0] for name in others] or [paths[0] for paths in splits.values()]
+    if not others:
+        first = ", ".join(str(paths[0]) for paths in splits.values())
+        raise DataError(
+            f"data folder {str(folder)!r} holds only files that are named as held out, of several "
+            f"splits. Name the one that is meant: {first}"
+        )
     raise DataError(
         f"data folder {str(folder)!r} holds files that are named as held out, and it is not clear "
-        f"which are to train on. {_name_them(folder, meant)}"
+        f"which are to train on. {_name_them(folder, [splits[name][0] for name in others])}"
     )
 
 

@@ -69,6 +69,10 @@ def test_folders_without_data(tmp_path: Path, names: tuple[str, ...], message: s
             r"held out, .*: data\.train=\[[^,]*/chats\.jsonl\]$",
         ),
         (
+            "dev.jsonl test.jsonl",
+            r"only files .* of several splits\. Name the one .*: .*/dev\.jsonl,",
+        ),
+        (
             "chats.jsonl train.jsonl dev.jsonl",
             "held out, and it is not clear which are to train on",
         ),
@@ -103,6 +107,12 @@ def test_of_a_folder_what_is_held_out_is_not_trained_on_and_nothing_is_missed(
     [
         ("test.jsonl", "", "", r"are named as held out.*: data\.train=\[[^,]*/d/test\.jsonl\]"),
         ("test/1.jsonl test/2.jsonl", "", "", r"data\.train=\[.*test/1\.jsonl, .*test/2\.jsonl\]"),
+        (
+            " ".join(f"test/{i}.jsonl" for i in range(9)),
+            "",
+            "",
+            r"data\.train=\['[^,]*/d/test/\*'\]$",
+        ),
         ("test/1.jsonl", "test", "test/1.jsonl", ""),
         ("math_test.jsonl", "math_test.jsonl", "math_test.jsonl", ""),
         ("train.jsonl test.jsonl", "", "train.jsonl", "/d' train is read, and test is not"),
