@@ -51,8 +51,8 @@ def url() -> Iterator[str]:
 
 
 def test_a_body_makes_it_a_post(url: str) -> None:
-    assert request_json(url, "/x", timeout=5) == {"path": "/base/x", "body": None, "key": None}
-    answer = request_json(url, "/x", {"a": [1]}, timeout=5, api_key="secret")
+    assert request_json(url, "/x", timeout=20) == {"path": "/base/x", "body": None, "key": None}
+    answer = request_json(url, "/x", {"a": [1]}, timeout=20, api_key="secret")
     assert answer == {"path": "/base/x", "body": '{"a": [1]}', "key": "Bearer secret"}
 
 
@@ -67,7 +67,7 @@ def test_a_body_makes_it_a_post(url: str) -> None:
 )
 def test_failures(url: str, path: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as found:
-        request_json(url, path, timeout=5)
+        request_json(url, path, timeout=20)
     assert str(found.value) == message
 
 
@@ -76,7 +76,7 @@ def test_a_server_that_is_not_there_or_silent_is_down() -> None:
         silent.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ServerDown, match="ConnectionRefusedError"):
-            request_json(url, "/", timeout=5)
+            request_json(url, "/", timeout=20)
         silent.listen()
         with pytest.raises(ServerDown, match="TimeoutError"):
             request_json(url, "/", timeout=0.2)
@@ -84,7 +84,7 @@ def test_a_server_that_is_not_there_or_silent_is_down() -> None:
 
 def test_a_key_that_a_server_repeats_is_not_shown(url: str) -> None:
     with pytest.raises(Refused, match=r"^HTTP 400: too \(key\)$"):
-        request_json(url, "/wrong", timeout=5, api_key="long")
+        request_json(url, "/wrong", timeout=20, api_key="long")
 
 
 def trickle(sock: socket.socket) -> None:

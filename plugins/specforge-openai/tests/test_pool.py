@@ -49,7 +49,7 @@ def test_a_server_that_answers_again_is_used_again(monkeypatch: pytest.MonkeyPat
         if len(looks) < 3:
             raise ServerDown("not yet")
 
-    pool = make(1, 5.0, back_at_the_third_look)
+    pool = make(1, 20.0, back_at_the_third_look)
     pool.retire(pool.servers[0], "killed")
     assert pool.acquire(1) is pool.servers[0]
     assert looks == ["http://s0"] * 3
@@ -66,13 +66,13 @@ def test_one_thread_at_a_time_looks_at_a_dead_server(monkeypatch: pytest.MonkeyP
         gate.wait()
         inside[0] -= 1
 
-    pool = make(1, 5.0, look)
+    pool = make(1, 20.0, look)
     pool.retire(pool.servers[0], "killed")
     threads = [threading.Thread(target=pool.acquire, args=(1,)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(5)
+        thread.join(20)
     assert most == [1]
     assert pool.servers[0].outstanding == 8
 
@@ -94,7 +94,7 @@ def test_a_wrong_server_in_the_place_of_the_old_one_ends_the_run(
     def look(client: Client) -> None:
         raise CaptureError("it needs: --disable-radix-cache")
 
-    pool = make(1, 5.0, look)
+    pool = make(1, 20.0, look)
     pool.retire(pool.servers[0], "killed")
     with pytest.raises(CaptureError, match="--disable-radix-cache"):
         pool.acquire(1)

@@ -66,7 +66,7 @@ from specforge_core.target.info import load_target_info
 from specforge_core.config import TargetConfig
 target = TargetConfig(**json.loads(sys.argv[1]))
 child = ChildServer(target, load_target_info(target), read_options(target))
-client = child.client(5.0)
+client = child.client(20.0)
 child.wait(client, 60)
 print(json.dumps(client.get("/")), flush=True)
 os.kill(os.getpid(), 9)
@@ -104,7 +104,7 @@ def test_a_child_gets_its_flags_and_the_plugin(
         monkeypatch.setenv(name, value)
     target = configure(server_args={"tp-size": 2})
     child = start(target)
-    client = child.client(5.0)
+    client = child.client(20.0)
     child.wait(client, 60)
     told = client.get("/")
     child.close()
@@ -135,7 +135,7 @@ def test_ranks_of_several_machines_or_groups_meet_as_sglang_has_it(
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")  # as a user does
     monkeypatch.setenv("MASTER_PORT", "5001")
     child = start(configure(server_args=flags))
-    client = child.client(5.0)
+    client = child.client(20.0)
     child.wait(client, 60)
     told = client.get("/")
     child.close()
@@ -152,7 +152,7 @@ def test_an_interpreter_that_sets_its_own_path_finds_the_plugin(
     script.chmod(0o755)
     options = {**target.options, "python": str(script)}
     child = start(target.model_copy(update={"options": options}))
-    client = child.client(5.0)
+    client = child.client(20.0)
     child.wait(client, 60)
     told = client.get("/")
     child.close()
@@ -197,7 +197,7 @@ def test_the_key_of_a_child_is_in_no_command_line_and_is_sent(
     """Anybody on the machine reads the command lines of all processes, and may ask its ports."""
     target = configure(server_args={**given, "tp-size": 2})
     child = ChildServer(target, load_target_info(target), read_options(target), launch=launch)
-    client = child.client(5.0)
+    client = child.client(20.0)
     child.wait(client, 60)
     with pytest.raises(CaptureError, match=r"refuses what it is asked: HTTP 401(.|\n)*api_key=KEY"):
         child.wait(Client(child.url, 5.0), 60)

@@ -35,13 +35,13 @@ def test_a_server_that_hangs_is_down() -> None:
 def test_a_request_it_cannot_do_is_refused_with_its_reason(shared: Any) -> None:
     """A reason that repeats the request's id shows no token: error messages get into logs."""
     with pytest.raises(Refused, match=r"^HTTP 400: the input is longer than 500 tokens") as error:
-        Client(shared().url, 5.0).prefill([1] * 501, ASK)
+        Client(shared().url, 20.0).prefill([1] * 501, ASK)
     assert "specforge|2|http|here:1/(key)|0|none||x" in str(error.value)
 
 
 def test_something_else_at_the_url_is_no_server(shared: Any) -> None:
     server = shared(info={"version": "2.0"})
-    check_server(Client(server.url, 5.0))
+    check_server(Client(server.url, 20.0))
     with pytest.raises(CaptureError, match=r"0\.4\.1\.post2, which is older than 0\.5\.14"):
         check_server(Client(shared(info={"version": "0.4.1.post2"}).url, 5.0))
 
@@ -71,4 +71,4 @@ def test_an_answer_whose_meta_info_is_another(monkeypatch: pytest.MonkeyPatch, m
 
 def test_a_cpu_server_needs_no_flag_about_graphs(shared: Any) -> None:
     server = shared(info={"device": "cpu", "disable_cuda_graph": False})
-    check_server(Client(server.url, 5.0))
+    check_server(Client(server.url, 20.0))

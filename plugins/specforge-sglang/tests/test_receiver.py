@@ -32,7 +32,7 @@ def receiver() -> Iterator[HttpHandoff]:
 
 def post(place: str, name: str, body: bytes) -> int:
     address, token = place.split("/")
-    connection = http.client.HTTPConnection(address, timeout=5)
+    connection = http.client.HTTPConnection(address, timeout=20)
     connection.request("POST", f"/{token}/{name}", body)
     status = connection.getresponse().status
     connection.close()
@@ -45,7 +45,7 @@ def test_a_body_is_received_in_full(receiver: HttpHandoff, tmp_path: Path) -> No
     receiver.expect("a")
     sender = Sender(tmp_path, receivers=["127.0.0.1"])
     sender.put(Parcel(Ask("a", "http", receiver.place, (0,), "none"), 1, lambda: pieces))
-    assert torch.equal(unpack(receiver.take("a", 5)).states[0], state)
+    assert torch.equal(unpack(receiver.take("a", 20)).states[0], state)
     assert receiver.take("a", 0) is None  # once
 
 
@@ -56,7 +56,7 @@ def test_only_what_is_expected_is_let_in(receiver: HttpHandoff) -> None:
     assert post(place.split("/")[0] + "/guess", "a", b"x") == 404
     assert post(place, "a", b"x") == 200
     assert post(place, "a", b"y") == 404  # not twice
-    assert bytes(receiver.take("a", 1)) == b"x"
+    assert bytes(receiver.take("a", 20)) == b"x"
 
 
 def test_what_is_forgotten_is_refused(receiver: HttpHandoff) -> None:
@@ -68,14 +68,14 @@ def test_what_is_forgotten_is_refused(receiver: HttpHandoff) -> None:
 def test_a_writer_that_dies_midway_leaves_nothing(receiver: HttpHandoff) -> None:
     address, token = receiver.place.split("/")
     receiver.expect("a")
-    connection = http.client.HTTPConnection(address, timeout=5)
+    connection = http.client.HTTPConnection(address, timeout=20)
     connection.putrequest("POST", f"/{token}/a")
     connection.putheader("Content-Length", "1000")
     connection.endheaders(b"only this")
     connection.close()
     assert receiver.take("a", 0.3) is None
     assert post(receiver.place, "a", b"again") == 200
-    assert bytes(receiver.take("a", 1)) == b"again"
+    assert bytes(receiver.take("a", 20)) == b"again"
 
 
 def test_a_port_that_is_taken_is_named(receiver: HttpHandoff) -> None:
@@ -132,7 +132,7 @@ def test_servers_elsewhere_need_to_know_how_this_machine_is_called() -> None:
 def ask(place: str, head: str, body: bytes = b"") -> bytes:
     """Send a request as it is spelled, and return what comes back."""
     host, port = place.split("/")[0].split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as sock:
+    with socket.create_connection((host, int(port)), timeout=20) as sock:
         sock.sendall(f"POST /{place.split('/')[1]}/a HTTP/1.1\r\n{head}\r\n".encode() + body)
         return sock.makefile("rb").read()
 
@@ -170,7 +170,7 @@ def test_connections_that_say_nothing_are_closed_and_are_not_many(
     before = threading.active_count()
     with ExitStack() as stack:
         idle = [
-            stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
             for _ in range(200)
         ]
         time.sleep(0.2)
@@ -189,7 +189,7 @@ def test_many_that_say_nothing_keep_nobody_out(receiver: HttpHandoff) -> None:
     with ExitStack() as stack:
 
         def connect() -> socket.socket:
-            return stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+            return stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
 
         slow = connect()
         head = f"POST /{receiver.place.split('/')[1]}/slow HTTP/1.1\r\nContent-Length: 2\r\n\r\n"
@@ -199,7 +199,7 @@ def test_many_that_say_nothing_keep_nobody_out(receiver: HttpHandoff) -> None:
         assert idle[0].recv(1) == b""
         slow.sendall(b"y")
         assert b" 200 " in slow.makefile("rb").read()
-    assert bytes(receiver.take("slow", 1)) == b"xy"
+    assert bytes(receiver.take("slow", 20)) == b"xy"
 
 
 def test_a_head_that_trickles_is_cut_off(
@@ -208,11 +208,11 @@ def test_a_head_that_trickles_is_cut_off(
     monkeypatch.setattr(receiving, "HEAD_SECONDS", 0.5)
     host, port = receiver.place.split("/")[0].split(":")
     began = time.monotonic()
-    with socket.create_connection((host, int(port)), timeout=5) as sock, suppress(OSError):
-        while time.monotonic() < began + 10:
+    with socket.create_connection((host, int(port)), timeout=20) as sock, suppress(OSError):
+        while time.monotonic() < began + 60:
             sock.sendall(b"P")
             time.sleep(0.05)
-    assert time.monotonic() < began + 5
+    assert time.monotonic() < began + 40
 
 
 def test_a_body_that_stops_is_given_up(
@@ -222,7 +222,7 @@ def test_a_body_that_stops_is_given_up(
     receiver.expect("a")
     began = time.monotonic()
     assert ask(receiver.place, "Content-Length: 100\r\n", b"only this") == b""
-    assert time.monotonic() < began + 4
+    assert time.monotonic() < began + 25  # and not 30
     assert post(receiver.place, "a", b"again") == 200
 
 
@@ -254,4 +254,4 @@ def test_a_server_is_told_of_receivers_by_its_environment(
     receiver.expect("a")
     asked = Ask("a", "http", receiver.place, (0,), "none")
     Sender(tmp_path).put(Parcel(asked, 1, lambda: [memoryview(b"x")]))
-    assert bytes(receiver.take("a", 5)) == b"x"
+    assert bytes(receiver.take("a", 20)) == b"x"

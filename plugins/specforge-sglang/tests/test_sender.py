@@ -28,7 +28,7 @@ def parcel(place: str, name: str, size: int = 10) -> Parcel:
 def test_a_file_arrives_whole(tmp_path: Path) -> None:
     reader = FileHandoff(tmp_path)
     Sender(tmp_path).put(parcel(reader.place, "a"))
-    frame = unpack(reader.take("a", 5))
+    frame = unpack(reader.take("a", 20))
     assert frame.header["name"] == "a"
     assert torch.equal(frame.states[0], torch.full((4, 8), 2.5))
     reader.close()
@@ -44,7 +44,7 @@ def test_one_failure_does_not_stop_the_next(tmp_path: Path) -> None:
     sender.put(Parcel(parcel(reader.place, "a").ask, 5, broken))
     sender.put(parcel("specforge-nobody", "b"))
     sender.put(parcel(reader.place, "c"))
-    assert reader.take("c", 5) is not None
+    assert reader.take("c", 20) is not None
     assert reader.take("a", 0) is None
     reader.close()
 
@@ -68,9 +68,9 @@ def test_too_much_on_its_way_holds_back_the_model(
     second.join(0.2)
     assert second.is_alive()
     gate.set()
-    second.join(5)
+    second.join(20)
     assert not second.is_alive()
-    assert reader.take("b", 5) is not None
+    assert reader.take("b", 20) is not None
     reader.close()
 
 
@@ -88,7 +88,7 @@ def test_a_full_tmpfs_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Sender(tmp_path).put(parcel(reader.place, "a"))
     assert reader.take("a", 0.3) is None
     full.clear()
-    assert reader.take("a", 5) is not None
+    assert reader.take("a", 20) is not None
     assert [p.name[:5] for p in sorted(reader.path.iterdir())] == ["free-", "lock"]
     reader.close()
 
@@ -110,7 +110,7 @@ def test_a_real_full_tmpfs_is_waited_for(tmp_path: Path) -> None:
         sender.put(Parcel(Ask("b", "files", reader.place, (0,), "none"), 1, lambda: pieces))
         assert reader.take("b", 0.3) is None
         filler.unlink()
-        frame = unpack(reader.take("b", 5))
+        frame = unpack(reader.take("b", 20))
         assert torch.equal(frame.states[0], torch.ones(400, 8))
         del frame
         reader.close()
@@ -125,7 +125,7 @@ def test_a_link_in_the_place_of_a_frame_is_not_written_through(tmp_path: Path) -
     sender = Sender(tmp_path, threads=1)
     sender.put(parcel(reader.place, "a"))
     sender.put(parcel(reader.place, "b"))
-    assert reader.take("b", 5) is not None
+    assert reader.take("b", 20) is not None
     assert reader.take("a", 0) is None
     assert (tmp_path / "victim").read_bytes() == b"precious"
     reader.close()
