@@ -291,9 +291,9 @@ def free_port() -> int:
     """Return a port that nothing listens on.
 
     Below 32,768: SGLang also takes the one 10,000 above, which must exist, and what the
-    system hands out by itself (from 32,768 on) may be 60,000.
+    system hands out by itself (from 32,768 on) may be 60,000.  Ranks of one seed get others.
     """
-    for port in random.sample(range(20_000, 32_000), 100):
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -287,3 +288,13 @@ def test_flags_as_a_command_line() -> None:
 def test_a_port_leaves_room_for_the_one_sglang_takes_above_it() -> None:
     for _ in range(20):
         assert 1024 < free_port() + 10_000 <= 65_535
+
+
+def test_two_ranks_of_one_seed_find_ports_of_their_own() -> None:
+    """Both look before either server listens."""
+    before, found = random.getstate(), set()
+    for _ in range(5):
+        random.seed(0)
+        found.add(free_port())
+    random.setstate(before)
+    assert len(found) > 1
