@@ -51,7 +51,7 @@ def end(process: Process, *signals: int, apart: float = 0.6) -> tuple[int, str, 
             time.sleep(apart)
         if process.poll() is None:
             process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=max(60.0, patience()))
     err = SLOW.sub("", err)
     seconds = time.monotonic() - start
     print(f"ended {seconds:.1f} s after the first of {len(signals)} signals")

@@ -25,7 +25,7 @@ from specforge_core.load import load_config
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.tokenizer import load_tokenizer
 from specforge_core.testing.close import close
-from specforge_core.testing.forked import Forked, cli
+from specforge_core.testing.forked import SECONDS, Forked, cli
 from specforge_core.testing.plugin import FakeSite
 from specforge_core.testing.toy import write_conversations
 from specforge_core.types import (
@@ -287,7 +287,7 @@ def test_a_capture_killed_again_and_again_is_byte_for_byte_the_uninterrupted_one
         seen = max(seen, shards(killed))
     assert 4 <= seen < len(whole.shards)
     process = start(config, env.path, *short)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, errors
     assert CaptureManifest.read(killed) == whole
     for shard in whole.shards:

@@ -17,7 +17,7 @@ from specforge_core.drafts import checkpoint
 from specforge_core.testing.runs import SECONDS, finish, load, losses
 from specforge_core.train.run import train
 
-from ..processes import Process, alive, children, end, listening, wait
+from ..processes import Process, alive, children, end, listening, patience, wait
 from ..runs import linear_run
 from .started import LONG, num_lines, start
 
@@ -151,7 +151,7 @@ def kill_launcher(process: Process, seconds: float) -> None:
     killed = time.monotonic()
     process.communicate()  # which ends when nobody is left to write
     while any(map(alive, ranks.values())):  # a process closes its files before it is gone
-        assert time.monotonic() - killed < seconds
+        assert time.monotonic() - killed < max(seconds, 2 * patience())
         time.sleep(0.05)
 
 
