@@ -128,7 +128,7 @@ def _taken(output_dir: Path) -> tuple[BinaryIO, bool]:
                 f"another run (process {holder}) is training in {str(output_dir)!r}. Wait for "
                 f"it, end it with `kill {holder}`, or try: output_dir=DIR"
             )
-        if is_at(lock.fileno(), path):
+        if looks == LOOKS or is_at(lock.fileno(), path):
             return lock, there
         lock.close()
 

@@ -102,6 +102,14 @@ def test_a_directory_in_which_another_run_begins_is_left_to_it(
     assert list(run.iterdir()) == []
 
 
+def test_a_file_system_that_numbers_a_file_in_several_ways_is_borne(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specforge_core.claim.is_at", lambda number, path: False)
+    with claim(tmp_path / "run"):
+        assert running(tmp_path / "run")
+
+
 def test_a_command_that_was_asked_to_end_begins_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

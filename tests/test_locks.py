@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from specforge_core.files import write_file
 from specforge_core.locks import InTurn, hold
 
 
@@ -19,6 +20,18 @@ def test_a_file_is_held_once(tmp_path: Path) -> None:
         assert not hold(second)
         first.close()
         assert hold(second)
+
+
+def test_what_cannot_be_made_is_not_made_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a working directory that was removed."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(FileNotFoundError):
+        write_file(Path("a"), b"x")
 
 
 def test_threads_have_their_turn_in_the_order_in_which_they_asked() -> None:
