@@ -69,9 +69,11 @@ def as_python(message: Message, written: str) -> str | None:
     """Return an object or a list of a call that stands in `written` as Python spells it, not JSON.
 
     Also one inside of the arguments.  A truth or a number alone is not looked for: nobody can tell
-    it from a word of the text.
+    it from a word of the text.  Targets that write a call as Python does, `name(list=['a'])`, were
+    taught its spelling, too.
     """
-    given = [call["function"]["arguments"] for call in message.get("tool_calls", ())]
+    called = [call["function"] for call in message.get("tool_calls", ())]
+    given = [call["arguments"] for call in called if f"{call['name']}(" not in written]
     said = [
         message["content"],
         message.get(REASONING[0], ""),

@@ -222,6 +222,8 @@ def test_spaces_may_be_others_and_a_prompt_may_hold_the_beginning(text: str) -> 
         ),
         ("' ' + c.arguments|tojson", None),
         ("' ' + (c.arguments if c.arguments is string else c.arguments|tojson)", None),
+        # a call of Python, as Llama's and Gemma's may be
+        ("'(' + c.arguments.items()|map('join', '=')|join(', ') + ')'", None),
     ],
 )
 def test_the_arguments_of_a_call_are_written_as_json(arguments: str, said: str | None) -> None:
