@@ -61,8 +61,9 @@ def run_prompts(
         data, side = validation_side(data)
     else:
         side = training_side(data, rows)
-        rows = to_train_on(rows, "data.train")
         _tell_unread(data, tokenizer)
+    if not validation or side is not None:  # a part of what would be trained on
+        rows = to_train_on(rows, "data.train")
     return open_prompts(
         data,
         tokenizer,

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from specforge_core.data.prompts import run_prompts
 from specforge_core.data.report import OFF, ON, report_data
 from specforge_core.load import load_config
+from specforge_core.target.info import load_target_info
 from specforge_core.testing.forked import cli
 from specforge_core.testing.runs import finish, write_run
 
@@ -60,6 +62,21 @@ def test_what_is_held_out_is_told(config: Path) -> None:
     held_out = len(every.prompts) - len(part.prompts)
     assert part.as_json()["held_out"] == held_out > 0
     assert f"held out by data.validation: {held_out}" in str(part)
+
+
+def test_a_part_is_held_out_of_the_files_that_are_trained_on(config: Path, tmp_path: Path) -> None:
+    """And of none that is left out for its name."""
+    rows = [{"input_ids": [n, 98, 99], "loss_mask": [0, 1, 1]} for n in range(20)]
+    folder = tmp_path / "d"  # the test's own name is one of what is held out
+    folder.mkdir()
+    (tmp_path / "train.jsonl").rename(folder / "train.jsonl")
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = ("data.on_error=skip", f"data.train=[{folder}/t*.jsonl]", "data.validation=0.5")
+    run, strategy = load_config(config, more)
+    report = report_data(run, strategy)
+    target = load_target_info(run.target)
+    held_out = run_prompts(run, strategy, target, report.tokenizer, validation=True).load()
+    assert held_out.told.conversations == report.prompts.told.other_side > 0
 
 
 def test_what_is_supervised_is_set_off(config: Path) -> None:
