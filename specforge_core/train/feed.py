@@ -151,12 +151,14 @@ def _offline(job: Job, directory: Path, share: Share) -> Feed:
 
 def _tell_other_data(run: RunConfig, directory: Path, manifest: CaptureManifest) -> None:
     """Say where `data.train` is not what was captured: nothing of it is read."""
+    if manifest.data is None:  # no files, but what another package may read
+        return
     try:
         found = glance(run.data)
     except DataError as exc:
         console.print(f"note: the capture in {directory} is trained on, without data.train: {exc}")
         return
-    if None not in (found, manifest.data) and found != manifest.data:
+    if found not in (None, manifest.data):
         console.print(
             f"note: the capture in {directory} is trained on, and data.train, data.limit, data.mix "
             "or data.validation is no longer what it was made of. Try: specforge verify "

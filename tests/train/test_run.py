@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from specforge_core.capture.job import run_capture
+from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.drafts.checkpoint import CHECKSUMS, STATE, checkpoints, find
 from specforge_core.errors import (
     CheckpointError,
@@ -77,6 +78,9 @@ def test_offline_training_gives_what_online_training_gives(
         assert "is trained on, and data.train, data.limit, data.mix or data." in told(override)
     gone = told("data.train=[gone.jsonl]")
     assert "is trained on, without data.train: data file 'gone.jsonl' does not exist" in gone
+    # of sources that another package reads
+    CaptureManifest.read(directory).model_copy(update={"data": None}).write(directory)
+    assert told("data.train=[theirs]") == ""
 
 
 @pytest.mark.slow
