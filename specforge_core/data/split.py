@@ -39,9 +39,13 @@ class Side:
         return self.held_out == held_out
 
     @property
-    def least(self) -> float:
-        """Return the least fraction, in hundredths, that would hold out one conversation more."""
-        return (100 * self.nearest // SPACE + 1) / 100
+    def least(self) -> float | None:
+        """Return the least fraction, in hundredths, that would hold out one conversation more.
+
+        None where only all of them would.
+        """
+        hundredths = 100 * self.nearest // SPACE + 1
+        return hundredths / 100 if hundredths < 100 else None
 
     def only(
         self, items: Iterable[Conversation | DataError], limit: int | None
@@ -104,7 +108,7 @@ def validation_side(data: DataConfig) -> tuple[DataConfig, Side | None]:
 def one_sided(side: Side, data: DataConfig) -> DataError:
     """Return the error for a side without a conversation."""
     if side.held_out:
-        part = f"data.validation={side.least}, or " if side.least < 1 else ""
+        part = f"data.validation={side.least}, or " if side.least else ""
         return DataError(
             f"data.validation={data.validation} holds out none of {side.others} conversations. "
             f"Try: {part}a file of its own: data.validation=[FILE.jsonl]"

@@ -16,6 +16,8 @@ import pytest
 
 from specforge_core.batches import loader
 from specforge_core.capture.job import Job, run_capture
+from specforge_core.config import DataConfig
+from specforge_core.data.split import SPACE, Side, one_sided
 from specforge_core.errors import CaptureError, ConfigError, DataError
 from specforge_core.testing.forked import cli
 from specforge_core.testing.runs import finish, lines, load
@@ -111,6 +113,13 @@ def test_the_part_that_is_advised_holds_out_one(config: Path) -> None:
     if (less := float(found[2]) - 0.01) > 0:
         with pytest.raises(DataError, match="holds out none"):
             rows(config, f"data.validation={less:.2f}", validation=True)
+
+
+def test_no_part_is_advised_where_that_would_be_all() -> None:
+    side = Side(held_out=True, others=1, nearest=SPACE - 1)
+    assert side.least is None
+    told = str(one_sided(side, DataConfig(validation=0.5)))
+    assert "none of 1 conversations. Try: a file of its own" in told
 
 
 @pytest.mark.slow
