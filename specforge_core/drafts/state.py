@@ -101,7 +101,8 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def instead(path: Path) -> str:
-    """Return what can be done where a file of a checkpoint is damaged."""
+    """Return what can be done where a file of a checkpoint is damaged, also by a link's name."""
+    path = path.resolve()
     step, run = step_of(path), path.parent.parent
     earlier = [p for p in checkpoints(run) if step is not None and (step_of(p) or 0) < step]
     restore = f"Restore it, or {CHECKSUMS} if that is what was changed, from a copy, or "

@@ -16,7 +16,7 @@ from specforge_core.cli import cli
 from specforge_core.drafts.checkpoint import CHECKSUMS, check_files, find
 from specforge_core.drafts.export import PROVENANCE, read_provenance, write_export
 from specforge_core.drafts.links import link, odd_links
-from specforge_core.drafts.state import STATE
+from specforge_core.drafts.state import STATE, read_state
 from specforge_core.errors import CheckpointError
 from specforge_core.types import Export
 
@@ -159,6 +159,14 @@ def test_what_has_the_name_of_a_link_and_is_none_is_told_and_stays(
         assert f"{run}@{name} names none" in told[0]
         assert odd_links(run) == told
     assert all(line in found for found in told)
+
+
+def test_beside_a_damaged_checkpoint_that_a_link_names_the_earlier_one_is_seen(run: Path) -> None:
+    earlier, last = (run / f"checkpoints/step-0000000{step}" for step in (3, 4))
+    shutil.copytree(earlier, last)
+    link(run, "latest", last)
+    with pytest.raises(CheckpointError, match=f"or use {earlier}.*: rm -r {last}$"):
+        read_state(run / "latest")
 
 
 @pytest.mark.parametrize(
