@@ -22,7 +22,7 @@ from .formats import ENDINGS, EXTRA, read_file
 from .sources import Line, Rows
 
 HUB = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+){0,2}")  # NAME, NAME:SPLIT, NAME:CONFIG:SPLIT
-GLANCE = 1 << 20  # bytes of a file that `glance` reads at either end
+GLANCE, LEAST = 1 << 20, 1 << 12  # bytes that `glance` reads at either end, of all files; of one
 ADDRESS = re.compile(r"\w+://.+")
 
 
@@ -118,8 +118,9 @@ def open_source(source: str) -> FileRows | HubRows:
 def glance(data: DataConfig) -> str | None:
     """Return what tells the conversations of `data.train` from others, at little cost.
 
-    Of each file its size, its first and its last megabyte, however large it is; None where one of
-    the sources may be no file of this machine.  Raises DataError for one that is not there.
+    Of each file its size, its beginning and its end, however large it is: of one a megabyte, of
+    many less each.  None where one of the sources may be no file of this machine.  Raises
+    DataError for one that is not there.
     """
     digest = xxhash.xxh3_128()
     parts = data.validation if isinstance(data.validation, float) else None
@@ -130,13 +131,14 @@ def glance(data: DataConfig) -> str | None:
             return None
         rows = open_source(source)
         kept = set(rows.files) - set(rows.held_out) if isinstance(rows, FileRows) else ()
+        piece = max(LEAST, GLANCE // max(1, len(kept)))
         for path in sorted(kept):
             try:
                 with os.fdopen(open_regular(path), "rb") as file:
                     size = os.fstat(file.fileno()).st_size
-                    digest.update(f"{size} ".encode() + file.read(GLANCE))
-                    file.seek(max(0, size - GLANCE))
-                    digest.update(file.read(GLANCE))
+                    digest.update(f"{size} ".encode() + file.read(piece))
+                    file.seek(max(0, size - piece))
+                    digest.update(file.read(piece))
             except OSError as exc:
                 raise DataError(f"data file {str(path)!r} cannot be read: {exc.strerror}") from exc
     return digest.hexdigest()

@@ -235,6 +235,14 @@ def test_a_glance_tells_other_data_and_asks_nobody_for_it(tmp_path: Path) -> Non
     assert len(found) == 6
     assert None not in found
     assert seen() == seen(train=(str(tmp_path),))
+    (tmp_path / "b.jsonl").write_bytes(bytes(GLANCE))
+    two = [seen(train=(str(tmp_path),))]
+    for place in (GLANCE - 1, 1):  # of several files less is looked at
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"1")
+        two.append(seen(train=(str(tmp_path),)))
+    assert two[0] == two[1] != two[2]
     for elsewhere in ("owner/name", "owner/name:split", "s3://bucket/name"):
         assert seen(train=(elsewhere,)) is None
     for gone in ("owner/name.jsonl", "gone"):
