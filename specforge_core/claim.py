@@ -86,7 +86,10 @@ def _others(output_dir: Path) -> str | None:
         return None
     if any(output_dir.glob(f"{CHECKPOINTS}/step-*/state.json")):  # copied without its lock
         return None
-    names = sorted(path.name for path in output_dir.iterdir())
+    try:
+        names = sorted(path.name for path in output_dir.iterdir())
+    except FileNotFoundError:  # of a run that has just ended and leaves nothing
+        return None
     for name in (METRICS, CHECKPOINTS):
         path = output_dir / name
         if path.exists() and (path.stat().st_size if path.is_file() else any(path.iterdir())):

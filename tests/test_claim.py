@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +14,7 @@ from typing import BinaryIO
 import pytest
 
 from specforge_core import files, stop
-from specforge_core.claim import claim, running
+from specforge_core.claim import LOCK, claim, running
 from specforge_core.errors import ConfigError
 
 HOLD = """
@@ -100,6 +101,23 @@ def test_a_directory_in_which_another_run_begins_is_left_to_it(
     with second:
         assert running(run)
     assert list(run.iterdir()) == []
+
+
+def test_a_directory_that_another_run_takes_along_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While this one looks into it."""
+    (run := tmp_path / "run").mkdir()
+    iterdir = Path.iterdir
+
+    def ended(self: Path) -> Iterator[Path]:
+        if not (self / LOCK).exists():
+            self.rmdir()
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", ended)
+    with claim(run):
+        assert running(run)
 
 
 def test_a_file_system_that_numbers_a_file_in_several_ways_is_borne(
