@@ -20,6 +20,7 @@ from .text import cut
 LOCK, METRICS = ".lock", "metrics.jsonl"  # of an output directory
 CHECKPOINTS = "checkpoints"
 FILES, FOLDERS = (LOCK, METRICS), (CHECKPOINTS,)
+LINKS = ("latest", "best")  # to checkpoints, made behind the first one
 SHOWN = 3  # names of others' files
 LOOKS, LOOK_SECONDS = 500, 0.01  # who only looks for a run shares the lock for microseconds
 
@@ -82,14 +83,16 @@ def _others(output_dir: Path) -> str | None:
 
     Raises ConfigError where that is in the place of what a run writes, and removes.
     """
-    if not output_dir.is_dir() or (output_dir / LOCK).exists():
-        return None
-    if any(output_dir.glob(f"{CHECKPOINTS}/step-*/state.json")):  # copied without its lock
+    if not output_dir.is_dir() or any(output_dir.glob(f"{CHECKPOINTS}/step-*/state.json")):
         return None
     try:
-        names = sorted(path.name for path in output_dir.iterdir())
+        names = sorted(path.name for path in output_dir.iterdir() if path.name != LOCK)
     except FileNotFoundError:  # of a run that has just ended and leaves nothing
         return None
+    if (output_dir / LOCK).exists():  # a run's that was killed before its first checkpoint, or ...
+        _check_lost(output_dir)
+        theirs = METRICS in names or CHECKPOINTS in names
+        return told_of_others(output_dir, names, "run") if names and not theirs else None
     for name in (METRICS, CHECKPOINTS):
         path = output_dir / name
         if path.exists() and (path.stat().st_size if path.is_file() else any(path.iterdir())):
@@ -98,6 +101,17 @@ def _others(output_dir: Path) -> str | None:
                 "would be replaced. Move it away, or try: output_dir=DIR"
             )
     return told_of_others(output_dir, names, "run") if names else None
+
+
+def _check_lost(output_dir: Path) -> None:
+    """Raise ConfigError where a run had a checkpoint, as its links say, and none is there now."""
+    for place in (output_dir / name for name in LINKS):
+        if place.is_symlink():
+            raise ConfigError(
+                f"{place} leads to {place.readlink()}, and no checkpoint is there: the run would "
+                f"begin anew and replace {METRICS}. Put its checkpoints back, or to begin anew "
+                f"remove {output_dir}, or try: output_dir=DIR"
+            )
 
 
 def told_of_others(folder: Path, names: list[str], writer: str) -> str:

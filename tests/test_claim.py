@@ -187,6 +187,29 @@ def test_files_of_others_are_told_of_until_a_run_is_there(
     )
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew_unasked(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step-00000003").mkdir(parents=True)  # its state.json is gone
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    (tmp_path / ".lock").touch()
+    with claim(tmp_path):  # killed before its first checkpoint
+        pass
+    (tmp_path / "latest").symlink_to("checkpoints/step-00000003")
+    message = r"latest leads to checkpoints/step-00000003, and no checkpoint is there.*output_dir="
+    with pytest.raises(ConfigError, match=message), claim(tmp_path):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}"
+
+
+def test_files_beside_the_lock_of_another_command_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (".lock", "manifest.json"):
+        (tmp_path / name).touch()
+    with claim(tmp_path):
+        pass
+    assert "is not empty (manifest.json): what the run writes" in capsys.readouterr().err
+
+
 def test_a_run_that_was_copied_without_its_lock_is_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
