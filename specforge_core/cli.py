@@ -176,21 +176,15 @@ def verify(
 ) -> None:
     """Check a capture; with -c capture some again and compare.
 
-    Of a run, checkpoint or export the checksums are compared.
+    Of a run, checkpoint or export the checksums are compared; of a directory of several, all.
     """
-    from .drafts.verify import verify_draft
-
     if config is None and overrides:
         raise ConfigError(f"{overrides[0]!r:.80} changes a config, and there is none. Try: -c PATH")
-    if (told := verify_draft(directory)) is not None:
-        if config is not None:
-            raise ConfigError(f"-c goes with a capture, and {directory} is none. Take it out")
-        click.echo(told)
-        return
     run, strategy = load_run(config, overrides) if config is not None else (None, None)
-    from .capture.verify import verify_directory
+    from .drafts.verify import verify as verify_all
 
-    click.echo(str(verify_directory(directory, run, strategy, recapture)))
+    for line in verify_all(directory, run, strategy, recapture):
+        click.echo(line)
 
 
 @cli.command()

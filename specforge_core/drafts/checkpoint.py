@@ -19,7 +19,8 @@ from ..checksums import check_folder, checksum, folder_checksums
 from ..errors import CheckpointError
 from ..files import write_file
 from ..types import Draft
-from .links import follow
+from .export import PROVENANCE
+from .links import CHECKPOINTS, follow
 from .state import (
     CHECKSUMS as CHECKSUMS,
     STATE as STATE,
@@ -60,11 +61,18 @@ def find(path: Path) -> Path:
         return path
     found = checkpoints(path)
     if not found:
-        raise CheckpointError(
-            f"{path} holds no complete checkpoint. "
-            f"Try: specforge train -c RUN.yaml output_dir={path}"
-        )
+        advice = instead_of(path) or f"Try: specforge train -c RUN.yaml output_dir={path}"
+        raise CheckpointError(f"{path} holds no complete checkpoint. {advice}")
     return found[-1]
+
+
+def instead_of(path: Path) -> str:
+    """Return what to name instead of a folder of a run or an export; nothing if it is neither."""
+    if path.name == CHECKPOINTS and checkpoints(path.parent):
+        return f"Try the run that it is of: {path.parent}"
+    if (path / PROVENANCE).exists():
+        return "It is an export. Try the run or checkpoint that it was made from"
+    return ""
 
 
 def check_strategy(path: Path, trained: str, name: str) -> None:

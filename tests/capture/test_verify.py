@@ -13,7 +13,8 @@ from specforge_core.capture.identity import target_fingerprint
 from specforge_core.capture.job import run_capture
 from specforge_core.capture.manifest import CaptureManifest, Shard
 from specforge_core.capture.verify import verify_directory
-from specforge_core.errors import CaptureError
+from specforge_core.drafts.verify import verify
+from specforge_core.errors import CaptureError, CheckpointError
 from specforge_core.load import load_config
 from specforge_core.target.info import load_target_info
 from specforge_core.target.tokenizer import load_tokenizer, template_fingerprint
@@ -94,6 +95,37 @@ def test_an_unfinished_capture_is_verified_as_far_as_it_is(config: Path, directo
     report = verify_directory(directory, *load_config(config), 99)
     assert report.num_recaptured == report.num_samples == manifest.shards[0].num_samples
     assert str(report).endswith("; the capture is not complete yet")
+
+
+def test_all_that_lies_in_a_directory_is_verified(config: Path, directory: Path):
+    shutil.copytree(directory, directory / "validation")
+    step = directory / "checkpoints/step-00000003"
+    step.mkdir(parents=True)
+    (step / "state.json").touch()
+    shutil.copy(directory / "token_counts.safetensors", step)
+    told = list(verify(directory, *load_config(config), 2))
+    assert told[0].startswith(f"{directory}: no checksums are with 1 of 1 checkpoint")
+    assert told[1].endswith("2 of them captured again and equal")
+    assert told[2] == f"{directory}/validation: 12 samples are as they should be"
+    for folder in (directory / "validation", directory):  # the one read last is damaged first
+        shard = folder / "shard-00000.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+        with pytest.raises(CaptureError, match=f"in {folder} must not be trained on"):
+            list(verify(directory, None, None, 0))
+
+
+def test_a_folder_of_what_can_be_verified_is_told_from_one_of_nothing(tmp_path: Path):
+    (tmp_path / "run/checkpoints/step-00000003").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-00000003/state.json").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").touch()
+    for name, message in {
+        "run/checkpoints": "Try the run that it is of: .*/run$",
+        "model": r"model has no provenance\.json: there are no checksums",
+        "absent": "does not exist",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            list(verify(tmp_path / name, None, None, 0))
 
 
 def test_damaged_values_are_found_without_a_target(directory: Path):
