@@ -49,6 +49,8 @@ def of_row(row: Mapping[str, Any]) -> str | None:
                 asked = '(.instruction + "\\n\\n" + (.input // ""))'
             said = f'{{role: "user", content: {asked}}}, {{role: "assistant", content: .{answer}}}'
             return f"Try: jq -c '{{messages: [{said}]}}' FILE > FILE.jsonl"
+    if isinstance(row.get("chosen"), list):  # beside one that is rejected
+        return "Answers that were preferred? Try: jq -c '{messages: .chosen}' FILE > FILE.jsonl"
     for name, value in row.items():
         first = value[0] if isinstance(value, list) and value else None
         if isinstance(first, Mapping) and any(chat in first for chat in CHATS):

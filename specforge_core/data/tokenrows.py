@@ -87,11 +87,18 @@ def token_rows(row: Mapping[str, Any], expected: Fingerprint, limit: int | None)
 
 
 def token_row(row: Mapping[str, Any], limit: int | None) -> Row:
-    """Read a row that is tokens alone: `input_ids` and a `loss_mask` of as many 0 and 1.
+    """Read a row that is tokens alone: `input_ids` and a `loss_mask` of as many 0 and 1, or bools.
 
     Raises BadRow for anything else; whether the target has the tokens is seen by its reader.
     """
     return _read(row, limit, _bad_tokens)
+
+
+# what trainers that ignore -100 have instead of a mask
+LABELS = (
+    ", and 'labels' are not read. Try: jq -c "
+    "'{input_ids, loss_mask: (.labels | map(if . == -100 then 0 else 1 end))}' FILE > FILE.jsonl"
+)
 
 
 def _read(found: object, limit: int | None, bad: Callable[[str], BadRow]) -> Row:
@@ -103,10 +110,12 @@ def _read(found: object, limit: int | None, bad: Callable[[str], BadRow]) -> Row
     if not _are_ids(ids):
         raise bad("'input_ids' is no list of token ids")
     if not _is_mask(mask):
-        raise bad("'loss_mask' is no list of 0 and 1")
+        given = isinstance(found, Mapping) and "labels" in found and mask is None
+        raise bad(f"'loss_mask' is no list of 0 and 1{LABELS if given else ''}")
     if len(mask) != len(ids):
         raise bad(f"there are {len(ids)} input_ids, and a loss_mask of {len(mask)}")
-    return Row(ids[:limit], mask[:limit], len(ids), counted=True, blank=1 not in mask)
+    kept = list(map(int, mask[:limit]))  # true and false, as a table of bools has them
+    return Row(ids[:limit], kept, len(ids), counted=True, blank=1 not in mask)
 
 
 def _are_ids(value: object) -> TypeGuard[list[int]]:
@@ -116,7 +125,7 @@ def _are_ids(value: object) -> TypeGuard[list[int]]:
 
 
 def _is_mask(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(on) is int and on in (0, 1) for on in value)
+    return isinstance(value, list) and all(type(on) in (int, bool) and on in (0, 1) for on in value)
 
 
 def _bad_tokens(what: str) -> BadRow:

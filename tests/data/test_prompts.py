@@ -238,10 +238,12 @@ def test_no_file(tmp_path: Path) -> None:
 def test_rows_that_are_tokens(tmp_path: Path) -> None:
     ids = list(range(20))
     plain = {"input_ids": ids, "loss_mask": [0] * 5 + [1] * 15}
-    path = write(tmp_path / "d.jsonl", json.dumps(plain), ["Hi", "Hello"])
+    bools = {"input_ids": ids, "loss_mask": [False] * 5 + [True] * 15}
+    path = write(tmp_path / "d.jsonl", json.dumps(plain), ["Hi", "Hello"], json.dumps(bools))
     prompts = load(path)
-    assert prompts[0].input_ids.tolist() == ids
-    assert prompts[0].loss_mask.tolist() == plain["loss_mask"]
+    for row in (prompts[0], prompts[2]):
+        assert row.input_ids.tolist() == ids
+        assert row.loss_mask.tolist() == plain["loss_mask"]
     assert lengths(load(path, max_length=8))[0] == 8
     with pytest.raises(DataError, match=r"token id 19 is beyond the target's vocabulary of 19"):
         prompts_of(path, TOKENIZER, 19)
@@ -252,7 +254,8 @@ def test_rows_that_are_tokens(tmp_path: Path) -> None:
     [
         ({"input_ids": [1, 2]}, "'loss_mask' is no list of 0 and 1"),
         ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "'loss_mask' is no list of 0 and 1"),
-        ({"input_ids": [1, 2], "loss_mask": [True, False]}, "'loss_mask' is no list"),
+        ({"input_ids": [1, 2], "labels": [-100, 2]}, "Try: jq -c '{input_ids, loss_mask: (.labels"),
+        ({"input_ids": [1, 2], "loss_mask": [0.0, 1.0]}, "'loss_mask' is no list"),
         ({"input_ids": [1, 2], "loss_mask": [0, 1, 1]}, "there are 2 input_ids, and a loss_mask"),
         ({"input_ids": [1, -2], "loss_mask": [0, 1]}, "'input_ids' is no list of token ids"),
         ({"input_ids": [], "loss_mask": []}, "'input_ids' is no list of token ids"),

@@ -93,6 +93,7 @@ TURNS = json.dumps(CHAT["messages"], ensure_ascii=False)
         '{"prompt": "hi", "completion": "hé"}',
         '{"instruction": "hi", "output": "hé", "input": ""}',
         '{"question": "hi", "answer": "hé"}\n{"question": "hi", "answer": "hé"}',
+        f'{{"chosen": {TURNS}, "rejected": []}}',
         f'{{"version": 2, "it\'s": [{json.dumps(CHAT, ensure_ascii=False)}]}}',
         f"{json.dumps(CHAT)},\n{json.dumps(CHAT)}\n",
         json.dumps(CHAT, indent=1),
