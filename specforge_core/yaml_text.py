@@ -132,14 +132,18 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
-        """Refuse keys that are not text, and a second one of a name."""
+        """Refuse keys that are not text, a second one of a name, and {a:b}, which is one key."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
+        for key, value in node.value:
             if not isinstance(key, ScalarNode):
                 raise _error("a key is text", key.start_mark)
             if key.tag not in (f"{TAG}str", MERGE):
                 raise _error(f"the key {cut(key.value)} is no text: quote it", key.start_mark)
+            glued = node.flow_style and key.style is None and ":" in key.value
+            if glued and isinstance(value, ScalarNode) and not value.value and not value.style:
+                spaced = cut(key.value.replace(":", ": ", 1))
+                raise _error(f"behind a colon stands a space: {{{spaced}}}", key.start_mark)
             if first := lines.get((key.tag, key.value)):
                 raise _error(f"the key {cut(key.value)!r} is in line {first} too", key.start_mark)
             lines[key.tag, key.value] = key.start_mark.line + 1

@@ -21,6 +21,7 @@ from specforge_core.yaml_text import MAX_DEPTH, MAX_VALUES, dump, parse
         ("+5", 5),
         ("1_000", "1_000"),
         ("1:30", "1:30"),
+        ("{a:b: c, 'd:e': , f: }", {"a:b": "c", "d:e": None, "f": None}),
         ("1e-4", 1e-4),
         (".5", 0.5),
         ("2.", 2.0),
@@ -49,6 +50,7 @@ def test_values_are_those_of_yaml_1_2(text: str, value: object) -> None:
     [
         ("a: 1\nb: 2\na: 3", "in line 3, column 1: the key 'a' is in line 1 too"),
         ("{a: 1, 'a': 2}", "the key 'a' is in line 1 too"),
+        ("a: {b:c.jsonl}", "in line 1, column 5: behind a colon stands a space: {b: c.jsonl}"),
         ("? [1]\n: 2", "a key is text"),
         ("? {}\n: 2", "a key is text"),
         ("1: a", "the key 1 is no text: quote it"),

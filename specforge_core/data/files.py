@@ -109,6 +109,13 @@ def open_source(source: str) -> FileRows | HubRows:
         )
     if HUB.fullmatch(source) and not path.parent.exists() and not source.endswith(ENDINGS):
         return _hub(source)
+    folder, _, split = source.partition(":")
+    if split and (there := Path(expand(folder))).is_dir():
+        inside = min(there.glob(f"{glob.escape(split)}*"), default=there / "FILE")
+        raise DataError(
+            f"data file {source!r} does not exist: NAME:SPLIT is of Hugging Face, and {folder!r} "
+            f"is a folder here. Name what is in it, as data.train=[{inside}]"
+        )
     raise DataError(
         f"data file {source!r} does not exist. Paths are taken from the working "
         f"directory, {Path.cwd()}; correct it in the config, or with KEY=[PATH]"

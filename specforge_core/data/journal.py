@@ -14,6 +14,7 @@ from ..files import append, cannot_write, make_folder, remedied, sync_folder
 from ..locks import hold
 from ..text import line_of
 
+OTHER_FORMATS = (".gz", ".zst", ".bz2", ".xz", ".parquet", ".arrow", ".csv")
 START = b'{"id": '  # of every line: rows have their id first
 
 
@@ -26,6 +27,11 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.name.endswith(OTHER_FORMATS):
+            raise DataError(
+                f"output {str(path)!r} has the name of a packed file or a table, and lines of JSON "
+                f"are written. Try: -o {path.name.partition('.')[0] or 'FILE'}.jsonl"
+            )
         try:
             make_folder(path.parent)
             if path.exists() and not (path.is_file() or path.is_dir()):

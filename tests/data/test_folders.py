@@ -162,6 +162,13 @@ def test_what_is_held_out_is_trained_on_only_by_its_name(
     assert said in "".join(lines)
 
 
+def test_a_split_of_a_folder_is_named_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").touch()
+    for split, named in {"test": f"{tmp_path}/test.jsonl", "dev": f"{tmp_path}/FILE"}.items():
+        with pytest.raises(DataError, match=rf"NAME:SPLIT is of Hug.*data\.train=\[{named}\]"):
+            open_source(f"{tmp_path}:{split}")
+
+
 def test_saved_data_sets_are_read_in_their_own_order(tmp_path: Path) -> None:
     made = datasets.Dataset.from_list(ROWS)
     made.save_to_disk(str(tmp_path / "one"), num_shards=3)

@@ -119,3 +119,10 @@ def test_a_device_or_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
 def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="cannot be written"):
         Journal(tmp_path / f"{name}.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_a_name_of_another_format_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"lines of JSON are written\. Try: -o a\.jsonl$"):
+        Journal(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
