@@ -124,8 +124,15 @@ def _offline(job: Job, directory: Path, share: Share) -> Feed:
         "data.follow=true"
     )
     manifest, source = _stored(job, directory, share, "data.train", finish, grows=run.data.follow)
-    if run.data.train and share.rank == 0:
-        _tell_other_data(run, directory, manifest)
+    if share.rank == 0:
+        if run.data.train:
+            _tell_other_data(run, directory, manifest)
+        if (captured := manifest.identity.max_length) > run.data.max_length:
+            console.print(
+                f"note: conversations of the capture in {directory} have up to {captured} tokens, "
+                f"and data.max_length={run.data.max_length} of them are trained on. Those whose "
+                "answers stand behind are left out"
+            )
     reader = source.reader
     sample = next(source.samples(0)).sample
     if sample is None:  # fewer than ranks: another's

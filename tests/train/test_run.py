@@ -76,6 +76,9 @@ def test_offline_training_gives_what_online_training_gives(
     other = write_conversations(tmp_path / "other.jsonl", 13)
     for override in (f"data.train=[{other}]", "data.limit=7"):
         assert "is trained on, and data.train, data.limit, data.mix or data." in told(override)
+    assert "2048 tokens, and data.max_length=99 of them are trained on" in told(
+        "data.max_length=99"
+    )
     gone = told("data.train=[gone.jsonl]")
     assert "is trained on, without data.train: data file 'gone.jsonl' does not exist" in gone
     # of sources that another package reads
