@@ -193,6 +193,11 @@ def _similar(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     section, dot, key = str(loc[-1]).partition(".")
     if dot and len(loc) == 1 and section in model.model_fields:
         return f", only of an override: in a file it is {section}: {{{cut(key)}: ...}}"
+    inside = {name: field.annotation for name, field in model.model_fields.items()}
+    sections = {k: v for k, v in inside.items() if isinstance(v, type) and issubclass(v, BaseModel)}
+    homes = [f"{k}.{section}" for k, v in sections.items() if section in v.model_fields]
+    if len(loc) == 1 and homes:
+        return f", did you mean {' or '.join(homes)}?"
     for part in loc[:-1]:
         field = model.model_fields.get(str(part))
         inner = field.annotation if field is not None else None

@@ -59,6 +59,7 @@ def test_overrides_make_sections_lists_and_nulls(config: Path) -> None:
     [
         ("train.lerning_rate=1", "train.lerning_rate: unknown key, did you mean 'learning_rate'?"),
         ("strategy.blok_size=1", "strategy.blok_size: unknown key, did you mean 'block_size'?"),
+        ("max_steps=5", "max_steps: unknown key, did you mean train.max_steps?"),
         ("nonsense=1", "nonsense: unknown key (known: target, strategy"),
         ("train.learning_rate=fast", "train.learning_rate: Input should be a valid number"),
         ("train.learning_rate=-1", "greater than 0, got -1"),
