@@ -21,6 +21,10 @@ PAIRS = (
     ("input", "output"),
 )
 
+BESIDE = ("input", "context")  # what a question is about
+QUESTIONS = ("prompt", "prompts", "turns", "question", "instruction", "query")  # to be answered
+MESSAGE = ({"role", "content"}, {"from", "value"})
+
 
 def of_line(line: bytes, exc: ValueError) -> str:
     """Return what to do about a line that is no JSON."""
@@ -44,19 +48,28 @@ def of_row(row: Mapping[str, Any]) -> str | None:
         if all(isinstance(row.get(key), list) for key in (question, answer)):
             return f"Try: jq -c '{{messages: (.{question} + .{answer})}}' FILE > FILE.jsonl"
         if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
-            asked = f".{question}"
-            if question == "instruction" and row.get("input"):
-                asked = '(.instruction + "\\n\\n" + (.input // ""))'
+            asked, more = f".{question}", [n for n in BESIDE if n in row and n != question]
+            if more:  # not in every row, as in the first one perhaps
+                parts = f"[{', '.join(f'.{name}' for name in (question, *more))}]"
+                asked = f'({parts} | map(select(. != null and . != "")) | join("\\n\\n"))'
             said = f'{{role: "user", content: {asked}}}, {{role: "assistant", content: .{answer}}}'
             return f"Try: jq -c '{{messages: [{said}]}}' FILE > FILE.jsonl"
-    if isinstance(row.get("chosen"), list):  # beside one that is rejected
-        return "Answers that were preferred? Try: jq -c '{messages: .chosen}' FILE > FILE.jsonl"
-    for name, value in row.items():
+    for name, value in sorted(row.items(), key=lambda item: item[0] == "rejected"):
+        if isinstance(value, Mapping) and any(chat in value for chat in CHATS):
+            return f"Try: jq -c '.[{_spelled(name)}]' FILE > FILE.jsonl"
         first = value[0] if isinstance(value, list) and value else None
         if isinstance(first, Mapping) and any(chat in first for chat in CHATS):
             return f"Try: jq -c '.[{_spelled(name)}][]' FILE > FILE.jsonl"
-    if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
+        if isinstance(first, Mapping) and any(keys <= first.keys() for keys in MESSAGE):
+            return f"Try: jq -c '{{messages: .[{_spelled(name)}]}}' FILE > FILE.jsonl"
+    if any(keys <= row.keys() for keys in MESSAGE):
         return "One message. A list of them a line? Try: jq -c '{messages: .}' FILE > FILE.jsonl"
+    for name in QUESTIONS:
+        given, ask = row.get(name), '{role: "user", content: .}'
+        if isinstance(given, str):
+            return f"Try: jq -c '{{messages: [.{name} | {ask}]}}' FILE > FILE.jsonl"
+        if isinstance(given, list) and given and all(isinstance(one, str) for one in given):
+            return f"Try: jq -c '{{messages: [.{name}[] | {ask}]}}' FILE > FILE.jsonl"
     return None
 
 

@@ -94,6 +94,7 @@ TURNS = json.dumps(CHAT["messages"], ensure_ascii=False)
         '{"instruction": "hi", "output": "hé", "input": ""}',
         '{"question": "hi", "answer": "hé"}\n{"question": "hi", "answer": "hé"}',
         f'{{"chosen": {TURNS}, "rejected": []}}',
+        f'{{"custom_id": "1", "body": {json.dumps(CHAT, ensure_ascii=False)}}}',
         f'{{"version": 2, "it\'s": [{json.dumps(CHAT, ensure_ascii=False)}]}}',
         f"{json.dumps(CHAT)},\n{json.dumps(CHAT)}\n",
         json.dumps(CHAT, indent=1),
@@ -115,12 +116,6 @@ def test_the_advised_command_makes_rows_of_what_is_nearly_some(
     found = read(tmp_path / "FILE.jsonl")
     assert found
     assert all(list(one.messages) == CHAT["messages"] for one in found)
-
-
-def test_an_instruction_and_its_input_are_one_question(tmp_path: Path) -> None:
-    path = write(tmp_path / "d.jsonl", {"instruction": "Add.", "input": "1 2", "output": "3"})
-    with pytest.raises(DataError, match=r'content: \(\.instruction \+ "\\n\\n" \+ \(\.input'):
-        read(path)
 
 
 @pytest.mark.parametrize(
