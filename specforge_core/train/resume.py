@@ -10,12 +10,16 @@ from ..config import RunConfig, TrainConfig
 from ..drafts.checkpoint import TrainState, check_strategy
 from ..drafts.identity import Made, check_same
 from ..errors import CheckpointError
+from ..records import recorded
 from ..strategy import Strategy
+from ..text import shorten
 from ..types import Draft
 from .course import Course
 from .feed import Feed
 from .optim import lr_factor
 
+# options that say what is trained on, and may change
+DATA = ("train", "mix", "validation", "capture_dir", "limit", "max_length", "too_long")
 NOTICED = 0.01  # a learning rate that moves less is not worth a line
 
 
@@ -83,6 +87,19 @@ def check_optimizer(path: Path, state: TrainState, config: TrainConfig) -> None:
                 f"which has no state in it. Try: train.{key}={before}, or start from its weights: "
                 f"train.init_from={path} output_dir=ANOTHER"
             )
+
+
+def data_change(state: TrainState, run: RunConfig) -> str | None:
+    """Return a line where another data is gone on with than was trained on, or None."""
+    old, new = state.config["data"], recorded(run)["data"]
+    said = [
+        f"data.{key} was {shorten(old[key])} and is {shorten(new[key])}"
+        for key in DATA
+        if key in old and old[key] != new[key]  # older checkpoints do not have all
+    ]
+    if not said:
+        return None
+    return f"{'; '.join(said)}: the run goes on at the same place of the new data"
 
 
 def learning_rate_change(

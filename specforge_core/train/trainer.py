@@ -37,7 +37,7 @@ from .machine import Machine
 from .milestones import Milestones
 from .optim import local_gradients, lr_factor, set_learning_rate, square_norm
 from .report import Launched, TrainReport, computed_with, run_info
-from .resume import check_resumed, learning_rate_change
+from .resume import check_resumed, data_change, learning_rate_change
 from .supply import Supply
 from .update import Update, grad_norm
 
@@ -92,7 +92,8 @@ class Trainer:
         if state.logged is not None and not self._ended():
             self.log.logged = state.logged
         self.world.say(f"resuming at step {self.step} from {found[-1]}")
-        if change := learning_rate_change(state, self.run.train, self.course, self.strategy):
+        schedule = learning_rate_change(state, self.run.train, self.course, self.strategy)
+        for change in filter(None, (data_change(state, self.run), schedule)):
             self.world.say(change)
 
     def loop(self) -> TrainReport:

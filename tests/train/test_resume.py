@@ -65,13 +65,20 @@ def test_a_learning_rate_that_goes_on_is_not_mentioned(
 
 
 @pytest.mark.slow
-def test_another_peak_is_said_too(
+def test_another_peak_and_other_data_are_said_too(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ("train.warmup_ratio=0", "train.schedule=constant")
     train(*load(config, *common))
-    train(*load(config, *common, "train.max_steps=7", "train.learning_rate=0.01"))
-    assert "changes from 0.05 at step 6 to 0.01 at step 7" in capsys.readouterr().err
+    assert "data." not in capsys.readouterr().err
+    other = ("train.learning_rate=0.01", "data.limit=9", "data.too_long=skip", "data.workers=1")
+    train(*load(config, *common, "train.max_steps=7", *other))
+    err = " ".join(capsys.readouterr().err.split())
+    assert "changes from 0.05 at step 6 to 0.01 at step 7" in err
+    assert (
+        "data.limit was None and is 9; data.too_long was 'truncate' and is 'skip': the run goes on "
+        "at the same place of the new data"
+    ) in err
     close(lines(tmp_path / "run")[-1]["learning_rate"], 0.01, terms=1)
 
 
