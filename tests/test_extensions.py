@@ -138,13 +138,13 @@ def test_a_tracker_is_off_unless_named_and_told_everything(config: Path, tmp_pat
     assert not out.exists()
     named = (f"plugins.recorder.path={out}", f"output_dir={tmp_path / 'other'}")
     train(*load(config, *named, "train.max_steps=2"))
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = [json.loads(line) for line in out.read_text("utf-8").rstrip("\n").split("\n")]
     assert rows[0] == ["start", 0, "linear", 2]
     assert [row[:2] for row in rows[1:3]] == [["log", 1], ["log", 2]]
     assert [row[2] for row in rows[1:3]] == losses(tmp_path / "other")
     assert rows[3:] == [["event", "checkpoint", 2], ["close"]]
     train(*load(config, *named))  # goes on
-    rows = [json.loads(line) for line in out.read_text().splitlines()][5:]
+    rows = [json.loads(line) for line in out.read_text("utf-8").rstrip("\n").split("\n")][5:]
     assert rows[0] == ["start", 2, "linear", 4]
     assert [row[1] for row in rows if row[0] == "log"] == [3, 4]
 
@@ -156,7 +156,7 @@ def test_a_tracker_that_fails_warns_once_and_training_goes_on(
     report = train(*load(config, f"plugins.recorder.path={out}", "plugins.recorder.fails_at=2"))
     assert report.step == 4
     assert len(losses(tmp_path / "run")) == 4  # the core's own tracker goes on
-    rows = [json.loads(line)[:2] for line in out.read_text().splitlines()]
+    rows = [json.loads(line)[:2] for line in out.read_text("utf-8").rstrip("\n").split("\n")]
     assert rows == [["start", 0], ["log", 1]]
     err = " ".join(capsys.readouterr().err.split())
     assert err.count("the tracker of acme-recorder 0.3 failed (OSError: the disk is full)") == 1

@@ -157,7 +157,7 @@ def test_a_file_is_closed_when_nobody_has_it(tmp_path: Path):
         (b"[" * 100_000, "its header is no JSON"),
         (b"[]", "its header does not say what a tensor is"),
         (b'{"a": {}}', "its header does not say what a tensor is"),
-        (b'{"a": 1, "a": 2}', "a name occurs twice"),
+        (b'{"a": 1, "a": 2}', "the name 'a' occurs twice"),
         (b"33", "its header does not say what a tensor is"),
     ],
 )

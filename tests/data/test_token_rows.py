@@ -155,7 +155,10 @@ def test_with_tools_the_answer_behind_the_last_result_is_written(tmp_path: Path)
     )
     assert sorted(supervised(trained(run))) == sorted(expected)
     # and as text: calls that were only read are not trained on
-    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "answers.jsonl").read_text("utf-8").rstrip("\n").split("\n")
+    ]
     assert "ANOTHER" not in str(lines)
     plain = [{k: v for k, v in line.items() if k != "token_rows"} for line in lines]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))

@@ -245,6 +245,7 @@ def test_a_checkpoint_decides_about_no_code_plugin_secret_or_path(
     }
     state["config"] |= {"plugins": {"evil": {}}, "output_dir": "/nowhere"}
     path.write_text(json.dumps(state))
+    path.with_name(CHECKSUMS).unlink()  # who writes the one may write the other
     done = CliRunner().invoke(
         cli, ["export", "--checkpoint", str(tmp_path / "run"), "-o", str(tmp_path / "out")]
     )

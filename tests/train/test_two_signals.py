@@ -154,7 +154,7 @@ def test_in_other_commands_they_leave_what_was_finished(
     assert err.count("\n") == 1
     finish(cli(*command, env=environment))
     if what == "regenerate":
-        rows = [json.loads(line) for line in answers.read_text().splitlines()]
+        rows = [json.loads(line) for line in answers.read_text("utf-8").rstrip("\n").split("\n")]
         assert len({row["id"] for row in rows}) == len(rows) == 12
     else:
         assert "12 samples are as they should be" in str(verify_directory(capture, None, None, 0))

@@ -76,7 +76,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(path: Path) -> dict[str, Any]:
-    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+    with path.open(encoding="utf-8") as lines:  # drawn text may hold what str.splitlines cuts at
+        return {row["id"]: row for row in map(json.loads, lines)}
 
 
 @pytest.mark.parametrize("keep", [False, True])

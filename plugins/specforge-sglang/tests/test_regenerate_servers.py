@@ -60,7 +60,8 @@ def run_of(prompts: Path, **target: Any) -> RunConfig:
 
 
 def rows(path: Path) -> dict[str, Any]:
-    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+    with path.open(encoding="utf-8") as lines:  # drawn text may hold what str.splitlines cuts at
+        return {row["id"]: row for row in map(json.loads, lines)}
 
 
 @pytest.fixture(scope="module")
