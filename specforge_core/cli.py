@@ -146,6 +146,8 @@ def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
 @overrides_argument
 def data(config: Path, show: int, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Report what would be trained on: counts, lengths, and rows with what is supervised."""
+    if show and as_json:
+        raise ConfigError("--json prints the numbers alone. Take --show or --json out")
     run, strategy = load_run(config, overrides)
     from .data.report import report_data
 

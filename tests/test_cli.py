@@ -73,6 +73,7 @@ def test_debug_shows_where_an_error_came_from(config: Path) -> None:
     ("arguments", "message"),
     [
         (["train"], "Missing option '-c'"),
+        (["data", "-c", "a.yaml", "--show", "1", "--json"], "--json prints the numbers alone."),
         (["train", "-c", "absent.yaml"], "config file 'absent.yaml' cannot be read"),
         (["trian"], "No such command 'trian'"),
         (["check", "absent"], "strategy 'absent' is not installed"),

@@ -277,8 +277,16 @@ def _ids(journal: Journal, origin: Mapping[str, Any], max_length: int = 0) -> se
             found = row.get(key)
             fits = Fingerprint(**value).differs(found) is None if key == ORIGIN else found == value
             if not fits:
+                if found is None:
+                    raise OtherOrigin(
+                        f"{str(journal.path)!r} has rows without {key!r}, which regenerate did not "
+                        "write. Try: -o OTHER.jsonl"
+                    )
+                if isinstance(found, Mapping):  # what is alike says nothing
+                    names = [n for n in {**found, **value} if found.get(n) != value.get(n)]
+                    found, value = ({n: one.get(n) for n in names} for one in (found, value))
                 raise OtherOrigin(
-                    f"{str(journal.path)!r} was written with {key} {row.get(key)!r}, this run has "
+                    f"{str(journal.path)!r} was written with {key} {found!r}, this run has "
                     f"{value!r}. Set it back, or try: -o OTHER.jsonl"
                 )
         before = row.get("max_length", max_length)

@@ -151,7 +151,10 @@ def test_output_of_another_run_is_refused(talker: Path, tmp_path: Path) -> None:
     other = tmp_path / "other-target"
     shutil.copytree(talker, other)
     cases = [
-        (make_run(talker, prompts, keep_unfinished=True, temperature=0.7), "with sampling {"),
+        (
+            make_run(talker, prompts, keep_unfinished=True, temperature=0.7),
+            "with sampling {'temperature': 0.0}, this run has {'temperature': 0.7}. Set it back",
+        ),
         (make_run(other, prompts, keep_unfinished=True), "with model 'toy-target', this run has"),
     ]
     for run, message in cases:
@@ -160,6 +163,8 @@ def test_output_of_another_run_is_refused(talker: Path, tmp_path: Path) -> None:
         assert message in str(error.value)
         assert "try: -o OTHER.jsonl" in str(error.value)
     assert output.read_text() == before
+    with pytest.raises(DataError, match="has rows without 'model', which regenerate did not write"):
+        regenerate(make_run(talker, prompts), prompts)
 
 
 def test_bad_prompts(talker: Path, tmp_path: Path) -> None:
