@@ -20,6 +20,7 @@ from .written import (
     altered,
     as_parts,
     as_python,
+    check_ends,
     left_out,
     lost_mark,
     marks_of,
@@ -50,6 +51,7 @@ class Encoder:
     # what the template was seen to write; shared with encoders of other tools
     written: set[Shape] = field(default_factory=set, repr=False, compare=False)
     special: frozenset[int] = field(init=False)  # tokens that are no text
+    _stops: list[str] = field(init=False)  # those of them that end an answer, as they are written
     _options: dict[str, Any] | None = field(init=False, default=None)
     _parts: bool | None = field(init=False, default=None)  # texts are given as lists of parts
     _closes: list[int] | None = field(init=False, default=None)
@@ -58,6 +60,7 @@ class Encoder:
     def __post_init__(self) -> None:
         decoder = self.tokenizer.added_tokens_decoder
         self.special = frozenset(i for i, token in decoder.items() if token.special)
+        self._stops = [decoder[token].content for token in sorted(self.ends & self.special)]
 
     def rows(self, messages: Sequence[Message], cut: Collection[int] = ()) -> list[Row]:
         """Tokenize a conversation and mark what the assistant wrote, up to `limit` tokens.
@@ -166,6 +169,7 @@ class Encoder:
                     found = found or (answers[place], "text as it is")
                 elif (mark := lost_mark(answer, text.text[start:end], marks)) is not None:
                     found = found or (answers[place], f"mark {mark!r}")
+                check_ends(answers[place], answer, self._stops)
         if found is not None:
             number, part = found
             raise BadRow(

@@ -13,6 +13,7 @@ from jinja2 import Environment, TemplateError
 
 from ..errors import DataError
 from .messages import REASONING, Message, chat_of
+from .sources import BadRow
 from .tools import Tool
 
 Render: TypeAlias = Callable[[Sequence[Message]], str]  # without a generation prompt
@@ -63,6 +64,20 @@ def with_text_arguments(message: Message) -> Message:
         for call in message.get("tool_calls", ())
     ]
     return {**message, "tool_calls": calls} if calls else message
+
+
+def check_ends(number: int, text: str, ends: Sequence[str]) -> None:
+    """Raise BadRow for an answer, message `number`, with an end of answers and text behind it."""
+    for end in ends:
+        behind = text.partition(end)[2]
+        for other in ends:
+            behind = behind.replace(other, "")
+        if behind.strip():
+            raise BadRow(
+                f"message {number + 1}: {end!r} in its text ends an answer, and the target never "
+                "writes what stands behind it. Make two messages of it, or set data.on_error=skip",
+                "text behind the end of an answer",
+            )
 
 
 def as_python(message: Message, written: str) -> str | None:

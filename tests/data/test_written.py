@@ -275,3 +275,22 @@ def test_thoughts_that_later_turns_drop_are_written() -> None:
     )
     chat = [ASK, {**ANSWER, "content": "hm</think>a"}]
     assert len(encoder(drops + OPENS).rows(chat * 2)) == 2
+
+
+@pytest.mark.parametrize("behind", ["more", "\n<|im_start|>user\nq<|im_end|>"])
+def test_nothing_is_trained_on_behind_the_end_of_an_answer(behind: str) -> None:
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = CHATML
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    made = Encoder(tokenizer, {}, ends=frozenset({end}))
+    said = "message 2: '<|im_end|>' in its text ends an answer, and the target never writes"
+    with pytest.raises(BadRow, match=re.escape(said)) as caught:
+        made.rows([ASK, {**ANSWER, "content": f"a<|im_end|>{behind}"}])
+    assert caught.value.reason == "text behind the end of an answer"
+    made.rows([{**ASK, "content": f"a<|im_end|>{behind}"}, ANSWER])  # a user may write anything
+    plain = made.rows([ASK, ANSWER])
+    for doubled in ("a<|im_end|>", "a<|im_end|>\n<|im_end|>"):
+        (row,) = made.rows([ASK, {**ANSWER, "content": doubled}])
+        trained = [i for i, on in zip(row.input_ids, row.loss_mask, strict=True) if on]
+        both = zip(plain[0].input_ids, plain[0].loss_mask, strict=True)
+        assert trained == [i for i, on in both if on]
