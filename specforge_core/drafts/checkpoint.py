@@ -84,16 +84,19 @@ def check_strategy(path: Path, trained: str, name: str) -> None:
         )
 
 
-def remove_incomplete(output_dir: Path) -> None:
+def remove_incomplete(output_dir: Path) -> list[Path]:
     """Remove what killed runs left of checkpoints: temporaries, and folders without state.json.
 
-    Only for the run that has claimed `output_dir`.
+    Only for the run that has claimed `output_dir`.  Returns the latter.
     """
+    removed = []
     for path in output_dir.glob("checkpoints/*"):
         temporary = path.name.startswith(".step-") and path.name.endswith(".tmp")
         incomplete = step_of(path) is not None and not (path / STATE).exists()
         if (temporary or incomplete) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
+            removed += [path] if incomplete else []
+    return sorted(removed)
 
 
 def load_model(path: Path, draft: Draft) -> TrainState:

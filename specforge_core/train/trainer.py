@@ -76,7 +76,8 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the newest complete checkpoint of this output directory, if any."""
         if self.world.main:
-            remove_incomplete(self.run.output_dir)
+            for path in remove_incomplete(self.run.output_dir):
+                self.world.say(f"{path} has no state.json: no checkpoint, it is removed")
         if not (found := checkpoints(self.run.output_dir)):
             return
         state = read_state(found[-1])

@@ -287,14 +287,14 @@ def test_an_optimizer_that_is_not_finite_is_refused_where_it_is_needed(copy: Pat
         train(*load(copy, "train.max_steps=4"))
 
 
-def test_what_killed_runs_left_is_removed_at_the_next_start(copy: Path) -> None:
+def test_what_killed_runs_left_is_removed_at_the_next_start(copy: Path, capfd) -> None:
     folder = newest(copy).parent
-    left = [folder / "step-00000009", folder / ".step-00000008.tmp"]
-    kept = [folder / "step-00000002.bak", folder / "notes", folder / "step-7"]
+    left = [folder / name for name in ("step-00000009", ".step-00000008.tmp")]
+    kept = [folder / name for name in ("step-00000002.bak", "notes", "step-7")]
     for path in (*left, *kept):
         path.mkdir()
         (path / "shard.safetensors").touch()
-    (folder / "step-00000002.bak" / STATE).touch()
+    (kept[0] / STATE).touch()
     train(*load(copy, "train.max_steps=3"))
-    assert [path.name for path in left if path.exists()] == []
-    assert all((path / "shard.safetensors").exists() for path in kept)
+    assert "9 has no state.json: no checkpoint" in " ".join(capfd.readouterr().err.split())
+    assert [path for path in (*left, *kept) if (path / "shard.safetensors").exists()] == kept
