@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+from specforge_core import stop
+from specforge_core.claim import LOCK
 from specforge_core.testing import runs
 from specforge_core.testing.forked import cli
 
@@ -23,6 +26,17 @@ def start(
         env=env,
     )
     return process
+
+
+def left_nothing(folder: Path, began: float) -> bool:
+    """Say whether a command that was asked to end after `began` has taken its folder along.
+
+    A signal that meets Python in a finalizer, as imports have many, is lost there.  The thread that
+    watches ends the command then, SECONDS later and at once, so that its empty folder stays.
+    """
+    if time.monotonic() - began < stop.SECONDS:
+        return not folder.exists()
+    return not folder.exists() or [path.name for path in folder.iterdir()] == [LOCK]
 
 
 def num_lines(tmp_path: Path) -> int:
