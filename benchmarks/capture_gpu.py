@@ -24,6 +24,7 @@ from typing import Any
 import scale
 import torch
 import torch.nn.functional as F
+from capture import synchronize
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from specforge_core.config import TargetConfig
@@ -39,10 +40,10 @@ def timed(call: Callable[[], object]) -> float:
     """Return the median seconds of one call; the first is not counted."""
     times = []
     for _ in range(ROUNDS + 1):
-        torch.cuda.synchronize() if torch.cuda.is_available() else None
+        synchronize()
         start = time.perf_counter()
         call()
-        torch.cuda.synchronize() if torch.cuda.is_available() else None
+        synchronize()
         times.append(time.perf_counter() - start)
     return median(times[1:])
 

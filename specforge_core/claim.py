@@ -20,7 +20,7 @@ from .text import cut
 LOCK, METRICS = ".lock", "metrics.jsonl"  # of an output directory
 CHECKPOINTS = "checkpoints"
 FILES, FOLDERS = (LOCK, METRICS), (CHECKPOINTS,)
-LINKS = ("latest", "best")  # to checkpoints, made behind the first one
+LATEST, BEST = "latest", "best"  # links to checkpoints, made behind the first one
 SHOWN = 3  # names of others' files
 LOOKS, LOOK_SECONDS = 500, 0.01  # who only looks for a run shares the lock for microseconds
 
@@ -105,7 +105,7 @@ def _others(output_dir: Path) -> str | None:
 
 def _check_lost(output_dir: Path) -> None:
     """Raise ConfigError where a run had a checkpoint, as its links say, and none is there now."""
-    for place in (output_dir / name for name in LINKS):
+    for place in (output_dir / name for name in (LATEST, BEST)):
         if place.is_symlink():
             raise ConfigError(
                 f"{place} leads to {place.readlink()}, and no checkpoint is there: the run would "

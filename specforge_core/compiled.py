@@ -27,23 +27,21 @@ def compile_units(
     from what is kept anyway, in the pass that reads it, is not kept: an MLP's inner product and
     normed states.
     """
-    _prepare()
-    options = _options() if backend == "inductor" else None
+    how = _how(backend)
     for unit in units:
         if inner:
-            unit.forward = compiled(unit.forward, backend)
+            unit.forward = torch.compile(unit.forward, **how)
         else:
-            unit.compile(backend=backend, dynamic=True, options=options)
+            unit.compile(**how)
 
 
 def compiled(function: Callable[..., Any], backend: str | Any = "inductor") -> Callable[..., Any]:
     """Return a function that is compiled at its first call, as `compile_units` says."""
-    _prepare()
-    options = _options() if backend == "inductor" else None
-    return torch.compile(function, backend=backend, dynamic=True, options=options)
+    return torch.compile(function, **_how(backend))
 
 
-def _prepare() -> None:
+def _how(backend: str | Any) -> dict[str, Any]:
+    """Set what torch has as globals; return the arguments of torch.compile."""
     os.environ.setdefault(CACHE, str(Path.home() / ".cache" / "specforge" / "compile"))
     import torch._dynamo.config as tracing
     import torch._functorch.config as partitioner
@@ -56,6 +54,8 @@ def _prepare() -> None:
         partitioner.ban_recompute_materialized_backward = False
     if hasattr(symbols, "use_duck_shape"):
         symbols.use_duck_shape = False
+    options = _options() if backend == "inductor" else None
+    return {"backend": backend, "dynamic": True, "options": options}
 
 
 @contextmanager

@@ -23,12 +23,15 @@ class Unit(nn.Module):
         return out
 
 
-def test_lengths_share_a_graph_from_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
+    """A compiler that counts graphs, with nothing compiled before."""
     monkeypatch.setenv(CACHE, str(tmp_path))
     torch.compiler.reset()
-    counter = CompileCounter()
+    return CompileCounter()
+
+
+def test_lengths_share_a_graph_from_the_first(counter: CompileCounter) -> None:
     unit = Unit()
     compile_units([unit], counter)
     for length in (3, 4, 700, 5000):
@@ -37,11 +40,8 @@ def test_lengths_share_a_graph_from_the_first(
 
 
 def test_a_recomputed_unit_keeps_its_input_alone_and_is_compiled_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    counter: CompileCounter,
 ) -> None:
-    monkeypatch.setenv(CACHE, str(tmp_path))
-    torch.compiler.reset()
-    counter = CompileCounter()
     kept: list[list[int]] = []
     gradients = []
     for recompute in (False, True):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..claim import BEST as BEST, CHECKPOINTS as CHECKPOINTS, LATEST as LATEST
 from ..errors import CheckpointError
 from ..files import sync_folder, temporary
 from .state import STATE, step_of
 
-BEST, LATEST = "best", "latest"
 MARK = "@"
-CHECKPOINTS = "checkpoints"
 
 
 def link(output_dir: Path, name: str, checkpoint: Path) -> None:
