@@ -127,6 +127,7 @@ def build_draft(
     return Draft(
         model=model,
         frozen=frozen,
+        shard=(model.lm_head,),
         compile=(model.before, model.after),
         resolved=shape.resolved(),
     )

@@ -17,7 +17,8 @@ from specforge_core.types import Draft, Export
 from .config import DraftShape
 from .export import ARCHITECTURES, NAMES, SPECULATORS
 from .frozen import Frozen
-from .model import Eagle3Model, VocabularyModel
+from .head import VocabularyModel
+from .model import Eagle3Model
 from .vocab import check_map, members
 
 KNOWN = {*ARCHITECTURES.values(), SPECULATORS, "Eagle3LlamaForCausalLM"}

@@ -8,7 +8,7 @@ Vd draft vocabulary, Q = (h + 2 v) d.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,18 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from specforge_core.nn.decoder import init_weights
-from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entropy
-from specforge_core.nn.rotary import Rope, Rotary, rotate
+from specforge_core.nn.rotary import Rope, rotate
 from specforge_core.nn.soft_loss import SoftLoss, SoftRows
-from specforge_core.target.head import widen
 from specforge_core.types import Batch
 
 from .attention import KeyValue, attend
 from .config import DraftShape, VocabularyOptions
+from .head import DraftHead, Teacher, VocabularyModel
 from .rows import Documents
 from .summed import Tapped, linear
-from .vocab import members, target_tokens
 
 
 class _Gather(torch.autograd.Function):
@@ -49,19 +46,6 @@ class _Gather(torch.autograd.Function):
         grad = d_rows.new_zeros(ctx.count + 1, d_rows.shape[-1])  # the last row for what is absent
         grad.index_copy_(0, places.flatten(), d_rows.flatten(0, 1))
         return grad[: ctx.count], None, None
-
-
-class Teacher:
-    """What rows of a batch are to draft, R of them for each of the U labels.
-
-    No dataclass: FSDP's mixed precision casts the tensors in those.
-    """
-
-    def __init__(self, batch: Batch, teacher_head: Tensor, loss: SoftLoss) -> None:
-        self.row_weights = batch["row_weights"]  # [U, R]
-        self.final, self.logsumexp = batch["final"], batch["logsumexp"]  # [U, H], [U]
-        self.teacher_head = teacher_head  # [Vd, H], or wider with a bias
-        self.loss = loss
 
 
 class Task(Teacher):
@@ -162,57 +146,6 @@ class AfterAttention(Outputs):
         return hidden, self.norm(hidden), x.detach(), inner.detach()
 
 
-class VocabularyModel(nn.Module):
-    """Base of a trained part with a head `lm_head` of its own, and the vocabulary it is for."""
-
-    lm_head: nn.Linear
-    d2t: Tensor  # [Vd] int64, offsets
-    t2d: Tensor  # [V] bool
-
-    def __init__(self, shape: DraftShape, config: VocabularyOptions) -> None:
-        super().__init__()
-        self.shape = shape
-        self.attention = config.attention
-        self.head_chunk = config.head_chunk
-        self.rotary = Rotary(shape.rope, shape.head_dim, shape.max_positions)
-        self.register_buffer("d2t", torch.zeros(shape.draft_vocab_size, dtype=torch.int64))
-        self.register_buffer("t2d", torch.ones(shape.vocab_size, dtype=torch.bool))
-
-    def start(
-        self, config: VocabularyOptions, load_head: Callable[[], Tensor], d2t: Tensor | None
-    ) -> None:
-        """Give a model that is on "meta" its first weights, on the CPU, alike on every rank.
-
-        The head is the target's, its rows of the vocabulary `d2t` [Vd]; that is None where
-        weights, and the vocabulary with them, are about to be loaded.
-        """
-        self.to_empty(device="cpu")
-        init_weights(self, self.shape.init_std, config.seed)
-        nn.init.zeros_(self.d2t)
-        nn.init.ones_(self.t2d)
-        if d2t is not None:
-            self.d2t.copy_(d2t)
-            self.t2d.copy_(members(d2t, self.shape.vocab_size))
-            with torch.no_grad():
-                rows = load_head()[target_tokens(d2t)]
-                self.lm_head.weight.copy_(rows[:, : self.shape.hidden_size])
-        self.lm_head.requires_grad_(config.train_head)
-
-    def losses(self, states: Tensor, teacher: Teacher) -> tuple[Tensor, SoftRows]:
-        """Return the weighted sum of the losses of states [U, R, H], and each label's rows."""
-        return linear_soft_cross_entropy(
-            states,
-            self.lm_head.weight,
-            widen(teacher.final, teacher.teacher_head.shape[1]),
-            teacher.teacher_head,
-            teacher.row_weights,
-            teacher.loss,
-            teacher_softcap=self.shape.softcap,
-            teacher_logsumexp=teacher.logsumexp,
-            chunk=self.head_chunk,
-        )
-
-
 class Eagle3Model(VocabularyModel):
     """The trained part, and the draft vocabulary it is for."""
 
@@ -224,7 +157,7 @@ class Eagle3Model(VocabularyModel):
         self.fc_norm = nn.ModuleList(norms)
         self.before = BeforeAttention(shape)
         self.after = AfterAttention(shape)
-        self.lm_head = nn.Linear(width, shape.draft_vocab_size, bias=False)
+        self.lm_head = DraftHead(shape, config)
 
     def forward(self, features: Tensor, embeddings: Tensor, task: Task) -> tuple[Tensor, SoftRows]:
         """Return the weighted sum of the losses of all steps, and each label's rows.
@@ -235,7 +168,8 @@ class Eagle3Model(VocabularyModel):
         states = torch.cat(self.unroll(features, embeddings, task.documents, steps))  # [R N, H]
         places = task.students + torch.arange(steps, device=states.device) * len(features)
         by_label: Tensor = _Gather.apply(states, places, task.present)  # type: ignore[no-untyped-call]
-        return self.losses(by_label, task)
+        losses: tuple[Tensor, SoftRows] = self.lm_head(by_label, task)
+        return losses
 
     def unroll(
         self, features: Tensor, embeddings: Tensor, documents: Documents, steps: int

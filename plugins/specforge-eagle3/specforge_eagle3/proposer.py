@@ -19,7 +19,8 @@ from specforge_core.types import Proposal, Sampling, TargetCapture
 from .attention import eager
 from .config import Eagle3Config
 from .frozen import Frozen
-from .model import Eagle3Model, VocabularyModel
+from .head import VocabularyModel
+from .model import Eagle3Model
 from .vocab import target_tokens
 
 

@@ -80,7 +80,7 @@ def build_draft(
         model=model,
         # an embedding of its own takes the target's place
         frozen=Frozen(embed_tokens[:0] if config.train_embedding else embed_tokens, load_head),
-        shard=tuple(layers),
+        shard=(*layers, model.lm_head),
         compile=tuple(part for layer in layers for part in (layer.before, layer.after)),
         # shrunk, the rows of tokens that are rare would vanish
         decayed=lambda name: "embed_tokens" not in name,

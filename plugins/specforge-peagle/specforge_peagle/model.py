@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from specforge_eagle3.model import Outputs, Projections, Teacher, VocabularyModel
+from specforge_eagle3.head import DraftHead, Teacher, VocabularyModel
+from specforge_eagle3.model import Outputs, Projections
 from torch import Tensor, nn
 
 from specforge_core.nn.rotary import Rope, rotate
@@ -117,7 +118,7 @@ class PeagleModel(VocabularyModel):
         self.fc = nn.Linear(captured, width, bias=False)
         self.layers = nn.ModuleList(PeagleLayer(shape, i) for i in range(shape.num_layers))
         self.norm = nn.RMSNorm(width, eps=shape.rms_norm_eps)
-        self.lm_head = nn.Linear(width, shape.draft_vocab_size, bias=False)
+        self.lm_head = DraftHead(shape, config)
 
     def start_inputs(self, config: PeagleConfig, embed_tokens: Tensor) -> None:
         """Fill the mask's state, and an embedding with the target's [V, H]."""
@@ -139,7 +140,9 @@ class PeagleModel(VocabularyModel):
 
         deeper = len(task.places) - len(features)
         states = self.states(features, inputs, deeper, Pass(self.rotary(task.places), attend))
-        return self.losses(states.index_select(0, task.trained)[:, None], task)
+        trained = states.index_select(0, task.trained)[:, None]
+        losses: tuple[Tensor, SoftRows] = self.lm_head(trained, task)
+        return losses
 
     def states(self, features: Tensor, inputs: Tensor, deeper: int, run: Pass) -> Tensor:
         """Return the normed states [N + deeper, H] that the head reads."""
