@@ -9,7 +9,8 @@ Stages, in order, all of them unless some are named; what is done is left out ne
     capture   the target's states of all answers, once: what the method that asks for most asks for
     train     every method from that capture, for as many tokens
     eval      acceptance on held-out prompts, each draft at temperature 0 and 1
-    speed     where several of these ran at once: training and decoding again, shortly and alone
+    speed     where several of these ran at once: training and decoding again, shortly, each alone
+              on its GPU
     serve     the drafts that SGLang serves, in SGLang, if SPECFORGE_SGLANG_PYTHON names its
               interpreter
     table     table.md, table.json and compare.png, from what there is
@@ -210,20 +211,26 @@ class Compare:
         options.append(f"eval.compare={'true' if compare and not temperature else 'false'}")
         return self.command(stage, name, "eval", method, *where, *options, *more)
 
+    @property
+    def _alone(self) -> int:
+        """How many jobs run at once where each has a GPU to itself."""
+        return max(1, len(self.gpus))
+
     def speed(self) -> None:
         """Measure alone what was measured beside others; as far as it was not."""
         at_once = self.arguments.eval_jobs or self.arguments.jobs
         trained = [method for method in self.methods if self.has(method)]
         if at_once > 1:
             few = (f"eval.limit={self.arguments.speed_limit}",)
-            self.run([self._eval("speed", m, m, 0, True, *few) for m in trained], 1)
+            jobs = [self._eval("speed", m, m, 0, True, *few) for m in trained]
+            self.run(jobs, self._alone)
         if self.arguments.jobs > 1:
             jobs = []
             for method in trained:
                 steps = min(PACE_STEPS, self._steps(method))
                 often = f"train.log_every={max(1, steps // 4)}"
                 jobs.append(self._train("pace", method, steps, often))
-            self.run(jobs, 1)
+            self.run(jobs, self._alone)
 
     def serve(self) -> None:
         python = os.environ.get("SPECFORGE_SGLANG_PYTHON")
@@ -246,7 +253,7 @@ class Compare:
                     made_of=self._made_of(method),
                 )
             )
-        self.run(jobs, 1)
+        self.run(jobs, self._alone)
 
     def table(self) -> None:
         write_results(self.out)
