@@ -12,7 +12,9 @@ from report import curve, load, number, smooth, table
 from safetensors import safe_open
 
 from specforge_core.drafts.checkpoint import find
+from specforge_core.text import cut
 
+REASON = 300  # characters of why a draft is not served
 STAGES = ("answers", "capture", "train", "eval", "speed", "pace", "serve")
 
 
@@ -117,6 +119,7 @@ def notes(out: Path, rows: dict[str, dict[str, Any]]) -> list[str]:
     for method, row in rows.items():
         served = row["served"]
         reason = served.get("not_served") if served else "no SGLang was given"
+        reason = reason and cut(" ".join(reason.split()), REASON)  # OUT/served has the whole of it
         told.append(
             f"{method}: {number(row['step'], 0)} steps, {number(row['tokens'], 0)} tokens in "
             f"{number(row['seconds'], 0)} s; greedy: {row['lossless'] or 'not compared'}; "

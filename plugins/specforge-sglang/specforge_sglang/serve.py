@@ -13,6 +13,7 @@ token, and cuts the last verification.  This package counts what verifications y
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,7 +24,7 @@ from specforge_openai.http_json import Refused, ServerDown
 
 from specforge_core.config import TargetConfig
 from specforge_core.drafts.export import read_serve
-from specforge_core.errors import CheckpointError, RunError
+from specforge_core.errors import CaptureError, CheckpointError, RunError
 from specforge_core.target.info import load_target_info
 from specforge_core.types import DraftServer, NotServed, ServedAnswer
 
@@ -44,6 +45,13 @@ FLAGS: dict[str, Flag] = {
     "skip_server_warmup": True,
     "mem_fraction_static": 0.5,  # this process holds a part of the GPU too
 }
+# in the last words of a version that came out before the draft's method
+UNKNOWN = (
+    r"unrecognized arguments: (--speculative\S*)",
+    r"Unknown speculative algorithm name: (\S+)",
+    r"'(\w+)' is not a registered model",
+    r"Model architectures \['(\w+)'\] are not supported",
+)
 ACCEPTED = ("spec_num_correct_drafts", "spec_accepted_drafts")  # the new name, the old one
 
 
@@ -64,7 +72,16 @@ def serve(target: TargetConfig, export: Path, draft_tokens: int) -> DraftServer 
             "target.device=auto"
         )
     drafting["speculative_draft_model_path"] = str(export.resolve())
-    return SGLangServer(target, options, drafting)
+    try:
+        return SGLangServer(target, options, drafting)
+    except CaptureError as exc:
+        found = filter(None, (re.search(pattern, str(exc)) for pattern in UNKNOWN))
+        if (unknown := next(found, None)) is None:
+            raise
+        reason = (
+            f"the SGLang of {options.python} does not know {unknown[1]}, which this draft needs"
+        )
+        return NotServed(reason=f"{reason}. Try: target.options.python of a newer SGLang")
 
 
 def drafting_flags(export: Path, draft_tokens: int) -> dict[str, Flag] | NotServed:

@@ -241,3 +241,40 @@ def test_an_answer_of_other_kinds_is_an_error(answer: dict[str, Any]) -> None:
         meta.setdefault(ACCEPTED[0], 3)
     with pytest.raises(CaptureError, match="SGLang 1 gives an answer that is not SGLang's"):
         counted(answer, "SGLang 1")
+
+
+@pytest.mark.parametrize(
+    ("last", "unknown"),
+    [
+        (
+            "sglang serve: error: unrecognized arguments: --speculative-new-size 0",
+            "--speculative-new-size",
+        ),
+        ("ValueError: Unknown speculative algorithm name: BLOCKS", "BLOCKS"),
+        (
+            "ValueError: Cannot find model module. 'NewDraftModel' is not a registered model in "
+            "the Transformers library",
+            "NewDraftModel",
+        ),
+        (
+            "ValueError: Model architectures ['NewDraftModel'] are not supported for now.",
+            "NewDraftModel",
+        ),
+    ],
+)
+def test_a_version_without_the_method_serves_it_not(
+    stand_in: Callable[..., TargetConfig],
+    write: Callable[[dict[str, Any] | None], Path],
+    last: str,
+    unknown: str,
+) -> None:
+    found = serve(stand_in(f"raise SystemExit({last!r})"), write(BLOCK), 3)
+    assert isinstance(found, NotServed)
+    assert f"{sys.executable} does not know {unknown}, which this draft needs" in found.reason
+
+
+def test_a_server_that_ends_for_another_reason_is_an_error(
+    stand_in: Callable[..., TargetConfig], write: Callable[[dict[str, Any] | None], Path]
+) -> None:
+    with pytest.raises(CaptureError, match="out of something"):
+        serve(stand_in("raise SystemExit('out of something')"), write(BLOCK), 3)
