@@ -19,6 +19,7 @@ import step_case_e1
 import torch
 
 from specforge_core.compiled import compile_units, recompute_units
+from specforge_core.train.memory import before_last
 from specforge_core.types import Batch, Draft, Planned
 
 GIB = 2**30
@@ -34,7 +35,9 @@ def expected(draft: Draft, step: Planned, tokens: int, recompute: bool) -> dict[
         "the draft's weights": item * sum(p.numel() for p in weights),
         "the target's embedding and head": sum(p.nbytes for p in draft.frozen.parameters()),
     }
-    states = step.step_bytes(draft, tokens, 1, item, recompute=recompute)
+    states = dict(step.step_bytes(draft, tokens, 1, item, recompute=recompute))
+    if recompute and (done := before_last(draft)):
+        states["gradients of units before"] = item * done
     gradients = item * sum(p.numel() for p in weights if p.requires_grad)
     if sum(states.values()) < gradients:
         states = {"gradients": gradients}

@@ -111,10 +111,21 @@ def estimate(
     states = dict(step or {})
     if run.train.accumulate > 1:  # then they are there throughout
         states[GRADIENTS] = -(-4 * trained // shards)
+    elif run.train.recompute and (done := before_last(draft)):
+        states[GRADIENTS] = -(-4 * done // shards)
     if sum(states.values()) < gradients:
         states = {GRADIENTS: gradients}
     held.pop(GRADIENTS)
     return held | {GATHERED: kept} | states
+
+
+def before_last(draft: Draft) -> int:
+    """Return how many weights have their gradients when the last unit is made again.
+
+    A step with `train.recompute` holds most then, since states do not become fewer meanwhile.
+    """
+    units = [sum(p.numel() for p in u.parameters() if p.requires_grad) for u in draft.shard]
+    return sum(units) - max(units, default=0)
 
 
 def _bytes(value: object, device: torch.device) -> int:
