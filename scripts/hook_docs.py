@@ -34,7 +34,7 @@ hook returned, ends the command with the package, the hook and what was expected
 - `specforge_core.target.weights`: `load_target_tensors(target, names)`, of the target's files:
   `embed_tokens`, `lm_head`, `final_norm`.
 - `specforge_core.batches.collate`: `pack`, `pad`, `truncate`, for a `transform` or `collate`.
-- `specforge_core.nn`: layers, caches and fused losses.
+- `specforge_core.nn`: layers, caches, fused losses and sampling.
 - `specforge_core.evaluate.sampling`: `draw` and `probabilities`, for drafts at a temperature.
 - `specforge_core.testing`: `contract.StrategyContract`, a toy target, runs of it.
 

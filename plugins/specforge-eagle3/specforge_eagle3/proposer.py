@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specforge_core.nn.cache import GrowingCache
+from specforge_core.nn.sampling import sample
 from specforge_core.types import Proposal, Sampling, TargetCapture
 
 from .attention import eager
@@ -94,13 +95,10 @@ class Eagle3Proposer(FeatureProposer):
         drafted: list[int] = []
         probs = []
         for i in range(1, min(max_tokens, self.max_tokens) + 1):
-            if sampling.temperature == 0:
-                choice = leaves.logits[0].argmax()
-            else:
-                q = torch.softmax(leaves.logits[0] / sampling.temperature, dim=-1)
-                choice = torch.multinomial(q.cpu(), 1, generator=sampling.generator)[0]
+            choice, q = sample(leaves.logits[0], sampling)
+            if q is not None:
                 probs.append(q)
-            drafted.append(int(self._tokens[choice.to(self._tokens.device)]))
+            drafted.append(int(self._tokens[choice]))
             if i < max_tokens and i < self.max_tokens:
                 leaves = self._step(leaves, drafted[-1:], i)
         tokens = torch.tensor(drafted, device=self._tokens.device)

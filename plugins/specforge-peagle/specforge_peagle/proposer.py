@@ -14,6 +14,7 @@ from specforge_eagle3.proposer import FeatureProposer
 from torch import Tensor
 
 from specforge_core.nn.cache import GrowingCache
+from specforge_core.nn.sampling import sample
 from specforge_core.types import Proposal, Sampling, TargetCapture
 
 from .config import PeagleConfig
@@ -37,11 +38,8 @@ class PeagleProposer(FeatureProposer):
     @torch.no_grad()
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
         logits = self.logits(last_token, min(max_tokens, self.max_tokens))
-        if sampling.temperature == 0:
-            return Proposal(tokens=self._tokens[logits.argmax(-1)], probs=None)
-        q = torch.softmax(logits / sampling.temperature, dim=-1)
-        drawn = torch.multinomial(q.cpu(), 1, generator=sampling.generator).squeeze(1)
-        return Proposal(tokens=self._tokens[drawn.to(q.device)], probs=self._spread(q))
+        drawn, q = sample(logits, sampling)
+        return Proposal(tokens=self._tokens[drawn], probs=None if q is None else self._spread(q))
 
     @torch.no_grad()
     def logits(self, last_token: int, count: int) -> Tensor:
