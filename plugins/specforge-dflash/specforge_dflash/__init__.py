@@ -31,7 +31,7 @@ from .config import DFlashConfig, DFlashOptions, draft_shape, objective
 from .export import export_draft, load_export
 from .final import FinalAdapter
 from .mask_token import mask_token, mask_token_occurs
-from .model import DFlashModel, Frozen
+from .model import DFlashModel, Frozen, parts
 from .proposer import DFlashProposer
 from .step import DFlashStep
 
@@ -142,9 +142,7 @@ def specforge_proposer(config: DFlashConfig, draft: Draft) -> Proposer:
             "another's tokens, and was never asked to draft from the last verified one alone. "
             "Try: train with strategy.variable_prefix=1, which asks both"
         )
-    assert isinstance(draft.model, DFlashModel)
-    assert isinstance(draft.frozen, Frozen)
-    return DFlashProposer(config, draft.model, draft.frozen)
+    return DFlashProposer(config, *parts(draft, DFlashModel))
 
 
 @hookimpl

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from specforge_core.drafts.tensors import check_given, written
 from specforge_core.errors import ConfigError
 from specforge_core.hookspecs import hookimpl
+from specforge_core.nn.sampling import sample
 from specforge_core.types import (
     Batch,
     CaptureSpec,
@@ -28,11 +29,18 @@ from specforge_core.types import (
 
 from .collate import DFlashCollate
 from .config import DFlashConfig
-from .export import ARCHITECTURE, CAUSES, FORMATS, export_config, load_export
-from .model import DFlashModel, Frozen
+from .export import (
+    ARCHITECTURE,
+    CAUSES,
+    FORMATS,
+    export_config,
+    load_export,
+    target_not_served,
+)
+from .model import DFlashModel, Frozen, Model, parts
+from .proposer import Config, DFlashProposer
 
 BACKBONE = "backbone."
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def backbone_of(model: nn.Module) -> DFlashModel:
@@ -40,13 +48,6 @@ def backbone_of(model: nn.Module) -> DFlashModel:
     backbone = model.get_submodule("backbone")
     assert isinstance(backbone, DFlashModel)
     return backbone
-
-
-def parts(draft: Draft, model: type[Model]) -> tuple[Model, Frozen]:
-    """Return a draft's model, which is of the type `model`, and what it reads of the target."""
-    assert isinstance(draft.model, model)
-    assert isinstance(draft.frozen, Frozen)
-    return draft.model, draft.frozen
 
 
 @hookimpl
@@ -67,6 +68,14 @@ def slot_states(backbone: DFlashModel, frozen: Frozen, batch: Batch) -> Tensor:
     return states
 
 
+class AroundProposer(DFlashProposer[Config], Generic[Config, Model]):
+    """Base of proposers with a model of their method's, `_draft`."""
+
+    def __init__(self, config: Config, model: Model, frozen: Frozen) -> None:
+        super().__init__(config, backbone_of(model), frozen)
+        self._draft = model
+
+
 class Walk:
     """A draft whose tokens are drawn one after the other."""
 
@@ -81,11 +90,8 @@ class Walk:
 
         They are scores of the tokens ids [K], or of all tokens.
         """
-        place = scores.argmax()
-        if self._sampling.temperature > 0:
-            probs = torch.softmax(scores / self._sampling.temperature, dim=-1)
-            drawn = torch.multinomial(probs.cpu(), 1, generator=self._sampling.generator)
-            place = drawn[0].to(scores.device)
+        place, probs = sample(scores, self._sampling)
+        if probs is not None:
             if ids is not None:
                 probs = probs.new_zeros(self._vocab_size).scatter_(0, ids, probs)
             self._probs.append(probs.float())
@@ -100,7 +106,7 @@ class Walk:
 
 def export_around(
     config: DFlashConfig,
-    model: nn.Module,
+    draft: Draft,
     target: TargetInfo,
     format: str,
     *,
@@ -113,11 +119,14 @@ def export_around(
     """Return the files' contents: DFlash's, and what the method adds.
 
     `own` is added to `dflash_config`; `refused` says by engine why it would draft something else
-    than was trained, which raises ConfigError.  None for a format that DFlash does not know.
+    than was trained, besides `target_not_served`: ConfigError where it is asked for.  None for a
+    format that DFlash does not know.
     """
     if format not in FORMATS:
         return None
-    if reason := refused.get(format):
+    model, frozen = parts(draft, nn.Module)
+    why = {e: refused.get(e) or target_not_served(frozen, target, e) for e in FORMATS if e != "hf"}
+    if reason := why.get(format):
         raise ConfigError(reason)
     out = export_config(config, backbone_of(model).shape, target)
     nested = {**out["dflash_config"], **own}
@@ -125,7 +134,7 @@ def export_around(
     return Export(
         config={**out, "architectures": [architecture], "dflash_config": nested},
         weights=written(weights, config.export_dtype),
-        serve={engine: how for engine, how in serve.items() if not refused.get(engine)},
+        serve={engine: how for engine, how in serve.items() if not why.get(engine)},
         causes={**CAUSES, **causes},
     )
 

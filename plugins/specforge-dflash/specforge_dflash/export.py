@@ -24,7 +24,7 @@ from specforge_core.nn.rotary import stored_rope
 from specforge_core.types import Draft, Export, TargetInfo
 
 from .config import DFlashConfig, DraftShape, objective
-from .model import DFlashModel, Frozen
+from .model import DFlashModel, Frozen, parts
 
 ARCHITECTURE = "DFlashDraftModel"
 FORMATS = ("hf", "sglang", "vllm")
@@ -47,9 +47,7 @@ def export_draft(
     """Return the files' contents; None for a format this package does not know."""
     if format not in FORMATS:
         return None
-    model, frozen = draft.model, draft.frozen
-    assert isinstance(model, DFlashModel)
-    assert isinstance(frozen, Frozen)
+    model, frozen = parts(draft, DFlashModel)
     if format != "hf" and (reason := _not_served(config, frozen, target, format)):
         raise ConfigError(reason)
     return Export(

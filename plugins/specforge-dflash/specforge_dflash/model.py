@@ -7,7 +7,7 @@ tokens, A blocks, B slots of a block, N = A*B, H hidden size, K captured layers,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from specforge_core.nn.cache import GrowingCache
 from specforge_core.nn.rotary import Rope, Rotary, rotate
 from specforge_core.target.head import widen
 from specforge_core.target.measure import HeadScale
+from specforge_core.types import Draft
 
 from .anchored import AnchoredMask, takes
 from .attention import NO_END, EagerMask, Mask, attend, block_mask
@@ -25,6 +26,7 @@ from .config import DraftShape, LayerType
 MIN_HEAD_DIM = 16  # of flex attention's kernels
 
 Build: TypeAlias = Callable[[Tensor, Tensor, int, int, int | None], Mask]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Geometry:
@@ -246,3 +248,10 @@ class Frozen(nn.Module):
         """Return the target's logits for products of its head and final states."""
         out, cap = products * self.beside.scale, self.beside.softcap
         return out if cap is None else cap * torch.tanh(out / cap)
+
+
+def parts(draft: Draft, model: type[Model]) -> tuple[Model, Frozen]:
+    """Return a draft's model, which is of the type `model`, and what it reads of the target."""
+    assert isinstance(draft.model, model)
+    assert isinstance(draft.frozen, Frozen)
+    return draft.model, draft.frozen

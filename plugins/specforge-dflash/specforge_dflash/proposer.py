@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Generic, TypeVar
+
 import torch
 from torch import Tensor
 
 from specforge_core.nn.cache import GrowingCache
+from specforge_core.nn.sampling import sample
 from specforge_core.types import Proposal, Sampling, TargetCapture
 
 from .config import DFlashConfig
 from .model import DFlashModel, Frozen
 
+Config = TypeVar("Config", bound=DFlashConfig)
 
-class DFlashProposer:
+
+class DFlashProposer(Generic[Config]):
     """Keeps the context's keys and values; a block's own are never kept."""
 
-    def __init__(self, config: DFlashConfig, model: DFlashModel, frozen: Frozen) -> None:
+    def __init__(self, config: Config, model: DFlashModel, frozen: Frozen) -> None:
         self._config = config
         self._model = model
         self._frozen = frozen
@@ -37,12 +42,8 @@ class DFlashProposer:
 
     @torch.no_grad()
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
-        logits = self.block_logits(last_token)[:max_tokens]
-        if sampling.temperature == 0:
-            return Proposal(tokens=logits.argmax(dim=-1), probs=None)
-        probs = torch.softmax(logits / sampling.temperature, dim=-1)
-        drawn = torch.multinomial(probs.cpu(), 1, generator=sampling.generator).squeeze(1)
-        return Proposal(tokens=drawn.to(probs.device), probs=probs)
+        tokens, probs = sample(self.block_logits(last_token)[:max_tokens], sampling)
+        return Proposal(tokens=tokens, probs=probs)
 
     @torch.no_grad()
     def block_logits(self, last_token: int, *known: int) -> Tensor:

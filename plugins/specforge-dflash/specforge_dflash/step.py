@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,30 +20,34 @@ from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 from .anchors import PREFIXES
 from .config import DFlashConfig, objective
 from .memory import step_bytes
-from .model import DFlashModel, Frozen
+from .model import DFlashModel, Frozen, parts
 
 SLOTS_SHOWN = 4  # slots whose accuracy is a metric of its own
 KL = SoftLoss("hybrid", decay=0.0)  # a mix that is all KL
+Config = TypeVar("Config", bound=DFlashConfig)
 
 
-@dataclass(frozen=True, slots=True)
-class DFlashStep:
+@dataclass(frozen=True)
+class BlockStep(Generic[Config]):
+    """Base of the steps of methods on DFlash's blocks."""
+
+    config: Config
+
+    @property
+    def draft_tokens(self) -> int:
+        """Tokens of a simulated draft, at most."""
+        return self.config.num_draft_tokens
+
+
+class DFlashStep(BlockStep[DFlashConfig]):
     """Loss and metrics of one micro-batch.
 
     A slot's loss is the cross-entropy of its label, or with `loss: kl` T^2 KL(p || q), where p
     is the target's distribution and q the draft's, both of logits divided by T.
     """
 
-    config: DFlashConfig
-
-    @property
-    def draft_tokens(self) -> int:
-        return self.config.num_draft_tokens
-
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
-        frozen, model = draft.frozen, draft.model
-        assert isinstance(frozen, Frozen)
-        assert isinstance(model, DFlashModel)
+        model, frozen = parts(draft, DFlashModel)
         hidden = model(
             batch["hidden_states"],
             frozen.embed(batch["block_ids"].flatten(1)),
@@ -73,8 +78,7 @@ class DFlashStep:
         self, draft: Draft, tokens: int, documents: int, item: int, *, recompute: bool
     ) -> Mapping[str, int]:
         """Say what a step will hold; see `types.Planned`."""
-        assert isinstance(draft.model, DFlashModel)
-        shape = draft.model.shape
+        shape = parts(draft, DFlashModel)[0].shape
         return step_bytes(self.config, shape, tokens, documents, item, recompute=recompute)
 
     def _drafted(self, batch: Batch, *values: Tensor) -> list[Tensor]:

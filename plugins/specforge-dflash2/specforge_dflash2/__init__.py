@@ -10,16 +10,11 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_transform,
     specforge_verify_capture,
 )
-from specforge_dflash.around import parts, specforge_collate as specforge_collate
-from specforge_dflash.model import DFlashModel
+from specforge_dflash.around import specforge_collate as specforge_collate
+from specforge_dflash.model import DFlashModel, parts
 
 from specforge_core.hookspecs import hookimpl
-from specforge_core.types import (
-    Draft,
-    Proposer,
-    TargetInfo,
-    TrainStep,
-)
+from specforge_core.types import Draft, Proposer, TargetInfo, TrainStep
 
 from .config import DFlash2Config
 from .export import specforge_export as specforge_export, specforge_import as specforge_import
@@ -43,9 +38,9 @@ def specforge_draft(config: DFlash2Config, target: TargetInfo) -> Draft:
 
 def extend(config: DFlash2Config, plain: Draft) -> Draft:
     """Return a DFlash draft, as `specforge_dflash.build_draft` makes it, with what this adds."""
-    assert isinstance(plain.model, DFlashModel)
-    model = DFlash2Model(config, plain.model)
-    layers = tuple(plain.model.layers)
+    backbone, _ = parts(plain, DFlashModel)
+    model = DFlash2Model(config, backbone)
+    layers = tuple(backbone.layers)
     return replace(
         plain,
         model=model,

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from specforge_dflash.around import export_around, load_around, parts
-from specforge_dflash.export import serving_options, target_not_served
+from specforge_dflash.around import export_around, load_around
+from specforge_dflash.export import serving_options
+from specforge_dflash.model import parts
 
 from specforge_core.drafts.tensors import check_options
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import Draft, Export, TargetInfo
 
-from .config import DFlash2Config
+from .config import ConvolvedConfig, DFlash2Config
 from .model import DFlash2Model
 
 ARCHITECTURE = "DFlash2DraftModel"
@@ -33,27 +34,32 @@ def specforge_export(
     config: DFlash2Config, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf, sglang, vllm."""
-    model, frozen = parts(draft, DFlash2Model)
-    refused = {e: target_not_served(frozen, target, e) for e in ("sglang", "vllm")}
-    if config.selector_top_k.bit_count() != 1:
-        refused["sglang"] = (
-            f"SGLang walks over 2, 4, 8, ... candidates of a slot, and this draft was trained with "
-            f"selector_top_k {config.selector_top_k}. Try: --format hf, or train with "
-            f"strategy.selector_top_k={1 << (config.selector_top_k.bit_length() - 1)}"
-        )
     own = {name: getattr(config, name) for name in OPTIONS}
-    if frozen.softcap is not None:
-        own[SOFTCAP] = frozen.softcap
+    if (cap := parts(draft, DFlash2Model)[1].softcap) is not None:
+        own[SOFTCAP] = cap
     return export_around(
         config,
-        model,
+        draft,
         target,
         format,
         architecture=ARCHITECTURE,
         own=own,
         serve=serving_options(config),
-        refused=refused,
+        refused={"sglang": not_walked(config, "selector_top_k")},
         causes=CAUSES,
+    )
+
+
+def not_walked(config: ConvolvedConfig, name: str, most: int | None = None) -> str | None:
+    """Return why SGLang does not walk over as many candidates of a slot as the option `name`."""
+    top_k: int = getattr(config, name)
+    fits = min(1 << (top_k.bit_length() - 1), most or top_k)
+    if top_k == fits:
+        return None
+    return (
+        f"SGLang walks over 2, 4, 8{', ...' if most is None else f' or {most}'} candidates of a "
+        f"slot, and this draft was trained with {name} {top_k}. Try: --format hf, or train with "
+        f"strategy.{name}={fits}"
     )
 
 

@@ -6,11 +6,9 @@ that are trained, K candidates of a slot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
-from specforge_dflash.around import parts
-from specforge_dflash.step import by_slot, slot_metrics, slot_weights
+from specforge_dflash.model import parts
+from specforge_dflash.step import BlockStep, by_slot, slot_metrics, slot_weights
 from torch import Tensor
 
 from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
@@ -20,15 +18,8 @@ from .config import DFlash2Config
 from .model import DFlash2Model
 
 
-@dataclass(frozen=True, slots=True)
-class DFlash2Step:
+class DFlash2Step(BlockStep[DFlash2Config]):
     """Loss and metrics of one micro-batch."""
-
-    config: DFlash2Config
-
-    @property
-    def draft_tokens(self) -> int:
-        return self.config.num_draft_tokens
 
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
         model, frozen = parts(draft, DFlash2Model)

@@ -10,16 +10,11 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_transform,
     specforge_verify_capture,
 )
-from specforge_dflash.around import parts, specforge_collate as specforge_collate
-from specforge_dflash.model import DFlashModel
+from specforge_dflash.around import specforge_collate as specforge_collate
+from specforge_dflash.model import DFlashModel, parts
 
 from specforge_core.hookspecs import hookimpl
-from specforge_core.types import (
-    Draft,
-    Proposer,
-    TargetInfo,
-    TrainStep,
-)
+from specforge_core.types import Draft, Proposer, TargetInfo, TrainStep
 
 from .config import DominoConfig
 from .export import specforge_export as specforge_export, specforge_import as specforge_import
@@ -37,9 +32,8 @@ def specforge_config() -> type[DominoConfig]:
 @hookimpl
 def specforge_draft(config: DominoConfig, target: TargetInfo) -> Draft:
     """Build DFlash's draft around the target's embedding and head, and the correction."""
-    draft = specforge_dflash.specforge_draft(config=config, target=target)
-    assert isinstance(draft.model, DFlashModel)
-    return replace(draft, model=DominoModel(draft.model, config))
+    plain = specforge_dflash.specforge_draft(config=config, target=target)
+    return replace(plain, model=DominoModel(parts(plain, DFlashModel)[0], config))
 
 
 @hookimpl

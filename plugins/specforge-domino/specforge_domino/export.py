@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from specforge_dflash.around import export_around, load_around, parts
-from specforge_dflash.export import ARCHITECTURE, target_not_served
-from specforge_dflash.model import Frozen
+from specforge_dflash.around import export_around, load_around
+from specforge_dflash.export import ARCHITECTURE
+from specforge_dflash.model import parts
 
 from specforge_core.drafts.tensors import check_options
 from specforge_core.errors import CheckpointError
@@ -29,6 +29,10 @@ OWN_CAUSES = {
     "shift_label": "label layout",
     **dict.fromkeys(("projector_type", *OPTIONS), "logit correction"),
 }
+NOT_IN_VLLM = (
+    "vLLM does not correct the logits of a block, and would draft without this draft's "
+    "correction. Try: --format sglang"
+)
 # all tokens, as trained; by itself SGLang corrects the 2048 that the backbone likes best
 SGLANG = {"speculative_algorithm": "DFLASH", "speculative_domino_candidate_pool_size": 0}
 
@@ -38,18 +42,17 @@ def specforge_export(
     config: DominoConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
-    model, frozen = parts(draft, DominoModel)
     own = {name: getattr(config, name) for name in OPTIONS}
     shifted = config.label_layout == "next_token"
     made = export_around(
         config,
-        model,
+        draft,
         target,
         format,
         architecture=ARCHITECTURE,
         own={**own, "projector_type": "domino", "shift_label": shifted},
         serve={"sglang": SGLANG},
-        refused={e: _not_served(config, frozen, target, e) for e in ("sglang", "vllm")},
+        refused={"sglang": _not_in_sglang(config), "vllm": NOT_IN_VLLM},
         causes=OWN_CAUSES,
     )
     if made is None:
@@ -58,29 +61,21 @@ def specforge_export(
     return replace(made, config={**made.config, "emb_dim": config.emb_dim})
 
 
-def _not_served(
-    config: DominoConfig, frozen: Frozen, target: TargetInfo, engine: str
-) -> str | None:
-    """Return why an engine would draft something else than was trained."""
-    if engine == "vllm":
-        return (
-            "vLLM does not correct the logits of a block, and would draft without this draft's "
-            "correction. Try: --format sglang"
-        )
-    if config.pure_draft_prefix_len != 1:
-        return (
-            f"SGLang leaves one drafted token uncorrected, and this draft was trained with "
-            f"pure_draft_prefix_len {config.pure_draft_prefix_len}. Try: --format hf, or train "
-            "with strategy.pure_draft_prefix_len=1"
-        )
-    return target_not_served(frozen, target, engine)
+def _not_in_sglang(config: DominoConfig) -> str | None:
+    """Return why SGLang would draft something else than was trained."""
+    if config.pure_draft_prefix_len == 1:
+        return None
+    return (
+        f"SGLang leaves one drafted token uncorrected, and this draft was trained with "
+        f"pure_draft_prefix_len {config.pure_draft_prefix_len}. Try: --format hf, or train "
+        "with strategy.pure_draft_prefix_len=1"
+    )
 
 
 @hookimpl
 def specforge_import(config: DominoConfig, draft: Draft, export: Export) -> bool:
     """Read the published layout back.  Raises CheckpointError when it is another draft's."""
-    given = export.config
-    assert isinstance(draft.model, DominoModel)
+    (model, _), given = parts(draft, DominoModel), export.config
     nested, names = given.get("dflash_config"), given.get("architectures") or ()
     if not isinstance(nested, Mapping) or not any(name in names for name in ARCHITECTURES):
         return False
@@ -89,7 +84,7 @@ def specforge_import(config: DominoConfig, draft: Draft, export: Export) -> bool
         return False
     _check(config, said, given)
     layout = {**nested, "label_layout": config.label_layout}  # compared above, as published
-    load_around(config, draft.model, export, {**given, "dflash_config": layout})
+    load_around(config, model, export, {**given, "dflash_config": layout})
     return True
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from specforge_dflash.around import Walk
-from specforge_dflash.model import Frozen
-from specforge_dflash.proposer import DFlashProposer
+from specforge_dflash.around import AroundProposer, Walk
 
 from specforge_core.types import Proposal, Sampling
 
@@ -14,12 +12,8 @@ from .config import DominoConfig
 from .model import DominoModel
 
 
-class DominoProposer(DFlashProposer):
+class DominoProposer(AroundProposer[DominoConfig, DominoModel]):
     """The backbone runs once a block, the correction once a token."""
-
-    def __init__(self, config: DominoConfig, model: DominoModel, frozen: Frozen) -> None:
-        super().__init__(config, model.backbone, frozen)
-        self._draft = model
 
     @torch.no_grad()
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:

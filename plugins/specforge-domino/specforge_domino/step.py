@@ -5,12 +5,18 @@ Shapes: b rows, A blocks of each, B slots of a block, D of them that predict, R 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-from specforge_dflash.around import parts
-from specforge_dflash.step import by_slot, drafting_rows, slot_metrics, slot_weights, teachers
+from specforge_dflash.model import parts
+from specforge_dflash.step import (
+    BlockStep,
+    by_slot,
+    drafting_rows,
+    slot_metrics,
+    slot_weights,
+    teachers,
+)
 from torch import Tensor
 
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
@@ -20,15 +26,8 @@ from .loss import Scored, corrected_cross_entropy
 from .model import DominoModel
 
 
-@dataclass(frozen=True, slots=True)
-class DominoStep:
+class DominoStep(BlockStep[DominoConfig]):
     """Loss and metrics of one micro-batch."""
-
-    config: DominoConfig
-
-    @property
-    def draft_tokens(self) -> int:
-        return self.config.num_draft_tokens
 
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
         model, frozen = parts(draft, DominoModel)

@@ -10,9 +10,8 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_transform,
     specforge_verify_capture,
 )
-from specforge_dflash.around import parts
 from specforge_dflash.final import FinalAdapter
-from specforge_dflash.model import DFlashModel
+from specforge_dflash.model import DFlashModel, parts
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import (
@@ -54,14 +53,12 @@ def specforge_collate(config: DSparkConfig, spec: CaptureSpec, draft: Draft) -> 
 @hookimpl
 def specforge_draft(config: DSparkConfig, target: TargetInfo) -> Draft:
     """Build DFlash's draft around the target's embedding and head, and the two heads."""
-    plain = specforge_dflash.specforge_draft(config=config, target=target)
-    return with_heads(config, plain)
+    return with_heads(config, specforge_dflash.specforge_draft(config=config, target=target))
 
 
-def with_heads(config: DSparkConfig, draft: Draft) -> Draft:
+def with_heads(config: DSparkConfig, plain: Draft) -> Draft:
     """Return a DSpark draft around a DFlash draft."""
-    assert isinstance(draft.model, DFlashModel)
-    return replace(draft, model=DSparkModel(draft.model, config))
+    return replace(plain, model=DSparkModel(parts(plain, DFlashModel)[0], config))
 
 
 @hookimpl

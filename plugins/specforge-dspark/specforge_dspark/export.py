@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from specforge_dflash.around import export_around, load_around, parts
-from specforge_dflash.export import target_not_served
-from specforge_dflash.model import Frozen
+from specforge_dflash.around import export_around, load_around
+from specforge_dflash.model import parts
 
 from specforge_core.drafts.tensors import check_alike, check_options
 from specforge_core.hookspecs import hookimpl
@@ -35,12 +34,12 @@ def specforge_export(
     config: DSparkConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf, sglang, vllm."""
-    model, frozen = parts(draft, DSparkModel)
+    shape = parts(draft, DSparkModel)[0].backbone.shape
     own = {
         "block_size": config.num_draft_tokens,
         "sample_from_anchor": config.first_slot == 0,
-        "mask_token_id": model.backbone.shape.mask_token_id,
-        "target_layer_ids": list(model.backbone.shape.capture_layers),
+        "mask_token_id": shape.mask_token_id,
+        "target_layer_ids": list(shape.capture_layers),
         "markov_rank": config.markov_rank,
         "markov_head_type": config.markov_head,
         "enable_confidence_head": config.confidence_head,
@@ -55,13 +54,13 @@ def specforge_export(
         sglang["speculative_dspark_confidence_sts_path"] = ExportFile(name=STS)
     made = export_around(
         config,
-        model,
+        draft,
         target,
         format,
         architecture=ARCHITECTURE,
         own={**own, "projector_type": "dspark"},
         serve={"sglang": sglang, "vllm": vllm},
-        refused={engine: _refused(config, frozen, target, engine) for engine in ("sglang", "vllm")},
+        refused={"vllm": _not_in_vllm(config)},
         causes=dict.fromkeys(("markov_head_type", "markov_rank"), "Markov head"),
     )
     if made is None:
@@ -71,20 +70,19 @@ def specforge_export(
     return replace(made, config={**outer, **own}, files=files)
 
 
-def _refused(config: DSparkConfig, frozen: Frozen, target: TargetInfo, engine: str) -> str | None:
-    """Return why an engine would draft something else than was trained."""
-    wanted = None
+def _not_in_vllm(config: DSparkConfig) -> str | None:
+    """Return why vLLM would draft something else than was trained."""
     if config.markov_head != "vanilla":
         wanted = "markov_head=vanilla"
     elif config.first_slot == 1:
         wanted = "label_layout=next_token"
-    if engine == "vllm" and wanted is not None:
-        return (
-            f"vllm serves DSpark drafts trained with strategy.{wanted}; this one has "
-            f"markov_head={config.markov_head}, label_layout={config.label_layout}. "
-            "Try: --format sglang"
-        )
-    return target_not_served(frozen, target, engine)
+    else:
+        return None
+    return (
+        f"vllm serves DSpark drafts trained with strategy.{wanted}; this one has "
+        f"markov_head={config.markov_head}, label_layout={config.label_layout}. "
+        "Try: --format sglang"
+    )
 
 
 @hookimpl
@@ -94,34 +92,27 @@ def specforge_import(config: DSparkConfig, draft: Draft, export: Export) -> bool
     if not set(READ) & set(given.get("architectures") or ()):
         return False
     weights = {n: w for n, w in export.weights.items() if not n.startswith(TARGETS_OWN)}
-    layout, fields = _backbone_config(given), _fields(given)
+    sections = {key: given.get(key) or {} for key in ("dflash_config", "dspark_config")}
+    fields = {**given, **sections["dflash_config"], **sections["dspark_config"]}
     confident = any(name.startswith("confidence_head.") for name in weights)
-    markov = bool(fields.get("confidence_head_with_markov", True))
-    both = confident and config.confidence_head
-    ours = config.confidence_with_markov
-    check_options(
-        {
-            "markov_head": (fields.get("markov_head_type"), config.markov_head),
-            "markov_rank": (fields.get("markov_rank"), config.markov_rank),
-            "confidence_head": (confident, config.confidence_head),
-            "confidence_with_markov": (markov if both else ours, ours),
-        }
-    )
-    for key in ("dflash_config", "dspark_config"):
-        check_alike(given, given.get(key) or {}, key)
+    pairs = {
+        "markov_head": (fields.get("markov_head_type"), config.markov_head),
+        "markov_rank": (fields.get("markov_rank"), config.markov_rank),
+        "confidence_head": (confident, config.confidence_head),
+    }
+    if confident:
+        markov = bool(fields.get("confidence_head_with_markov", True))
+        pairs["confidence_with_markov"] = (markov, config.confidence_with_markov)
+    check_options(pairs)
+    for key, section in sections.items():
+        check_alike(given, section, key)
+    layout = _backbone_config(given, fields)
     load_around(config, model, replace(export, weights=weights), layout)
     return True
 
 
-def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the method's fields, wherever they stand: nested before at the top."""
-    nested = (given.get("dflash_config") or {}) | (given.get("dspark_config") or {})
-    return {**given, **nested}
-
-
-def _backbone_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json as the DFlash backbone's would be."""
-    fields = _fields(given)
+def _backbone_config(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json as the DFlash backbone's would be; `fields` are wherever they stand."""
     anchored = bool(fields.get("sample_from_anchor", True))
     nested = {
         "block_size": int(fields["block_size"]) + (0 if anchored else 1),

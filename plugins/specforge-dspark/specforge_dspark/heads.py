@@ -31,7 +31,6 @@ class MarkovHead(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = kind
-        self.rank = rank
         self.markov_w1 = nn.Embedding(vocab_size, rank)
         self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
         if kind == "gated":
@@ -39,27 +38,26 @@ class MarkovHead(nn.Module):
         elif kind == "rnn":
             self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
-    def first_state(self, blocks: int, like: Tensor) -> Tensor:
-        """Return the state [M, r] in front of a block's first slot, of the type of `like`."""
-        return like.new_zeros(blocks, self.rank)
-
     def forward(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
         """Return latents [M, D, r] for embeddings [M, D, r] of the tokens before the slots."""
         if self.kind != "rnn":
-            return self.step(embeddings, hidden, embeddings)[0]
-        state, out = self.first_state(len(hidden), embeddings), []
+            return self.step(embeddings, hidden)[0]
+        state, out = None, []
         for e, h in zip(embeddings.unbind(1), hidden.unbind(1), strict=True):
             latent, state = self.step(e, h, state)
             out.append(latent)
         return torch.stack(out, dim=1)
 
-    def step(self, embeddings: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return one slot's latents [..., r] and the state [..., r] behind it."""
+    def step(
+        self, embeddings: Tensor, hidden: Tensor, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return one slot's latents [..., r] and the state [..., r] behind it, None at first."""
         if self.kind == "vanilla":
             return embeddings, state
         if self.kind == "gated":
             gate = torch.sigmoid(self.gate_proj(torch.cat([hidden, embeddings], dim=-1)))
             return gate * embeddings, state
+        state = torch.zeros_like(embeddings) if state is None else state
         parts = self.joint_proj(torch.cat([state, embeddings, hidden], dim=-1))
         keep, candidate, out = parts.chunk(3, dim=-1)
         keep = torch.sigmoid(keep)

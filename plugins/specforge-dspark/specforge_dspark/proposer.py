@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from specforge_dflash.around import Walk
+from specforge_dflash.around import AroundProposer, Walk
 from specforge_dflash.model import Frozen
-from specforge_dflash.proposer import DFlashProposer
 from torch import Tensor
 
 from specforge_core.types import Proposal, Sampling, TargetCapture
@@ -15,7 +14,7 @@ from .config import DSparkConfig
 from .model import DSparkModel, draft_logits
 
 
-class DSparkProposer(DFlashProposer):
+class DSparkProposer(AroundProposer[DSparkConfig, DSparkModel]):
     """Runs the backbone once a draft, and walks through its slots with the Markov head.
 
     With `confidence_threshold` a draft ends before the first token with which the probability
@@ -24,8 +23,7 @@ class DSparkProposer(DFlashProposer):
     """
 
     def __init__(self, config: DSparkConfig, model: DSparkModel, frozen: Frozen) -> None:
-        super().__init__(config, model.backbone, frozen)
-        self._options, self._draft, self._target = config, model, frozen
+        super().__init__(config, model, frozen)
         self._confidence: list[float] = []  # logits of the draft that is being verified
         self._temperatures = [1.0] * self.max_tokens
         if config.calibration is not None:
@@ -37,7 +35,7 @@ class DSparkProposer(DFlashProposer):
         super().start(prefix)
 
     def accept(self, accepted: TargetCapture, /) -> None:
-        record = self._options.record_confidence
+        record = self._config.record_confidence
         if record is not None and len(self._confidence) == self.max_tokens:
             # the token that was known stands before those that were kept
             Record.append(record, self._confidence, len(accepted.input_ids) - 1)
@@ -49,20 +47,19 @@ class DSparkProposer(DFlashProposer):
         markov = self._draft.markov_head
         hidden = self.block_states(last_token)[:max_tokens]
         token = torch.tensor(last_token, device=hidden.device)
-        state = markov.first_state(1, hidden)[0]
-        walk = Walk(sampling, len(self._frozen.lm_head))
+        state, walk = None, Walk(sampling, len(self._frozen.lm_head))
         self._confidence = []
         for k, slot in enumerate(hidden):
             embedding = markov.markov_w1(token)
             if self._ends(slot, embedding, first=k == 0):
                 break
             latent, state = markov.step(embedding, slot, state)
-            token = walk.draw(draft_logits(slot, latent, self._target, markov.markov_w2.weight))
+            token = walk.draw(draft_logits(slot, latent, self._frozen, markov.markov_w2.weight))
         return walk.proposal()
 
     def _ends(self, slot: Tensor, embedding: Tensor, *, first: bool) -> bool:
         """Note the confidence of the next token; say whether the draft ends before it."""
-        config, head = self._options, self._draft.confidence_head
+        config, head = self._config, self._draft.confidence_head
         if head is None or (config.record_confidence is None and not config.confidence_threshold):
             return False
         self._confidence.append(float(head(slot, embedding)))

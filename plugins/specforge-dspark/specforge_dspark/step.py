@@ -5,12 +5,10 @@ Shapes: M blocks, D slots of a block that draft.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-from specforge_dflash.around import parts
-from specforge_dflash.step import by_slot, slot_metrics, slot_weights
+from specforge_dflash.model import parts
+from specforge_dflash.step import BlockStep, by_slot, slot_metrics, slot_weights
 from torch import Tensor
 
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
@@ -19,8 +17,7 @@ from .config import DSparkConfig
 from .model import DSparkModel, Slots
 
 
-@dataclass(frozen=True, slots=True)
-class DSparkStep:
+class DSparkStep(BlockStep[DSparkConfig]):
     """Loss and metrics of one micro-batch.
 
     A slot's loss is ce_weight * cross-entropy + tv_weight * sum_v |p_v - q_v| +
@@ -28,12 +25,6 @@ class DSparkStep:
     a = 1 - sum_v |p_v - q_v| / 2 is the probability that a token drawn from q is accepted,
     taken as constant.
     """
-
-    config: DSparkConfig
-
-    @property
-    def draft_tokens(self) -> int:
-        return self.config.num_draft_tokens
 
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
         config, (model, frozen) = self.config, parts(draft, DSparkModel)

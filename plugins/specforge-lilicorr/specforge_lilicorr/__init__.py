@@ -10,18 +10,12 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_verify_capture,
 )
 from specforge_dflash.adapter import DFlashAdapter
-from specforge_dflash.around import parts, specforge_collate as specforge_collate
+from specforge_dflash.around import specforge_collate as specforge_collate
 from specforge_dflash.final import FinalAdapter
-from specforge_dflash.model import DFlashModel
+from specforge_dflash.model import DFlashModel, parts
 
 from specforge_core.hookspecs import hookimpl
-from specforge_core.types import (
-    Adapter,
-    Draft,
-    Proposer,
-    TargetInfo,
-    TrainStep,
-)
+from specforge_core.types import Adapter, Draft, Proposer, TargetInfo, TrainStep
 
 from .config import LiLiCorrConfig
 from .export import specforge_export as specforge_export, specforge_import as specforge_import
@@ -49,21 +43,21 @@ def specforge_adapter(config: LiLiCorrConfig, target: TargetInfo) -> Adapter:
 def specforge_draft(config: LiLiCorrConfig, target: TargetInfo) -> Draft:
     """Build DFlash's draft around the target's embedding and head, and the lattice."""
     config.check(target)
-    plain = specforge_dflash.specforge_draft(config=config, target=target)
-    return extend(config, plain)
+    return extend(config, specforge_dflash.specforge_draft(config=config, target=target))
 
 
 def extend(config: LiLiCorrConfig, plain: Draft) -> Draft:
     """Return a LiLiCorr draft around a DFlash draft."""
-    assert isinstance(plain.model, DFlashModel)
-    model = LiLiCorrModel(config, plain.model)
-    layers, lattice = tuple(plain.model.layers), tuple(model.lilicorr.layers)
+    backbone, _ = parts(plain, DFlashModel)
+    model = LiLiCorrModel(config, backbone)
+    layers = tuple(backbone.layers)
+    both = (*layers, *model.lilicorr.layers)
     return replace(
         plain,
         model=model,
-        shard=(*layers, *lattice),
+        shard=both,
         compile=layers,
-        hidden=(*layers, *lattice),
+        hidden=both,
         decayed=lambda name: not name.endswith(NOT_DECAYED),
     )
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from specforge_dflash.around import export_around, load_around, parts
-from specforge_dflash.export import serving_options, target_not_served
-from specforge_dflash.model import Frozen
+from specforge_dflash.around import export_around, load_around
+from specforge_dflash.export import serving_options
+from specforge_dflash.model import parts
+from specforge_dflash2.export import not_walked
 
 from specforge_core.drafts.tensors import check_options
 from specforge_core.hookspecs import hookimpl
@@ -44,46 +45,38 @@ def specforge_export(
     config: LiLiCorrConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
-    model, frozen = parts(draft, LiLiCorrModel)
     own = {key: getattr(config, name) for name, key in OPTIONS.items()}
     own |= {name: getattr(config, name) for name in CONVOLUTIONS if config.conv_kernel_size}
     return export_around(
         config,
-        model,
+        draft,
         target,
         format,
         architecture=ARCHITECTURE,
         own={"lilicorr_enabled": True, **own},
         serve=serving_options(config),
         refused={
-            "sglang": _not_served(config, frozen, target),
+            "sglang": not_walked(config, "candidate_top_k", MOST_CANDIDATES)
+            or _not_described(draft, target),
             "vllm": "vLLM has no class for LiLiCorr drafts. Try: --format sglang",
         },
         causes=CAUSES,
     )
 
 
-def _not_served(config: LiLiCorrConfig, frozen: Frozen, target: TargetInfo) -> str | None:
-    """Return why SGLang would draft something else than was trained."""
-    top_k = config.candidate_top_k
-    if top_k > MOST_CANDIDATES or top_k.bit_count() != 1:
-        fits = min(1 << (top_k.bit_length() - 1), MOST_CANDIDATES)
-        return (
-            f"SGLang walks over 2, 4, 8 or {MOST_CANDIDATES} candidates of a slot, and this draft "
-            f"was trained with candidate_top_k {top_k}. Try: --format hf, or train with "
-            f"strategy.candidate_top_k={fits}"
-        )
-    does = None
+def _not_described(draft: Draft, target: TargetInfo) -> str | None:
+    """Return what of the target SGLang leaves out of the candidates' features."""
+    _, frozen = parts(draft, LiLiCorrModel)
     if frozen.scale != 1.0:
         does = f"multiplies its embeddings by {frozen.scale:g}"
     elif frozen.softcap is not None:
         does = f"caps its logits at {frozen.softcap:g}"
-    if does is not None:
-        return (
-            f"target {target.name_or_path!r} {does}, and SGLang's candidates are described without "
-            "that: other tokens would be picked than in training. Try: --format hf"
-        )
-    return target_not_served(frozen, target, "sglang")
+    else:
+        return None
+    return (
+        f"target {target.name_or_path!r} {does}, and SGLang's candidates are described without "
+        "that: other tokens would be picked than in training. Try: --format hf"
+    )
 
 
 @hookimpl

@@ -7,6 +7,7 @@ of the vectors.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -31,17 +32,10 @@ class Vectors(NamedTuple):
     ins: Tensor  # [L, D, K, f], of a candidate behind the slot before
 
 
-class LatticeMLP(nn.Module):
-    """Two layers with biases."""
-
-    def __init__(self, into: int, between: int, out: int) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(into, between)
-        self.down_proj = nn.Linear(between, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.up_proj(x)))
-        return out
+def lattice_mlp(into: int, between: int, out: int) -> nn.Sequential:
+    """Return two layers with biases."""
+    up, down = nn.Linear(into, between), nn.Linear(between, out)
+    return nn.Sequential(OrderedDict(up_proj=up, act=nn.SiLU(), down_proj=down))
 
 
 class LatticeAttention(nn.Module):
@@ -71,7 +65,7 @@ class LatticeLayer(nn.Module):
         self.attn_norm = nn.RMSNorm(width, eps=eps)
         self.attn = LatticeAttention(width, heads)
         self.mlp_norm = nn.RMSNorm(width, eps=eps)
-        self.mlp = LatticeMLP(width, int(width * ratio), width)
+        self.mlp = lattice_mlp(width, int(width * ratio), width)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         x = x + self.attn(self.attn_norm(x), bias)
@@ -89,7 +83,7 @@ class Lattice(nn.Module):
         self.token_proj = None if width == hidden_size else nn.Linear(hidden_size, width)
         self.pass_hidden_proj = nn.Linear(hidden_size, width)
         self.feature_norm = nn.LayerNorm(FEATURES)
-        self.feature_mlp = LatticeMLP(FEATURES, width, width)
+        self.feature_mlp = lattice_mlp(FEATURES, width, width)
         self.slot_embedding = nn.Parameter(torch.empty(1, 1, slots, 1, width))
         self.rank_embedding = nn.Parameter(torch.empty(1, 1, 1, config.candidate_top_k, width))
         self.relative_slot_bias = nn.Parameter(torch.empty(config.lattice_heads, 2 * slots + 1))

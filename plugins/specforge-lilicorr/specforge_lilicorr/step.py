@@ -5,13 +5,10 @@ Shapes: L lattices, one of each block, D slots of each, K candidates of a slot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-from specforge_dflash.around import parts
-from specforge_dflash.model import Frozen
-from specforge_dflash.step import slot_weights, teachers
+from specforge_dflash.model import Frozen, parts
+from specforge_dflash.step import BlockStep, slot_weights, teachers
 from specforge_dflash2.step import path_metrics
 from torch import Tensor
 
@@ -21,15 +18,8 @@ from .config import LiLiCorrConfig
 from .model import LiLiCorrModel, Slots
 
 
-@dataclass(frozen=True, slots=True)
-class LiLiCorrStep:
+class LiLiCorrStep(BlockStep[LiLiCorrConfig]):
     """Loss and metrics of one micro-batch."""
-
-    config: LiLiCorrConfig
-
-    @property
-    def draft_tokens(self) -> int:
-        return self.config.num_draft_tokens
 
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
         config, (model, frozen) = self.config, parts(draft, LiLiCorrModel)
