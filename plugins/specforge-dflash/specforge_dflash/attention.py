@@ -212,10 +212,20 @@ def block_mask(
         near = near & (limit + off - kv < window)
         return near | (same & (back >= 0) & (back < window))
 
-    partly, wholly = _tiles(limits, starts, context_length, block_size, window)
+    tiles = _tiles(limits, starts, context_length, block_size, window)
+    return tiled_mask(visible, *tiles, queries, keys)
+
+
+def tiled_mask(
+    visible: Callable[..., Tensor], partly: Tensor, wholly: Tensor, queries: int, keys: int
+) -> BlockMask:
+    """Return flex attention's mask of what is `visible` of (batch, head, query, key).
+
+    `partly` and `wholly` [b, 1, query tiles, key tiles] bool say where any of it, and all is.
+    """
     return BlockMask.from_kv_blocks(
-        *ordered(partly & ~wholly),
-        *ordered(wholly),
+        *_ordered(partly & ~wholly),
+        *_ordered(wholly),
         BLOCK_SIZE=TILE,
         mask_mod=visible,
         seq_lengths=(queries, keys),
@@ -251,7 +261,7 @@ def _tiles(
     return partly[:, None], wholly[:, None]
 
 
-def ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many tiles of each row are set, and their columns first."""
     columns = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(-1).int(), columns.int()

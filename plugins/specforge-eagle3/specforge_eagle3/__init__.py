@@ -29,7 +29,7 @@ from specforge_core.types import (
 from .adapter import Eagle3Adapter, Eagle3Transform, check_choices
 from .config import DraftShape, Eagle3Config, VocabularyOptions, draft_shape
 from .export import export_draft
-from .frozen import Frozen
+from .frozen import Frozen, parts
 from .importer import load_export
 from .model import Eagle3Model
 from .proposer import Eagle3Proposer
@@ -65,9 +65,7 @@ def specforge_transform(config: Eagle3Config, spec: CaptureSpec, max_length: int
 @hookimpl
 def specforge_collate(config: Eagle3Config, draft: Draft) -> Collate:
     """Put the samples of a batch behind each other, and find what is a label."""
-    model, frozen = draft.model, draft.frozen
-    assert isinstance(model, Eagle3Model)
-    assert isinstance(frozen, Frozen)
+    model, frozen = parts(draft, Eagle3Model)
     frozen.teacher_head(model.d2t)  # read here, so that no step waits for it
     return Eagle3Collate(model.t2d.cpu(), config.mask_on, config.step_weights)
 
@@ -142,9 +140,7 @@ def specforge_train_step(config: Eagle3Config) -> TrainStep:
 @hookimpl
 def specforge_proposer(config: Eagle3Config, draft: Draft) -> Proposer:
     """Draft a chain or a tree, with the verified rows' keys and values cached."""
-    assert isinstance(draft.model, Eagle3Model)
-    assert isinstance(draft.frozen, Frozen)
-    return Eagle3Proposer(config, draft.model, draft.frozen)
+    return Eagle3Proposer(config, *parts(draft, Eagle3Model))
 
 
 @hookimpl

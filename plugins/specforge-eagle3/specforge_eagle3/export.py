@@ -7,6 +7,7 @@ field, which counts outputs, vLLM the top-level one, which counts inputs.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from specforge_core.drafts.dialects import layer_inputs
@@ -16,7 +17,7 @@ from specforge_core.nn.decoder import decoder_config
 from specforge_core.types import Draft, Export, TargetInfo
 
 from .config import DraftShape, Eagle3Config, VocabularyOptions
-from .frozen import Frozen
+from .frozen import parts
 from .model import Eagle3Model
 
 FORMATS = ("hf", "sglang", "vllm")
@@ -33,22 +34,14 @@ CAUSES = {
     **dict.fromkeys(("draft_vocab_size", "vocab_size"), "vocabulary map"),
     "speculative_tokens": "block size",
 }
-# our parameter names, and the published ones
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
-NAMES = {
-    "fc.weight": "fc.weight",
-    "lm_head.weight": "lm_head.weight",
-    "after.norm.weight": "norm.weight",
-    "before.input_layernorm.weight": "midlayer.input_layernorm.weight",
-    "before.hidden_norm.weight": "midlayer.hidden_norm.weight",
-    "after.post_attention_layernorm.weight": "midlayer.post_attention_layernorm.weight",
-    "after.o_proj.weight": "midlayer.self_attn.o_proj.weight",
-    **{f"before.{n}.weight": f"midlayer.self_attn.{n}.weight" for n in _ATTENTION},
-    **{f"after.{n}_proj.weight": f"midlayer.mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
-    **{f"fc_norm.{i}.weight": f"fc_norm.{i}.weight" for i in range(3)},
-    "d2t": "d2t",
-    "t2d": "t2d",
-}
+
+
+def published(name: str) -> str:
+    """Return the published name of one of the model's tensors."""
+    name = re.sub(r"^(before|after)\.(?!norm\.)", r"midlayer.\1.", name)  # of the only layer
+    name = re.sub(r"\.(before|after)\.([qkvo]_(?:proj|norm))", r".self_attn.\2", name)
+    name = re.sub(r"\.after\.(\w+_proj)", r".mlp.\1", name)
+    return re.sub(r"\b(before|after)\.", "", name)
 
 
 def export_draft(
@@ -60,9 +53,7 @@ def export_draft(
     """
     if format not in FORMATS:
         return None
-    model, frozen = draft.model, draft.frozen
-    assert isinstance(model, Eagle3Model)
-    assert isinstance(frozen, Frozen)
+    model, frozen = parts(draft, Eagle3Model)
     shape = model.shape
     if format == "sglang" and shape.qk_norm:
         raise ConfigError(
@@ -70,7 +61,7 @@ def export_draft(
             "draft's out without a word: little would be accepted. Try: --format vllm, or train "
             "with strategy.layer_type=llama"
         )
-    weights = {NAMES[name]: value for name, value in model.state_dict().items()}
+    weights = {published(name): value for name, value in model.state_dict().items()}
     speculators = format == "vllm" and shape.qk_norm
     if format == "hf" or speculators:
         weights["embed_tokens.weight"] = frozen.embed_tokens

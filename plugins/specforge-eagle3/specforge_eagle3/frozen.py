@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specforge_core.types import Draft
+
 from .vocab import target_tokens
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Frozen(nn.Module):
@@ -36,3 +41,10 @@ class Frozen(nn.Module):
             rows = self._load_head()[target_tokens(d2t).cpu()]
             self._rows = rows.to(like.device, like.dtype)
         return self._rows
+
+
+def parts(draft: Draft, model: type[Model]) -> tuple[Model, Frozen]:
+    """Return a draft's model, which is of the type `model`, and what it reads of the target."""
+    assert isinstance(draft.model, model)
+    assert isinstance(draft.frozen, Frozen)
+    return draft.model, draft.frozen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from specforge_core.nn.rotary import stored_rope
 from specforge_core.types import Draft, Export
 
 from .config import DraftShape
-from .export import ARCHITECTURES, NAMES, SPECULATORS
-from .frozen import Frozen
+from .export import ARCHITECTURES, SPECULATORS, published
+from .frozen import parts
 from .head import VocabularyModel
 from .model import Eagle3Model
 from .vocab import check_map, members
@@ -28,6 +28,7 @@ SPELLINGS = {
     "aux_norm_mid.weight": "fc_norm.1.weight",
     "aux_norm_high.weight": "fc_norm.2.weight",
 }
+NOT_TRAINED = ", which this package does not train. Try the target it was trained for: target.path"
 
 
 def load_export(draft: Draft, export: Export) -> bool:
@@ -37,9 +38,7 @@ def load_export(draft: Draft, export: Export) -> bool:
     """
     if not KNOWN & set(export.config.get("architectures") or ()):
         return False
-    model, frozen = draft.model, draft.frozen
-    assert isinstance(model, Eagle3Model)
-    assert isinstance(frozen, Frozen)
+    model, frozen = parts(draft, Eagle3Model)
     shape = model.shape
     layer = export.config.get("transformer_layer_config") or export.config
     if int(layer.get("num_hidden_layers", 1)) != 1:
@@ -51,14 +50,12 @@ def load_export(draft: Draft, export: Export) -> bool:
     weights = published_names(export.weights)
     if (embedding := weights.pop("embed_tokens.weight", None)) is not None:
         check_embedding(embedding, frozen.embed_tokens)
-    load_named(model, weights, NAMES.__getitem__)
+    load_named(model, weights)
     return True
 
 
-def load_named(
-    model: VocabularyModel, weights: dict[str, Tensor], published: Callable[[str], str]
-) -> None:
-    """Load tensors that have the names `published` gives the model's, and the vocabulary they say.
+def load_named(model: VocabularyModel, weights: dict[str, Tensor]) -> None:
+    """Load tensors that have the published names, and the vocabulary they say.
 
     Raises CheckpointError where they are those of another draft.
     """
@@ -78,7 +75,7 @@ def load_named(
 
 
 def published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under the spelling of `NAMES`."""
+    """Return the tensors under the spelling of `published`."""
     found = {}
     for name, value in weights.items():
         plain = name.removeprefix("model.")
@@ -88,17 +85,14 @@ def published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def check_embedding(given: Tensor, own: Tensor) -> None:
+def check_embedding(given: Tensor, own: Tensor, remedy: str = NOT_TRAINED) -> None:
     """Refuse an embedding that was trained away from the target's, which engines share."""
     same = given.shape[1:] == own.shape[1:] and len(given) >= len(own) and given.dtype in FLOATS
     if same:
         theirs, ours = given[: len(own)].to("cpu"), own.detach().to("cpu", given.dtype)
         same = bool(torch.equal(theirs, ours))
     if not same:
-        raise CheckpointError(
-            "the export has an embedding of its own, not the target's, which this package does "
-            "not train. Try the target it was trained for: target.path"
-        )
+        raise CheckpointError(f"the export has an embedding of its own, not the target's{remedy}")
 
 
 def check_config(

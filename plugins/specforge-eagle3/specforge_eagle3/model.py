@@ -117,6 +117,24 @@ class Outputs(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
+    def weights(self) -> tuple[Tensor, ...]:
+        """Return what `forward` multiplies with, in the order of its taps."""
+        layers = (self.o_proj, self.gate_proj, self.up_proj, self.down_proj)
+        return tuple(layer.weight for layer in layers)
+
+    def mix(
+        self, attended: Tensor, hidden: Tensor, taps: Sequence[Tensor | None] = (None,) * 4
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the layer's output [N, H] for attention's [N, h * d] and the layer's input.
+
+        The others are what the MLP's weights were multiplied with, [N, H] and [N, I].
+        """
+        o, gate, up, down = self.weights()
+        hidden = hidden + linear(attended, o, taps[0])
+        x = self.post_attention_layernorm(hidden)
+        inner = F.silu(linear(x, gate, taps[1])) * linear(x, up, taps[2])
+        return hidden + linear(inner, down, taps[3]), x, inner
+
 
 class AfterAttention(Outputs):
     """From attention's output to the step's state, as it is and normed for the head."""
@@ -124,11 +142,6 @@ class AfterAttention(Outputs):
     def __init__(self, shape: DraftShape) -> None:
         super().__init__(shape)
         self.norm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
-
-    def weights(self) -> tuple[Tensor, ...]:
-        """Return what `forward` multiplies with, in the order of its taps."""
-        layers = (self.o_proj, self.gate_proj, self.up_proj, self.down_proj)
-        return tuple(layer.weight for layer in layers)
 
     def forward(
         self, attended: Tensor, feature: Tensor, taps: Sequence[Tensor | None] = (None,) * 4
@@ -138,11 +151,7 @@ class AfterAttention(Outputs):
         The third and fourth are what the MLP's weights were multiplied with, [N, H] and [N, I]:
         constants.
         """
-        o, gate, up, down = self.weights()
-        hidden = feature + linear(attended, o, taps[0])
-        x = self.post_attention_layernorm(hidden)
-        inner = F.silu(linear(x, gate, taps[1])) * linear(x, up, taps[2])
-        hidden = hidden + linear(inner, down, taps[3])
+        hidden, x, inner = self.mix(attended, feature, taps)
         return hidden, self.norm(hidden), x.detach(), inner.detach()
 
 

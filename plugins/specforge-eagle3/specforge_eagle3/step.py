@@ -13,7 +13,7 @@ from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .config import Eagle3Config
 from .curriculum import narrowed
-from .frozen import Frozen
+from .frozen import parts
 from .memory import step_bytes
 from .model import Eagle3Model, Task
 from .rows import prefix_hits
@@ -38,9 +38,7 @@ class Eagle3Step:
         return min(self.config.steps, self.config.draft_length)
 
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
-        model, frozen = draft.model, draft.frozen
-        assert isinstance(model, Eagle3Model)
-        assert isinstance(frozen, Frozen)
+        model, frozen = parts(draft, Eagle3Model)
         config = self.config
         head = frozen.teacher_head(model.d2t)
         batch = narrowed(config, batch, head, model.shape.softcap, ctx)
@@ -61,31 +59,39 @@ class Eagle3Step:
         self, draft: Draft, tokens: int, documents: int, item: int, *, recompute: bool
     ) -> Mapping[str, int]:
         """Say what a step will hold; see `types.Planned`."""
-        assert isinstance(draft.model, Eagle3Model)
-        return step_bytes(self.config, draft.model.shape, tokens, item, recompute=recompute)
+        shape = parts(draft, Eagle3Model)[0].shape
+        return step_bytes(self.config, shape, tokens, item, recompute=recompute)
 
     def _metrics(self, batch: Batch, hits: Tensor, found: SoftRows) -> dict[str, Ratio]:
-        """Return what the draft would get right, and would get accepted.
-
-        accuracy_k: of the rows of step k that are trained, those whose best token is the
-        target's.  acceptance_rate: sum of min(p, q), p over the target's whole vocabulary, mean
-        over trained rows.  acceptance_length counts the verified token too: 1 + the hits before
-        the first miss, at most draft_tokens, over the rows whose last and first drafted token
-        are both an answer's.  A target token outside of the draft vocabulary and the end of what
-        is supervised are misses.
-        """
+        """Return `draft_metrics`, and the part of the labels that can be drafted."""
         present, starts, supervised = (batch[n] for n in ("present", "starts", "supervised"))
         # the names are the same while there are fewer steps
         later = (0, self.config.steps - hits.shape[1])
         right, total = (F.pad(x.sum(0).float(), later) for x in (hits, present))
         answered = hits & batch["answers"][:, None]
         accepted = prefix_hits(answered, batch["students"], present, starts.numel())
-        drafted = ((1 + accepted.clamp(max=self.draft_tokens)) * starts).sum().float()
-        metrics = {
-            "acceptance_rate": Ratio(num=(found.overlaps * present).sum(), den=total.sum()),
-            "acceptance_length": Ratio(num=drafted, den=starts.sum().float()),
-            "in_draft_vocab": Ratio(num=total[0], den=supervised.sum().float()),
-        }
-        return metrics | {
-            f"accuracy_{k + 1}": Ratio(num=right[k], den=total[k]) for k in range(len(total))
-        }
+        accepted = accepted.clamp(max=self.draft_tokens)
+        metrics = draft_metrics((found.overlaps * present).sum(), right, total, accepted, starts)
+        return {"in_draft_vocab": Ratio(num=total[0], den=supervised.sum().float()), **metrics}
+
+
+def draft_metrics(
+    overlap: Tensor, right: Tensor, trained: Tensor, accepted: Tensor, starts: Tensor
+) -> dict[str, Ratio]:
+    """Return what a draft would get right, and would get accepted.
+
+    acceptance_rate: `overlap`, the sum of min(p, q), p over the target's whole vocabulary, mean
+    over trained rows.  acceptance_length counts the verified token too: 1 + `accepted` [N], the
+    hits before the first miss, over the rows `starts` [N] whose last and first drafted token are
+    both an answer's.  A target token outside of the draft vocabulary and the end of what is
+    supervised are misses.  accuracy_k: of the rows of step k that are trained, `trained` [R],
+    those whose best token is the target's, `right` [R].
+    """
+    drafted = ((1 + accepted) * starts).sum().float()
+    metrics = {
+        "acceptance_rate": Ratio(num=overlap, den=trained.sum()),
+        "acceptance_length": Ratio(num=drafted, den=starts.sum().float()),
+    }
+    return metrics | {
+        f"accuracy_{k + 1}": Ratio(num=right[k], den=trained[k]) for k in range(len(trained))
+    }

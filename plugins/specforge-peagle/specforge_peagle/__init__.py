@@ -10,7 +10,7 @@ from specforge_eagle3 import (  # noqa: F401  # a hook is found by its name
     specforge_verify_capture,
     target_parts,
 )
-from specforge_eagle3.frozen import Frozen
+from specforge_eagle3.frozen import Frozen, parts
 from torch import Tensor
 
 from specforge_core.hookspecs import hookimpl
@@ -49,9 +49,7 @@ def specforge_transform(config: PeagleConfig, spec: CaptureSpec, max_length: int
 @hookimpl
 def specforge_collate(config: PeagleConfig, draft: Draft) -> Collate:
     """Put the samples of a batch behind each other, and find what is trained."""
-    model, frozen = draft.model, draft.frozen
-    assert isinstance(model, PeagleModel)
-    assert isinstance(frozen, Frozen)
+    model, frozen = parts(draft, PeagleModel)
     frozen.teacher_head(model.d2t)  # read here, so that no step waits for it
     return PeagleCollate(config, model.t2d.cpu(), model.shape.mask_token_id)
 
@@ -97,6 +95,4 @@ def specforge_train_step(config: PeagleConfig) -> TrainStep:
 @hookimpl
 def specforge_proposer(config: PeagleConfig, draft: Draft) -> Proposer:
     """Draft a chain in one pass, with the verified rows' keys and values cached."""
-    assert isinstance(draft.model, PeagleModel)
-    assert isinstance(draft.frozen, Frozen)
-    return PeagleProposer(config, draft.model, draft.frozen)
+    return PeagleProposer(config, *parts(draft, PeagleModel))

@@ -11,14 +11,13 @@ each, d head size, i own keys.
 from __future__ import annotations
 
 import torch
-from specforge_dflash.attention import TILE, attend, ordered
+from specforge_dflash.attention import TILE, attend, tiled_mask
+from specforge_dflash.model import MIN_HEAD_DIM
 from specforge_eagle3.attention import eager
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from specforge_core.types import DOCUMENT_IDS, Batch
-
-MIN_HEAD_DIM = 16  # of flex attention's kernels
 
 
 class Elements:
@@ -55,37 +54,23 @@ def block_mask(documents: Tensor, anchors: Tensor, depth: Tensor) -> BlockMask:
     Which tiles are empty, partly or wholly visible follows from what ranges of documents, rows
     and depths they hold; nothing of size E x E is made, and the device is not waited for.
     """
-    of = documents[anchors]
+    of, rows = documents[anchors], len(anchors)
 
     def visible(_batch: Tensor, _head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         before = (depth[kv] == 0) & (anchors[q] >= anchors[kv]) & (of[q] == of[kv])
         return before | ((anchors[q] == anchors[kv]) & (depth[q] >= depth[kv]))
 
-    rows, low, high = len(anchors), {}, {}
     tiles = -(-rows // TILE)
-    for name, values in (("anchor", anchors), ("depth", depth), ("document", of)):
-        padded = torch.cat([values, values[-1:].expand(tiles * TILE - rows)]).view(tiles, TILE)
-        low[name], high[name] = padded.amin(1), padded.amax(1)
-
-    def queries(bounds: dict[str, Tensor], name: str) -> Tensor:
-        return bounds[name][:, None]
-
-    first = (low["depth"] == 0) & (queries(high, "anchor") >= low["anchor"])
-    first &= (queries(high, "document") >= low["document"]) & (
-        queries(low, "document") <= high["document"]
-    )
-    own = (high["depth"] > 0) & (queries(high, "depth") >= low["depth"])
-    own &= (queries(high, "anchor") >= low["anchor"]) & (queries(low, "anchor") <= high["anchor"])
-    wholly = (high["depth"] == 0) & (queries(low, "anchor") >= high["anchor"])
-    wholly &= (queries(low, "document") == high["document"]) & (
-        queries(high, "document") == low["document"]
-    )
+    values = torch.stack([anchors, depth, of])
+    padded = torch.cat([values, values[:, -1:].expand(-1, tiles * TILE - rows)], dim=1)
+    by_tile = padded.view(3, tiles, TILE)
+    low, high = by_tile.amin(2), by_tile.amax(2)
+    # of a query tile some, or all, have no less than some, or all, of a key tile
+    some_row, some_depth, some_document = high[:, :, None] >= low[:, None]
+    every_row, _, every_document = low[:, :, None] >= high[:, None]
+    rows_meet, documents_meet = some_row & some_row.t(), some_document & some_document.t()
+    partly = (low[1] == 0) & some_row & documents_meet
+    partly |= (high[1] > 0) & some_depth & rows_meet
+    wholly = (high[1] == 0) & every_row & every_document & every_document.t()
     wholly[:, -1] = False  # it may be short
-    partly = (first | own) & ~wholly
-    return BlockMask.from_kv_blocks(
-        *ordered(partly[None, None]),
-        *ordered(wholly[None, None]),
-        BLOCK_SIZE=TILE,
-        mask_mod=visible,
-        seq_lengths=(rows, rows),
-    )
+    return tiled_mask(visible, partly[None, None], wholly[None, None], rows, rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from specforge_eagle3.adapter import Eagle3Transform, trained_labels
 from torch import Tensor
 
@@ -57,8 +58,7 @@ def drop(labels: Tensor, config: PeagleConfig, generator: torch.Generator) -> tu
     kept = torch.ones(length, dtype=torch.bool)
     limit = length  # rows of this rank and more were dropped somewhere
     for d in range(1, config.depths):
-        there = torch.zeros_like(kept)
-        there[: max(length - 1 - d, 0)] = labels[1 + d :]
+        there = F.pad(labels[1 + d :], (0, min(1 + d, length)))
         rows = (kept & there).nonzero().squeeze(1)
         ratio = max(config.keep_ratio**d, config.keep_least)
         count = max(int((total - d) * ratio), 0)

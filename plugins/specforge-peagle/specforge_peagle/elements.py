@@ -60,7 +60,7 @@ def elements(batch: Batch, t2d: Tensor, mask_on: str, mask_token_id: int) -> Bat
     """
     tokens = Tokens(batch, ALL_FIELDS, mask_on)
     flat, documents, count = tokens.flat, tokens.documents, len(tokens.documents)
-    anchors, depth, own = _deeper(flat[DEPTHS], documents)
+    anchors, depth, own = _elements(flat[DEPTHS], documents)
     place = anchors + depth + 1
     there = place < count
     place = place.clamp_(max=count - 1)
@@ -82,17 +82,14 @@ def elements(batch: Batch, t2d: Tensor, mask_on: str, mask_token_id: int) -> Bat
     }
 
 
-def _deeper(depths: Tensor, documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _elements(depths: Tensor, documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return anchors and depth [E], and own [M, K']."""
-    count, most = len(depths), int(depths.max())
-    rows = [(depths >= d).nonzero().squeeze(1) for d in range(1, most + 1)]
-    none = depths.new_empty(0)
-    anchors = torch.cat([none, *rows])
-    depth = torch.cat([none, *(torch.full_like(r, d) for d, r in enumerate(rows, 1))])
-    order = documents[anchors].argsort(stable=True)
+    count, most, rows = len(depths), int(depths.max()), torch.arange(len(depths))
+    anchors = rows.repeat_interleave(depths + 1)
+    depth = torch.arange(len(anchors)) - (rows + depths.cumsum(0) - depths)[anchors]
+    order = (documents[anchors] * (most + 1) + depth).masked_fill_(depth == 0, -1)
+    order = order.argsort(stable=True)
     anchors, depth = anchors[order], depth[order]
     number = torch.zeros(most + 1, count, dtype=torch.int64)  # of the element, where there is one
-    number[depth, anchors] = count + torch.arange(len(anchors))
-    own = number[1:, anchors].t().contiguous()
-    whole = torch.arange(count)
-    return torch.cat([whole, anchors]), torch.cat([whole * 0, depth]), own
+    number[depth, anchors] = torch.arange(len(anchors))
+    return anchors, depth, number[1:, anchors[count:]].t().contiguous()

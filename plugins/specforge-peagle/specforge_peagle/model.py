@@ -12,31 +12,21 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from specforge_eagle3.head import DraftHead, Teacher, VocabularyModel
 from specforge_eagle3.model import Outputs, Projections
 from torch import Tensor, nn
 
-from specforge_core.nn.rotary import Rope, rotate
+from specforge_core.nn.rotary import rotate
 from specforge_core.nn.soft_loss import SoftLoss, SoftRows
 from specforge_core.types import Batch
 
 from .attention import Elements
 from .config import PeagleConfig, PeagleShape
 
-# of layer `index`, from queries [E, h, d], keys and values [E, v, d] to [E, h, d]
+# of layer `index`, from queries [E, h, d], keys and values [E, v, d], not rotated, to [E, h, d].
+# Positions and visibility are what it holds: FSDP's mixed precision would cast tensors that layers
+# are given, and RoPE needs float32
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-class Pass:
-    """Positions and visibility of one pass, shared by all layers.
-
-    No dataclass: FSDP's mixed precision would cast the tensors in one, and RoPE needs float32.
-    """
-
-    def __init__(self, rope: Rope, attend: Attend) -> None:
-        self.rope = rope
-        self.attend = attend
 
 
 class Task(Teacher):
@@ -73,10 +63,7 @@ class After(Outputs):
 
     def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """Return [n, H] for attention's output [n, h * d] and the layer's input."""
-        hidden = hidden + self.o_proj(attended)
-        x = self.post_attention_layernorm(hidden)
-        out: Tensor = hidden + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+        return self.mix(attended, hidden)[0]
 
 
 class PeagleLayer(nn.Module):
@@ -88,7 +75,9 @@ class PeagleLayer(nn.Module):
         self.before = Before(shape, first=index == 0)
         self.after = After(shape)
 
-    def forward(self, hidden: Tensor, embeddings: Tensor | None, deeper: int, run: Pass) -> Tensor:
+    def forward(
+        self, hidden: Tensor, embeddings: Tensor | None, deeper: int, attend: Attend
+    ) -> Tensor:
         """Return [E, H] for states [E, H].
 
         With embeddings, in the first layer, both are of the tokens and of the mask: [N + 1, H];
@@ -99,8 +88,7 @@ class PeagleLayer(nn.Module):
             q, k, v, hidden = (
                 torch.cat([x[:-1], x[-1:].expand(deeper, *x.shape[1:])]) for x in (q, k, v, hidden)
             )
-        attended = run.attend(self.index, rotate(q, run.rope), rotate(k, run.rope), v)
-        out: Tensor = self.after(attended.flatten(1), hidden)
+        out: Tensor = self.after(attend(self.index, q, k, v).flatten(1), hidden)
         return out
 
 
@@ -134,24 +122,24 @@ class PeagleModel(VocabularyModel):
         features [N, 3H] are the captured states; `inputs` are ids [N + 1] of the tokens behind
         each and of the mask, or their embeddings [N + 1, H] where those are the target's.
         """
+        rope = self.rotary(task.places)
 
         def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return task.elements.attend(q, k, v, self.attention)
+            return task.elements.attend(rotate(q, rope), rotate(k, rope), v, self.attention)
 
-        deeper = len(task.places) - len(features)
-        states = self.states(features, inputs, deeper, Pass(self.rotary(task.places), attend))
+        states = self.states(features, inputs, len(task.places) - len(features), attend)
         trained = states.index_select(0, task.trained)[:, None]
         losses: tuple[Tensor, SoftRows] = self.lm_head(trained, task)
         return losses
 
-    def states(self, features: Tensor, inputs: Tensor, deeper: int, run: Pass) -> Tensor:
+    def states(self, features: Tensor, inputs: Tensor, deeper: int, attend: Attend) -> Tensor:
         """Return the normed states [N + deeper, H] that the head reads."""
         dtype = self.fc.weight.dtype
         hidden = self.fc(torch.cat([features.to(dtype), self.mask_hidden[None]]))
         embeddings = inputs if self.embed_tokens is None else self.embed_tokens(inputs)
         first: Tensor | None = embeddings.to(dtype)
         for layer in self.layers:
-            hidden = layer(hidden, first, deeper, run)
+            hidden = layer(hidden, first, deeper, attend)
             first = None
         out: Tensor = self.norm(hidden)
         return out

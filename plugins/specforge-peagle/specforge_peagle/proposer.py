@@ -14,11 +14,12 @@ from specforge_eagle3.proposer import FeatureProposer
 from torch import Tensor
 
 from specforge_core.nn.cache import GrowingCache
+from specforge_core.nn.rotary import rotate
 from specforge_core.nn.sampling import sample
 from specforge_core.types import Proposal, Sampling, TargetCapture
 
 from .config import PeagleConfig
-from .model import Pass, PeagleModel
+from .model import PeagleModel
 
 
 class PeagleProposer(FeatureProposer):
@@ -29,7 +30,6 @@ class PeagleProposer(FeatureProposer):
         self._model = model
         self.max_tokens = config.draft_tokens
         self._caches: list[GrowingCache] = []
-        self._last: Tensor  # the last of the features in the caches, [1, 3H]
 
     def start(self, prefix: TargetCapture, /) -> None:
         self._caches = [GrowingCache(0) for _ in self._model.layers]
@@ -46,29 +46,24 @@ class PeagleProposer(FeatureProposer):
         """Return logits [count, Vd] float32 of the tokens after `last_token`.
 
         The row that pairs the last feature with `last_token` drafts the first of them.  It is
-        cached with the new ones, and never run again: both are verified.
+        run again when the next are drafted, which may be from the same.
         """
         model, device = self._model, self._model.fc.weight.device
         known = self._caches[0].length
-        new = [f.to(device) for f in self._features]
-        features = torch.cat(new) if new else self._last
+        features = torch.cat([f.to(device) for f in self._features])
         ids = torch.tensor([*self._ids[1:], last_token, model.shape.mask_token_id], device=device)
-        if not new:  # asked again: the last row once more
-            known -= 1
-            for cache in self._caches:
-                cache.length = known
-        self._last = features[-1:]
-        self._ids, self._features = [], []
+        self._ids, self._features = self._ids[-1:], [features[-1:]]
         rows, deeper = len(features), count - 1
-        seen = known + torch.arange(rows + deeper, device=device)
-        visible = seen[:, None] >= torch.arange(known + rows + deeper, device=device)
+        places = known + torch.arange(rows + deeper, device=device)
+        rope = model.rotary(places)
+        visible = places[:, None] >= torch.arange(known + rows + deeper, device=device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys = self._caches[layer].extend(k, v)
-            self._caches[layer].length -= deeper
-            return eager(q, keys, None, visible)
+            keys = self._caches[layer].extend(rotate(k, rope), v)
+            self._caches[layer].length -= deeper + 1
+            return eager(rotate(q, rope), keys, None, visible)
 
         inputs = ids if model.embed_tokens is not None else self._frozen.embed(ids)
-        states = model.states(features, inputs, deeper, Pass(model.rotary(seen), attend))
+        states = model.states(features, inputs, deeper, attend)
         found: Tensor = model.lm_head(states[rows - 1 :]).float()
         return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from specforge_eagle3.frozen import Frozen
+from specforge_eagle3.frozen import parts
+from specforge_eagle3.step import draft_metrics
 from specforge_eagle3.vocab import target_tokens
 from torch import Tensor
 
@@ -30,30 +31,22 @@ class PeagleStep:
         return self.config.draft_tokens
 
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
-        model, frozen = draft.model, draft.frozen
-        assert isinstance(model, PeagleModel)
-        assert isinstance(frozen, Frozen)
+        model, frozen = parts(draft, PeagleModel)
         task = Task(batch, frozen.teacher_head(model.d2t), self.config.objective)
-        inputs = batch["inputs"]
-        if not self.config.train_embedding:
-            inputs = frozen.embed(inputs)
+        ids = batch["inputs"]
+        inputs = ids if self.config.train_embedding else frozen.embed(ids)
         loss_sum, found = model(batch["hidden_states"][0], inputs, task)
         hits = target_tokens(model.d2t)[found.best[:, 0]] == batch["choices"][batch["labels"]]
         return StepOutput(
             loss_sum=loss_sum,
-            weight=loss_sum.new_full((), len(hits)).detach(),
+            weight=loss_sum.new_full((), len(hits)),
             metrics=self._metrics(batch, hits, found),
         )
 
     def _metrics(self, batch: Batch, hits: Tensor, found: SoftRows) -> dict[str, Ratio]:
-        """Return what the draft would get right, and would get accepted.
+        """Return EAGLE-3's metrics: of depth k-1 in place of step k, and of whole rows.
 
-        accuracy_k: of the trained elements of depth k-1, those whose best token is the target's.
-        acceptance_rate: sum of min(p, q), p over the target's whole vocabulary, mean over them.
-        acceptance_length counts the verified token too: 1 + the hits before the first miss, at
-        most draft_tokens, over the whole rows whose last and first drafted token are both an
-        answer's.  A target token outside of the draft vocabulary and the end of what is
-        supervised are misses.
+        An acceptance length is of a row of which nothing was dropped.
         """
         starts, trained = batch["starts"][0], batch["trained"]
         depth, anchors = batch["depth"][trained], batch["anchors"][trained]
@@ -64,12 +57,6 @@ class PeagleStep:
         accurate, total = right.sum(1).float(), there.sum(1).float()
         right[depth, anchors] = hits & batch["answers"][batch["labels"]]
         accepted = right[: self.draft_tokens].cumprod(0).sum(0)
-        drafted = ((1 + accepted) * starts).sum().float()
-        metrics = {
-            "acceptance_rate": Ratio(num=found.overlaps.sum(), den=total.sum()),
-            "acceptance_length": Ratio(num=drafted, den=starts.sum().float()),
-            "in_draft_vocab": Ratio(num=total.sum(), den=batch["supervised"].sum().float()),
-        }
-        return metrics | {
-            f"accuracy_{k + 1}": Ratio(num=accurate[k], den=total[k]) for k in range(len(total))
-        }
+        metrics = draft_metrics(found.overlaps.sum(), accurate, total, accepted, starts)
+        supervised = batch["supervised"].sum().float()
+        return {"in_draft_vocab": Ratio(num=total.sum(), den=supervised), **metrics}
