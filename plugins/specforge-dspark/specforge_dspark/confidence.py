@@ -6,8 +6,7 @@ Shapes: N drafts, D tokens of a draft.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -72,9 +71,6 @@ class Calibration:
     ece_before: list[float] = field(default_factory=list)
     ece_after: list[float] = field(default_factory=list)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
-
 
 def calibrate(record: Record) -> Calibration:
     """Fit temperatures place by place: sequential temperature scaling.
@@ -106,9 +102,3 @@ def calibration_error(probabilities: Tensor, happened: Tensor) -> float:
     bins = (probabilities * BINS).long().clamp(0, BINS - 1)
     apart = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, probabilities - happened)
     return float(apart.abs().sum()) / len(probabilities)
-
-
-def survives(logits: Iterable[float], temperatures: Iterable[float]) -> float:
-    """Return the probability that all tokens with these confidences are kept."""
-    scaled = [x / t for x, t in zip(logits, temperatures, strict=True)]
-    return float(torch.sigmoid(torch.tensor(scaled, dtype=torch.float64)).prod())

@@ -8,8 +8,8 @@ at the top and in `dflash_config`, where different engines look.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from typing import Any
 
 from specforge_dflash.around import export_around, load_around
@@ -50,7 +50,7 @@ def specforge_export(
     files = {}
     if config.calibration is not None:
         record = Record.read(config.calibration, config.num_draft_tokens)
-        files[STS] = calibrate(record).to_json().encode()
+        files[STS] = json.dumps(asdict(calibrate(record)), indent=2).encode()
         sglang["speculative_dspark_confidence_sts_path"] = ExportFile(name=STS)
     made = export_around(
         config,
@@ -106,19 +106,13 @@ def specforge_import(config: DSparkConfig, draft: Draft, export: Export) -> bool
     check_options(pairs)
     for key, section in sections.items():
         check_alike(given, section, key)
-    layout = _backbone_config(given, fields)
-    load_around(config, model, replace(export, weights=weights), layout)
-    return True
-
-
-def _backbone_config(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json as the DFlash backbone's would be; `fields` are wherever they stand."""
     anchored = bool(fields.get("sample_from_anchor", True))
-    nested = {
+    nested = {  # of config.json as DFlash would write it
         "block_size": int(fields["block_size"]) + (0 if anchored else 1),
         "mask_token_id": fields.get("mask_token_id"),
         "target_layer_ids": fields.get("target_layer_ids"),
         "label_layout": "next_token" if anchored else "same_position",
     }
-    outer = {name: value for name, value in given.items() if name not in nested}
-    return {**outer, "dflash_config": nested}
+    layout = {n: v for n, v in given.items() if n not in nested} | {"dflash_config": nested}
+    load_around(config, model, replace(export, weights=weights), layout)
+    return True

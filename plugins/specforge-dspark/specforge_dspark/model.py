@@ -70,26 +70,19 @@ class DSparkModel(nn.Module):
             x.flatten(0, 1)[rows] for x in (hidden, labels, embeddings, latents)
         )
         finals = batch["final"].flatten(0, 1)[teachers(self.config, batch).flatten()[rows]]
-        cross_entropy, variation, hits = self._compare(hidden, latents, finals, labels, frozen)
+        w2 = self.markov_head.markov_w2.weight
+        given = (x.split(self.config.head_chunk) for x in (hidden, latents, finals, labels))
+        done = [
+            # the logits of all rows would not fit: they are made again in the backward pass
+            checkpoint(compare, *part, frozen, w2, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(*given, strict=True)
+        ]
+        cross_entropy, variation, hits = (torch.cat(x) for x in zip(*done, strict=True))
         confidence = torch.zeros_like(cross_entropy)
         if self.confidence_head is not None:
             # FSDP wants no view of another tensor
             confidence = self.confidence_head(hidden, embeddings).float().clone()
         return Slots(cross_entropy, variation, hits, confidence)
-
-    def _compare(
-        self, hidden: Tensor, latents: Tensor, finals: Tensor, labels: Tensor, frozen: Frozen
-    ) -> tuple[Tensor, ...]:
-        """Return cross-entropy, variation and hits [R], some rows' logits at a time."""
-        rows = (torch.split(x, self.config.head_chunk) for x in (hidden, latents, finals, labels))
-        parts = zip(*rows, strict=True)
-        head = frozen, self.markov_head.markov_w2.weight
-        done = [
-            # the logits of all rows would not fit: they are made again in the backward pass
-            checkpoint(compare, *part, *head, use_reentrant=False, preserve_rng_state=False)
-            for part in parts
-        ]
-        return tuple(torch.cat(column) for column in zip(*done, strict=True))
 
 
 def base_logits(hidden: Tensor, frozen: Frozen) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specforge_core.types import Proposal, Sampling, TargetCapture
 
-from .confidence import Record, calibrate, survives
+from .confidence import Record, calibrate
 from .config import DSparkConfig
 from .model import DSparkModel, draft_logits
 
@@ -65,5 +65,6 @@ class DSparkProposer(AroundProposer[DSparkConfig, DSparkModel]):
         self._confidence.append(float(head(slot, embedding)))
         if first or config.record_confidence is not None:  # whole drafts are recorded
             return False
-        temperatures = self._temperatures[: len(self._confidence)]
-        return survives(self._confidence, temperatures) < config.confidence_threshold
+        pairs = zip(self._confidence, self._temperatures, strict=False)  # of the tokens so far
+        scaled = torch.tensor([logit / t for logit, t in pairs], dtype=torch.float64)
+        return float(torch.sigmoid(scaled).prod()) < config.confidence_threshold
