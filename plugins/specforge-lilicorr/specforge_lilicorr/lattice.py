@@ -38,37 +38,24 @@ def lattice_mlp(into: int, between: int, out: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(up_proj=up, act=nn.SiLU(), down_proj=down))
 
 
-class LatticeAttention(nn.Module):
-    """Attention of all candidates to all; parameters as `nn.MultiheadAttention` names them."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Return [L, N, h] for [L, N, h] and what is added to the scores [heads, N, N]."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        return out
-
-
 class LatticeLayer(nn.Module):
-    """One pre-norm layer."""
+    """One pre-norm layer; all candidates see all."""
 
     def __init__(self, width: int, heads: int, ratio: float, eps: float) -> None:
         super().__init__()
         self.attn_norm = nn.RMSNorm(width, eps=eps)
-        self.attn = LatticeAttention(width, heads)
+        # for its parameters: by itself it would want the scores' bias once for each lattice
+        self.attn = nn.MultiheadAttention(width, heads)
         self.mlp_norm = nn.RMSNorm(width, eps=eps)
         self.mlp = lattice_mlp(width, int(width * ratio), width)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), bias)
+        """Return [L, N, h] for [L, N, h] and what is added to the scores [heads, N, N]."""
+        attn = self.attn
+        qkv = F.linear(self.attn_norm(x), attn.in_proj_weight, attn.in_proj_bias)
+        q, k, v = qkv.view(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        x = x + attn.out_proj(mixed.transpose(1, 2).flatten(2))
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
