@@ -14,6 +14,8 @@ from specforge_core.types import TargetInfo
 
 LayerType: TypeAlias = Literal["full_attention", "sliding_attention"]
 LabelLayout: TypeAlias = Literal["same_position", "next_token"]
+# of one of a loss's terms
+Weight: TypeAlias = Annotated[float, MayChange.AT_START, Field(ge=0, le=1e6)]
 
 
 class DFlashConfig(DecoderOptions):

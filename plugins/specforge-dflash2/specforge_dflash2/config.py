@@ -7,7 +7,7 @@ from math import gcd
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
-from specforge_dflash.config import DFlashConfig
+from specforge_dflash.config import DFlashConfig, Weight
 
 from specforge_core.config import MayChange
 from specforge_core.errors import ConfigError
@@ -69,8 +69,8 @@ class DFlash2Config(ConvolvedConfig):
     selector_top_k: int = Field(
         16, ge=2, le=1024, description="Candidates of a slot, the most likely tokens of the head."
     )
-    selector_weight: Annotated[float, MayChange.AT_START] = Field(
-        1.0, ge=0, le=1e6, description="Of the selector's loss, beside the head's with weight 1."
+    selector_weight: Weight = Field(
+        1.0, description="Of the selector's loss, beside the head's with weight 1."
     )
     detach_selector: Annotated[bool, MayChange.AT_START] = Field(
         False, description="Keep the selector's loss from training the layers too."

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
-from specforge_dflash.config import DFlashConfig, LabelLayout
+from specforge_dflash.config import DFlashConfig, LabelLayout, Weight
 
 from specforge_core.config import MayChange
 
@@ -30,11 +30,9 @@ class DSparkConfig(DFlashConfig):
     confidence_with_markov: bool = Field(
         True, description="The confidence head also reads the token before, as the Markov head."
     )
-    ce_weight: Annotated[float, MayChange.AT_START] = Field(
-        0.1, ge=0, le=1e6, description="Of the cross-entropy against the data's tokens."
-    )
-    tv_weight: Annotated[float, MayChange.AT_START] = Field(
-        0.9, ge=0, le=1e6, description="Of the sum of |p - q| against the target's distribution."
+    ce_weight: Weight = Field(0.1, description="Of the cross-entropy against the data's tokens.")
+    tv_weight: Weight = Field(
+        0.9, description="Of the sum of |p - q| against the target's distribution."
     )
     confidence_weight: Annotated[float, MayChange.AT_START] = Field(
         1.0, gt=0, le=1e6, description="Of the confidence head's binary cross-entropy."

@@ -6,6 +6,7 @@ import math
 from typing import Annotated
 
 from pydantic import Field, model_validator
+from specforge_dflash.config import Weight
 from specforge_dflash2.config import ConvolvedConfig
 
 from specforge_core.config import MayChange
@@ -36,26 +37,17 @@ class LiLiCorrConfig(ConvolvedConfig):
     vector_eps: float = Field(
         1e-4, gt=0, le=1e6, description="Vectors are divided by no less than this."
     )
-    ce_weight: Annotated[float, MayChange.AT_START] = Field(
-        0.25,
-        ge=0,
-        le=1e6,
-        description="Of the scores' cross-entropy, beside the head's with weight 1.",
+    ce_weight: Weight = Field(
+        0.25, description="Of the scores' cross-entropy, beside the head's with weight 1."
     )
-    margin_weight: Annotated[float, MayChange.AT_START] = Field(
-        0.0,
-        ge=0,
-        le=1e6,
-        description="Of what the true token's score lacks to `margin` above the others'.",
+    margin_weight: Weight = Field(
+        0.0, description="Of what the true token's score lacks to `margin` above the others'."
     )
     margin: Annotated[float, MayChange.AT_START] = Field(
         2.0, gt=0, le=1e6, description="How far the true token's score is to be above the others'."
     )
-    penalty_weight: Annotated[float, MayChange.AT_START] = Field(
-        0.25,
-        ge=0,
-        le=1e6,
-        description="Of candidates that the target likes less; 0 captures no final.",
+    penalty_weight: Weight = Field(
+        0.25, description="Of candidates that the target likes less; 0 captures no final."
     )
     conv_kernel_size: int = Field(
         0, ge=0, le=1024, description="Slots DFlash 2's convolutions see; 0 is without them."
