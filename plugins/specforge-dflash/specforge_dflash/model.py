@@ -152,18 +152,22 @@ class DFlashModel(nn.Module):
         `features` and `positions` are those of the tokens since the last call, and all before
         are context too.
         """
-        dtype = self.fc.weight.dtype
-        hidden = embeddings.to(dtype)
+        hidden = embeddings.to(self.fc.weight.dtype)
         if torch.is_grad_enabled():
             # no view, and with a gradient as all later layers' input has one: else the first
             # layer is compiled apart
             hidden.requires_grad_()
         geometry = self._geometry(anchors, starts, positions, caches)
         # last before the layers: it keeps a GPU busy while the host enters the first of them
-        context = self.hidden_norm(self.fc(features.to(dtype)))
+        context = self.context(features)
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, context, geometry, None if caches is None else caches[i])
         out: Tensor = self.norm(hidden)
+        return out
+
+    def context(self, features: Tensor) -> Tensor:
+        """Return what the layers read of captured states: [..., H] for [..., K*H]."""
+        out: Tensor = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
         return out
 
     def _geometry(

@@ -14,15 +14,7 @@ from specforge_dflash.final import FinalAdapter
 from specforge_dflash.model import DFlashModel, parts
 
 from specforge_core.hookspecs import hookimpl
-from specforge_core.types import (
-    Adapter,
-    CaptureSpec,
-    Collate,
-    Draft,
-    Proposer,
-    TargetInfo,
-    TrainStep,
-)
+from specforge_core.types import CaptureSpec, Collate, Draft, Proposer, TargetInfo, TrainStep
 
 from .config import DSparkConfig
 from .export import specforge_export as specforge_export, specforge_import as specforge_import
@@ -38,7 +30,7 @@ def specforge_config() -> type[DSparkConfig]:
 
 
 @hookimpl
-def specforge_adapter(config: DSparkConfig, target: TargetInfo) -> Adapter:
+def specforge_adapter(config: DSparkConfig, target: TargetInfo) -> FinalAdapter:
     """Capture the chosen layers' outputs side by side, and the final state."""
     return FinalAdapter.build(config, target)
 

@@ -6,10 +6,10 @@ that draft, H hidden size, r rank, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
+
+from .config import MarkovKind
 
 
 class MarkovHead(nn.Module):
@@ -22,13 +22,7 @@ class MarkovHead(nn.Module):
                  s <- sigmoid(g) s + (1 - sigmoid(g)) tanh(c), 0 at a block's first slot
     """
 
-    def __init__(
-        self,
-        kind: Literal["vanilla", "gated", "rnn"],
-        vocab_size: int,
-        hidden_size: int,
-        rank: int,
-    ) -> None:
+    def __init__(self, kind: MarkovKind, vocab_size: int, hidden_size: int, rank: int) -> None:
         super().__init__()
         self.kind = kind
         self.markov_w1 = nn.Embedding(vocab_size, rank)

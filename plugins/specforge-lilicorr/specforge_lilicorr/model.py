@@ -20,7 +20,7 @@ from specforge_core.nn.linear_top_k import linear_top_k
 from specforge_core.types import Batch
 
 from .config import LiLiCorrConfig
-from .lattice import Lattice, Vectors, scores
+from .lattice import Lattice, scores
 
 
 class Slots(NamedTuple):
@@ -55,34 +55,15 @@ class LiLiCorrModel(nn.Module):
         states = hidden.reshape(-1, self.config.block_size, hidden.shape[-1])[:, 1:]
         labels = batch["labels"].flatten(0, 1)[:, 1:]
         before = (teachers(self.config, batch)[:, 0] - 1).clamp(min=0)  # of a block, if anchored
-        features = batch["hidden_states"].flatten(0, 1)[before]
+        context = self.backbone.context(batch["hidden_states"].flatten(0, 1)[before])
         anchored = (batch["anchors"] > batch["starts"]).flatten()
         losses, best, ids, log_probs = candidates(states, labels, frozen, self.config)
-        vectors = self.vectors(states, ids, log_probs, features, anchored, frozen)
+        vectors = self.lilicorr(frozen.embed(ids), log_probs, states, context, anchored)
         gold = (ids == labels[..., None]).int().argmax(-1)
-        index = gold[:, :-1, None, None].expand(-1, -1, 1, vectors.outs.shape[-1])
-        before = vectors.outs[:, :-1].gather(2, index).squeeze(2)
-        before = torch.cat([vectors.anchors[:, None], before], dim=1)
+        chosen = torch.take_along_dim(vectors.outs[:, :-1], gold[:, :-1, None, None], dim=2)
+        before = torch.cat([vectors.anchors[:, None], chosen.squeeze(2)], dim=1)
         found = scores(before.flatten(0, 1), vectors.ins.flatten(0, 1), self.config.logit_scale)
         return Slots(losses, best, ids.flatten(0, 1), found)
-
-    def vectors(
-        self,
-        states: Tensor,
-        ids: Tensor,
-        log_probs: Tensor,
-        features: Tensor,
-        anchored: Tensor,
-        frozen: Frozen,
-    ) -> Vectors:
-        """Return what scores candidates, see `Lattice`.
-
-        `features` [L, captured] are the target's states of the token before each anchor.
-        """
-        backbone, dtype = self.backbone, self.backbone.fc.weight.dtype
-        context = backbone.hidden_norm(backbone.fc(features.to(dtype)))
-        found: Vectors = self.lilicorr(frozen.embed(ids), log_probs, states, context, anchored)
-        return found
 
 
 def candidates(

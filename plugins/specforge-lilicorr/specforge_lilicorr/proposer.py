@@ -42,5 +42,6 @@ class LiLiCorrProposer(AroundProposer[LiLiCorrConfig, LiLiCorrModel]):
         labels = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
         _, _, ids, log_probs = candidates(states, labels, frozen, self._config)
         anchored = torch.tensor([self._anchored], device=states.device)
-        features = self._last.to(states.device)
-        return ids[0], self._draft.vectors(states, ids, log_probs, features, anchored, frozen)
+        context = self._model.context(self._last.to(states.device))
+        lattice = self._draft.lilicorr
+        return ids[0], lattice(frozen.embed(ids), log_probs, states, context, anchored)

@@ -84,9 +84,10 @@ def reference(config: Any, draft: Any, prefix: Any, proposer: Any) -> Tensors:
     _, _, ids, log_probs = candidates(states, labels, draft.frozen, config)
     told = {"states": block[0], "tokens": tokens, "candidates": ids[0], "log_probs": log_probs[0]}
     last = torch.cat([prefix.hidden_states[i][-1:] for i in (1, 3)], dim=-1)
+    context = draft.model.backbone.context(last)
     for name, there in (("", True), ("first_", False)):
-        vectors: Vectors = draft.model.vectors(
-            states, ids, log_probs, last, torch.tensor([there]), draft.frozen
+        vectors: Vectors = draft.model.lilicorr(
+            draft.frozen.embed(ids), log_probs, states, context, torch.tensor([there])
         )
         outs, ins = vectors.outs[0], vectors.ins[0]
         told[f"{name}start"] = config.logit_scale * (ins[0] @ vectors.anchors[0])

@@ -47,10 +47,9 @@ class Before(Projections):
 
     def forward(self, hidden: Tensor, embeddings: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return [n, h, d] and twice [n, v, d] for states [n, H], and in the first embeddings."""
-        if self.hidden_norm is None or embeddings is None:
-            x = self.input_layernorm(hidden)
-        else:
-            x = torch.cat([self.input_layernorm(embeddings), self.hidden_norm(hidden)], dim=-1)
+        x = self.input_layernorm(hidden if embeddings is None else embeddings)
+        if self.hidden_norm is not None:
+            x = torch.cat([x, self.hidden_norm(hidden)], dim=-1)
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
