@@ -71,13 +71,3 @@ class ConfidenceHead(nn.Module):
         features = torch.cat([hidden, embeddings], dim=-1) if self.with_markov else hidden
         out: Tensor = self.proj(features.to(self.proj.weight.dtype)).squeeze(-1)
         return out
-
-
-def init_heads(heads: nn.ModuleList, std: float, seed: int) -> None:
-    """Fill the heads' weights (normal, `std`) from `seed` alone; biases are 0."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in heads.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:
-            nn.init.normal_(parameter, std=std, generator=generator)

@@ -20,7 +20,7 @@ from specforge_core.nn.soft_loss import wide
 from specforge_core.types import Batch
 
 from .config import DSparkConfig
-from .heads import ConfidenceHead, MarkovHead, init_heads
+from .heads import ConfidenceHead, MarkovHead
 
 
 class Slots(NamedTuple):
@@ -49,7 +49,12 @@ class DSparkModel(nn.Module):
                 confidence = ConfidenceHead(width, rank, with_markov=config.confidence_with_markov)
         heads = nn.ModuleList([markov] if confidence is None else [markov, confidence])
         heads.to_empty(device=backbone.fc.weight.device)
-        init_heads(heads, shape.init_std, config.seed)
+        draws = torch.Generator().manual_seed(config.seed)  # alike on every rank
+        for name, parameter in heads.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=shape.init_std, generator=draws)
         self.backbone, self.markov_head, self.confidence_head = backbone, markov, confidence
 
     def forward(self, batch: Batch, frozen: Frozen) -> Slots:

@@ -71,10 +71,10 @@ class Lattice(nn.Module):
         self.pass_hidden_proj = nn.Linear(hidden_size, width)
         self.feature_norm = nn.LayerNorm(FEATURES)
         self.feature_mlp = lattice_mlp(FEATURES, width, width)
-        self.slot_embedding = nn.Parameter(torch.empty(1, 1, slots, 1, width))
-        self.rank_embedding = nn.Parameter(torch.empty(1, 1, 1, config.candidate_top_k, width))
-        self.relative_slot_bias = nn.Parameter(torch.empty(config.lattice_heads, 2 * slots + 1))
-        self.same_slot_bias = nn.Parameter(torch.empty(config.lattice_heads))
+        self.slot_embedding = nn.Parameter(torch.zeros(1, 1, slots, 1, width))
+        self.rank_embedding = nn.Parameter(torch.zeros(1, 1, 1, config.candidate_top_k, width))
+        self.relative_slot_bias = nn.Parameter(torch.zeros(config.lattice_heads, 2 * slots + 1))
+        self.same_slot_bias = nn.Parameter(torch.zeros(config.lattice_heads))
         self.context_proj = nn.Linear(hidden_size, width)
         self.layers = nn.ModuleList(
             LatticeLayer(width, config.lattice_heads, config.lattice_mlp_ratio, eps)
@@ -96,8 +96,6 @@ class Lattice(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("in_proj_weight"):
                 nn.init.normal_(parameter, std=std, generator=draw)
-            elif name.endswith(("bias", "embedding")):
-                nn.init.zeros_(parameter)
 
     def forward(
         self, tokens: Tensor, log_probs: Tensor, states: Tensor, context: Tensor, anchored: Tensor
