@@ -83,13 +83,9 @@ class LiLiCorrConfig(ConvolvedConfig):
         slots = range(self.num_draft_tokens)
         return sum(math.exp(-k / self.gamma) for k in slots) / len(slots)
 
-    def lattice_width(self, hidden_size: int) -> int:
-        """Return the width of the lattice's layers for a draft of `hidden_size`."""
-        return self.lattice_hidden_size or hidden_size
-
     def check(self, target: TargetInfo) -> None:
         """Raise ConfigError when the options do not fit the target."""
-        sizes = {"lattice_heads": self.lattice_width(target.hidden_size)}
+        sizes = {"lattice_heads": self.lattice_hidden_size or target.hidden_size}
         if self.conv_group_size:
             sizes["conv_group_size"] = target.hidden_size
         self.check_sizes(target, "candidate_top_k", sizes)

@@ -65,7 +65,7 @@ class Lattice(nn.Module):
 
     def __init__(self, config: LiLiCorrConfig, hidden_size: int, eps: float, std: float) -> None:
         super().__init__()
-        width, slots = config.lattice_width(hidden_size), config.num_draft_tokens
+        width, slots = config.lattice_hidden_size or hidden_size, config.num_draft_tokens
         self.eps = config.vector_eps
         self.token_proj = None if width == hidden_size else nn.Linear(hidden_size, width)
         self.pass_hidden_proj = nn.Linear(hidden_size, width)
@@ -86,13 +86,10 @@ class Lattice(nn.Module):
         self.out_head = nn.Linear(width, config.factor_dim)
         self.in_head = nn.Linear(width, config.factor_dim)
         self.anchor_out_head = nn.Linear(width, config.factor_dim)
-        self._init(std, config.seed)
-
-    def _init(self, std: float, seed: int) -> None:
-        init_weights(self, std, seed)
+        init_weights(self, std, config.seed)
         heads = nn.ModuleDict({name: self.get_submodule(name) for name in HEADS})
-        init_weights(heads, HEADS_STD, seed)
-        draw = torch.Generator().manual_seed(seed)
+        init_weights(heads, HEADS_STD, config.seed)
+        draw = torch.Generator().manual_seed(config.seed)
         for name, parameter in self.named_parameters():
             if name.endswith("in_proj_weight"):
                 nn.init.normal_(parameter, std=std, generator=draw)
