@@ -205,18 +205,19 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
 
     `specforge config` prints every option of the config.
     """
+    if nproc > 1 and not plan and "RANK" not in os.environ:
+        from .train.launch import launch
+
+        # the config is for the ranks to read: what it names takes seconds to import, in each
+        debug = ["--debug"] if "--debug" in sys.argv else []
+        arguments = [*debug, "train", "-c", str(config), *overrides]
+        click.get_current_context().exit(launch(nproc, arguments))
     run, strategy = load_run(config, overrides)
     if plan:
         from .train.plan import plan_run
 
         click.echo(plan_run(run, strategy, nproc, measure=True))
         return
-    if nproc > 1 and "RANK" not in os.environ:
-        from .train.launch import launch
-
-        debug = ["--debug"] if "--debug" in sys.argv else []
-        arguments = [*debug, "train", "-c", str(config), *overrides]
-        click.get_current_context().exit(launch(nproc, arguments))
     from .train.run import train as run_train
 
     report = run_train(run, strategy)
