@@ -123,6 +123,10 @@ def table(results: dict[str, Found], gpus: list[int]) -> list[str]:
     fits = "fits, or says what to lower"
     large = "DFlash, batch of 8 x 2,048 tokens"
     line(large, "dflash-large 1", lambda f: f"{f['tokens']:,.0f} tokens/s", fits)
+    starts = {key: found["start"] for key, found in results.items() if "start" in found}
+    for key, start in starts.items():  # of results kept from before there are none
+        spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in start.items())
+        out.append(f"first line of {key}, seconds: {spent}")
     failed = {key: found["failed"] for key, found in results.items() if "failed" in found}
     return [*out, *(f"\n{key} FAILED: {why}" for key, why in failed.items())]
 

@@ -7,7 +7,8 @@ Qwen3-8B's shapes with random weights, conversations of 100 to 2,000 random toke
 downloaded.  What is there of target, data and capture from a run before is used again.  Each
 row of the table is one real run, ended once it has logged enough steps: tokens/s and the share
 of time that rank 0 waited for data over the steps after the first quarter, the longest step
-after the third, and seconds from the command to its first line.
+after the third, and seconds from the command to its first line.  Where those went is below the
+row, as that line says it.
 """
 
 from __future__ import annotations
@@ -185,13 +186,15 @@ class Row:
     first: float  # seconds from the command to the first line of metrics
     steps: int
     loss: float
+    start: dict[str, float]  # where `first` went: seconds of each phase in the first line
 
     @property
     def cells(self) -> str:
         return (
             f"{self.tokens:10,.0f} {self.step_ms:9.1f} {100 * self.waiting:8.1f}"
             f" {self.longest:8.2f} @{self.longest_step:<4} {self.first:8.1f} {self.steps:6}"
-            f" {self.loss:8.3f}"
+            f" {self.loss:8.3f}\n{'':16}first line: "
+            + ", ".join(f"{name} {spent:.1f}" for name, spent in self.start.items())
         )
 
 
@@ -239,6 +242,11 @@ def measure(
         first=first,
         steps=len(rows),
         loss=sum(row["loss"] for row in steady) / len(steady),
+        start={
+            name.removeprefix("seconds_"): value
+            for name, value in rows[0].items()
+            if name.startswith("seconds_")
+        },
     )
 
 

@@ -26,6 +26,7 @@ from .text import cut, harmless, said
 
 PRIVATE = "SPECFORGE_PRIVATE"  # our own launcher's directory, in the environment of its ranks
 LAUNCHER = "SPECFORGE_LAUNCHER"  # its process id
+_began: float | None = None  # time.monotonic(); None where this process runs no command
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Report:
 
 def run(command: click.Command) -> None:
     """Run a command with this process's arguments and end the process with its status."""
+    global _began
+    _began = time.monotonic()
     status = 1
     atexit.register(lambda: _skip_teardown(status))  # the first one registered is called last
     try:
@@ -50,6 +53,11 @@ def run(command: click.Command) -> None:
         stop.tell(exc)
     _tidy()
     sys.exit(status)
+
+
+def command_seconds() -> float | None:
+    """Return for how long this process's command runs; None where it is no command's."""
+    return None if _began is None else time.monotonic() - _began
 
 
 def _run(command: click.Command) -> int:

@@ -26,6 +26,7 @@ floor: 28.0 TFLOP at the measured rate: 39.0 ms
 peak memory: 4.8 GiB, of which held between steps 3.0 GiB
 """
 ROW = {"tokens": 50_000.0, "waiting": 0.003, "longest": 0.18, "steps": 80, "first": 47.2}
+START = {"imports": 8.04, "source": 11.3, "forward": 20.0}
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_the_table_says_what_was_measured_what_failed_and_what_was_not_run(
     results = {
         "E1 1": {"machine": "a", **all_.found_in(PRINTED)},
         "eagle3-offline 1": one,
-        "eagle3-offline 2": {**one, "tokens": 96_000.0, "cold": False},
+        "eagle3-offline 2": {**one, "tokens": 96_000.0, "cold": False, "start": START},
         "dflash-online 1": {"machine": "a", "failed": "too little memory"},
         "eagle3-online 1": one,
         "eagle3-online 2": {**one, "machine": "b"},
@@ -58,6 +59,8 @@ def test_the_table_says_what_was_measured_what_failed_and_what_was_not_run(
     assert any("dflash-online, 1 GPU" in line and "FAILED" in line for line in lines)
     assert any("D1 DFlash step" in line and "not run" in line for line in lines)
     assert "47 s, warm" in "".join(lines)
+    told = "first line of eagle3-offline 2, seconds: imports 8.0, source 11.3, forward 20.0"
+    assert told in lines
     assert lines[-1] == "\ndflash-online 1 FAILED: too little memory"
     # two machines may differ by as much as is looked for
     (online,) = [line for line in lines if line.startswith("eagle3-online, 2")]

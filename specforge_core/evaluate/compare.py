@@ -117,7 +117,7 @@ def _phases(axes: Axes, found: Sequence[Curves], labels: Sequence[str]) -> None:
         label = as_label(name.removeprefix(PHASE))
         axes.barh([as_label(run) for run in labels], totals, 0.6, left, label=label)
         left = [before + more for before, more in zip(left, totals, strict=True)]
-    axes.set_xlabel("seconds in each part of the steps")
+    axes.set_xlabel("seconds in each part of the run")
     axes.legend(  # above: bars may fill the panel
         frameon=False,
         fontsize="small",

@@ -15,7 +15,7 @@ from .metrics import Sums, Trackers
 
 @dataclass(slots=True)
 class Phases:
-    """Seconds spent in each part of the step since the last log.
+    """Seconds spent in each part of the step since the last log; first also in those of the start.
 
     A GPU works behind the host's back: the times are exact only with
     `train.profile`, which waits for it after each part.

@@ -14,7 +14,7 @@ from ..cpu import DTYPES, agree_on_bfloat16
 from ..devices import pick_device
 from ..drafts.links import odd_links
 from ..drafts.load import first_draft
-from ..process import describe, report
+from ..process import command_seconds, describe, report
 from ..strategy import Strategy
 from .acceptance import Acceptance
 from .bad_steps import BadSteps
@@ -40,9 +40,13 @@ from .validation import Validation
 def train(run: RunConfig, strategy: Strategy) -> TrainReport:
     """Train a draft as the config says; resumes from `output_dir` by itself."""
     config = run.train
+    started = Phases(config.profile)  # of the first line of metrics
+    if (imports := command_seconds()) is not None:
+        started.seconds["imports"] = imports
     device = pick_device(config.device, "train.device")
     with ExitStack() as stack:
-        world_ = stack.enter_context(world(device))
+        with started.time("group"):
+            world_ = stack.enter_context(world(device))
         try:
             if world_.size > 1:
                 agree_on_bfloat16(world_.from_first)
@@ -53,16 +57,20 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
                     world_.say(line)
             world_.say(f"training on {machine}")
             share = share_of(run, world_.rank, world_.size)
-            feed = open_feed(run, strategy, share)
+            with started.time("source"):
+                feed = open_feed(run, strategy, share)
             stack.callback(feed.close)
-            trainer = build(run, strategy, world_, feed, machine)
+            with started.time("draft"):
+                trainer = build(run, strategy, world_, feed, machine)
+            trainer.log.phases = started
             stack.callback(trainer.trackers.close)
             if trainer.growth is not None:
                 stack.callback(trainer.growth.close)
             if trainer.milestones.acceptance is not None:
                 stack.callback(trainer.milestones.acceptance.close)
             try:
-                trainer.resume()
+                with started.time("draft"):
+                    trainer.resume()
                 with stop.listening():
                     return trainer.loop()
             except torch.OutOfMemoryError as exc:

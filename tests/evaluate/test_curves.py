@@ -122,7 +122,7 @@ def test_runs_are_drawn_together_with_what_they_have(tmp_path: Path) -> None:
     panels = figure_of([loss, more]).axes
     titles = ["loss", "acceptance length", "tokens per second"]
     assert [axes.get_ylabel() for axes in panels[:3]] == titles
-    assert panels[3].get_xlabel() == "seconds in each part of the steps"
+    assert panels[3].get_xlabel() == "seconds in each part of the run"
     drawn = {line.get_label(): list(line.get_ydata()) for axes in panels for line in axes.lines}
     assert drawn == {
         "a: loss": [3.0, 2.0],

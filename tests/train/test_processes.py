@@ -39,6 +39,9 @@ def test_two_ranks_give_the_losses_of_one(config: Path, tmp_path: Path) -> None:
     # in processes that start Python, as everybody's do
     command = ("train", "-c", str(config), "--nproc", "2", *common, "train.accumulate=2", two)
     finish(runs.cli(*command))
+    first, *rest = lines(tmp_path / "two")
+    assert first["seconds_imports"] > 0
+    assert not any("seconds_imports" in row for row in rest)
     # 14 steps of sums over 32 and 260; AdamW's division by small moments widens a difference
     close(
         losses(tmp_path / "two"),
