@@ -84,9 +84,14 @@ def check_target(run: RunConfig, strategy: Strategy) -> str:
     Raises what a capture does before its first sample.
     """
     job = Job.open(run, strategy)
-    job.engine().close()
+    engine = job.engine()
+    engine.close()
     layers = ", ".join(str(layer) for layer in job.adapter.spec.layers)
-    return f"{strategy.name}: can be trained on {run.target.path}, from layers {layers or 'none'}"
+    said = f"{strategy.name}: can be trained on {run.target.path}, from layers {layers or 'none'}"
+    why = getattr(engine, "why_padded", None)  # of this project's own engine
+    if why is None:
+        return said
+    return f"{said}\ncaptures: {f'padded, since {why}' if why else 'packed, without padding'}"
 
 
 Prepare = Callable[[Job, int, int], None]

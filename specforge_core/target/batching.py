@@ -42,3 +42,20 @@ def group_by_length(lengths: Sequence[int], batch_tokens: int, least: int) -> li
         batches.append(order[start[end] : end])
         end = start[end]
     return batches[::-1]
+
+
+def fill_in_order(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Return batches of positions in `lengths`, every position once, for rows without padding.
+
+    In order of length, longest first, each batch as full as it gets with at most `batch_tokens`; a
+    longer sequence runs alone.  Equal lengths keep their order.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[index] > room:
+            batches.append([])
+            room = batch_tokens
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches

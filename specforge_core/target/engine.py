@@ -17,7 +17,7 @@ from ..cpu import pick_target_dtype
 from ..errors import CaptureError, ConfigError
 from ..types import CaptureSpec, Generated, GenerateOptions, Prompt, TargetCapture, TargetInfo
 from .asked import answer_room, check_prompts, finite_advice
-from .batching import group_by_length, least_tokens
+from .batching import fill_in_order, group_by_length, least_tokens
 from .generate import answer_batch
 from .head import Head
 from .info import load_pretrained, load_target_info
@@ -26,15 +26,22 @@ from .proof import prove
 from .quantised import PLAIN, as_plain, check_method, loading, quant_method, widen_weights
 from .skeleton import auto_class, find_parts, text_model
 from .taps import Taps, tap_states
+from .varlen import run_packed
+from .varlen_proof import why_padded
 
 # Arguments of from_pretrained that `target` has keys for, or that are decided here
 RESERVED = frozenset(
     ("auto", "target", "pretrained_model_name_or_path", "revision", "trust_remote_code", "dtype")
 ) | {"torch_dtype", "output_loading_info", "ignore_mismatched_sizes"}
 
+PACKING = {"cuda"}  # devices that have a kernel for sequences of several lengths
+
 
 class TransformersEngine:
-    """A TargetEngine in this process.  Its captures are slices of one padded batch."""
+    """A TargetEngine in this process.
+
+    Its captures are slices of one batch: of one row where `packs`, padded on the right elsewhere.
+    """
 
     def __init__(
         self,
@@ -44,6 +51,7 @@ class TransformersEngine:
         batch_tokens: int,
         *,
         compile: bool = False,
+        packs: bool = False,
     ) -> None:
         self.model = model
         self.info = info
@@ -51,6 +59,8 @@ class TransformersEngine:
         self._decoder: Any = parts.decoder
         self._head = head
         self._batch_tokens = batch_tokens
+        self._packs = packs
+        self.why_padded = ""
         counts = len(parts.layers), sum(p.numel() for p in model.parameters())
         self._least = least_tokens(model.device.type, *counts)
         # not for answers: each layer's cache would be a graph of its own
@@ -94,7 +104,15 @@ class TransformersEngine:
                 widen_weights(model, getattr(torch, dtype))
             model.to(device)
             head = prove(model, info)
-        return cls(model, info, head, target.batch_tokens, compile=compiles)
+            if device.type not in PACKING:
+                why = f"a {device.type} has no kernel for packed sequences"
+            elif "attn_implementation" in own:
+                why = "target.options.attn_implementation is what was asked for"
+            else:
+                why = why_padded(model, info)
+        engine = cls(model, info, head, target.batch_tokens, compile=compiles, packs=not why)
+        engine.why_padded = why
+        return engine
 
     def supports(self, spec: CaptureSpec) -> bool:
         """Say yes: what the target cannot give is an error that names it."""
@@ -107,32 +125,48 @@ class TransformersEngine:
         Raises CaptureError for token ids the target lacks and for non-finite states.
         """
         lengths = [len(prompt.input_ids) for prompt in prompts]
-        for batch in group_by_length(lengths, self._batch_tokens, self._least):
+        batches = (
+            fill_in_order(lengths, self._batch_tokens)
+            if self._packs
+            else group_by_length(lengths, self._batch_tokens, self._least)
+        )
+        for batch in batches:
             yield from self._run([prompts[i] for i in batch], spec)
 
     def _run(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> list[TargetCapture]:
         check_prompts(prompts, self.info.vocab_size)
-        # padding on the right needs no attention mask: no token sees a later one
-        ids = pad_sequence([p.input_ids for p in prompts], batch_first=True)
+        ids = [prompt.input_ids for prompt in prompts]
         with swapped(self._compiled), tap_states(self.model, spec, stop=True) as taps:
-            self._decoder(input_ids=ids.to(self.model.device), use_cache=False)
+            if self._packs:
+                run_packed(self.model, self._decoder, ids)
+            else:
+                # padding on the right needs no attention mask: no token sees a later one
+                padded = pad_sequence(ids, batch_first=True).to(self.model.device)
+                self._decoder(input_ids=padded, use_cache=False)
+        states = {i: self._split(taps.hidden_states[i], prompts) for i in spec.layers}
+        final = None if taps.final is None else self._split(taps.final, prompts)
         tokens, sums = self._through_head(spec, taps, prompts)
-        captures = []
-        for row, prompt in enumerate(prompts):
-            end = len(prompt.input_ids)
-            captures.append(
-                TargetCapture(
-                    index=prompt.index,
-                    input_ids=prompt.input_ids,
-                    loss_mask=prompt.loss_mask,
-                    hidden_states={i: taps.hidden_states[i][row, :end] for i in spec.layers},
-                    final=None if taps.final is None else taps.final[row, :end],
-                    next_tokens=tokens[row],
-                    logsumexp=sums[row],
-                )
+        captures = [
+            TargetCapture(
+                index=prompt.index,
+                input_ids=prompt.input_ids,
+                loss_mask=prompt.loss_mask,
+                hidden_states={i: states[i][row] for i in spec.layers},
+                final=None if final is None else final[row],
+                next_tokens=tokens[row],
+                logsumexp=sums[row],
             )
+            for row, prompt in enumerate(prompts)
+        ]
         _check_finite(captures, taps)
         return captures
+
+    def _split(self, states: Tensor, prompts: Sequence[Prompt]) -> Sequence[Tensor]:
+        """Return the states [T_i, H] of every prompt, views of those of the batch."""
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        if self._packs:
+            return torch.split(states[0], lengths)
+        return [states[row, :end] for row, end in enumerate(lengths)]
 
     def _through_head(
         self, spec: CaptureSpec, taps: Taps, prompts: Sequence[Prompt]
@@ -143,8 +177,7 @@ class TransformersEngine:
             return nothing, nothing
         assert taps.normed is not None
         lengths = [len(prompt.input_ids) for prompt in prompts]
-        rows = [taps.normed[row, :end] for row, end in enumerate(lengths)]
-        tokens, sums = self._head.summarize(torch.cat(rows))
+        tokens, sums = self._head.summarize(torch.cat(list(self._split(taps.normed, prompts))))
         return (
             torch.split(tokens.cpu(), lengths) if spec.next_tokens else nothing,
             torch.split(sums.cpu(), lengths) if spec.logsumexp else nothing,

@@ -67,10 +67,11 @@ def _prove(model: Any, info: TargetInfo) -> Head:
     logits = model(input_ids=ids, use_cache=False).logits[..., : info.vocab_size]
     head = Head.of_model(model, info)
     error = relative_error(head.logits(taps.normed), logits)
-    if not error <= _limit(logits):
+    limit = rounding_limit(logits)
+    if not error <= limit:
         raise CaptureError(
             f"the logits of {name} differ by {error:.2%} from what its head makes of the captured "
-            f"final state (at most {_limit(logits):.2%} is rounding): it does more behind its "
+            f"final state (at most {limit:.2%} is rounding): it does more behind its "
             "decoder than a matrix, a bias, a scale and a softcap. Choose another target.path"
         )
     return head
@@ -103,7 +104,7 @@ def _check_finite(states: Sequence[Tensor], final: Tensor, name: str) -> None:
 def _check_causal(found: Tensor, given: Tensor, name: str) -> None:
     """Raise CaptureError where states of tokens change with a later token: padding is one, too."""
     error = relative_error(found, given)
-    if not error <= max(_limit(given), LEAK):
+    if not error <= max(rounding_limit(given), LEAK):
         raise CaptureError(
             f"the states of {name} change by {error:.2%} with a token that stands behind them: it "
             "does not write from left to right. Choose another target.path"
@@ -124,7 +125,10 @@ def _check_embeddings(
     found = state.double()
     factor = float((rows * found).sum() / (rows * rows).sum())
     known = embedding_scale(info)
-    if relative_error(factor * rows, found) <= _limit(state) and abs(factor / known - 1) > 0.01:
+    if (
+        relative_error(factor * rows, found) <= rounding_limit(state)
+        and abs(factor / known - 1) > 0.01
+    ):
         raise CaptureError(
             f"{name} multiplies its embeddings by {factor:.5g}, where its config says {known:.5g}: "
             "a draft would read others. Choose another target.path"
@@ -143,19 +147,20 @@ def _check_layers(states: Sequence[Tensor], listed: Sequence[Tensor], name: str)
             "was captured cannot be proved. Choose another target.path"
         )
     first = len(states) - len(listed)
-    if first == 0 and relative_error(states[0], listed[0]) > _limit(listed[0]):
+    if first == 0 and relative_error(states[0], listed[0]) > rounding_limit(listed[0]):
         first = 1
     for layer, (found, given) in enumerate(zip(states[first:-1], listed, strict=False), first - 1):
         error = relative_error(found, given)
-        if not error <= _limit(given):
+        if not error <= rounding_limit(given):
             raise CaptureError(
                 f"layer {layer} as captured differs by {error:.2%} from what {name} lists as its "
-                f"hidden state (at most {_limit(given):.2%} is rounding). "
+                f"hidden state (at most {rounding_limit(given):.2%} is rounding). "
                 "Choose another target.engine or target.path"
             )
 
 
-def _limit(given: Tensor) -> float:
+def rounding_limit(given: Tensor) -> float:
+    """Return the relative error that is rounding, of states in that dtype."""
     return float(ROUNDING * torch.finfo(given.dtype).eps)
 
 

@@ -30,7 +30,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {},
     "Gemma": {},
     "Gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 4},
-    "Gemma3Text": {"query_pre_attn_scalar": 8, "sliding_window": 4},
+    "Gemma3Text": {
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+    },
     "SmolLM3": {},
     "Granite": {"embedding_multiplier": 6.0},
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},

@@ -1,0 +1,140 @@
+"""Sequences one behind the other in one row, with an attention that keeps them apart: no padding.
+
+transformers looks its attention up by the name in a model's config; for the length of a pass that
+name is one of this module.  Shapes: T tokens of all sequences, Hq heads of queries, Hk of keys and
+values, D and Dv wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import AttentionInterface
+
+PACKED = "specforge_packed"  # of no mask: transformers makes none for names that it has none of
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Where the sequences of the row that is being run end."""
+
+    ends: Tensor  # int32 [sequences + 1], on the device: 0 and each sequence's end
+    lengths: list[int]
+
+
+_ROW: ContextVar[_Row] = ContextVar("row")
+
+
+# opaque to torch.compile, to which neither the longest length nor the number of sequences is a size
+@torch.library.custom_op("specforge::packed_attention", mutates_args=())
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Return [T, Hq, Dv] for [T, Hq, D], [T, Hk, D] and [T, Hk, Dv].
+
+    A token sees itself and those before it of its own sequence, `window` in all where it is not 0.
+    """
+    row = _ROW.get()
+    if query.device.type != "cuda":
+        queries, keys, values = (torch.split(x, row.lengths) for x in (query, key, value))
+        each = zip(queries, keys, values, strict=True)
+        return torch.cat([_one(q, k, v, scale, window) for q, k, v in each])
+    longest, narrower = max(row.lengths), query.shape[-1] - value.shape[-1]
+    # torch's own kernel beneath torch.nn.attention.varlen, which takes scale and window only later
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        F.pad(value, (0, narrower)) if narrower else value,
+        row.ends,
+        row.ends,
+        longest,
+        longest,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        window_size_left=window - 1 if window else None,
+        window_size_right=0 if window else None,
+    )[0]
+    return out[..., : value.shape[-1]].contiguous()
+
+
+@_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+    return query.new_empty((*query.shape[:2], value.shape[-1]))
+
+
+def _one(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+    """Attend within one sequence: what the kernel is measured by, and what CPUs run."""
+    places = torch.arange(len(query), device=query.device)
+    apart = places[:, None] - places
+    seen = (apart >= 0) & (apart < window) if window else None
+    query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        query, key, value, seen, is_causal=seen is None, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend as transformers asks: [1, Hq, T, D] and keys and values alike give [1, T, Hq, Dv].
+
+    What else it is asked for, `varlen_proof` has looked at once.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
+    return _attention(*rows, scale, sliding_window or 0)[None], None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def run_packed(
+    model: Any, decoder: Callable[..., Any], sequences: Sequence[Tensor], name: str = PACKED
+) -> None:
+    """Run a decoder of `model` on sequences [T_i] as one row [1, T], under an attention's name."""
+    lengths = [len(sequence) for sequence in sequences]
+    places = torch.cat([torch.arange(length) for length in lengths])
+    inputs = torch.stack([torch.cat(list(sequences)), places]).to(model.device)
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(model.device, torch.int32)
+    token = _ROW.set(_Row(ends=ends, lengths=lengths))
+    try:
+        with _attending(model, name):
+            decoder(input_ids=inputs[:1], position_ids=inputs[1:], use_cache=False)
+    finally:
+        _ROW.reset(token)
+
+
+@contextmanager
+def _attending(model: Any, name: str) -> Iterator[None]:
+    """Have all modules look another attention up; each config gets back what it said."""
+    key = "_attn_implementation_internal"  # the property's setter writes to inner configs, too
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = [(config, getattr(config, key)) for config in configs.values() if hasattr(config, key)]
+    for config, _ in before:
+        setattr(config, key, name)
+    try:
+        yield
+    finally:
+        for config, own in before:
+            setattr(config, key, own)
