@@ -2,7 +2,7 @@
 
 python benchmarks/capture.py [--target DIR] [--prompts 48] [--dtype bfloat16]
 
-"bare" is the decoder alone on the same padded batches: no hooks, no states kept, no
+"bare" is the decoder alone on the same batches: no hooks, no states kept, no
 LM head.  The capture takes five layers and the normed final state, so that it too runs
 every layer.  Prompts are random tokens of 32 to 512; nothing is downloaded.
 """
@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from specforge_core.capture.manifest import CaptureIdentity
 from specforge_core.capture.samples import capture_in_order, to_host
@@ -27,9 +26,7 @@ from specforge_core.capture.writer import ShardWriter
 from specforge_core.config import TargetConfig
 from specforge_core.devices import pick_device
 from specforge_core.strategy import Strategy
-from specforge_core.target.batching import group_by_length
 from specforge_core.target.engine import TransformersEngine
-from specforge_core.target.skeleton import find_parts
 from specforge_core.types import CaptureSpec, Field, Prompt, Sample, TargetCapture
 
 ROUNDS = 3
@@ -58,17 +55,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def bare(engine: TransformersEngine, prompts: list[Prompt], window: int, budget: int) -> float:
+def bare(engine: TransformersEngine, prompts: list[Prompt], window: int) -> float:
     """Return the seconds that the decoder alone needs."""
-    decoder = find_parts(engine.model).decoder
     synchronize()
     start = time.perf_counter()
     with torch.no_grad():
         for first in range(0, len(prompts), window):
             asked = [p.input_ids for p in prompts[first : first + window]]
-            for batch in group_by_length([len(ids) for ids in asked], budget, engine._least):
-                ids = pad_sequence([asked[i] for i in batch], batch_first=True)
-                decoder(input_ids=ids.to(engine.model.device), use_cache=False)
+            for batch in engine._batches([len(ids) for ids in asked]):
+                engine._forward([asked[i] for i in batch])
     synchronize()
     return time.perf_counter() - start
 
@@ -141,10 +136,10 @@ def main() -> None:
         ids = torch.tensor(draw.choices(range(info.vocab_size), k=draw.randint(32, 512)))
         prompts.append(Prompt(index=index, input_ids=ids, loss_mask=torch.ones_like(ids)))
     total = sum(len(prompt.input_ids) for prompt in prompts)
-    bare(engine, prompts[:4], options.window, options.batch_tokens)  # warm up
+    bare(engine, prompts[:4], options.window)  # warm up
     pairs = []
     for _ in range(ROUNDS):  # in turn, so that other load hits both alike
-        alone = bare(engine, prompts, options.window, options.batch_tokens)
+        alone = bare(engine, prompts, options.window)
         pairs.append((alone, captured(engine, adapter, prompts, options.window, identity)))
     device = engine.model.device
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()

@@ -1,11 +1,13 @@
 """Capture tokens/s of Qwen3-8B's shapes on a GPU, against the products of the same tokens alone.
 
-python benchmarks/capture_gpu.py            eager and compiled layers, bfloat16, random weights
+python benchmarks/capture_gpu.py            padded and packed, eager and compiled layers, bfloat16
 python benchmarks/capture_gpu.py --small    the same code on a CPU, tiny shapes, eager alone
 
 The floor is every product of the target's layers (and of its head, where choices and log-sum-exps
-are asked for) with as many rows as there are tokens, no padding: attention, norms and everything
-else come on top.  Three layers and the final state are captured, as EAGLE-3 asks.
+are asked for) with as many rows as there are tokens, no padding: norms and everything else come on
+top.  "with attention's" adds its two products, of each token with those before it in its sequence,
+at the rate of the others.  Weights are random.  Three layers and the final state are captured, as
+EAGLE-3 asks.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ from specforge_core.config import TargetConfig
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.head import Head
 from specforge_core.target.info import load_target_info
+from specforge_core.target.varlen_proof import why_padded
 from specforge_core.types import CaptureSpec, Prompt
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -48,8 +51,8 @@ def timed(call: Callable[[], object]) -> float:
     return median(times[1:])
 
 
-def products(model: Any, tokens: int, *, head: bool) -> float:
-    """Return the seconds of every product of so many tokens."""
+def products(model: Any, tokens: int, *, head: bool) -> tuple[float, float]:
+    """Return the seconds of every product of so many tokens, and their operations."""
     weights = [m.weight for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
     weights += [model.lm_head.weight] if head else []
     widths = {weight.shape[1] for weight in weights}
@@ -63,7 +66,14 @@ def products(model: Any, tokens: int, *, head: bool) -> float:
                 F.linear(part, weight)
 
     with torch.no_grad():
-        return timed(run)
+        return timed(run), 2.0 * tokens * sum(weight.numel() for weight in weights)
+
+
+def attention(config: Any, lengths: list[int]) -> float:
+    """Return the operations of attention's two products, the causal half of each."""
+    pairs = sum(length * (length + 1) / 2 for length in lengths)
+    width = config.num_attention_heads * config.head_dim
+    return 2 * 2 * pairs * width * float(config.num_hidden_layers)
 
 
 def prompts(lengths: list[int], vocab: int) -> list[Prompt]:
@@ -105,25 +115,38 @@ def main() -> None:
     states = CaptureSpec(layers=(1, count // 2, count - 3), final="post_norm", fields={})
     specs = {"states": states, "and head": replace(states, next_tokens=True, logsumexp=True)}
     name = device if small else torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}; {budget} padded tokens at once")
-    for compiles in (False,) if small else (False, True):
+    print(f"{name}, torch {torch.__version__}; {budget} tokens at once; shares of the products'")
+    print("rate, and of theirs with attention's")
+    floors = {}
+    for what, given in asked.items():
+        lengths = [len(prompt.input_ids) for prompt in given]
+        more = attention(config, lengths)
+        for part, spec in specs.items():
+            seconds, operations = products(model, sum(lengths), head=spec.next_tokens)
+            print(f"{what}, {part}: products at {operations / seconds / 1e12:,.1f} TFLOP/s")
+            floors[what, part] = seconds, seconds * (1 + more / operations)
+    ways = [(False, False), (True, False), (False, True), (True, True)]
+    if why := why_padded(model, info):
+        print(f"not packed: {why}")
+    for packs, compiles in ways[: 2 if small else 4]:
+        if packs and why:
+            continue
         head = Head(weight=model.lm_head.weight)
-        engine = TransformersEngine(model, info, head, budget, compile=compiles)
+        engine = TransformersEngine(model, info, head, budget, compile=compiles, packs=packs)
         start = time.perf_counter()
         collect(engine, asked[f"8 of {longest}"][:2], states)
         if compiles:
             print(f"compiled in {time.perf_counter() - start:.1f} s")
-        for what, given in asked.items():
+        for (what, part), floor in floors.items():
+            given = asked[what]
             tokens = sum(len(prompt.input_ids) for prompt in given)
-            for part, spec in specs.items():
-                seconds = timed(partial(collect, engine, given, spec))
-                floor = products(model, tokens, head=spec.next_tokens)
-                print(
-                    f"{'compiled' if compiles else 'eager':9}{what:20}{part:9}"
-                    f"{tokens / seconds:10,.0f} tokens/s, {floor / seconds:.1%} of the products' "
-                    f"{tokens / floor:,.0f}",
-                    flush=True,
-                )
+            seconds = timed(partial(collect, engine, given, specs[part]))
+            print(
+                f"{'packed' if packs else 'padded':8}{'compiled' if compiles else 'eager':10}"
+                f"{what:20}{part:9}{tokens / seconds:10,.0f} tokens/s"
+                + "".join(f", {least / seconds:.1%}" for least in floor),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

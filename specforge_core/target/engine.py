@@ -26,7 +26,7 @@ from .proof import prove
 from .quantised import PLAIN, as_plain, check_method, loading, quant_method, widen_weights
 from .skeleton import auto_class, find_parts, text_model
 from .taps import Taps, tap_states
-from .varlen import run_packed
+from .varlen import PackedRuns
 from .varlen_proof import why_padded
 
 # Arguments of from_pretrained that `target` has keys for, or that are decided here
@@ -59,7 +59,7 @@ class TransformersEngine:
         self._decoder: Any = parts.decoder
         self._head = head
         self._batch_tokens = batch_tokens
-        self._packs = packs
+        self._packed = PackedRuns(model) if packs else None
         self.why_padded = ""
         counts = len(parts.layers), sum(p.numel() for p in model.parameters())
         self._least = least_tokens(model.device.type, *counts)
@@ -124,25 +124,27 @@ class TransformersEngine:
 
         Raises CaptureError for token ids the target lacks and for non-finite states.
         """
-        lengths = [len(prompt.input_ids) for prompt in prompts]
-        batches = (
-            fill_in_order(lengths, self._batch_tokens)
-            if self._packs
-            else group_by_length(lengths, self._batch_tokens, self._least)
-        )
-        for batch in batches:
+        for batch in self._batches([len(prompt.input_ids) for prompt in prompts]):
             yield from self._run([prompts[i] for i in batch], spec)
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        if self._packed is not None:
+            return fill_in_order(lengths, self._batch_tokens)
+        return group_by_length(lengths, self._batch_tokens, self._least)
+
+    def _forward(self, ids: Sequence[Tensor]) -> None:
+        """Run the decoder on sequences [T_i] at once."""
+        if self._packed is not None:
+            self._packed(ids)
+            return
+        # padding on the right needs no attention mask: no token sees a later one
+        padded = pad_sequence(list(ids), batch_first=True).to(self.model.device)
+        self._decoder(input_ids=padded, use_cache=False)
 
     def _run(self, prompts: Sequence[Prompt], spec: CaptureSpec) -> list[TargetCapture]:
         check_prompts(prompts, self.info.vocab_size)
-        ids = [prompt.input_ids for prompt in prompts]
         with swapped(self._compiled), tap_states(self.model, spec, stop=True) as taps:
-            if self._packs:
-                run_packed(self.model, self._decoder, ids)
-            else:
-                # padding on the right needs no attention mask: no token sees a later one
-                padded = pad_sequence(ids, batch_first=True).to(self.model.device)
-                self._decoder(input_ids=padded, use_cache=False)
+            self._forward([prompt.input_ids for prompt in prompts])
         states = {i: self._split(taps.hidden_states[i], prompts) for i in spec.layers}
         final = None if taps.final is None else self._split(taps.final, prompts)
         tokens, sums = self._through_head(spec, taps, prompts)
@@ -164,7 +166,7 @@ class TransformersEngine:
     def _split(self, states: Tensor, prompts: Sequence[Prompt]) -> Sequence[Tensor]:
         """Return the states [T_i, H] of every prompt, views of those of the batch."""
         lengths = [len(prompt.input_ids) for prompt in prompts]
-        if self._packs:
+        if self._packed is not None:
             return torch.split(states[0], lengths)
         return [states[row, :end] for row, end in enumerate(lengths)]
 
@@ -202,7 +204,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Drop the model, so that its memory can be used again."""
-        self.model = self._decoder = self._head = None  # type: ignore[assignment]
+        self.model = self._decoder = self._head = self._packed = None  # type: ignore[assignment]
         self._compiled = []
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

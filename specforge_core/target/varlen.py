@@ -7,7 +7,7 @@ values, D and Dv wide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
+from .skeleton import find_parts
+
 PACKED = "specforge_packed"  # of no mask: transformers makes none for names that it has none of
+NAMED = "_attn_implementation_internal"  # the public property's setter writes to inner configs, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,32 +112,36 @@ def packed_attention(
 AttentionInterface.register(PACKED, packed_attention)
 
 
-def run_packed(
-    model: Any, decoder: Callable[..., Any], sequences: Sequence[Tensor], name: str = PACKED
-) -> None:
-    """Run a decoder of `model` on sequences [T_i] as one row [1, T], under an attention's name."""
-    lengths = [len(sequence) for sequence in sequences]
-    places = torch.cat([torch.arange(length) for length in lengths])
-    inputs = torch.stack([torch.cat(list(sequences)), places]).to(model.device)
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(model.device, torch.int32)
-    token = _ROW.set(_Row(ends=ends, lengths=lengths))
-    try:
-        with _attending(model, name):
-            decoder(input_ids=inputs[:1], position_ids=inputs[1:], use_cache=False)
-    finally:
-        _ROW.reset(token)
+class PackedRuns:
+    """Runs a model's decoder on sequences that stand one behind the other in one row."""
 
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._decoder = find_parts(model).decoder
+        found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        self._configs = [config for config in found.values() if hasattr(config, NAMED)]
 
-@contextmanager
-def _attending(model: Any, name: str) -> Iterator[None]:
-    """Have all modules look another attention up; each config gets back what it said."""
-    key = "_attn_implementation_internal"  # the property's setter writes to inner configs, too
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = [(config, getattr(config, key)) for config in configs.values() if hasattr(config, key)]
-    for config, _ in before:
-        setattr(config, key, name)
-    try:
-        yield
-    finally:
-        for config, own in before:
-            setattr(config, key, own)
+    def __call__(self, sequences: Sequence[Tensor], name: str = PACKED) -> None:
+        """Run sequences [T_i] as one row [1, T], with the attention of that name."""
+        lengths = [len(sequence) for sequence in sequences]
+        places = torch.cat([torch.arange(length) for length in lengths])
+        inputs = torch.stack([torch.cat(list(sequences)), places]).to(self._model.device)
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(inputs.device, torch.int32)
+        token = _ROW.set(_Row(ends=ends, lengths=lengths))
+        try:
+            with self._attending(name):
+                self._decoder(input_ids=inputs[:1], position_ids=inputs[1:], use_cache=False)
+        finally:
+            _ROW.reset(token)
+
+    @contextmanager
+    def _attending(self, name: str) -> Iterator[None]:
+        """Have all modules look another attention up; each config gets back what it said."""
+        before = [getattr(config, NAMED) for config in self._configs]
+        for config in self._configs:
+            setattr(config, NAMED, name)
+        try:
+            yield
+        finally:
+            for config, own in zip(self._configs, before, strict=True):
+                setattr(config, NAMED, own)

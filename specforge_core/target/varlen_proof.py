@@ -17,7 +17,7 @@ from .asked import max_positions
 from .proof import LEAK, rounding_limit
 from .skeleton import find_parts
 from .taps import tap_states
-from .varlen import packed_attention, run_packed
+from .varlen import PackedRuns, packed_attention
 
 PROVED = "specforge_packed_proof"
 LENGTHS = (9, 40, 150, 20)  # less than a block of the kernel's 64 or 128 tokens, and more than one
@@ -57,19 +57,20 @@ def _prove(model: Any, info: TargetInfo) -> None:
     asked: list[Any] = []
     AttentionInterface.register(PROVED, _proved(asked))
     AttentionMaskInterface.register(PROVED, _window_as_mask)
-    run_packed(model, parts.decoder, rows[:1], PROVED)
+    run = PackedRuns(model)
+    run(rows[:1], PROVED)
     for index, layer in enumerate(parts.layers):
         if not any(module is seen for module in layer.modules() for seen in asked):
             raise _Unlike(f"layer {index} has no attention that transformers looks up")
     alone = [_states(model, partial(_alone, model, row)) for row in rows]
-    packed = _packed(model, rows)
+    packed = _packed(model, run, rows)
     for index, (found, given) in enumerate(zip(packed, alone, strict=True)):
         error = _apart(found, given)
         if not error <= max(rounding_limit(given), LEAK):  # of other products than for one alone
             raise _Unlike(f"sequence {index} of a row differs by {error:.2%} from itself alone")
     changed = 1
     rows[changed] = (rows[changed] + 1) % info.vocab_size
-    for index, (found, given) in enumerate(zip(_packed(model, rows), packed, strict=True)):
+    for index, (found, given) in enumerate(zip(_packed(model, run, rows), packed, strict=True)):
         error = _apart(found, given)
         if index != changed and not error <= LEAK:
             raise _Unlike(f"sequence {index} of a row changes by {error:.2%} with another one")
@@ -79,9 +80,8 @@ def _alone(model: Any, row: Tensor) -> None:
     find_parts(model).decoder(input_ids=row[None].to(model.device), use_cache=False)
 
 
-def _packed(model: Any, rows: Sequence[Tensor]) -> Sequence[Tensor]:
-    states = _states(model, partial(run_packed, model, find_parts(model).decoder, rows))
-    return torch.split(states, [len(row) for row in rows], dim=1)
+def _packed(model: Any, run: PackedRuns, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    return torch.split(_states(model, partial(run, rows)), [len(row) for row in rows], dim=1)
 
 
 def _states(model: Any, run: Callable[[], None]) -> Tensor:

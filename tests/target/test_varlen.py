@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch._dynamo.testing import CompileCounter
 from transformers import masking_utils
 
+from specforge_core.cli import cli
 from specforge_core.compiled import compiled
 from specforge_core.config import TargetConfig
 from specforge_core.target import engine as engine_module
@@ -60,7 +62,7 @@ def same(packs: TransformersEngine, pads: TransformersEngine, *lengths: int) -> 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "Gemma2"])
 def test_packed_captures_are_those_of_padded_rows(family: str, tmp_path: Path):
     pads = TransformersEngine.load(save(tmp_path, family), CPU)
-    assert not pads._packs  # a CPU has no kernel for it
+    assert not pads._packed  # a CPU has no kernel for it
     assert why_padded(pads.model, pads.info) == ""
     passes = []
     pads._decoder.register_forward_pre_hook(
@@ -90,7 +92,7 @@ def test_what_is_not_proved_stays_padded(
     families.save(family, tmp_path)
     monkeypatch.setattr(engine_module, "PACKING", {"cpu"})
     engine = TransformersEngine.load(TargetConfig(path=str(tmp_path), dtype="float32"), CPU)
-    assert not engine._packs
+    assert not engine._packed
     assert engine.why_padded.startswith(reason)
 
 
@@ -98,9 +100,29 @@ def test_where_there_is_a_kernel_it_is_used_unless_an_attention_was_asked_for(
     llama: TargetConfig, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(engine_module, "PACKING", {"cpu"})
-    assert TransformersEngine.load(llama, CPU)._packs
+    assert TransformersEngine.load(llama, CPU)._packed
     asked = llama.model_copy(update={"options": {"attn_implementation": "sdpa"}})
-    assert not TransformersEngine.load(asked, CPU)._packs
+    assert not TransformersEngine.load(asked, CPU)._packed
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("llama", "captures: packed, without padding"),
+        ("gemma2", "captures: padded, since an attention is given softcap"),
+    ],
+)
+def test_check_says_whether_captures_are_packed(
+    family: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("specforge_linear", reason="the linear example is not installed")
+    families.save(family, tmp_path)
+    arguments = ["check", "linear", f"target.path={tmp_path}", "target.dtype=float32"]
+    on_cpu = CliRunner().invoke(cli, [*arguments, "target.device=cpu"], catch_exceptions=False)
+    assert "captures: padded, since a cpu has no kernel for packed sequences" in on_cpu.output
+    monkeypatch.setattr(engine_module, "PACKING", {"cpu"})
+    done = CliRunner().invoke(cli, [*arguments, "target.device=cpu"], catch_exceptions=False)
+    assert said in done.output
 
 
 def mix(_: Any, __: Any, states: torch.Tensor) -> torch.Tensor:
@@ -174,9 +196,9 @@ def test_a_gpu_packs(family: str, compiles: bool, tmp_path: Path):
     asked = target.model_copy(update={"options": {"compile": compiles}})
     packs = TransformersEngine.load(asked, gpu)
     assert why_padded(packs.model, packs.info) == ""
-    assert packs._packs
+    assert packs._packed
     padded = target.model_copy(update={"options": {"attn_implementation": "sdpa"}})
     pads = TransformersEngine.load(padded, gpu)
-    assert not pads._packs
+    assert not pads._packed
     for lengths in ((7, 20, 20, 3), (5, 9), (120, 31, 1)):
         same(packs, pads, *lengths)
