@@ -39,7 +39,7 @@ class TargetConfig(Section):
     )
     device: str = Field("auto", description="auto is the GPU of this rank, or the CPU.")
     batch_tokens: int = Field(
-        8192, gt=0, le=MANY, description="Padded tokens the target runs at once."
+        8192, gt=0, le=MANY, description="Tokens the target runs at once, padding among them."
     )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the engine.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 # Of a device: seconds until a layer is launched, operations a second, and tokens below which the
@@ -47,15 +48,22 @@ def group_by_length(lengths: Sequence[int], batch_tokens: int, least: int) -> li
 def fill_in_order(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Return batches of positions in `lengths`, every position once, for rows without padding.
 
-    In order of length, longest first, each batch as full as it gets with at most `batch_tokens`; a
-    longer sequence runs alone.  Equal lengths keep their order.
+    In order of length, longest first, as few batches as there can be with at most `batch_tokens`
+    each, and as even as they can be; a longer sequence runs alone.  Equal lengths keep their order.
     """
-    batches: list[list[int]] = []
-    room = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if lengths[index] > room:
-            batches.append([])
-            room = batch_tokens
-        batches[-1].append(index)
-        room -= lengths[index]
-    return batches
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+    def filled(limit: int) -> list[list[int]]:
+        batches: list[list[int]] = []
+        room = 0
+        for index in order:
+            if lengths[index] > room:
+                batches.append([])
+                room = limit
+            batches[-1].append(index)
+            room -= lengths[index]
+        return batches
+
+    fewest = len(filled(batch_tokens))
+    limits = range(1, batch_tokens + 1)
+    return filled(limits[bisect_left(limits, True, key=lambda n: len(filled(n)) <= fewest)])

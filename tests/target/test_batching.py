@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from specforge_core.target.batching import group_by_length, least_tokens
+from specforge_core.target.batching import fill_in_order, group_by_length, least_tokens
 
 
 def test_every_sequence_is_in_one_batch_and_no_batch_is_over_the_budget():
@@ -60,3 +60,15 @@ def test_a_small_model_on_a_gpu_waits_for_its_launches():
     assert 1200 < least_tokens("cuda", 36, 8_200_000_000) < 1500
     assert least_tokens("cuda", 30, 135_000_000) > 50_000
     assert least_tokens("cpu", 30, 135_000_000) < 100
+
+
+def test_rows_without_padding_are_few_and_even():
+    lengths = [random.Random(0).randint(1, 300) for _ in range(200)]
+    batches = fill_in_order(lengths, 1000)
+    assert sorted(i for batch in batches for i in batch) == list(range(200))
+    sizes = [sum(lengths[i] for i in batch) for batch in batches]
+    assert max(sizes) <= 1000
+    assert len(sizes) <= sum(lengths) / 1000 * 1.2
+    assert fill_in_order([4, 4, 1, 4, 4], 16) == [[0, 1], [3, 4, 2]]  # not 16 and 1
+    assert fill_in_order([5, 50, 4, 1], 10) == [[1], [0, 2, 3]]
+    assert fill_in_order([], 10) == []
