@@ -41,21 +41,25 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sinks: Tensor | None,
     scale: float,
     window: int,
 ) -> Tensor:
     """Return [T, Hq, Dv] for [T, Hq, D], [T, Hk, D] and [T, Hk, Dv].
 
     A token sees itself and those before it of its own sequence, `window` in all where it is not 0.
+    `sinks` [Hq] are logits of a token more, whose value is zero.
     """
     row = _ROW.get()
     if query.device.type != "cuda":
         queries, keys, values = (torch.split(x, row.lengths) for x in (query, key, value))
         each = zip(queries, keys, values, strict=True)
-        return torch.cat([_one(q, k, v, scale, window) for q, k, v in each])
+        return torch.cat([_one(q, k, v, sinks, scale, window) for q, k, v in each])
     longest, narrower = max(row.lengths), query.shape[-1] - value.shape[-1]
     # torch's own kernel beneath torch.nn.attention.varlen, which takes scale and window only later
-    out: Tensor = torch.ops.aten._flash_attention_forward(
+    out: Tensor
+    logsumexp: Tensor
+    out, logsumexp = torch.ops.aten._flash_attention_forward(
         query,
         key,
         F.pad(value, (0, narrower)) if narrower else value,
@@ -69,25 +73,33 @@ def _attention(
         scale=scale,
         window_size_left=window - 1 if window else None,
         window_size_right=0 if window else None,
-    )[0]
+    )[:2]
+    if sinks is not None:  # of all weights the tokens have their share alone
+        out = (out * (logsumexp.T - sinks.float()).sigmoid()[..., None]).to(query.dtype)
     return out[..., : value.shape[-1]].contiguous()
 
 
 @_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int
+) -> Tensor:
     return query.new_empty((*query.shape[:2], value.shape[-1]))
 
 
-def _one(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-    """Attend within one sequence: what the kernel is measured by, and what CPUs run."""
+def _one(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int
+) -> Tensor:
+    """Attend within one sequence: what the kernel is measured by, where there is none."""
     places = torch.arange(len(query), device=query.device)
     apart = places[:, None] - places
-    seen = (apart >= 0) & (apart < window) if window else None
-    query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
-    out = F.scaled_dot_product_attention(
-        query, key, value, seen, is_causal=seen is None, scale=scale, enable_gqa=True
-    )
-    return out[0].transpose(0, 1)
+    seen = (apart >= 0) & (apart < (window or len(query)))
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key).mul(scale).masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:2], 1)], -1)
+    weights = scores.float().softmax(-1).to(query.dtype)[..., : len(query)]
+    return torch.einsum("hqk,khd->qhd", weights, value)
 
 
 def packed_attention(
@@ -98,6 +110,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks: [1, Hq, T, D] and keys and values alike give [1, T, Hq, Dv].
@@ -106,7 +119,7 @@ def packed_attention(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
-    return _attention(*rows, scale, sliding_window or 0)[None], None
+    return _attention(*rows, s_aux, scale, sliding_window or 0)[None], None
 
 
 AttentionInterface.register(PACKED, packed_attention)

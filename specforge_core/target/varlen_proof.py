@@ -45,7 +45,8 @@ def why_padded(model: Any, info: TargetInfo) -> str:
     except _Unlike as exc:
         return str(exc)
     except Exception as exc:  # the code of any model, which may take no positions, and any kernel
-        return cut(" ".join(f"{type(exc).__name__}: {exc}".split()), 300)
+        said = cut(" ".join(f"{type(exc).__name__}: {exc}".split()), 300)
+        return f"it cannot be run packed ({said})"
     return ""
 
 
@@ -99,10 +100,12 @@ def _apart(found: Tensor, given: Tensor) -> float:
 
     A first token's norm is often a hundred times that of the others, and would hide them.
     """
-    wide = given.double()
-    size = wide.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    tokens = (found.double() - wide).norm(dim=-1) / size  # [layers + 2, T]
-    return float(tokens.square().mean(-1).sqrt().max())
+    errors = []
+    for one, other in zip(found, given, strict=True):  # each layer's [T, H]
+        wide = other.double()
+        size = wide.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        errors.append(((one.double() - wide).norm(dim=-1) / size).square().mean().sqrt())
+    return float(torch.stack(errors).max())
 
 
 def _window_as_mask(*, mask_function: Callable[..., Tensor], **asked: Any) -> Tensor:
@@ -141,7 +144,7 @@ def _proved(asked: list[Any]) -> Callable[..., tuple[Tensor, None]]:
         causal = options.get("is_causal")
         if not (getattr(module, "is_causal", True) if causal is None else causal):
             raise _Unlike("an attention is not causal")
-        known = {*HARMLESS, "scaling", "sliding_window", "is_causal"}
+        known = {*HARMLESS, "scaling", "sliding_window", "s_aux", "is_causal"}
         for name, given in options.items():
             if name not in known and (isinstance(given, Tensor) or given):
                 raise _Unlike(f"an attention is given {name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import masking_utils
 from specforge_core.cli import cli
 from specforge_core.compiled import compiled
 from specforge_core.config import TargetConfig
-from specforge_core.target import engine as engine_module
+from specforge_core.target import engine as engine_module, varlen
 from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.varlen_proof import FAR, why_padded, window_of
 from specforge_core.testing.close import close
@@ -44,14 +45,16 @@ def packing(engine: TransformersEngine, **options: Any) -> TransformersEngine:
     )
 
 
-def same(packs: TransformersEngine, pads: TransformersEngine, *lengths: int) -> None:
+def same(
+    packs: TransformersEngine, pads: TransformersEngine, *lengths: int, spec: CaptureSpec = ALL
+) -> None:
     asked = prompts(*lengths)
-    expected = {capture.index: capture for capture in pads.capture(asked, ALL)}
-    found = {capture.index: capture for capture in packs.capture(asked, ALL)}
+    expected = {capture.index: capture for capture in pads.capture(asked, spec)}
+    found = {capture.index: capture for capture in packs.capture(asked, spec)}
     assert found.keys() == expected.keys()
     for index, capture in found.items():
         given = expected[index]
-        for layer in ALL.layers:
+        for layer in spec.layers:
             close(capture.hidden_states[layer], given.hidden_states[layer], terms=TERMS)
         close(capture.final, given.final, terms=TERMS)
         assert given.final is not None
@@ -72,6 +75,15 @@ def test_packed_captures_are_those_of_padded_rows(family: str, tmp_path: Path):
     assert passes[-3:] == [(1, 70), (1, 51), (1, 31)]  # with not one token of padding
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "mimo_v2_flash", "deepseek_v3", "qwen2_5_vl"])
+def test_sinks_narrow_values_and_positions_of_images_are_packed(family: str, tmp_path: Path):
+    families.save(family, tmp_path)
+    pads = TransformersEngine.load(TargetConfig(path=str(tmp_path), dtype="float32"), CPU)
+    assert why_padded(pads.model, pads.info) == ""
+    layers = tuple(range(-1, pads.info.num_layers))
+    same(packing(pads), pads, 7, 20, 3, 31, 1, spec=replace(ALL, layers=layers))
+
+
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
@@ -79,7 +91,6 @@ def test_packed_captures_are_those_of_padded_rows(family: str, tmp_path: Path):
         ("deepseek_v32", "an attention is given indices"),
         ("falcon_h1", "sequence 1 of a row differs by"),  # attention and a recurrence side by side
         ("gemma2", "an attention is given softcap"),
-        ("gpt_oss", "an attention is given s_aux"),
         ("lfm2", "layer 0 has no attention that transformers looks up"),
         ("llama4_text", "its masks are neither causal nor sliding windows"),
         ("mamba2", "layer 0 has no attention that transformers looks up"),
@@ -182,6 +193,41 @@ def test_rows_of_any_lengths_share_a_graph(
     assert pads.model.config._attn_implementation == before
     list(packs.generate(prompts(5, 6), GenerateOptions(max_new_tokens=4)))
     assert counter.frame_count == kinds
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("window", "sinks", "narrower"), [(0, False, 0), (5, True, 0), (0, True, 8)]
+)
+def test_the_kernel_gives_what_each_sequence_gives_alone(
+    window: int, sinks: bool, narrower: int, dtype: torch.dtype
+):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    lengths = [3, 200, 1, 129, 64]
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(sum(lengths), heads, width, generator=draw).to(dtype)
+        for heads, width in ((4, 32), (2, 32), (2, 32 - narrower))
+    )
+    logits = torch.randn(4, generator=draw) if sinks else None
+    found = packed_rows(lengths, [q.cuda(), k.cuda(), v.cuda()], logits, window)
+    wide = packed_rows(lengths, [q.double(), k.double(), v.double()], logits, window)
+    close(found.cpu(), wide, terms=200)
+
+
+def packed_rows(
+    lengths: list[int], rows: list[torch.Tensor], sinks: torch.Tensor | None, window: int
+) -> torch.Tensor:
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(rows[0].device, torch.int32)
+    token = varlen._ROW.set(varlen._Row(ends=ends, lengths=lengths))
+    sinks = None if sinks is None else sinks.to(rows[0])
+    try:
+        found: torch.Tensor = varlen._attention(*rows, sinks, 0.2, window)
+        return found
+    finally:
+        varlen._ROW.reset(token)
 
 
 @pytest.mark.gpu
