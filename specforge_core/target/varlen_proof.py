@@ -55,13 +55,13 @@ def _prove(model: Any, info: TargetInfo) -> None:
     room = max_positions(info) or max(LENGTHS)
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(info.vocab_size, (min(n, room),), generator=draw) for n in LENGTHS]
-    asked: list[Any] = []
+    asked: set[int] = set()  # by id: what is registered would keep the modules' memory
     AttentionInterface.register(PROVED, _proved(asked))
     AttentionMaskInterface.register(PROVED, _window_as_mask)
     run = PackedRuns(model)
     run(rows[:1], PROVED)
     for index, layer in enumerate(parts.layers):
-        if not any(module is seen for module in layer.modules() for seen in asked):
+        if not any(id(module) in asked for module in layer.modules()):
             raise _Unlike(f"layer {index} has no attention that transformers looks up")
     alone = [_states(model, partial(_alone, model, row)) for row in rows]
     packed = _packed(model, run, rows)
@@ -130,7 +130,7 @@ def window_of(mask_function: Callable[..., Tensor]) -> int:
     return 0 if count == FAR + 1 else count
 
 
-def _proved(asked: list[Any]) -> Callable[..., tuple[Tensor, None]]:
+def _proved(asked: set[int]) -> Callable[..., tuple[Tensor, None]]:
     def attention(
         module: Any,
         query: Tensor,
@@ -139,7 +139,7 @@ def _proved(asked: list[Any]) -> Callable[..., tuple[Tensor, None]]:
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        asked.append(module)
+        asked.add(id(module))
         _check_mask(attention_mask, options.get("sliding_window"))
         causal = options.get("is_causal")
         if not (getattr(module, "is_causal", True) if causal is None else causal):

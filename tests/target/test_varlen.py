@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -136,6 +138,18 @@ def test_check_says_whether_captures_are_packed(
     assert said in done.output
 
 
+def test_a_target_that_was_proved_and_closed_leaves_no_memory_behind(
+    llama: TargetConfig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine_module, "PACKING", {"cpu"})
+    engine = TransformersEngine.load(llama, CPU)
+    assert len(list(engine.capture(prompts(5, 9), ALL))) == 2
+    weights = weakref.ref(engine.model.model.layers[1].self_attn.q_proj.weight)
+    engine.close()
+    gc.collect()
+    assert weights() is None
+
+
 def mix(_: Any, __: Any, states: torch.Tensor) -> torch.Tensor:
     return states + 0.5 * states.roll(1, dims=1)  # a convolution's: of the token before
 
@@ -238,7 +252,7 @@ def test_a_gpu_packs(family: str, compiles: bool, tmp_path: Path):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     gpu = torch.device("cuda")
-    target = save(tmp_path, family).model_copy(update={"dtype": "bfloat16"})
+    target = save(tmp_path, family).model_copy(update={"dtype": "float16"})
     asked = target.model_copy(update={"options": {"compile": compiles}})
     packs = TransformersEngine.load(asked, gpu)
     assert why_padded(packs.model, packs.info) == ""
