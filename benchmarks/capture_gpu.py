@@ -34,21 +34,21 @@ from specforge_core.target.engine import TransformersEngine
 from specforge_core.target.head import Head
 from specforge_core.target.info import load_target_info
 from specforge_core.target.varlen_proof import why_padded
-from specforge_core.types import CaptureSpec, Prompt
+from specforge_core.types import CaptureSpec, Prompt, TargetInfo
 
 ROUNDS = 2
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Return the median seconds of one call; the first is not counted."""
+    """Return the median seconds of one call."""
     times = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(ROUNDS):
         synchronize()
         start = time.perf_counter()
         call()
         synchronize()
         times.append(time.perf_counter() - start)
-    return median(times[1:])
+    return median(times)
 
 
 def products(model: Any, tokens: int, *, head: bool) -> tuple[float, float]:
@@ -66,6 +66,7 @@ def products(model: Any, tokens: int, *, head: bool) -> tuple[float, float]:
                 F.linear(part, weight)
 
     with torch.no_grad():
+        run()  # not counted
         return timed(run), 2.0 * tokens * sum(weight.numel() for weight in weights)
 
 
@@ -87,13 +88,8 @@ def collect(engine: TransformersEngine, given: list[Prompt], spec: CaptureSpec) 
         pass
 
 
-def main() -> None:
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--small", action="store_true", help="tiny shapes, on a CPU")
-    small = parser.parse_args().small
-    sizes, budget = (scale.SMALL, 256) if small else (scale.SIZES, 16384)
-    device = "cpu" if small else "cuda"
+def make(sizes: dict[str, Any], device: str) -> tuple[Any, TargetInfo]:
+    """Return a model of random weights in bfloat16, and what a run knows of it."""
     config = Qwen3Config(**sizes, dtype="bfloat16", architectures=["Qwen3ForCausalLM"])
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -103,6 +99,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(Path(folder))
         info = load_target_info(TargetConfig(path=folder))
+    return model, info
+
+
+def main() -> None:
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--small", action="store_true", help="tiny shapes, on a CPU")
+    small = parser.parse_args().small
+    sizes, budget = (scale.SMALL, 256) if small else (scale.SIZES, 16384)
+    device = "cpu" if small else "cuda"
+    model, info = make(sizes, device)
     draw, vocab = random.Random(0), sizes["vocab_size"]
     longest = budget // 8
     asked = {
@@ -120,7 +127,7 @@ def main() -> None:
     floors = {}
     for what, given in asked.items():
         lengths = [len(prompt.input_ids) for prompt in given]
-        more = attention(config, lengths)
+        more = attention(model.config, lengths)
         for part, spec in specs.items():
             seconds, operations = products(model, sum(lengths), head=spec.next_tokens)
             print(f"{what}, {part}: products at {operations / seconds / 1e12:,.1f} TFLOP/s")
@@ -137,6 +144,7 @@ def main() -> None:
         collect(engine, asked[f"8 of {longest}"][:2], states)
         if compiles:
             print(f"compiled in {time.perf_counter() - start:.1f} s")
+        collect(engine, asked[f"32 of up to {longest}"], specs["and head"])  # not counted
         for (what, part), floor in floors.items():
             given = asked[what]
             tokens = sum(len(prompt.input_ids) for prompt in given)
