@@ -134,10 +134,16 @@ class PackedRuns:
         found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
         self._configs = [config for config in found.values() if hasattr(config, NAMED)]
 
-    def __call__(self, sequences: Sequence[Tensor], name: str = PACKED) -> None:
-        """Run sequences [T_i] as one row [1, T], with the attention of that name."""
+    def __call__(
+        self, sequences: Sequence[Tensor], name: str = PACKED, starts: Sequence[int] = ()
+    ) -> None:
+        """Run sequences [T_i] as one row [1, T], with the attention of that name.
+
+        `starts` are the positions of their first tokens, where not all are 0.
+        """
         lengths = [len(sequence) for sequence in sequences]
-        places = torch.cat([torch.arange(length) for length in lengths])
+        ranges = zip(starts or [0] * len(lengths), lengths, strict=True)
+        places = torch.cat([torch.arange(start, start + length) for start, length in ranges])
         inputs = torch.stack([torch.cat(list(sequences)), places]).to(self._model.device)
         ends = torch.tensor([0, *lengths]).cumsum(0).to(inputs.device, torch.int32)
         token = _ROW.set(_Row(ends=ends, lengths=lengths))

@@ -69,9 +69,13 @@ def _prove(model: Any, info: TargetInfo) -> None:
         error = _apart(found, given)
         if not error <= max(rounding_limit(given), LEAK):  # of other products than for one alone
             raise _Unlike(f"sequence {index} of a row differs by {error:.2%} from itself alone")
-    changed = 1
+    changed = 1  # into other tokens at the last positions there are: some ropes change with those
     rows[changed] = (rows[changed] + 1) % info.vocab_size
-    for index, (found, given) in enumerate(zip(_packed(model, run, rows), packed, strict=True)):
+    starts = [0] * len(rows)
+    starts[changed] = room - len(rows[changed])
+    beside = _packed(model, partial(run, starts=starts), rows)
+    _alone(model, rows[0])  # those ropes remember the last position seen, unless all is short again
+    for index, (found, given) in enumerate(zip(beside, packed, strict=True)):
         error = _apart(found, given)
         if index != changed and not error <= LEAK:
             raise _Unlike(f"sequence {index} of a row changes by {error:.2%} with another one")
@@ -81,7 +85,9 @@ def _alone(model: Any, row: Tensor) -> None:
     find_parts(model).decoder(input_ids=row[None].to(model.device), use_cache=False)
 
 
-def _packed(model: Any, run: PackedRuns, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+def _packed(
+    model: Any, run: Callable[[Sequence[Tensor]], None], rows: Sequence[Tensor]
+) -> Sequence[Tensor]:
     return torch.split(_states(model, partial(run, rows)), [len(row) for row in rows], dim=1)
 
 
