@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
 
 # Of a device: seconds until a layer is launched, operations a second, and tokens below which the
 # weights take longer to read than to use.  Measured on an H200 (36 layers of 8 G parameters: 40 ms,
@@ -15,6 +16,18 @@ def least_tokens(device: str, layers: int, parameters: int) -> int:
     """Return the tokens of a pass that takes no longer than one of fewer tokens."""
     seconds, rate, tokens = DEVICES.get(device, DEVICES["cuda"])
     return tokens + round(layers * seconds * rate / (2 * parameters))
+
+
+def rope_turn(config: Any) -> int:
+    """Return the length above which a long rope turns all sequences of a batch by other angles.
+
+    So those shorter and longer may not run together.  0 where there is no such rope.
+    """
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = (rope, *(inner for inner in rope.values() if isinstance(inner, dict)))
+    turns = (r for r in each if r.get("rope_type") == "longrope")
+    return max((int(r["original_max_position_embeddings"]) for r in turns), default=0)
 
 
 def group_by_length(lengths: Sequence[int], batch_tokens: int, least: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ from ..cpu import pick_target_dtype
 from ..errors import CaptureError, ConfigError
 from ..types import CaptureSpec, Generated, GenerateOptions, Prompt, TargetCapture, TargetInfo
 from .asked import answer_room, check_prompts, finite_advice
-from .batching import fill_in_order, group_by_length, least_tokens
+from .batching import fill_in_order, group_by_length, least_tokens, rope_turn
 from .generate import answer_batch
 from .head import Head
 from .info import load_pretrained, load_target_info
@@ -63,6 +63,7 @@ class TransformersEngine:
         self.why_padded = ""
         counts = len(parts.layers), sum(p.numel() for p in model.parameters())
         self._least = least_tokens(model.device.type, *counts)
+        self._turn = rope_turn(model.config)
         # not for answers: each layer's cache would be a graph of its own
         layers = parts.layers if compile else ()
         self._compiled = [(layer, compiled(layer.forward)) for layer in layers]
@@ -130,7 +131,17 @@ class TransformersEngine:
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
         if self._packed is not None:
             return fill_in_order(lengths, self._batch_tokens)
-        return group_by_length(lengths, self._batch_tokens, self._least)
+        every = range(len(lengths))
+        groups = [
+            [i for i in every if (lengths[i] > self._turn) == longer] for longer in (True, False)
+        ]
+        return [
+            [group[i] for i in batch]
+            for group in groups
+            for batch in group_by_length(
+                [lengths[i] for i in group], self._batch_tokens, self._least
+            )
+        ]
 
     def _forward(self, ids: Sequence[Tensor]) -> None:
         """Run the decoder on sequences [T_i] at once."""

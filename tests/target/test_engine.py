@@ -204,6 +204,18 @@ def test_layers_that_cannot_be_found_are_an_error(llama: TargetConfig):
         list(engine.capture(prompts(4), ALL))
 
 
+def test_a_long_rope_turns_no_shorter_sequence_by_a_longer_ones_angles(tmp_path: Path):
+    families.save("phi3_longrope", tmp_path)  # whose rope is another one from 257 tokens on
+    target = TargetConfig(path=str(tmp_path), dtype="float32", batch_tokens=4096)
+    engine = TransformersEngine.load(target, CPU)
+    engine._least = 4096  # as a GPU's, for which all of these are one batch
+    asked = prompts(250, 260, 100, 300)
+    found = {c.index: c for c in engine.capture(asked, CaptureSpec(layers=(2,), fields={}))}
+    for prompt in asked:
+        alone = engine.model(prompt.input_ids[None], output_hidden_states=True).hidden_states
+        close(found[prompt.index].hidden_states[2], alone[3][0], terms=TERMS)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 def test_layers_are_compiled_once_for_captures_and_not_for_answers(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
