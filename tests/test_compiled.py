@@ -11,6 +11,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from specforge_core.compiled import CACHE, compile_units, recompute_units, swapped
+from specforge_core.train.dist import world
+from specforge_core.train.fsdp import shard
+from specforge_core.types import Draft
 
 
 class Unit(nn.Module):
@@ -37,6 +40,36 @@ def test_lengths_share_a_graph_from_the_first(counter: CompileCounter) -> None:
     for length in (3, 4, 700, 5000):
         unit(torch.ones(1, length, 8)).sum().backward()
     assert counter.frame_count == 1
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.size = 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.linear(x)
+        return heads.view(*heads.shape[:-1], -1, self.size).softmax(-1)
+
+
+def test_a_sharded_modules_own_numbers_are_constants(counter: CompileCounter) -> None:
+    """As those of one that is not sharded are: as symbols they are traced, and computed with."""
+
+    def see(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        inputs.append([n.name for n in graph.graph.nodes if n.op == "placeholder"])
+        return graph
+
+    inputs: list[list[str]] = []
+    unit = Heads()
+    compile_units([unit], see)
+    draft = Draft(model=nn.Sequential(unit), shard=(unit,))
+    with world(torch.device("cpu")) as alone:
+        shard(draft, alone.mesh, torch.float32)
+        for length in (5, 700):
+            draft.model(torch.ones(2, length, 8)).sum().backward()
+    assert len(inputs) == 1  # for all lengths
+    assert [name for name in inputs[0] if "size" in name] == []
 
 
 def test_a_recomputed_unit_keeps_its_input_alone_and_is_compiled_once(

@@ -62,6 +62,10 @@ def shard(draft: Draft, mesh: DeviceMesh, compute_dtype: torch.dtype) -> FSDPMod
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     root = fully_shard(draft.model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     assert isinstance(root, FSDPModule)
+    for module in draft.model.modules():
+        # torch.compile would take whole numbers of a module with this mark, as its head size, for
+        # symbols: three times the tracing, and kernels that do not know them
+        vars(module).pop("_is_fsdp_managed_module", None)
     return root
 
 
