@@ -61,6 +61,7 @@ class Feed:
     num_tokens: int | None  # of an epoch; None while that is not known
     held_out: HeldOut | None = None
     engine: TargetEngine | None = None  # online
+    loading: float = 0.0  # seconds until the engine was there
     # held by whoever calls the engine; None where only the source of the training does
     lock: InTurn | None = None
     first_window: int | None = None  # rows shuffled together in the first epoch, if others
@@ -215,7 +216,9 @@ def _online(job: Job, share: Share, *, whole: bool) -> Feed:
         shared = held_out is not None or run.train.eval_every is not None or grows
         lock = InTurn() if shared else None
         cache = _cache(job)  # what cannot be written is said before the target is loaded
+        began = time.perf_counter()
         engine = job.engine()
+        loading = time.perf_counter() - began
         stack.callback(engine.close)
         ordered = replace(share, first=asked.window)
         order = Order(share.seed, share.window, prompts.wait, ordered.first)
@@ -243,6 +246,7 @@ def _online(job: Job, share: Share, *, whole: bool) -> Feed:
         if held_out is None
         else HeldOut(source=source(held_out, share), num_samples=len(held_out)),
         engine=engine,
+        loading=loading,
         lock=lock,
         first_window=ordered.first,
     )

@@ -60,6 +60,8 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
             with started.time("source"):
                 feed = open_feed(run, strategy, share)
             stack.callback(feed.close)
+            started.seconds["source"] -= feed.loading
+            started.seconds["target"] = feed.loading
             with started.time("draft"):
                 trainer = build(run, strategy, world_, feed, machine)
             trainer.log.phases = started

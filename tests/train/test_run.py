@@ -52,7 +52,7 @@ def test_online_training_lowers_the_loss_and_logs_every_step(
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     for key in ("accuracy", "learning_rate", "grad_norm", "tokens_per_second", "seconds_data"):
         assert key in rows[0]
-    start = ("seconds_group", "seconds_source", "seconds_draft")
+    start = ("seconds_group", "seconds_source", "seconds_target", "seconds_draft")
     assert all(rows[0][key] > 0 for key in start)
     assert not any(key in row for row in rows[1:] for key in start)
     assert "seconds_imports" not in rows[0]  # who calls `train` has imported before
