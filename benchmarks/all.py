@@ -99,6 +99,9 @@ def table(results: dict[str, Found], gpus: list[int]) -> list[str]:
     def of_step(at: int) -> Callable[[Found], str]:
         return lambda f: f"{f['ms'][at]:.1f} ms" + (f", {f['gib'][at]:.1f} GiB" if f["gib"] else "")
 
+    def idle(found: Found) -> str:
+        return "unknown" if found.get("idle") is None else f"{100 * found['idle']:.1f} %"
+
     def first(found: Found) -> str:
         return f"{found['first']:.0f} s, {'cold' if found['cold'] else 'warm'}"
 
@@ -116,6 +119,7 @@ def table(results: dict[str, Found], gpus: list[int]) -> list[str]:
 
             line(f"{name}, {count} GPU(s)", key, rate, f"{0.96 * count:.2f}x" if count > 1 else "")
             line("  waiting for data", key, lambda f: f"{100 * f['waiting']:.1f} %", "under 2 %")
+            line("  GPUs without a kernel", key, idle, "under 5 %")
             shown = "  longest step after the third"
             line(shown, key, lambda f: f"{f['longest']:.2f} s of {f['steps']} steps", "1.5 s")
             line("  first line of metrics", key, first, "45 s cold, 20 s warm")

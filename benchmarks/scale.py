@@ -31,6 +31,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from idle import Idle
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from specforge_core.testing.toy import toy_tokenizer
@@ -188,6 +189,7 @@ class Row:
     first: float  # seconds from the command to the first line of metrics
     steps: int
     loss: float
+    idle: float | None  # part of the time that GPUs ran no kernel; None where that is not known
     start: dict[str, float]  # where `first` went: seconds of each phase in the first line
 
     @property
@@ -195,7 +197,9 @@ class Row:
         return (
             f"{self.tokens:10,.0f} {self.step_ms:9.1f} {100 * self.waiting:8.1f}"
             f" {self.longest:8.2f} @{self.longest_step:<4} {self.first:8.1f} {self.steps:6}"
-            f" {self.loss:8.3f}\n{'':16}first line: "
+            f" {self.loss:8.3f}"
+            + ("" if self.idle is None else f"  {100 * self.idle:.1f} % without a kernel")
+            + f"\n{'':16}first line: "
             + ", ".join(f"{name} {spent:.1f}" for name, spent in self.start.items())
         )
 
@@ -208,7 +212,7 @@ def measure(
     shutil.rmtree(output, ignore_errors=True)
     began = time.monotonic()
     log = config.with_suffix(".log")
-    with log.open("w") as told:
+    with log.open("w") as told, Idle(gpus) as idle:
         asked = command("train", "-c", str(config), "--nproc", str(gpus), "--debug")
         process = subprocess.Popen(
             asked,
@@ -223,9 +227,12 @@ def measure(
                 rows = lines(output / "metrics.jsonl")
                 if rows and first is None:
                     first = time.monotonic() - began
+                if len(rows) <= steps // 4:
+                    idle.begin()
                 if len(rows) >= steps:
                     break
                 time.sleep(0.1)
+            share = idle.share()
         finally:
             end(process)
     rows = lines(output / "metrics.jsonl")[:steps]
@@ -234,7 +241,8 @@ def measure(
     steady = rows[len(rows) // 4 :]
     spent = steady[-1]["seconds"] - steady[0]["seconds"]
     times = [b["seconds"] - a["seconds"] for a, b in pairwise(rows)]
-    longest = max(range(3, len(times)), key=lambda i: times[i])
+    longest = max(range(3, len(times)), key=times.__getitem__)
+    phases = {k.removeprefix("seconds_"): v for k, v in rows[0].items() if k.startswith("seconds_")}
     return Row(
         tokens=(steady[-1]["tokens"] - steady[0]["tokens"]) / spent,
         step_ms=1e3 * median(times[len(times) // 4 :]),
@@ -244,11 +252,8 @@ def measure(
         first=first,
         steps=len(rows),
         loss=sum(row["loss"] for row in steady) / len(steady),
-        start={
-            name.removeprefix("seconds_"): value
-            for name, value in rows[0].items()
-            if name.startswith("seconds_")
-        },
+        idle=share,
+        start=phases,
     )
 
 

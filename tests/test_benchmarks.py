@@ -25,7 +25,7 @@ step (forward + backward), median of 8: 49.5 ms
 floor: 28.0 TFLOP at the measured rate: 39.0 ms
 peak memory: 4.8 GiB, of which held between steps 3.0 GiB
 """
-ROW = {"tokens": 50_000.0, "waiting": 0.003, "longest": 0.18, "steps": 80, "first": 47.2}
+ROW = {"tokens": 5e4, "waiting": 0.003, "idle": 0.042, "longest": 0.18, "steps": 80, "first": 47.2}
 START = {"imports": 8.04, "source": 11.3, "forward": 20.0}
 
 
@@ -59,12 +59,21 @@ def test_the_table_says_what_was_measured_what_failed_and_what_was_not_run(
     assert any("dflash-online, 1 GPU" in line and "FAILED" in line for line in lines)
     assert any("D1 DFlash step" in line and "not run" in line for line in lines)
     assert "47 s, warm" in "".join(lines)
+    assert "4.2 %" in "".join(lines)
     told = "first line of eagle3-offline 2, seconds: imports 8.0, source 11.3, forward 20.0"
     assert told in lines
     assert lines[-1] == "\ndflash-online 1 FAILED: too little memory"
     # two machines may differ by as much as is looked for
     (online,) = [line for line in lines if line.startswith("eagle3-online, 2")]
     assert "x)" not in online
+
+
+def test_the_use_of_gpus_is_read_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    idle = importlib.import_module("idle")
+    said = ["0, 100", "1, 90", "2, 0", "0, 95", "1, 95", "2, 0"]
+    assert idle.idle_share(said, 2) == pytest.approx(0.05)
+    assert idle.idle_share(["0, [N/A]"], 1) is None
 
 
 @pytest.mark.slow
