@@ -203,15 +203,19 @@ class TransformersEngine:
         where the target's positions do.
         """
         check_prompts(prompts, self.info.vocab_size)
-        groups: dict[int, list[Prompt]] = {}  # by the tokens there is room for
+        groups: dict[tuple[int, bool, bool], list[Prompt]] = {}
         for prompt in sorted(prompts, key=lambda prompt: -len(prompt.input_ids)):
-            room = answer_room(self.info, len(prompt.input_ids), options)
-            groups.setdefault(room, []).append(prompt)
-        for room, group in groups.items():
+            length = len(prompt.input_ids)
+            room = answer_room(self.info, length, options)
+            # by the tokens there is room for, and on which side of a long rope's turn those are
+            where = room, length > self._turn, length + room > self._turn
+            groups.setdefault(where, []).append(prompt)
+        for (room, longer, ends_longer), group in groups.items():
             bounded = replace(options, max_new_tokens=room)
-            for start in range(0, len(group), options.batch_size):
-                chosen = group[start : start + options.batch_size]
-                yield from answer_batch(self.model, chosen, bounded)
+            # an answer that may pass the turn would turn all others with it
+            size = options.batch_size if longer == ends_longer else 1
+            for start in range(0, len(group), size):
+                yield from answer_batch(self.model, group[start : start + size], bounded)
 
     def close(self) -> None:
         """Drop the model, so that its memory can be used again."""

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import random
 from itertools import combinations, pairwise
+from types import SimpleNamespace
 
 import pytest
 
-from specforge_core.target.batching import fill_in_order, group_by_length, least_tokens
+from specforge_core.target.batching import fill_in_order, group_by_length, least_tokens, rope_turn
 
 
 def test_every_sequence_is_in_one_batch_and_no_batch_is_over_the_budget():
@@ -72,3 +73,26 @@ def test_rows_without_padding_are_few_and_even():
     assert fill_in_order([4, 4, 1, 4, 4], 16) == [[0, 1], [3, 4, 2]]  # not 16 and 1
     assert fill_in_order([5, 50, 4, 1], 10) == [[1], [0, 2, 3]]
     assert fill_in_order([], 10) == []
+
+
+@pytest.mark.parametrize(
+    ("rope", "turn"),
+    [
+        (None, 0),
+        ({"rope_type": "llama3", "original_max_position_embeddings": 64}, 0),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 64}, 64),
+        (
+            {
+                "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64},
+                "sliding_attention": {"rope_type": "default"},
+            },
+            64,
+        ),
+    ],
+)
+def test_where_a_long_rope_turns_is_in_any_layers_parameters(
+    rope: dict[str, object] | None, turn: int
+):
+    config = SimpleNamespace(rope_parameters=rope)
+    config.get_text_config = lambda: config
+    assert rope_turn(config) == turn

@@ -19,6 +19,7 @@ from specforge_core.target.head import Head
 from specforge_core.target.info import load_target_info
 from specforge_core.types import Generated, GenerateOptions, Prompt
 
+from .. import families
 from .small import SHAPE
 
 
@@ -62,6 +63,17 @@ def test_greedy_answers_are_transformers_own(engine: TransformersEngine, batch_s
         )
         assert list(found[prompt.index].tokens) == alone[0, len(prompt.input_ids) :].tolist()
         assert not found[prompt.index].finished
+
+
+def test_answers_on_both_sides_of_a_long_ropes_turn_are_those_of_each_alone(tmp_path: Path) -> None:
+    families.save("phi3_longrope", tmp_path)  # whose rope is another one from 257 tokens on
+    target = TargetConfig(path=str(tmp_path), dtype="float32")
+    engine = TransformersEngine.load(target, torch.device("cpu"))
+    asked = prompts(100, 300, 252, 200)  # the third's answer passes the turn
+    found = answers(engine, asked, batch_size=8)
+    for prompt in asked:
+        alone = answers(engine, [prompt])
+        assert found[prompt.index].tokens == alone[prompt.index].tokens
 
 
 def test_what_the_models_authors_recommend_is_left_out_and_put_back(
