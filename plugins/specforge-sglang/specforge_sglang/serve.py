@@ -45,7 +45,7 @@ FLAGS: dict[str, Flag] = {
     "skip_server_warmup": True,
     "mem_fraction_static": 0.5,  # this process holds a part of the GPU too
 }
-# in the last words of a version that came out before the draft's method
+# in the last words of a version that came out before the draft's method, or the target
 UNKNOWN = (
     r"unrecognized arguments: (--speculative\S*)",
     r"Unknown speculative algorithm name: (\S+)",
@@ -78,10 +78,10 @@ def serve(target: TargetConfig, export: Path, draft_tokens: int) -> DraftServer 
         found = filter(None, (re.search(pattern, str(exc)) for pattern in UNKNOWN))
         if (unknown := next(found, None)) is None:
             raise
-        reason = (
-            f"the SGLang of {options.python} does not know {unknown[1]}, which this draft needs"
+        return NotServed(
+            reason=f"the SGLang of {options.python} does not know {unknown[1]}, and cannot serve "
+            "this draft of this target. Try: target.options.python of a newer SGLang"
         )
-        return NotServed(reason=f"{reason}. Try: target.options.python of a newer SGLang")
 
 
 def drafting_flags(export: Path, draft_tokens: int) -> dict[str, Flag] | NotServed:

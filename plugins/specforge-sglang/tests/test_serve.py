@@ -257,8 +257,8 @@ def test_an_answer_of_other_kinds_is_an_error(answer: dict[str, Any]) -> None:
             "NewDraftModel",
         ),
         (
-            "ValueError: Model architectures ['NewDraftModel'] are not supported for now.",
-            "NewDraftModel",
+            "ValueError: Model architectures ['NewTarget'] are not supported for now.",
+            "NewTarget",
         ),
     ],
 )
@@ -270,7 +270,7 @@ def test_a_version_without_the_method_serves_it_not(
 ) -> None:
     found = serve(stand_in(f"raise SystemExit({last!r})"), write(BLOCK), 3)
     assert isinstance(found, NotServed)
-    assert f"{sys.executable} does not know {unknown}, which this draft needs" in found.reason
+    assert f"{sys.executable} does not know {unknown}, and cannot serve" in found.reason
 
 
 def test_a_server_that_ends_for_another_reason_is_an_error(
