@@ -140,7 +140,7 @@ def is_rate(name: str) -> bool:
 
 
 def is_phase(name: str) -> bool:
-    """Say whether a metric is the time of a part of the steps."""
+    """Say whether a metric is the time of a part of the run."""
     return name.startswith(PHASE)
 
 

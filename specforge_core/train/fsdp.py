@@ -64,7 +64,7 @@ def shard(draft: Draft, mesh: DeviceMesh, compute_dtype: torch.dtype) -> FSDPMod
     assert isinstance(root, FSDPModule)
     for module in draft.model.modules():
         # torch.compile would take whole numbers of a module with this mark, as its head size, for
-        # symbols: three times the tracing, and kernels that do not know them
+        # symbols: nearly twice the tracing, and kernels that do not know them
         vars(module).pop("_is_fsdp_managed_module", None)
     return root
 
