@@ -28,7 +28,7 @@ from specforge_core.types import (
 )
 
 from .collate import DFlashCollate
-from .config import DFlashConfig
+from .config import Config, DFlashConfig
 from .export import (
     ARCHITECTURE,
     CAUSES,
@@ -38,7 +38,7 @@ from .export import (
     target_not_served,
 )
 from .model import DFlashModel, Frozen, Model, parts
-from .proposer import Config, DFlashProposer
+from .proposer import DFlashProposer
 
 BACKBONE = "backbone."
 

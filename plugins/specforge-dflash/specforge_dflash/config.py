@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ from specforge_core.types import TargetInfo
 
 LayerType: TypeAlias = Literal["full_attention", "sliding_attention"]
 LabelLayout: TypeAlias = Literal["same_position", "next_token"]
+# of a method on DFlash's blocks
+Config = TypeVar("Config", bound="DFlashConfig")
 # of one of a loss's terms
 Weight: TypeAlias = Annotated[float, MayChange.AT_START, Field(ge=0, le=1e6)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -11,10 +11,8 @@ from specforge_core.nn.cache import GrowingCache
 from specforge_core.nn.sampling import sample
 from specforge_core.types import Proposal, Sampling, TargetCapture
 
-from .config import DFlashConfig
+from .config import Config
 from .model import DFlashModel, Frozen
-
-Config = TypeVar("Config", bound=DFlashConfig)
 
 
 class DFlashProposer(Generic[Config]):

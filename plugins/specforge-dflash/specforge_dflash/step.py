@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -18,13 +18,12 @@ from specforge_core.nn.soft_loss import SoftLoss
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .anchors import PREFIXES
-from .config import DFlashConfig, objective
+from .config import Config, DFlashConfig, objective
 from .memory import step_bytes
 from .model import DFlashModel, Frozen, parts
 
 SLOTS_SHOWN = 4  # slots whose accuracy is a metric of its own
 KL = SoftLoss("hybrid", decay=0.0)  # a mix that is all KL
-Config = TypeVar("Config", bound=DFlashConfig)
 
 
 @dataclass(frozen=True)
