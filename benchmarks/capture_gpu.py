@@ -133,7 +133,7 @@ def main() -> None:
             print(f"{what}, {part}: products at {operations / seconds / 1e12:,.1f} TFLOP/s")
             floors[what, part] = seconds, seconds * (1 + more / operations)
     ways = [(False, False), (True, False), (False, True), (True, True)]
-    if why := why_padded(model, info):
+    if why := why_padded(model, info, budget):
         print(f"not packed: {why}")
     for packs, compiles in ways[: 2 if small else 4]:
         if packs and why:

@@ -19,15 +19,19 @@ def least_tokens(device: str, layers: int, parameters: int) -> int:
 
 
 def rope_turn(config: Any) -> int:
-    """Return the length above which a long rope turns all sequences of a batch by other angles.
+    """Return the length above which a sequence turns all those of its batch by other angles.
 
-    So those shorter and longer may not run together.  0 where there is no such rope.
+    So one that is longer may not run with others.  0 where there is no such rope.
     """
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     each = (rope, *(inner for inner in rope.values() if isinstance(inner, dict)))
-    turns = (r for r in each if r.get("rope_type") == "longrope")
-    return max((int(r["original_max_position_embeddings"]) for r in turns), default=0)
+    turns = [
+        r["original_max_position_embeddings"] for r in each if r.get("rope_type") == "longrope"
+    ]
+    if any(r.get("rope_type") == "dynamic" for r in each):
+        turns.append(config.max_position_embeddings)
+    return max(map(int, turns), default=0)
 
 
 def group_by_length(lengths: Sequence[int], batch_tokens: int, least: int) -> list[list[int]]:

@@ -110,7 +110,7 @@ class TransformersEngine:
             elif "attn_implementation" in own:
                 why = "target.options.attn_implementation is what was asked for"
             else:
-                why = why_padded(model, info)
+                why = why_padded(model, info, target.batch_tokens)
         engine = cls(model, info, head, target.batch_tokens, compile=compiles, packs=not why)
         engine.why_padded = why
         return engine
@@ -129,19 +129,15 @@ class TransformersEngine:
             yield from self._run([prompts[i] for i in batch], spec)
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        longer = [i for i, length in enumerate(lengths) if 0 < self._turn < length]
+        longer.sort(key=lambda i: lengths[i])  # transformers lets a dynamic rope only grow
+        others = [i for i, length in enumerate(lengths) if not 0 < self._turn < length]
+        found = [lengths[i] for i in others]
         if self._packed is not None:
-            return fill_in_order(lengths, self._batch_tokens)
-        every = range(len(lengths))
-        groups = [
-            [i for i in every if (lengths[i] > self._turn) == longer] for longer in (True, False)
-        ]
-        return [
-            [group[i] for i in batch]
-            for group in groups
-            for batch in group_by_length(
-                [lengths[i] for i in group], self._batch_tokens, self._least
-            )
-        ]
+            batches = fill_in_order(found, self._batch_tokens)
+        else:
+            batches = group_by_length(found, self._batch_tokens, self._least)
+        return [*([i] for i in longer), *([others[i] for i in batch] for batch in batches)]
 
     def _forward(self, ids: Sequence[Tensor]) -> None:
         """Run the decoder on sequences [T_i] at once."""

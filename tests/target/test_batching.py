@@ -81,6 +81,7 @@ def test_rows_without_padding_are_few_and_even():
         (None, 0),
         ({"rope_type": "llama3", "original_max_position_embeddings": 64}, 0),
         ({"rope_type": "longrope", "original_max_position_embeddings": 64}, 64),
+        ({"rope_type": "dynamic", "factor": 4.0}, 96),
         (
             {
                 "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64},
@@ -93,6 +94,6 @@ def test_rows_without_padding_are_few_and_even():
 def test_where_a_long_rope_turns_is_in_any_layers_parameters(
     rope: dict[str, object] | None, turn: int
 ):
-    config = SimpleNamespace(rope_parameters=rope)
+    config = SimpleNamespace(rope_parameters=rope, max_position_embeddings=96)
     config.get_text_config = lambda: config
     assert rope_turn(config) == turn

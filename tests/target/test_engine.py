@@ -204,14 +204,22 @@ def test_layers_that_cannot_be_found_are_an_error(llama: TargetConfig):
         list(engine.capture(prompts(4), ALL))
 
 
-def test_a_long_rope_turns_no_shorter_sequence_by_a_longer_ones_angles(tmp_path: Path):
-    families.save("phi3_longrope", tmp_path)  # whose rope is another one from 257 tokens on
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize(
+    ("family", "lengths"),  # whose ropes are others from 257 and from 513 tokens on
+    [("phi3_longrope", (250, 260, 100, 300)), ("llama_dynamic", (500, 700, 100, 600))],
+)
+def test_a_rope_turns_no_shorter_sequence_by_a_longer_ones_angles(
+    family: str, lengths: tuple[int, ...], packs: bool, tmp_path: Path
+):
+    families.save(family, tmp_path)
     target = TargetConfig(path=str(tmp_path), dtype="float32", batch_tokens=4096)
-    engine = TransformersEngine.load(target, CPU)
+    loaded = TransformersEngine.load(target, CPU)
+    engine = TransformersEngine(loaded.model, loaded.info, loaded._head, 4096, packs=packs)
     engine._least = 4096  # as a GPU's, for which all of these are one batch
-    asked = prompts(250, 260, 100, 300)
+    asked = prompts(*lengths)
     found = {c.index: c for c in engine.capture(asked, CaptureSpec(layers=(2,), fields={}))}
-    for prompt in asked:
+    for prompt in sorted(asked, key=lambda prompt: len(prompt.input_ids)):
         alone = engine.model(prompt.input_ids[None], output_hidden_states=True).hidden_states
         close(found[prompt.index].hidden_states[2], alone[3][0], terms=TERMS)
 

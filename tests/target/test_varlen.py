@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from torch._dynamo.testing import CompileCounter
 from transformers import masking_utils
+from transformers.models.llama import modeling_llama
 
 from specforge_core.cli import cli
 from specforge_core.compiled import compiled
@@ -30,6 +31,7 @@ from .small import CPU, FAMILIES, save
 ALL = CaptureSpec(
     layers=(-1, 0, 1, 2, 3, 4), final="post_norm", next_tokens=True, logsumexp=True, fields={}
 )
+WHOLE_ROW = "a sequence at the end of a long row differs by"
 TERMS = 5 * 256  # five layers' products, at most 64 wide, and their attention
 
 
@@ -68,7 +70,7 @@ def same(
 def test_packed_captures_are_those_of_padded_rows(family: str, tmp_path: Path):
     pads = TransformersEngine.load(save(tmp_path, family), CPU)
     assert not pads._packed  # a CPU has no kernel for it
-    assert why_padded(pads.model, pads.info) == ""
+    assert why_padded(pads.model, pads.info, pads._batch_tokens) == ""
     passes = []
     pads._decoder.register_forward_pre_hook(
         lambda _, __, given: passes.append(tuple(given["input_ids"].shape)), with_kwargs=True
@@ -81,7 +83,7 @@ def test_packed_captures_are_those_of_padded_rows(family: str, tmp_path: Path):
 def test_sinks_narrow_values_and_positions_of_images_are_packed(family: str, tmp_path: Path):
     families.save(family, tmp_path)
     pads = TransformersEngine.load(TargetConfig(path=str(tmp_path), dtype="float32"), CPU)
-    assert why_padded(pads.model, pads.info) == ""
+    assert why_padded(pads.model, pads.info, pads._batch_tokens) == ""
     layers = tuple(range(-1, pads.info.num_layers))
     same(packing(pads), pads, 7, 20, 3, 31, 1, spec=replace(ALL, layers=layers))
 
@@ -158,7 +160,9 @@ def mix(_: Any, __: Any, states: torch.Tensor) -> torch.Tensor:
 def test_a_layer_that_looks_at_the_token_before_stays_padded(llama: TargetConfig):
     engine = TransformersEngine.load(llama, CPU)
     engine.model.model.layers[2].register_forward_hook(mix)
-    assert why_padded(engine.model, engine.info).startswith("sequence 0 of a row differs by")
+    assert why_padded(engine.model, engine.info, engine._batch_tokens).startswith(
+        "sequence 0 of a row differs by"
+    )
 
 
 def test_a_layer_whose_window_is_not_its_masks_stays_padded(tmp_path: Path):
@@ -167,14 +171,43 @@ def test_a_layer_whose_window_is_not_its_masks_stays_padded(tmp_path: Path):
     assert layer.sliding_window == 4
     for window in (None, 5):
         layer.sliding_window = window
-        why = why_padded(engine.model, engine.info)
+        why = why_padded(engine.model, engine.info, engine._batch_tokens)
         assert why == f"a layer names a window of {window} where its mask has 4 (0: all)"
+
+
+def test_a_window_that_only_long_sequences_get_stays_padded(
+    llama: TargetConfig, monkeypatch: pytest.MonkeyPatch
+):
+    def masks(**asked: Any) -> Any:
+        if asked["inputs_embeds"].shape[1] > 60:
+            asked["and_mask_function"] = masking_utils.sliding_window_overlay(60)
+        return masking_utils.create_causal_mask(**asked)
+
+    engine = TransformersEngine.load(llama, CPU)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", masks)
+    why = why_padded(engine.model, engine.info, 128)
+    assert why == "a layer names a window of None where its mask has 60 (0: all)"
+
+
+@pytest.mark.parametrize(("batch_tokens", "why"), [(200, ""), (2000, WHOLE_ROW)])
+def test_places_counted_from_the_begin_of_a_row_stay_padded(
+    batch_tokens: int, why: str, llama: TargetConfig
+):
+    def scale(_: Any, __: Any, query: torch.Tensor) -> torch.Tensor:  # as llama4's temperature
+        places = torch.arange(query.shape[1])
+        return query * (1 + (places // 600).log1p())[:, None]
+
+    engine = TransformersEngine.load(llama, CPU)
+    engine.model.model.layers[2].self_attn.q_proj.register_forward_hook(scale)
+    assert why_padded(engine.model, engine.info, batch_tokens)[: len(WHOLE_ROW)] == why
 
 
 def test_an_attention_that_sees_later_tokens_stays_padded(llama: TargetConfig):
     engine = TransformersEngine.load(llama, CPU)
     engine.model.model.layers[1].self_attn.is_causal = False
-    assert why_padded(engine.model, engine.info) == "an attention is not causal"
+    assert (
+        why_padded(engine.model, engine.info, engine._batch_tokens) == "an attention is not causal"
+    )
 
 
 def test_the_window_of_a_mask_is_found_however_long_it_is():
@@ -257,7 +290,7 @@ def test_a_gpu_packs(family: str, compiles: bool, tmp_path: Path):
     target = save(tmp_path, family).model_copy(update={"dtype": "float16"})
     asked = target.model_copy(update={"options": {"compile": compiles}})
     packs = TransformersEngine.load(asked, gpu)
-    assert why_padded(packs.model, packs.info) == ""
+    assert why_padded(packs.model, packs.info, packs._batch_tokens) == ""
     assert packs._packed
     padded = target.model_copy(update={"options": {"attn_implementation": "sdpa"}})
     pads = TransformersEngine.load(padded, gpu)
