@@ -99,7 +99,9 @@ def _failed(exc: BaseException, debug: bool, own: bool) -> int:
     if debug:
         from .records import in_message
 
-        click.echo(in_message("".join(traceback.format_exception(exc))), nl=False, err=True)
+        where = in_message("".join(traceback.format_exception(exc)))
+        if not report(where.rstrip(), 1):  # ranks that fail alike are one traceback
+            click.echo(where, nl=False, err=True)
         return 1
     message, status = describe(exc)
     _say(message, status)

@@ -13,10 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 
 from specforge_core import stop
-from specforge_core.process import Report
+from specforge_core.errors import ConfigError
+from specforge_core.process import PRIVATE, Report, _run
 from specforge_core.train import launch
 
 Started = list[subprocess.Popen[bytes]]
@@ -74,6 +76,27 @@ def test_of_ranks_that_were_stopped_only_the_first_may_have_told_why(
     message, status = ranks.verdict()
     assert status == 128 + signal.SIGTERM
     assert message.startswith("stopped by SIGTERM: nothing") == (told_by == 0)
+
+
+def test_of_ranks_that_fail_alike_debug_shows_one_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def train() -> None:
+        raise ConfigError("no such target")
+
+    monkeypatch.setattr(sys, "argv", ["specforge", "--debug"])
+    monkeypatch.setenv(PRIVATE, str(tmp_path))
+    ranks, started = begin(tmp_path, monkeypatch, ["false"], ["false"])
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert _run(click.command(train)) == 1
+        started[rank].wait()
+    assert capfd.readouterr() == ("", "")
+    message, status = ranks.verdict()
+    assert status == 1
+    assert message.startswith("error: Traceback (most recent call last):\n")
+    assert message.endswith("\nspecforge_core.errors.ConfigError: no such target")
+    assert message.count("Traceback") == 1
 
 
 def test_a_rank_whose_python_only_starts_says_nothing_of_a_sigint(
