@@ -139,7 +139,8 @@ def main() -> None:
         if packs and why:
             continue
         head = Head(weight=model.lm_head.weight)
-        engine = TransformersEngine(model, info, head, budget, compile=compiles, packs=packs)
+        padded = "" if packs else "so asked"
+        engine = TransformersEngine(model, info, head, budget, compile=compiles, padded=padded)
         start = time.perf_counter()
         collect(engine, asked[f"8 of {longest}"][:2], states)
         if compiles:

@@ -85,10 +85,10 @@ def check_target(run: RunConfig, strategy: Strategy) -> str:
     """
     job = Job.open(run, strategy)
     engine = job.engine()
+    why = getattr(engine, "why_padded", None)  # of this project's own engine
     engine.close()
     layers = ", ".join(str(layer) for layer in job.adapter.spec.layers)
     said = f"{strategy.name}: can be trained on {run.target.path}, from layers {layers or 'none'}"
-    why = getattr(engine, "why_padded", None)  # of this project's own engine
     if why is None:
         return said
     return f"{said}\ncaptures: {f'padded, since {why}' if why else 'packed, without padding'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ PACKING = {"cuda"}  # devices that have a kernel for sequences of several length
 class TransformersEngine:
     """A TargetEngine in this process.
 
-    Its captures are slices of one batch: of one row where `packs`, padded on the right elsewhere.
+    Its captures are slices of one batch: of one row where that is proved right, which the first
+    capture does, and padded on the right elsewhere.
     """
 
     def __init__(
@@ -51,16 +53,16 @@ class TransformersEngine:
         batch_tokens: int,
         *,
         compile: bool = False,
-        packs: bool = False,
+        padded: str | None = "packing was not asked for",
     ) -> None:
+        """`padded`: why captures are, "" where they are packed; None: see `why_padded`."""
         self.model = model
         self.info = info
         parts = find_parts(model)
         self._decoder: Any = parts.decoder
         self._head = head
         self._batch_tokens = batch_tokens
-        self._packed = PackedRuns(model) if packs else None
-        self.why_padded = ""
+        self._padded = padded
         counts = len(parts.layers), sum(p.numel() for p in model.parameters())
         self._least = least_tokens(model.device.type, *counts)
         self._turn = rope_turn(model.config)
@@ -105,15 +107,27 @@ class TransformersEngine:
                 widen_weights(model, getattr(torch, dtype))
             model.to(device)
             head = prove(model, info)
+            why: str | None = None
             if device.type not in PACKING:
                 why = f"a {device.type} has no kernel for packed sequences"
             elif "attn_implementation" in own:
                 why = "target.options.attn_implementation is what was asked for"
-            else:
-                why = why_padded(model, info, target.batch_tokens)
-        engine = cls(model, info, head, target.batch_tokens, compile=compiles, packs=not why)
-        engine.why_padded = why
-        return engine
+        return cls(model, info, head, target.batch_tokens, compile=compiles, padded=why)
+
+    @cached_property
+    def why_padded(self) -> str:
+        """Why captures are padded; nothing where they are packed.
+
+        Found out at the first look, by passes as long as any: who only writes answers, or decodes
+        with drafts, has no use for it.
+        """
+        if self._padded is not None:
+            return self._padded
+        return why_padded(self.model, self.info, self._batch_tokens)
+
+    @cached_property
+    def _packed(self) -> PackedRuns | None:
+        return None if self.why_padded else PackedRuns(self.model)
 
     def supports(self, spec: CaptureSpec) -> bool:
         """Say yes: what the target cannot give is an error that names it."""

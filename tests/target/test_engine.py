@@ -215,7 +215,9 @@ def test_a_rope_turns_no_shorter_sequence_by_a_longer_ones_angles(
     families.save(family, tmp_path)
     target = TargetConfig(path=str(tmp_path), dtype="float32", batch_tokens=4096)
     loaded = TransformersEngine.load(target, CPU)
-    engine = TransformersEngine(loaded.model, loaded.info, loaded._head, 4096, packs=packs)
+    engine = TransformersEngine(
+        loaded.model, loaded.info, loaded._head, 4096, padded="" if packs else "so asked"
+    )
     engine._least = 4096  # as a GPU's, for which all of these are one batch
     asked = prompts(*lengths)
     found = {c.index: c for c in engine.capture(asked, CaptureSpec(layers=(2,), fields={}))}
@@ -248,6 +250,22 @@ def test_layers_are_compiled_once_for_captures_and_not_for_answers(
     options = GenerateOptions(max_new_tokens=4)
     list(engine.generate(prompts(5, 6), options))
     assert counter.frame_count == before
+
+
+def test_who_captures_nothing_waits_for_no_proof_of_packing(
+    llama: TargetConfig, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[int] = []
+    monkeypatch.setattr("specforge_core.target.engine.PACKING", {"cpu"})
+    monkeypatch.setattr(
+        "specforge_core.target.engine.why_padded", lambda *_: asked.append(1) or "so found"
+    )
+    engine = TransformersEngine.load(llama, CPU)
+    list(engine.generate(prompts(5), GenerateOptions(max_new_tokens=2)))
+    assert asked == []
+    for _ in range(2):
+        list(engine.capture(prompts(5, 9), ALL))
+    assert asked == [1]
 
 
 @pytest.mark.parametrize("value", [True, "yes", 2])

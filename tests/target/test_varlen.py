@@ -44,9 +44,7 @@ def prompts(*lengths: int) -> list[Prompt]:
 
 def packing(engine: TransformersEngine, **options: Any) -> TransformersEngine:
     budget = engine._batch_tokens
-    return TransformersEngine(
-        engine.model, engine.info, engine._head, budget, packs=True, **options
-    )
+    return TransformersEngine(engine.model, engine.info, engine._head, budget, padded="", **options)
 
 
 def same(
