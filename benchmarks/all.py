@@ -28,13 +28,11 @@ import scale
 import torch
 
 LARGE = replace(scale.CASES["dflash-online"], batch_size=8, data="long.jsonl")
-RUNS = {
-    "eagle3-offline": scale.CASES["eagle3-offline"],
-    "dflash-online": scale.CASES["dflash-online"],
-    "eagle3-online": scale.CASES["eagle3-online"],
-}
+BASE = ("eagle3-offline", "dflash-online", "eagle3-online")
+TOKENS = tuple(f"{name}-tokens" for name in BASE)
+RUNS = {name: scale.CASES[name] for name in BASE + TOKENS}
 ALONE = ("D1", "E1", "dflash-warm", "dflash-large")  # on one GPU whatever --gpus says
-PIECES = (*ALONE[:2], "eagle3-offline", "dflash-online", *ALONE[2:], "eagle3-online")
+PIECES = (*ALONE[:2], *BASE[:2], *ALONE[2:], BASE[2], *TOKENS)
 SPARE = 8.0  # seconds of the time that is left for what follows
 Found = dict[str, Any]
 
@@ -69,21 +67,24 @@ def trained(work: Path, name: str, gpus: int, seconds: float, *, small: bool, st
     """Return what a run of the installed command came to.
 
     On one GPU nothing is compiled before; on more, what that run left is used, and by
-    `dflash-warm` what `dflash-online` left.
+    `dflash-warm` and by cuts of tokens what the run of that method and data left.
     """
     case = {"dflash-large": LARGE, "dflash-warm": RUNS["dflash-online"]}.get(name) or RUNS[name]
-    compiled = work / "compiled" / ("dflash-online" if name == "dflash-warm" else name)
+    like = "dflash-online" if name == "dflash-warm" else name.removesuffix("-tokens")
+    compiled = work / "compiled" / like
     if name == "dflash-warm" and not compiled.exists():
         return {"failed": "it needs what dflash-online compiles. Try: --pieces dflash-online"}
-    if gpus == 1 and name != "dflash-warm":
+    if gpus == 1 and name == like:
         shutil.rmtree(compiled, ignore_errors=True)
-    cold = not compiled.exists()
+    # each GPU of a machine has kernels of its own
+    cold = not compiled.exists() or len([*compiled.glob("gpu-*")]) < gpus
     caches = {n: str(compiled / n) for n in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     began = time.monotonic()
     config = scale.prepare(work, name, case, small=small)
     left = seconds - (time.monotonic() - began)
     row = scale.measure(config, gpus, 10 if name in ALONE else steps, left, caches)
-    compiled.mkdir(parents=True, exist_ok=True)  # also where nothing is compiled
+    for gpu in range(gpus):
+        (compiled / f"gpu-{gpu}").mkdir(parents=True, exist_ok=True)
     return {"failed": row} if isinstance(row, str) else asdict(row) | {"cold": cold}
 
 
@@ -138,7 +139,7 @@ def table(results: dict[str, Found], gpus: list[int]) -> list[str]:
 def main() -> None:
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--work", type=Path, required=True, help="target, data, captures (30 GB)")
+    parser.add_argument("--work", type=Path, required=True, help="target, data, captures (40 GB)")
     parser.add_argument("--gpus", default="1", help="as 1,2")
     parser.add_argument("--pieces", default=",".join(PIECES), help="in this order; or some of them")
     parser.add_argument("--minutes", type=float, default=9.0, help="no piece goes on after that")

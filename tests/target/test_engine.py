@@ -277,6 +277,7 @@ def test_a_target_on_a_cpu_is_not_compiled(llama: TargetConfig, value: object):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore:(?s).*Online softmax is disabled")
 def test_a_compiled_capture_is_the_capture(tmp_path: Path):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
