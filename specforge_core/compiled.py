@@ -54,7 +54,10 @@ def _how(backend: str | Any) -> dict[str, Any]:
         partitioner.ban_recompute_materialized_backward = False
     if hasattr(symbols, "use_duck_shape"):
         symbols.use_duck_shape = False
-    options = _options() if backend == "inductor" else None
+    options = None
+    if backend == "inductor":
+        options = _options()
+        _trace_once()
     return {"backend": backend, "dynamic": True, "options": options}
 
 
@@ -87,6 +90,19 @@ def _twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _trace_once() -> None:
+    """Have inductor trace now what it traces once in a process, at the first graph otherwise.
+
+    For as long as that lasts a call of any module in any thread is taken for a part of it and
+    fails: so a target that captures beside the first training step would.
+    """
+    from torch._inductor import loop_body
+
+    trace = getattr(getattr(loop_body, "InterpreterShim", None), "_dummy_gm", None)
+    if trace is not None:
+        trace()
 
 
 def _options() -> dict[str, Any]:

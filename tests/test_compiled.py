@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,37 @@ def test_forwards_are_swapped_back_also_those_that_were_a_modules_own() -> None:
     assert torch.equal(plain(x), before)
     assert "forward" not in vars(plain)
     assert own.forward is mine
+
+
+@pytest.mark.slow  # inductor is imported
+def test_modules_are_called_by_other_threads_while_inductor_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._inductor import loop_body
+
+    shim = loop_body.InterpreterShim
+    monkeypatch.setattr(loop_body, "identity", dawdle)
+    shim._dummy_gm.cache_clear()
+    compile_units([])
+    ended, layer = threading.Event(), nn.Linear(2, 2)
+    found: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            while not ended.is_set():
+                layer(torch.ones(1, 2))
+        except BaseException as exc:
+            found.append(exc)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    shim(torch.fx.Graph(), {})  # as it is of each graph
+    ended.set()
+    thread.join()
+    assert found == []
+
+
+def dawdle(x: object) -> object:
+    """Be `identity` of `loop_body`, for as long as other threads need to get into it."""
+    time.sleep(0.2)
+    return x
