@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -15,7 +16,9 @@ class Idle:
     """Looks at the GPUs for the length of a `with`; at none where there is no nvidia-smi."""
 
     def __init__(self, gpus: int) -> None:
-        self.gpus, self.since = gpus, 0
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        first = named if all(name.isdecimal() for name in named) else range(gpus)
+        self.gpus, self.since = {int(index) for index in [*first][:gpus]}, 0
         self.told = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by __exit__
         found = shutil.which("nvidia-smi")
         self.process = found and subprocess.Popen([found, *ASKED], stdout=self.told)
@@ -45,8 +48,8 @@ class Idle:
         return text[: text.rfind("\n") + 1].splitlines()
 
 
-def idle_share(lines: list[str], gpus: int) -> float | None:
-    """Return 1 - the mean use of the first GPUs, of lines `index, percent`."""
+def idle_share(lines: list[str], gpus: set[int]) -> float | None:
+    """Return 1 - the mean use of some GPUs, of lines `index, percent`."""
     pairs = (line.split(",") for line in lines)
-    used = [int(percent) for index, percent in pairs if int(index) < gpus and "[" not in percent]
+    used = [int(percent) for index, percent in pairs if int(index) in gpus and "[" not in percent]
     return 1 - mean(used) / 100 if used else None

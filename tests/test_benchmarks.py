@@ -72,8 +72,14 @@ def test_the_use_of_gpus_is_read_line_by_line(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.syspath_prepend(str(FOLDER))
     idle = importlib.import_module("idle")
     said = ["0, 100", "1, 90", "2, 0", "0, 95", "1, 95", "2, 0"]
-    assert idle.idle_share(said, 2) == pytest.approx(0.05)
-    assert idle.idle_share(["0, [N/A]"], 1) is None
+    assert idle.idle_share(said, {0, 1}) == pytest.approx(0.05)
+    assert idle.idle_share(["0, [N/A]"], {0}) is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    with idle.Idle(1) as looked:
+        assert looked.gpus == {2}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with idle.Idle(2) as looked:
+        assert looked.gpus == {0, 1}
 
 
 @pytest.mark.slow
