@@ -242,26 +242,29 @@ def test_rows_of_any_lengths_share_a_graph(
     assert counter.frame_count == kinds
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("lengths", [[3, 200, 1, 129, 64], [130, 130]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("window", "sinks", "narrower"), [(0, False, 0), (5, True, 0), (0, True, 8)]
+    ("window", "sinks", "narrower"), [(0, False, 0), (200, False, 0), (5, True, 0), (0, True, 8)]
 )
-def test_the_kernel_gives_what_each_sequence_gives_alone(
-    window: int, sinks: bool, narrower: int, dtype: torch.dtype
+def test_a_row_gives_what_each_sequence_gives_alone(
+    window: int, sinks: bool, narrower: int, dtype: torch.dtype, lengths: list[int], device: str
 ):
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    lengths = [3, 200, 1, 129, 64]
     draw = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(sum(lengths), heads, width, generator=draw).to(dtype)
         for heads, width in ((4, 32), (2, 32), (2, 32 - narrower))
     )
     logits = torch.randn(4, generator=draw) if sinks else None
-    found = packed_rows(lengths, [q.cuda(), k.cuda(), v.cuda()], logits, window)
-    wide = packed_rows(lengths, [q.double(), k.double(), v.double()], logits, window)
-    close(found.cpu(), wide, terms=200)
+    found = packed_rows(lengths, [x.to(device) for x in (q, k, v)], logits, window)
+    wide = [
+        varlen._one(*x, logits, 0.2, window)
+        for x in zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True)
+    ]
+    close(found.cpu(), torch.cat(wide), terms=200)
 
 
 def packed_rows(
