@@ -39,6 +39,14 @@ class Fitted(Watched):
         description="Ranks that share one copy of weights, gradients and optimizer states, of "
         "ranks that follow each other; the other ranks hold copies. If not set: all share one.",
     )
+    trace_steps: int | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="Steps of the first rank to trace with torch's profiler, behind the first ten: "
+        "into OUTPUT_DIR/trace-STEP.json.gz, and a line that says how much of the time the GPU "
+        "computed, only sent or waited for other ranks, and had nothing to do.",
+    )
 
 
 def check_batch_tokens(train: Fitted, *, longest: int, follows: bool) -> None:

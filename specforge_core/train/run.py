@@ -32,6 +32,7 @@ from .metrics import Reducer, Trackers
 from .milestones import Milestones
 from .optim import check_kept, remember_peaks
 from .report import TrainReport
+from .trace import Trace
 from .trainer import Trainer
 from .update import Update
 from .validation import Validation
@@ -66,6 +67,7 @@ def train(run: RunConfig, strategy: Strategy) -> TrainReport:
                 trainer = build(run, strategy, world_, feed, machine)
             trainer.log.phases = started
             stack.callback(trainer.trackers.close)
+            stack.callback(trainer.trace.close)
             if trainer.growth is not None:
                 stack.callback(trainer.growth.close)
             if trainer.milestones.acceptance is not None:
@@ -131,6 +133,7 @@ def build(
         bad_steps=BadSteps(world_, trackers, config.max_bad_steps),
         milestones=Milestones(run, world_, trackers, validation, acceptance, Best.of(config)),
         growth=Growth.open(run, strategy, world_, feed),
+        trace=Trace(config.trace_steps if world_.main else None, run.output_dir, world_.device),
         course=Course.of(
             *(config, feed.data.num_samples, world_.size, steps_ahead(world_.device)),
             num_tokens=feed.num_tokens,

@@ -39,6 +39,7 @@ from .optim import local_gradients, lr_factor, set_learning_rate, square_norm
 from .report import Launched, TrainReport, computed_with, run_info
 from .resume import check_resumed, data_change, learning_rate_change
 from .supply import Supply
+from .trace import Trace
 from .update import Update, grad_norm
 
 CLOSE_SECONDS = 1.0  # that a stopped run waits for the batches that are being made
@@ -66,6 +67,7 @@ class Trainer:
     bad_steps: BadSteps
     milestones: Milestones
     growth: Growth | None  # where the data grows
+    trace: Trace
     step: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
@@ -110,11 +112,9 @@ class Trainer:
         launched: deque[Launched] = deque()
         begun = saved = self.step
         label, steps = f"training {self.strategy.name}", self.course.total_steps
+        shown = track(label, steps, quiet=not self.world.main, ends=True)
         try:
-            with (
-                ExitStack() as held,
-                track(label, steps, quiet=not self.world.main, ends=True) as progress,
-            ):
+            with ExitStack() as held, shown as progress:
                 progress.skip(self.step)
                 if config.max_minutes is not None:
                     progress.deadline = self.course.deadline(self.began)
@@ -123,6 +123,7 @@ class Trainer:
                     if self.step == begun:  # until now there was nothing to keep
                         held.enter_context(stop.keeping())
                     self.step += 1
+                    self.trace.step(self.step)
                     self.seconds = time.monotonic() - self.began
                     save = self.step % config.save_every == 0
                     grows = self.growth is not None and self.growth.due(self.step, self.position)
