@@ -54,7 +54,10 @@ class Trace:
             self._first = number + BEFORE
             plan = schedule(wait=BEFORE - 2, warmup=1, active=self._steps, repeat=1)
             self._profiler = profile(
-                activities=self._activities, schedule=plan, on_trace_ready=self._write
+                activities=self._activities,
+                schedule=plan,
+                on_trace_ready=self._write,
+                acc_events=True,  # without, some torches warn that only one cycle's are kept
             )
             self._profiler.start()
         else:
