@@ -29,6 +29,7 @@ from .layout import of_field
 EXACT = ("input_ids", "loss_mask")
 # whole numbers that are made from states, a most likely token say, move with their rounding
 MOVED = 0.1
+WIDENED = 1 << 20  # numbers that are compared at a time
 
 OTHER: dict[FinalState, FinalState] = {"pre_norm": "post_norm", "post_norm": "pre_norm"}
 
@@ -92,6 +93,8 @@ def compare(fresh: Fresh, adapter: Adapter, stored: Sample) -> list[Problem]:
     floating = [name for name in stored if stored[name].is_floating_point()]
     if not floating:
         return []
+    # compared where the target is: every mistake below is as large as the sample
+    stored = {name: tensor.to(expected[name].device) for name, tensor in stored.items()}
     errors = _errors(stored, expected, floating)
     # noise adds to every layer's error, so only the right state can be the nearest one
     total = sum(e * e for e in errors)
@@ -141,12 +144,24 @@ def _errors(stored: Sample, expected: Sample, names: list[str]) -> list[float]:
     """Return every token's (or whole field's) distance from `expected`, over its norm."""
     errors: list[float] = []
     for name in names:
-        old, new = stored[name].double(), expected[name].cpu().double()
+        old, new = stored[name], expected[name]
         rows = (len(new), -1) if new.ndim > 1 else (1, -1)
-        old, new = old.reshape(rows), new.reshape(rows)
-        scale = new.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        errors += ((old - new).norm(dim=1) / scale).tolist()
+        errors += torch.cat(list(_distances(old.reshape(rows), new.reshape(rows)))).tolist()
     return errors
+
+
+def _distances(old: Tensor, new: Tensor) -> Iterator[Tensor]:
+    """Yield the distances of rows [n, W] over the norms of the new ones, in float64.
+
+    A few rows at a time, in memory that is used again: of a long sample's copies a CPU would take
+    seconds, most of them for fresh pages.
+    """
+    most = max(1, WIDENED // max(1, new.shape[1]))
+    wide, apart = (torch.empty_like(new[:most], dtype=torch.float64) for _ in range(2))
+    for some, given in zip(torch.split(old, most), torch.split(new, most), strict=True):
+        norm = wide[: len(given)].copy_(given).norm(dim=1)
+        off = apart[: len(given)].copy_(some).sub_(wide[: len(given)]).norm(dim=1)
+        yield off / norm.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _tolerance(stored: Sample, fresh: Fresh, names: list[str]) -> float:

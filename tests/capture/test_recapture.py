@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from specforge_core.capture import recapture
 from specforge_core.capture.recapture import Fresh, compare
 from specforge_core.config import TargetConfig
 from specforge_core.target.engine import TransformersEngine
@@ -181,3 +182,17 @@ def test_whole_numbers_made_from_states_may_move_a_little(
     assert len(found) == problems
     if problems:
         assert "field 'choice': differs from a fresh capture at 8 places" in str(found[0])
+
+
+@pytest.mark.parametrize("shape", [(41, 96), (41, 4, 24), (41,)])
+def test_distances_are_those_of_whole_rows_however_few_fit(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    draw = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(shape, generator=draw).bfloat16() for _ in range(2))
+    rows = (41, -1) if len(shape) > 1 else (1, -1)
+    wide, given = old.double().reshape(rows), new.double().reshape(rows)
+    expected = ((wide - given).norm(dim=1) / given.norm(dim=1)).tolist()
+    for most in (50, 960, 10**6):  # less than a row, some that do not divide them, all
+        monkeypatch.setattr(recapture, "WIDENED", most)
+        assert recapture._errors({"x": old}, {"x": new}, ["x"]) == expected
