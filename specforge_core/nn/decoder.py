@@ -121,10 +121,10 @@ def decoder_config(shape: DecoderShape) -> dict[str, Any]:
     }
 
 
-def init_weights(model: nn.Module, std: float, seed: int) -> None:
+def init_weights(model: nn.Module, std: float, seed: int, *, but: nn.Module | None = None) -> None:
     """Fill linear layers (normal, `std`; biases 0) and norms (ones) from `seed` alone.
 
-    So they are alike on all ranks.
+    So they are alike on all ranks.  `but` is a layer that is left as it is.
     A layer's draws depend on `seed` and on its name in `model`, and on nothing else: so layers are
     drawn beside each other, where one thread would take 14 s for a draft of 1 G parameters.
     """
@@ -135,7 +135,9 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
         if layer.bias is not None:  # else as torch drew it, by the global seed
             nn.init.zeros_(layer.bias)
 
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    every = ((name, m) for name, m in model.named_modules() if m is not but)
+    layers = [(name, m) for name, m in every if isinstance(m, nn.Linear)]
+    layers.sort(key=lambda named: -named[1].weight.numel())  # a large one begun last ends alone
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, layers))
     for module in model.modules():

@@ -107,3 +107,16 @@ def test_a_layer_is_drawn_by_its_name() -> None:
     assert torch.equal(few["one"].weight, more["one"].weight)
     assert torch.equal(few["two"].weight, more["two"].weight)
     assert not torch.equal(few["one"].weight, few["two"].weight)
+
+
+def test_a_layer_that_the_caller_fills_is_left_as_it_is_and_the_others_are_drawn_alike() -> None:
+    def drawn(skip: bool) -> nn.ModuleDict:
+        model = nn.ModuleDict({"one": nn.Linear(8, 8), "two": nn.Linear(8, 32)})
+        nn.init.ones_(model["two"].weight)
+        init_weights(model, 0.02, seed=3, but=model["two"] if skip else None)
+        return model
+
+    every, some = drawn(False), drawn(True)
+    assert bool((some["two"].weight == 1).all())
+    assert not bool((every["two"].weight == 1).any())
+    assert torch.equal(every["one"].weight, some["one"].weight)

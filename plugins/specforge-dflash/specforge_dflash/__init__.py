@@ -35,6 +35,8 @@ from .model import DFlashModel, Frozen, parts
 from .proposer import DFlashProposer
 from .step import DFlashStep
 
+ROWS = 512  # of the target's head that are widened at a time
+
 
 @hookimpl
 def specforge_config() -> type[DFlashOptions]:
@@ -121,10 +123,21 @@ def build_draft(
     model.to_empty(device="cpu")
     init_weights(model, shape.init_std, config.seed)
     # states of unit size then give logits that spread by about 1, whatever the head's scale
-    torch.nn.init.constant_(model.norm.weight, 1 / float(lm_head.float().norm(dim=1).mean()))
+    torch.nn.init.constant_(model.norm.weight, 1 / _mean_norm(lm_head))
     model.to(device)
     frozen = Frozen(embed_tokens, lm_head, scale, shape.softcap, beside)
     return Draft(model=model, frozen=frozen, shard=tuple(model.layers), resolved=shape.resolved())
+
+
+def _mean_norm(matrix: torch.Tensor) -> float:
+    """Return the mean norm of a matrix's rows [V, H], in float32.
+
+    A few rows at a time, in memory that is used again: a large head's copy would take a second,
+    most of it for fresh pages.
+    """
+    wide = torch.empty_like(matrix[:ROWS], dtype=torch.float32)
+    parts = torch.split(matrix, ROWS)
+    return float(torch.cat([wide[: len(p)].copy_(p).norm(dim=1) for p in parts]).mean())
 
 
 @hookimpl

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import specforge_dflash
 import torch
 import torch.distributed as dist
 from specforge_dflash.model import DFlashModel, Frozen
@@ -22,6 +23,20 @@ OPTIONS = [
     {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
     {"num_heads": 3, "num_kv_heads": 1, "head_dim": 10},
 ]
+
+
+def test_first_logits_spread_by_one_whatever_the_length_of_the_heads_rows(
+    kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = torch.zeros(41, 24)
+    head = torch.randn(41, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for rows in (7, 41, 100):  # that are looked at together: 41 is no multiple of the first
+        monkeypatch.setattr(specforge_dflash, "ROWS", rows)
+        draft = specforge_dflash.build_draft(
+            kit.config(), kit.target(), embed, head, mask_token_id=40
+        )
+        want = 1 / head.float().norm(dim=1).mean()
+        assert torch.equal(draft.model.norm.weight, want.expand(24))
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -90,7 +90,8 @@ class VocabularyModel(nn.Module):
         weights, and the vocabulary with them, are about to be loaded.
         """
         self.to_empty(device="cpu")
-        init_weights(self, self.shape.init_std, config.seed)
+        but = None if d2t is None else self.lm_head
+        init_weights(self, self.shape.init_std, config.seed, but=but)
         nn.init.zeros_(self.d2t)
         nn.init.ones_(self.t2d)
         if d2t is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from specforge_eagle3 import draft_map
+from specforge_eagle3 import build_draft, draft_map
 from specforge_eagle3.config import draft_shape
 from specforge_eagle3.vocab import (
     check_map,
@@ -88,3 +88,19 @@ def test_which_map_a_new_draft_gets(kit: Any, tmp_path: Path) -> None:
     config = kit.config()
     with pytest.raises(ConfigError, match="this capture is still growing"):
         draft_map(config, draft_shape(config, target), None)
+
+
+def test_a_new_draft_begins_with_the_targets_rows_and_one_to_be_loaded_with_numbers(
+    kit: Any,
+) -> None:
+    config = kit.config()
+    shape = draft_shape(config, kit.target())
+    head = torch.randn(29, shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(3, 20)
+    new = build_draft(config, shape, head, lambda: head, offsets(tokens)).model.state_dict()
+    empty = build_draft(config, shape, head, lambda: head, None).model.state_dict()
+    assert torch.equal(new.pop("lm_head.weight"), head[tokens])
+    assert bool(empty.pop("lm_head.weight").isfinite().all())
+    drawn = [name for name in new if name.endswith(".weight")]
+    assert drawn
+    assert all(torch.equal(new[name], empty[name]) for name in drawn)
