@@ -15,7 +15,7 @@ from .capture.commands import capture
 from .commands import CONFIG_HELP, PATH, Commands, config_option, load_run, overrides_argument
 from .errors import ConfigError
 from .evaluate.commands import plot, watch
-from .process import run
+from .process import importing, run
 
 
 @click.group(
@@ -218,7 +218,8 @@ def train(config: Path, plan: bool, nproc: int, overrides: tuple[str, ...]) -> N
 
         click.echo(plan_run(run, strategy, nproc, measure=True))
         return
-    from .train.run import train as run_train
+    with importing():
+        from .train.run import train as run_train
 
     report = run_train(run, strategy)
     if os.environ.get("RANK", "0") == "0":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .errors import PluginError
+from .process import importing
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -48,11 +49,12 @@ overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE].
 
 def load_run(config: Path, overrides: tuple[str, ...]) -> tuple[RunConfig, Strategy]:
     """Load what `-c` and the overrides of a command say, before it imports anything heavy."""
-    from .cpu import use_threads
-    from .load import load_config
+    with importing():
+        from .cpu import use_threads
+        from .load import load_config
 
-    use_threads()
-    return load_config(config, overrides)
+        use_threads()
+        return load_config(config, overrides)
 
 
 class Commands(click.Group):
