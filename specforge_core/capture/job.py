@@ -16,6 +16,7 @@ from ..config import RunConfig
 from ..data.files import glance
 from ..data.order import epoch_order
 from ..data.prompts import Asked, PromptSet, run_prompts
+from ..data.tokenrows import Fingerprint
 from ..devices import pick_device
 from ..errors import ConfigError, DataError
 from ..progress import console, track
@@ -63,12 +64,13 @@ class Job:
 
     def asked(self, *, validation: bool = False) -> Asked:
         """Open the run's conversations; with `validation` those held out."""
+        known = self.identity.target_fingerprint, self.identity.tokenizer_fingerprint
         return run_prompts(
             self.run,
             self.strategy,
             self.target,
             self.tokenizer,
-            self.identity.target_fingerprint,
+            Fingerprint.of(self.tokenizer, *known),
             validation=validation,
         )
 

@@ -46,14 +46,14 @@ def run_prompts(
     strategy: Strategy,
     target: TargetInfo,
     tokenizer: PreTrainedTokenizerBase,
-    fingerprint: str | None = None,
+    origin: Fingerprint | None = None,
     *,
     validation: bool = False,
 ) -> Asked:
     """Open a run's conversations, as `open_prompts` does for its target.
 
-    `fingerprint` is the target's; None where no weight of it is to be read.  With `validation`
-    those that are held out, without it those that are trained on.
+    `origin` is None where no weight of the target is to be read.  With `validation` those that are
+    held out, without it those that are trained on.
     """
     data = run.data
     rows: Rows = strategy.conversations
@@ -72,7 +72,7 @@ def run_prompts(
         side=side,
         positions=max_positions(target),
         ends=end_tokens(target, tokenizer, template_options(run.data)),
-        target=fingerprint,
+        origin=origin,
     )
 
 
@@ -97,13 +97,13 @@ def open_prompts(
     side: Side | None = None,
     positions: int | None = None,
     ends: frozenset[int] = frozenset(),
-    target: str | None = None,
+    origin: Fingerprint | None = None,
 ) -> Asked:
     """Open `data.train`, all sources of it; nothing is tokenized yet.
 
     Of a `side` only its conversations.  `positions` are the tokens that the target takes, `ends`
-    those that end its answers, `target` is its fingerprint: tokens that `regenerate` wrote must be
-    of it.  Raises DataError.
+    those that end its answers.  Tokens that `regenerate` wrote must be of `origin`; without it of
+    the tokenizer.  Raises DataError.
     """
     if not data.train:
         raise DataError("data.train names no file. Try: data.train=[FILE.jsonl]")
@@ -112,7 +112,7 @@ def open_prompts(
     # all of them before any work: a misspelled last one should not cost an hour
     opened = [(source, source_rows(source, data)) for source in data.train]
     options = template_options(data)
-    origin = Fingerprint.of(tokenizer, target)
+    origin = origin or Fingerprint.of(tokenizer, None)
     fill = Filler(
         data=data,
         opened=opened,

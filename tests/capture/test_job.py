@@ -13,13 +13,15 @@ import pytest
 import torch
 import yaml
 
-from specforge_core.capture.job import run_capture
+from specforge_core.capture.job import Job, run_capture
 from specforge_core.capture.manifest import CaptureManifest
 from specforge_core.capture.store import ShardReader, read_token_counts
 from specforge_core.config import DataConfig, RunConfig
+from specforge_core.data import tokenrows
 from specforge_core.data.files import open_source
 from specforge_core.data.order import epoch_order
 from specforge_core.data.prompts import PromptSet
+from specforge_core.data.tokenrows import Fingerprint
 from specforge_core.errors import CaptureError, ConfigError
 from specforge_core.load import load_config
 from specforge_core.target.engine import TransformersEngine
@@ -154,6 +156,15 @@ def test_a_capture_holds_every_prompts_states_in_training_order(config: Path, tm
     counts = read_token_counts(tmp_path / "capture", manifest)
     assert counts is not None
     assert torch.equal(counts, data.token_counts(260))
+
+
+def test_rows_must_be_of_the_jobs_target_and_tokenizer_whose_vocabulary_is_hashed_once(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+):
+    job = Job.open(*load_config(config))
+    expected = Fingerprint.of(job.tokenizer, job.identity.target_fingerprint)
+    monkeypatch.delattr(tokenrows, "tokenizer_fingerprint")
+    assert job.asked().fill.make.origin == expected
 
 
 def test_skipped_prompts_are_counted_and_not_tried_again(config: Path, tmp_path: Path):
