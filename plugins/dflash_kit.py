@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from specforge_dflash import build_draft
-from specforge_dflash.adapter import capture_spec
+from specforge_dflash.adapter import capture_spec, with_final
 from specforge_dflash.anchors import DFlashTransform
 from specforge_dflash.collate import DFlashCollate
-from specforge_dflash.final import with_final
 from torch import Tensor
 
 from specforge_core.config import TargetConfig
@@ -135,18 +134,13 @@ def make_samples(
     return samples
 
 
-def make_batch(
-    config: Any,
-    samples: Sequence[Sample],
-    collate: Callable[[DFlashCollate], Callable[[Sequence[Sample]], Batch]] = lambda blocks: blocks,
-    vocab: int = 41,
-) -> Batch:
+def make_batch(config: Any, samples: Sequence[Sample], vocab: int = 41) -> Batch:
     """What the loader makes of samples: transform, then collate."""
     spec = with_final(capture_spec((1, 5), HIDDEN), HIDDEN)
     transform = DFlashTransform(spec, 10**6, config.num_anchors)
     drawn = [transform(s, draws_of(0, 0, i)) for i, s in enumerate(samples)]
     kept = [s for s in drawn if s is not None]
-    return collate(DFlashCollate(config, spec, vocab - 1))(kept)
+    return DFlashCollate(config, spec, vocab - 1)(kept)
 
 
 def make_context(progress: float = 0.0, training: bool = True) -> StepContext:

@@ -29,9 +29,8 @@ from .anchors import DFlashTransform
 from .collate import DFlashCollate, train_slots as train_slots
 from .config import DFlashConfig, DFlashOptions, draft_shape, objective
 from .export import export_draft, load_export
-from .final import FinalAdapter
 from .mask_token import mask_token, mask_token_occurs
-from .model import DFlashModel, Frozen, parts
+from .model import DFlashModel, Frozen, backbone_of, parts
 from .proposer import DFlashProposer
 from .step import DFlashStep
 
@@ -47,8 +46,6 @@ def specforge_config() -> type[DFlashOptions]:
 @hookimpl
 def specforge_adapter(config: DFlashConfig, target: TargetInfo) -> Adapter:
     """Capture the chosen layers' outputs side by side, and what the objective asks for besides."""
-    if objective(config).loss == "kl":
-        return FinalAdapter.build(config, target)
     return DFlashAdapter.build(config, target)
 
 
@@ -73,9 +70,7 @@ def specforge_transform(config: DFlashConfig, spec: CaptureSpec, max_length: int
 @hookimpl
 def specforge_collate(config: DFlashConfig, spec: CaptureSpec, draft: Draft) -> Collate:
     """Put samples behind each other, with the blocks that start at their anchors."""
-    assert isinstance(draft.model, DFlashModel)
-    targets_own = objective(config).labels == "target"
-    return DFlashCollate(config, spec, draft.model.shape.mask_token_id, targets_own)
+    return DFlashCollate(config, spec, backbone_of(draft.model).shape.mask_token_id)
 
 
 @hookimpl

@@ -33,6 +33,12 @@ def with_choices(spec: CaptureSpec) -> CaptureSpec:
     return replace(spec, next_tokens=True, fields={**spec.fields, CHOICES: choices})
 
 
+def with_final(spec: CaptureSpec, hidden_size: int) -> CaptureSpec:
+    """Return `spec` with the last layer's output behind the final norm."""
+    final = Field(shape=(None, hidden_size), dtype="bfloat16")
+    return replace(spec, final="post_norm", fields={**spec.fields, "final": final})
+
+
 def check_choices(sample: Sample, vocab_size: int) -> list[Problem]:
     """Report choices of the target that are no tokens of it."""
     choices = sample.get(CHOICES)
@@ -44,7 +50,10 @@ def check_choices(sample: Sample, vocab_size: int) -> list[Problem]:
 
 @dataclass(frozen=True, slots=True)
 class DFlashAdapter:
-    """Stores the captured layers side by side; skips samples no block can start in."""
+    """Stores the captured layers side by side, and what is asked for besides.
+
+    Skips samples no block can start in.
+    """
 
     spec: CaptureSpec
     mask_token_id: int
@@ -56,6 +65,8 @@ class DFlashAdapter:
         spec = capture_spec(layers, target.hidden_size)
         if objective(config).labels == "target":
             spec = with_choices(spec)
+        if config.reads_final:
+            spec = with_final(spec, target.hidden_size)
         return cls(spec, mask)
 
     def __call__(self, capture: TargetCapture, /) -> Sample | None:
@@ -69,7 +80,10 @@ class DFlashAdapter:
             "loss_mask": capture.loss_mask.to(torch.uint8),
             "hidden_states": torch.cat([s.to(torch.bfloat16) for s in states], dim=-1),
         }
-        if CHOICES not in self.spec.fields:
-            return sample
-        assert capture.next_tokens is not None
-        return {**sample, CHOICES: capture.next_tokens}
+        if CHOICES in self.spec.fields:
+            assert capture.next_tokens is not None
+            sample[CHOICES] = capture.next_tokens
+        if "final" in self.spec.fields:
+            assert capture.final is not None
+            sample["final"] = capture.final.to(torch.bfloat16)
+        return sample

@@ -15,19 +15,9 @@ from torch import Tensor, nn
 
 from specforge_core.drafts.tensors import check_given, written
 from specforge_core.errors import ConfigError
-from specforge_core.hookspecs import hookimpl
 from specforge_core.nn.sampling import sample
-from specforge_core.types import (
-    Batch,
-    CaptureSpec,
-    Draft,
-    Export,
-    Proposal,
-    Sampling,
-    TargetInfo,
-)
+from specforge_core.types import Batch, Draft, Export, Proposal, Sampling, TargetInfo
 
-from .collate import DFlashCollate
 from .config import Config, DFlashConfig
 from .export import (
     ARCHITECTURE,
@@ -37,23 +27,10 @@ from .export import (
     load_export,
     target_not_served,
 )
-from .model import DFlashModel, Frozen, Model, parts
+from .model import DFlashModel, Frozen, Model, backbone_of, parts
 from .proposer import DFlashProposer
 
 BACKBONE = "backbone."
-
-
-def backbone_of(model: nn.Module) -> DFlashModel:
-    """Return the backbone of a method's model."""
-    backbone = model.get_submodule("backbone")
-    assert isinstance(backbone, DFlashModel)
-    return backbone
-
-
-@hookimpl
-def specforge_collate(config: DFlashConfig, spec: CaptureSpec, draft: Draft) -> DFlashCollate:
-    """Make DFlash's batches."""
-    return DFlashCollate(config, spec, backbone_of(draft.model).shape.mask_token_id)
 
 
 def slot_states(backbone: DFlashModel, frozen: Frozen, batch: Batch) -> Tensor:

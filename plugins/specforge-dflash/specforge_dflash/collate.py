@@ -32,7 +32,7 @@ from specforge_core.types import Batch, CaptureSpec, Sample
 
 from .adapter import CHOICES
 from .anchors import ANCHORS, PREFIXES
-from .config import DFlashConfig
+from .config import DFlashConfig, objective
 from .mask_token import mask_token_occurs
 
 
@@ -43,9 +43,6 @@ class DFlashCollate:
     config: DFlashConfig
     spec: CaptureSpec
     mask_token_id: int
-    targets_own: bool = False  # labels are what the target would have said
-    # nothing behind a block's first slot without a label is trained: nothing there is accepted
-    until_gap: bool = False
 
     def __call__(self, samples: Sequence[Sample], /) -> Batch:
         for sample in samples:
@@ -96,9 +93,9 @@ class DFlashCollate:
         inside = (places < ends[..., None]) & asked
         flat = places.masked_fill(~inside, 0).flatten(1)
         valid = inside & supervised.gather(1, flat).view(places.shape)
-        if self.until_gap:
+        if self.config.until_gap:
             valid &= (valid | ~asked).cumprod(dim=-1).bool()
-        if self.targets_own:  # said where the token before is read
+        if objective(self.config).labels == "target":  # said where the token before is read
             ids, flat = batch[CHOICES], (flat - 1).clamp(min=0)
         labels = ids.gather(1, flat).view(places.shape).masked_fill(~valid, 0)
         fields = {"anchors": anchors, "starts": starts, "block_ids": block_ids, "labels": labels}

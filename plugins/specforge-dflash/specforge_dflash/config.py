@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,9 @@ Weight: TypeAlias = Annotated[float, MayChange.AT_START, Field(ge=0, le=1e6)]
 
 class DFlashConfig(DecoderOptions):
     """What all methods on DFlash's blocks can be told, and variants of DFlash extend."""
+
+    # nothing behind a block's first slot without a label is trained: nothing there is accepted
+    until_gap: ClassVar[bool] = False
 
     block_size: int = Field(
         16, ge=2, le=1024, description="Slots of one block, the known token included."
@@ -110,6 +113,11 @@ class DFlashConfig(DecoderOptions):
             return self.decay_gamma
         return self.block_size / 2 if self.block_size <= 10 else 5 + (self.block_size - 10) / 3
 
+    @property
+    def reads_final(self) -> bool:
+        """Whether the final state, which the target's head reads, is captured too."""
+        return False
+
 
 class DFlashOptions(DFlashConfig):
     """The `strategy:` section of a DFlash run."""
@@ -152,6 +160,10 @@ class DFlashOptions(DFlashConfig):
         if not self.variable_prefix and self.prefix_weight_base != default:
             raise ValueError("prefix_weight_base has no effect with variable_prefix 0: remove it")
         return self
+
+    @property
+    def reads_final(self) -> bool:
+        return self.loss == "kl"
 
     @property
     def prefix_weights(self) -> tuple[float, ...] | None:

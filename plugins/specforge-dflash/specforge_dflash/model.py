@@ -204,6 +204,13 @@ class DFlashModel(nn.Module):
         return block_mask if self.attention == "flex" else EagerMask.build
 
 
+def backbone_of(model: nn.Module) -> DFlashModel:
+    """Return a DFlash draft's model, or the backbone of that of a method around it."""
+    backbone = model if isinstance(model, DFlashModel) else model.get_submodule("backbone")
+    assert isinstance(backbone, DFlashModel)
+    return backbone
+
+
 class Frozen(nn.Module):
     """The target's embedding [V, H] and head: read, never trained, never saved.
 

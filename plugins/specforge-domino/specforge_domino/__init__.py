@@ -7,10 +7,10 @@ from dataclasses import replace
 import specforge_dflash
 from specforge_dflash import (  # noqa: F401  # a hook is found by its name
     specforge_adapter,
+    specforge_collate,
     specforge_transform,
     specforge_verify_capture,
 )
-from specforge_dflash.around import specforge_collate as specforge_collate
 from specforge_dflash.model import DFlashModel, parts
 
 from specforge_core.hookspecs import hookimpl

@@ -55,7 +55,7 @@ def make_tiny(
 
 
 def make_batch(config: DominoConfig, samples: list[Sample]) -> Batch:
-    return dflash.make_batch(config, samples, lambda blocks: blocks)
+    return dflash.make_batch(config, samples)
 
 
 def make_context(progress: float = PROGRESS, training: bool = True) -> StepContext:

@@ -155,9 +155,8 @@ def test_the_loss_moves_to_the_corrected_logits(
 
 def test_a_batch_without_anchors_has_zero_loss_and_gradients(kit: Any) -> None:
     """A rank whose samples have none must still take part in every collective."""
-    from specforge_dflash.adapter import capture_spec
+    from specforge_dflash.adapter import capture_spec, with_final
     from specforge_dflash.collate import DFlashCollate
-    from specforge_dflash.final import with_final
 
     tiny = kit.tiny(weighting="dpace")
     none = torch.empty(0, dtype=torch.int64)

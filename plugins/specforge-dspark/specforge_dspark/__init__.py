@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import specforge_dflash
 from specforge_dflash import (  # noqa: F401  # a hook is found by its name
-    around,
+    specforge_adapter,
+    specforge_collate,
     specforge_transform,
     specforge_verify_capture,
 )
-from specforge_dflash.final import FinalAdapter
 from specforge_dflash.model import DFlashModel, parts
 
 from specforge_core.hookspecs import hookimpl
-from specforge_core.types import CaptureSpec, Collate, Draft, Proposer, TargetInfo, TrainStep
+from specforge_core.types import Draft, Proposer, TargetInfo, TrainStep
 
 from .config import DSparkConfig
 from .export import specforge_export as specforge_export, specforge_import as specforge_import
@@ -27,19 +27,6 @@ from .step import DSparkStep
 def specforge_config() -> type[DSparkConfig]:
     """Block, heads, objective and shape of the draft."""
     return DSparkConfig
-
-
-@hookimpl
-def specforge_adapter(config: DSparkConfig, target: TargetInfo) -> FinalAdapter:
-    """Capture the chosen layers' outputs side by side, and the final state."""
-    return FinalAdapter.build(config, target)
-
-
-@hookimpl
-def specforge_collate(config: DSparkConfig, spec: CaptureSpec, draft: Draft) -> Collate:
-    """Make DFlash's batches; leave out the slots behind a block's first gap."""
-    blocks = around.specforge_collate(config=config, spec=spec, draft=draft)
-    return replace(blocks, until_gap=True)
 
 
 @hookimpl

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 from specforge_dflash.config import DFlashConfig, LabelLayout, Weight
@@ -15,6 +15,9 @@ MarkovKind: TypeAlias = Literal["vanilla", "gated", "rnn"]
 
 class DSparkConfig(DFlashConfig):
     """The `strategy:` section of a DSpark run."""
+
+    until_gap: ClassVar[bool] = True
+    reads_final: ClassVar[bool] = True
 
     block_size: int = Field(
         7, ge=2, le=1024, description="Slots of one block, the known token included."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -54,7 +54,7 @@ def make_tiny(
 
 
 def make_batch(config: DSparkConfig, samples: list[Sample]) -> Batch:
-    return dflash.make_batch(config, samples, lambda blocks: replace(blocks, until_gap=True))
+    return dflash.make_batch(config, samples)
 
 
 # ---- the method, one block and one token at a time, in float64 --------------

@@ -6,16 +6,15 @@ from dataclasses import replace
 
 import specforge_dflash
 from specforge_dflash import (  # noqa: F401  # a hook is found by its name
+    specforge_adapter,
+    specforge_collate,
     specforge_transform,
     specforge_verify_capture,
 )
-from specforge_dflash.adapter import DFlashAdapter
-from specforge_dflash.around import specforge_collate as specforge_collate
-from specforge_dflash.final import FinalAdapter
 from specforge_dflash.model import DFlashModel, parts
 
 from specforge_core.hookspecs import hookimpl
-from specforge_core.types import Adapter, Draft, Proposer, TargetInfo, TrainStep
+from specforge_core.types import Draft, Proposer, TargetInfo, TrainStep
 
 from .config import LiLiCorrConfig
 from .export import specforge_export as specforge_export, specforge_import as specforge_import
@@ -31,12 +30,6 @@ NOT_DECAYED = ("base_kernel", "_embedding", "relative_slot_bias")
 def specforge_config() -> type[LiLiCorrConfig]:
     """DFlash's options, and those of lattice, objective and convolutions."""
     return LiLiCorrConfig
-
-
-@hookimpl
-def specforge_adapter(config: LiLiCorrConfig, target: TargetInfo) -> Adapter:
-    """Capture the chosen layers' outputs side by side, and the final state if the loss needs it."""
-    return (FinalAdapter if config.penalty_weight else DFlashAdapter).build(config, target)
 
 
 @hookimpl

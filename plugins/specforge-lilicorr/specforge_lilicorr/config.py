@@ -76,6 +76,10 @@ class LiLiCorrConfig(ConvolvedConfig):
         return self
 
     @property
+    def reads_final(self) -> bool:
+        return self.penalty_weight > 0
+
+    @property
     def mean_slot_weight(self) -> float:
         """What an average slot of a whole block adds to the loss's divisor."""
         if self.weighting != "decay":
