@@ -13,7 +13,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor, nn
 
-from specforge_core.drafts.tensors import check_given, written
+from specforge_core.drafts.tensors import check_given, check_options, written
 from specforge_core.errors import ConfigError
 from specforge_core.nn.sampling import sample
 from specforge_core.types import Batch, Draft, Export, Proposal, Sampling, TargetInfo
@@ -88,6 +88,7 @@ def export_around(
     format: str,
     *,
     architecture: str,
+    options: Mapping[str, str],
     own: Mapping[str, Any],
     serve: Mapping[str, Mapping[str, Any]],
     refused: Mapping[str, str | None],
@@ -95,7 +96,8 @@ def export_around(
 ) -> Export | None:
     """Return the files' contents: DFlash's, and what the method adds.
 
-    `own` is added to `dflash_config`; `refused` says by engine why it would draft something else
+    `options` maps the method's own to their keys in `dflash_config`, where `own` is added too, and
+    stands for what is said twice; `refused` says by engine why it would draft something else
     than was trained, besides `target_not_served`: ConfigError where it is asked for.  None for a
     format that DFlash does not know.
     """
@@ -106,7 +108,8 @@ def export_around(
     if reason := why.get(format):
         raise ConfigError(reason)
     out = export_config(config, backbone_of(model).shape, target)
-    nested = {**out["dflash_config"], **own}
+    told = {key: getattr(config, name) for name, key in options.items()}
+    nested = {**out["dflash_config"], **told, **own}
     weights = {name.removeprefix(BACKBONE): value for name, value in model.state_dict().items()}
     return Export(
         config={**out, "architectures": [architecture], "dflash_config": nested},
@@ -117,12 +120,20 @@ def export_around(
 
 
 def load_around(
-    config: DFlashConfig, model: nn.Module, export: Export, layout: Mapping[str, Any]
+    config: DFlashConfig,
+    model: nn.Module,
+    export: Export,
+    layout: Mapping[str, Any],
+    options: Mapping[str, str],
 ) -> None:
-    """Load an export's tensors, `layout` being its config.json as DFlash would write it.
+    """Load an export's tensors, `layout` being its config.json as `export_around` would write it.
+
+    `options` are those that are compared, mapped to their keys in `dflash_config`.
 
     Raises CheckpointError when it was made for another draft; nothing is loaded then.
     """
+    said = layout.get("dflash_config") or {}
+    check_options({name: (said.get(key), getattr(config, name)) for name, key in options.items()})
     own = {n: value for n, value in model.state_dict().items() if not n.startswith(BACKBONE)}
     given = {n: value for n, value in export.weights.items() if n in own}
     check_given(given, own)

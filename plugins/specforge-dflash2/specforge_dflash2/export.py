@@ -26,7 +26,7 @@ CAUSES = {
     **dict.fromkeys(("output_multiplier", "final_logit_softcapping"), "scale of the logits"),
 }
 SOFTCAP = "final_logit_softcapping"  # nested in this layout
-OPTIONS = tuple(name for name in CAUSES if name != SOFTCAP)
+OPTIONS = {name: name for name in CAUSES if name != SOFTCAP}
 
 
 @hookimpl
@@ -34,16 +34,15 @@ def specforge_export(
     config: DFlash2Config, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf, sglang, vllm."""
-    own = {name: getattr(config, name) for name in OPTIONS}
-    if (cap := parts(draft, DFlash2Model)[1].softcap) is not None:
-        own[SOFTCAP] = cap
+    cap = parts(draft, DFlash2Model)[1].softcap
     return export_around(
         config,
         draft,
         target,
         format,
         architecture=ARCHITECTURE,
-        own=own,
+        options=OPTIONS,
+        own={} if cap is None else {SOFTCAP: cap},
         serve=serving_options(config),
         refused={"sglang": not_walked(config, "selector_top_k")},
         causes=CAUSES,
@@ -72,9 +71,8 @@ def specforge_import(config: DFlash2Config, draft: Draft, export: Export) -> boo
     softcap = model.backbone.shape.softcap
     nested: dict[str, Any] = dict(given.get("dflash_config") or {})
     cap = nested.pop(SOFTCAP, None) or None  # 0 is none too
-    theirs = {"output_multiplier": 1.0, **nested}  # what engines take for what is absent
-    options = {name: (theirs.get(name), getattr(config, name)) for name in OPTIONS}
-    check_options(options, {SOFTCAP: (cap, softcap)})
-    # the soft cap was compared above
-    load_around(config, model, export, {**given, SOFTCAP: softcap, "dflash_config": nested})
+    check_options({}, {SOFTCAP: (cap, softcap)})
+    nested.setdefault("output_multiplier", 1.0)  # what engines take for what is absent
+    layout = {**given, SOFTCAP: softcap, "dflash_config": nested}
+    load_around(config, model, export, layout, OPTIONS)
     return True

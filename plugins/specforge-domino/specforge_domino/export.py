@@ -23,7 +23,7 @@ from .config import DominoConfig
 from .model import DominoModel
 
 ARCHITECTURES = (ARCHITECTURE, "DominoDraftModel")  # what engines load, and another spelling
-OPTIONS = ("gru_hidden_dim", "emb_dim", "pure_draft_prefix_len")
+OPTIONS = {name: name for name in ("gru_hidden_dim", "emb_dim", "pure_draft_prefix_len")}
 # key of config.json -> what goes wrong where it differs, for the correction's own keys
 OWN_CAUSES = {
     "shift_label": "label layout",
@@ -42,7 +42,6 @@ def specforge_export(
     config: DominoConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
-    own = {name: getattr(config, name) for name in OPTIONS}
     shifted = config.label_layout == "next_token"
     made = export_around(
         config,
@@ -50,7 +49,8 @@ def specforge_export(
         target,
         format,
         architecture=ARCHITECTURE,
-        own={**own, "projector_type": "domino", "shift_label": shifted},
+        options=OPTIONS,
+        own={"projector_type": "domino", "shift_label": shifted},
         serve={"sglang": SGLANG},
         refused={"sglang": _not_in_sglang(config), "vllm": NOT_IN_VLLM},
         causes=OWN_CAUSES,
@@ -84,7 +84,8 @@ def specforge_import(config: DominoConfig, draft: Draft, export: Export) -> bool
         return False
     _check(config, said, given)
     layout = {**nested, "label_layout": config.label_layout}  # compared above, as published
-    load_around(config, model, export, {**given, "dflash_config": layout})
+    layout |= {name: said.get(name) for name in OPTIONS}
+    load_around(config, model, export, {**given, "dflash_config": layout}, OPTIONS)
     return True
 
 
@@ -97,10 +98,5 @@ def _check(config: DominoConfig, said: Mapping[str, Any], outer: Mapping[str, An
             "predict: it must be true or false. Add it as the draft was trained"
         )
     layout = "next_token" if shifted else "same_position"
-    check_options(
-        {
-            "label_layout": (layout, config.label_layout),
-            **{name: (said.get(name), getattr(config, name)) for name in OPTIONS},
-        }
-    )
+    check_options({"label_layout": (layout, config.label_layout)})
     check_options({"emb_dim": (outer.get("emb_dim", config.emb_dim), config.emb_dim)})  # both alike

@@ -6,14 +6,11 @@ convolutions where the draft has them.
 
 from __future__ import annotations
 
-from typing import Any
-
 from specforge_dflash.around import export_around, load_around
 from specforge_dflash.export import serving_options
 from specforge_dflash.model import parts
 from specforge_dflash2.export import not_walked
 
-from specforge_core.drafts.tensors import check_options
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import Draft, Export, TargetInfo
 
@@ -33,7 +30,7 @@ OPTIONS = {
     "vector_eps": "lilicorr_vector_eps",
     "logit_scale": "lilicorr_logit_scale",
 }
-CONVOLUTIONS = ("conv_kernel_size", "conv_group_size")  # absent without them
+CONVOLUTIONS = {name: name for name in ("conv_kernel_size", "conv_group_size")}
 CAUSES = {
     **dict.fromkeys(("lilicorr_enabled", *OPTIONS.values()), "lattice"),
     **dict.fromkeys(CONVOLUTIONS, "convolutions"),
@@ -45,15 +42,14 @@ def specforge_export(
     config: LiLiCorrConfig, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
     """Write the published layout: formats hf and sglang; vllm is refused with the reason."""
-    own = {key: getattr(config, name) for name, key in OPTIONS.items()}
-    own |= {name: getattr(config, name) for name in CONVOLUTIONS if config.conv_kernel_size}
     return export_around(
         config,
         draft,
         target,
         format,
         architecture=ARCHITECTURE,
-        own={"lilicorr_enabled": True, **own},
+        options=OPTIONS | (CONVOLUTIONS if config.conv_kernel_size else {}),
+        own={"lilicorr_enabled": True},
         serve=serving_options(config),
         refused={
             "sglang": not_walked(config, "candidate_top_k", MOST_CANDIDATES)
@@ -85,13 +81,11 @@ def specforge_import(config: LiLiCorrConfig, draft: Draft, export: Export) -> bo
     (model, _), given = parts(draft, LiLiCorrModel), export.config
     if ARCHITECTURE not in (given.get("architectures") or ()):
         return False
-    nested: dict[str, Any] = given.get("dflash_config") or {}
-    theirs = {name: nested.get(key) for name, key in OPTIONS.items()}
-    theirs |= {name: nested.get(name) or 0 for name in CONVOLUTIONS}
-    ours = {name: getattr(config, name) for name in theirs}
-    width = "lattice_hidden_size"
-    if {theirs[width], ours[width]} == {0, model.backbone.shape.hidden_size}:
-        theirs[width] = ours[width]  # 0 is the draft's width
-    check_options({name: (value, ours[name]) for name, value in theirs.items()})
-    load_around(config, model, export, given)
+    nested = dict(given.get("dflash_config") or {})
+    nested |= {name: nested.get(name) or 0 for name in CONVOLUTIONS}
+    width, ours = OPTIONS["lattice_hidden_size"], config.lattice_hidden_size
+    if {nested.get(width), ours} == {0, model.backbone.shape.hidden_size}:
+        nested[width] = ours  # 0 is the draft's width
+    layout = {**given, "dflash_config": nested}
+    load_around(config, model, export, layout, OPTIONS | CONVOLUTIONS)
     return True
