@@ -19,7 +19,7 @@ from specforge_core.drafts.tensors import check_alike
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import Draft, Export, ExportFile, TargetInfo
 
-from .confidence import Record, calibrate
+from .confidence import calibrate, read
 from .config import DSparkConfig
 from .model import DSparkModel
 
@@ -46,8 +46,8 @@ def specforge_export(
     sglang: dict[str, Any] = {"speculative_algorithm": "DSPARK"}
     files = {}
     if config.calibration is not None:
-        record = Record.read(config.calibration, tokens)
-        files[STS] = json.dumps(asdict(calibrate(record)), indent=2).encode()
+        fitted = calibrate(*read(config.calibration, tokens))
+        files[STS] = json.dumps(asdict(fitted), indent=2).encode()
         sglang["speculative_dspark_confidence_sts_path"] = ExportFile(name=STS)
     made = export_around(
         config,

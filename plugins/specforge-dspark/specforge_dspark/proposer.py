@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specforge_core.types import Proposal, Sampling, TargetCapture
 
-from .confidence import Record, calibrate
+from .confidence import append, calibrate, read
 from .config import DSparkConfig
 from .model import DSparkModel, draft_logits
 
@@ -27,8 +27,8 @@ class DSparkProposer(AroundProposer[DSparkConfig, DSparkModel]):
         self._confidence: list[float] = []  # logits of the draft that is being verified
         self._temperatures = [1.0] * self.max_tokens
         if config.calibration is not None:
-            record = Record.read(config.calibration, self.max_tokens)
-            self._temperatures = calibrate(record).temperatures
+            record = read(config.calibration, self.max_tokens)
+            self._temperatures = calibrate(*record).temperatures
 
     def start(self, prefix: TargetCapture, /) -> None:
         self._confidence = []
@@ -38,7 +38,7 @@ class DSparkProposer(AroundProposer[DSparkConfig, DSparkModel]):
         record = self._config.record_confidence
         if record is not None and len(self._confidence) == self.max_tokens:
             # the token that was known stands before those that were kept
-            Record.append(record, self._confidence, len(accepted.input_ids) - 1)
+            append(record, self._confidence, len(accepted.input_ids) - 1)
         self._confidence = []
         super().accept(accepted)
 

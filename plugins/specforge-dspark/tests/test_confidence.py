@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from specforge_dspark.confidence import BINS, Record, calibrate, calibration_error
+from specforge_dspark.confidence import BINS, append, calibrate, calibration_error, read
 
 from specforge_core.errors import DataError
 
@@ -30,8 +30,7 @@ def test_temperatures_of_a_known_kind_are_found() -> None:
     draw = torch.Generator().manual_seed(1)
     true = torch.randn(20000, 2, generator=draw, dtype=torch.float64) * 1.5
     kept = torch.rand(20000, 2, generator=draw, dtype=torch.float64) < true.sigmoid()
-    record = Record(true * torch.tensor([3.0, 0.5]), kept.long().cumprod(1).sum(1))
-    found = calibrate(record)
+    found = calibrate(true * torch.tensor([3.0, 0.5]), kept.long().cumprod(1).sum(1))
     assert found.temperatures == pytest.approx([3.0, 0.5], rel=0.2)
     assert max(found.ece_after) < 0.02 < min(found.ece_before)
     assert found.num_samples == 20000
@@ -52,11 +51,11 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "record.jsonl"
     path.write_text(text)
     with pytest.raises(DataError, match="calibration="):
-        Record.read(path, 2)
+        read(path, 2)
     with pytest.raises(DataError, match="calibration="):
-        Record.read(tmp_path / "none", 2)
+        read(tmp_path / "none", 2)
 
 
 def test_a_record_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="record_confidence="):
-        Record.append(tmp_path / "none" / "record", [1.0], 0)
+        append(tmp_path / "none" / "record", [1.0], 0)

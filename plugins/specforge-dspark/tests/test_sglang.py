@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from specforge_dspark.confidence import Record, calibrate
+from specforge_dspark.confidence import calibrate, read
 from specforge_dspark.model import base_logits
 from torch import Tensor
 
@@ -82,7 +82,7 @@ def reference(config: Any, draft: Any, _prefix: Any, proposer: Any) -> Tensors:
     latents = model.markov_head(before[None], states[None])[0]
     raw, ones = model.confidence_head(states, before), [1.0]
     if config.calibration is not None:
-        ones = calibrate(Record.read(config.calibration, len(tokens))).temperatures
+        ones = calibrate(*read(config.calibration, len(tokens))).temperatures
     return {
         "states": block[0],
         "tokens": tokens,
