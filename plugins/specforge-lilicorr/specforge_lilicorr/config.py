@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -78,14 +77,6 @@ class LiLiCorrConfig(ConvolvedConfig):
     @property
     def reads_final(self) -> bool:
         return self.penalty_weight > 0
-
-    @property
-    def mean_slot_weight(self) -> float:
-        """What an average slot of a whole block adds to the loss's divisor."""
-        if self.weighting != "decay":
-            return 1.0
-        slots = range(self.num_draft_tokens)
-        return sum(math.exp(-k / self.gamma) for k in slots) / len(slots)
 
     def check(self, target: TargetInfo) -> None:
         """Raise ConfigError when the options do not fit the target."""

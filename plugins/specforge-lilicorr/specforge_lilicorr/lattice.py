@@ -21,7 +21,6 @@ from .config import LiLiCorrConfig
 
 FEATURES = 5
 HEADS_STD = 0.02  # of the vectors' heads: zeros on both sides would stay zeros
-HEADS = ("out_head", "in_head", "anchor_out_head")
 
 
 class Vectors(NamedTuple):
@@ -87,8 +86,8 @@ class Lattice(nn.Module):
         self.in_head = nn.Linear(width, config.factor_dim)
         self.anchor_out_head = nn.Linear(width, config.factor_dim)
         init_weights(self, std, config.seed)
-        heads = nn.ModuleDict({name: self.get_submodule(name) for name in HEADS})
-        init_weights(heads, HEADS_STD, config.seed)
+        for head in (self.out_head, self.in_head, self.anchor_out_head):
+            head.weight.data *= HEADS_STD / std
         draw = torch.Generator().manual_seed(config.seed)
         for name, parameter in self.named_parameters():
             if name.endswith("in_proj_weight"):

@@ -18,13 +18,13 @@ class LiLiCorrProposer(AroundProposer[LiLiCorrConfig, LiLiCorrModel]):
 
     def start(self, prefix: TargetCapture, /) -> None:
         # features [1, captured]; where the text begins there are none
-        self._last, self._anchored = torch.zeros(1, self._model.fc.in_features), False
+        self._last = torch.zeros(1, self._model.fc.in_features)
         super().start(prefix)
 
     def accept(self, accepted: TargetCapture, /) -> None:
         super().accept(accepted)
         if len(accepted.input_ids):
-            self._last, self._anchored = self._pending[-1][-1:], True
+            self._last = self._pending[-1][-1:]
 
     @torch.no_grad()
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
@@ -41,7 +41,7 @@ class LiLiCorrProposer(AroundProposer[LiLiCorrConfig, LiLiCorrModel]):
         states, frozen = self.block_states(last_token)[None], self._frozen
         labels = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
         _, _, ids, log_probs = candidates(states, labels, frozen, self._config)
-        anchored = torch.tensor([self._anchored], device=states.device)
+        anchored = torch.tensor([self._caches[0].length > 0], device=states.device)
         context = self._model.context(self._last.to(states.device))
         lattice = self._draft.lilicorr
         return ids[0], lattice(frozen.embed(ids), log_probs, states, context, anchored)

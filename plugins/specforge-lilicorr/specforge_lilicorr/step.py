@@ -34,6 +34,8 @@ class LiLiCorrStep(BlockStep[LiLiCorrConfig]):
         terms = self._terms(slots, gold.flatten(), batch, frozen)
         losses = slots.losses.view(labels.shape)
         weights, total = slot_weights(config, losses.detach(), valid)
+        # what an average slot of a whole block adds to the divisor
+        average = slot_weights(config, losses.detach(), torch.ones_like(valid))[1] / valid.numel()
         loss, count = (weights * losses).sum(), trained.sum().float()
         right = reached & (slots.scores.argmax(-1).view(labels.shape) == gold)
         base = slots.best.view(labels.shape) == labels
@@ -43,7 +45,7 @@ class LiLiCorrStep(BlockStep[LiLiCorrConfig]):
         metrics["trained"] = Ratio(num=count, den=valid.sum().float())
         for name, (weight, term) in terms.items():
             spent = (term.view(labels.shape) * trained).sum()
-            loss = loss + weight * config.mean_slot_weight * spent
+            loss = loss + weight * average * spent
             metrics[f"lattice_{name}"] = Ratio(num=spent.detach(), den=count)
         return StepOutput(loss_sum=loss, weight=total, metrics=metrics)
 
@@ -64,9 +66,9 @@ class LiLiCorrStep(BlockStep[LiLiCorrConfig]):
         if config.penalty_weight:
             with torch.no_grad():
                 finals = batch["final"].flatten(0, 1)[teachers(config, batch).flatten()]
-                chunks = (torch.split(x, config.head_chunk) for x in (finals, slots.ids))
-                parts = zip(*chunks, strict=True)
-                logits = torch.cat([token_logits(frozen, *part) for part in parts])
+                chunks = (x.split(config.head_chunk) for x in (finals, slots.ids))
+                given = zip(*chunks, strict=True)
+                logits = torch.cat([token_logits(frozen, *part) for part in given])
                 gaps = torch.relu(logits.gather(1, gold[:, None]) - logits)
             spread = torch.softmax(scores, dim=1)
             terms["penalty"] = config.penalty_weight, (spread * gaps).sum(1)
