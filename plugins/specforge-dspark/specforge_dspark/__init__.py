@@ -32,11 +32,7 @@ def specforge_config() -> type[DSparkConfig]:
 @hookimpl
 def specforge_draft(config: DSparkConfig, target: TargetInfo) -> Draft:
     """Build DFlash's draft around the target's embedding and head, and the two heads."""
-    return with_heads(config, specforge_dflash.specforge_draft(config=config, target=target))
-
-
-def with_heads(config: DSparkConfig, plain: Draft) -> Draft:
-    """Return a DSpark draft around a DFlash draft."""
+    plain = specforge_dflash.specforge_draft(config=config, target=target)
     return replace(plain, model=DSparkModel(parts(plain, DFlashModel)[0], config))
 
 

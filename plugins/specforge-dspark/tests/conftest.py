@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from specforge_dspark import with_heads
 from specforge_dspark.config import DSparkConfig
+from specforge_dspark.model import DSparkModel
 from torch import Tensor
 
 from specforge_core.types import Batch, Sample, StepContext, TargetCapture
@@ -43,7 +43,7 @@ def make_tiny(
     config = make_config(**options)
     return dflash.make_tiny(
         config,
-        lambda plain: with_heads(config, plain),
+        lambda plain: replace(plain, model=DSparkModel(plain.model, config)),
         vary,
         softcap=softcap,
         scale=scale,
