@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from specforge_dflash.mask_token import mask_token
 from specforge_eagle3 import (  # noqa: F401  # a hook is found by its name
     specforge_adapter,
     specforge_verify_capture,
     target_parts,
 )
+from specforge_eagle3.config import DraftShape, shape_fields
 from specforge_eagle3.frozen import Frozen, parts
-from torch import Tensor
+from torch import Tensor, nn
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import (
@@ -25,11 +27,10 @@ from specforge_core.types import (
     Transform,
 )
 
-from .config import PeagleConfig, PeagleShape, peagle_shape
-from .dropping import PeagleTransform
-from .elements import PeagleCollate
+from .config import PeagleConfig
+from .elements import PeagleCollate, PeagleTransform
 from .export import specforge_export as specforge_export, specforge_import as specforge_import
-from .model import PeagleLayer, PeagleModel
+from .model import PeagleModel
 from .proposer import PeagleProposer
 from .step import PeagleStep
 
@@ -51,38 +52,41 @@ def specforge_collate(config: PeagleConfig, draft: Draft) -> Collate:
     """Put the samples of a batch behind each other, and find what is trained."""
     model, frozen = parts(draft, PeagleModel)
     frozen.teacher_head(model.d2t)  # read here, so that no step waits for it
-    return PeagleCollate(config, model.t2d.cpu(), model.shape.mask_token_id)
+    return PeagleCollate(config, model.t2d.cpu(), model.mask_token_id)
 
 
 @hookimpl
 def specforge_draft(config: PeagleConfig, target: TargetInfo, data: DataInfo | None) -> Draft:
     """Build the draft around the target's embedding, with its vocabulary's rows of the head."""
-    shape = peagle_shape(config, target)
-    return build_draft(config, shape, *target_parts(config, shape, target, data))
+    shape = DraftShape(**shape_fields(config, target), num_layers=config.num_layers)
+    mask = mask_token(config.mask_token_id, target)
+    return build_draft(config, shape, mask, *target_parts(config, shape, target, data))
 
 
 def build_draft(
     config: PeagleConfig,
-    shape: PeagleShape,
+    shape: DraftShape,
+    mask_token_id: int,
     embed_tokens: Tensor,
     load_head: Callable[[], Tensor],
     d2t: Tensor | None,
 ) -> Draft:
-    """Build the draft as `specforge_eagle3.build_draft` does, from the same."""
+    """Build the draft as `specforge_eagle3.build_draft` does, from the same and the mask token."""
     with torch.device("meta"):
-        model = PeagleModel(shape, config)
+        model = PeagleModel(shape, config, mask_token_id)
     model.start(config, load_head, d2t)
-    model.start_inputs(config, embed_tokens)
-    layers = [layer for layer in model.layers if isinstance(layer, PeagleLayer)]
+    nn.init.normal_(model.mask_hidden, generator=torch.Generator().manual_seed(config.seed))
+    if model.embed_tokens is not None:
+        model.embed_tokens.weight.data.copy_(embed_tokens)
     return Draft(
         model=model,
         # an embedding of its own takes the target's place
         frozen=Frozen(embed_tokens[:0] if config.train_embedding else embed_tokens, load_head),
-        shard=(*layers, model.lm_head),
-        compile=tuple(part for layer in layers for part in (layer.before, layer.after)),
+        shard=(*model.layers, model.lm_head),
+        compile=tuple(part for layer in model.layers for part in layer.children()),
         # shrunk, the rows of tokens that are rare would vanish
         decayed=lambda name: "embed_tokens" not in name,
-        resolved=shape.resolved(),
+        resolved={**shape.resolved(), "mask_token_id": mask_token_id},
     )
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
-from specforge_dflash.mask_token import mask_token
-from specforge_eagle3.config import DraftShape, VocabularyOptions, shape_fields
+from specforge_eagle3.config import VocabularyOptions
 
 from specforge_core.config import MayChange
-from specforge_core.types import TargetInfo
 
 
 class PeagleConfig(VocabularyOptions):
@@ -52,23 +49,3 @@ class PeagleConfig(VocabularyOptions):
     def draft_tokens(self) -> int:
         """Tokens of a draft."""
         return self.draft_length or self.depths
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeagleShape(DraftShape):
-    """Everything about a draft's structure, resolved against one target."""
-
-    mask_token_id: int
-
-    def resolved(self) -> dict[str, Any]:
-        """Return what options came to for the target, and no tensor's shape shows."""
-        return {**DraftShape.resolved(self), "mask_token_id": self.mask_token_id}
-
-
-def peagle_shape(config: PeagleConfig, target: TargetInfo) -> PeagleShape:
-    """Resolve the options against the target.  Raises ConfigError when they do not fit it."""
-    return PeagleShape(
-        **shape_fields(config, target),
-        num_layers=config.num_layers,
-        mask_token_id=mask_token(config.mask_token_id, target),
-    )

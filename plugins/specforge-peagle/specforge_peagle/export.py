@@ -52,7 +52,7 @@ def specforge_export(
         made["embed_requires_grad"] = config.train_embedding
     serve = {"method": "eagle3", "parallel_drafting": True, "num_speculative_tokens": length}
     return Export(
-        config={**made, **dict.fromkeys(MASKS, shape.mask_token_id)},
+        config={**made, **dict.fromkeys(MASKS, model.mask_token_id)},
         weights=written(weights, config.export_dtype),
         serve={"vllm": serve},
         causes={**CAUSES, **OWN_CAUSES},
@@ -72,7 +72,7 @@ def specforge_import(draft: Draft, export: Export) -> bool:
     if "mask_hidden" not in weights and OWN_SPECULATORS not in (given.get("architectures") or ()):
         return False
     check_config(model.shape, given, unknown=("fc_norm", "use_aux_norm", "norm_output"))
-    ours = model.shape.mask_token_id
+    ours = model.mask_token_id
     masks = [given[name] for name in MASKS if given.get(name) is not None] or [None]
     # of several that differ, one that is not ours
     check_options({"mask_token_id": (next((m for m in masks if m != ours), ours), ours)})

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
+from specforge_eagle3.config import DraftShape
 from specforge_eagle3.head import DraftHead, Teacher, VocabularyModel
 from specforge_eagle3.model import Outputs, Projections
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from specforge_core.nn.soft_loss import SoftLoss, SoftRows
 from specforge_core.types import Batch
 
 from .attention import Elements
-from .config import PeagleConfig, PeagleShape
+from .config import PeagleConfig
 
 # of layer `index`, from queries [E, h, d], keys and values [E, v, d], not rotated, to [E, h, d].
 # Positions and visibility are what it holds: FSDP's mixed precision would cast tensors that layers
@@ -68,7 +69,7 @@ class After(Outputs):
 class PeagleLayer(nn.Module):
     """One pre-norm layer."""
 
-    def __init__(self, shape: PeagleShape, index: int) -> None:
+    def __init__(self, shape: DraftShape, index: int) -> None:
         super().__init__()
         self.index = index
         self.before = Before(shape, first=index == 0)
@@ -94,10 +95,9 @@ class PeagleLayer(nn.Module):
 class PeagleModel(VocabularyModel):
     """The trained part, and the draft vocabulary it is for."""
 
-    shape: PeagleShape
-
-    def __init__(self, shape: PeagleShape, config: PeagleConfig) -> None:
+    def __init__(self, shape: DraftShape, config: PeagleConfig, mask_token_id: int) -> None:
         super().__init__(shape, config)
+        self.mask_token_id = mask_token_id
         width, captured = shape.hidden_size, len(shape.capture_layers) * shape.hidden_size
         own = config.train_embedding
         self.embed_tokens = nn.Embedding(shape.vocab_size, width) if own else None
@@ -106,14 +106,6 @@ class PeagleModel(VocabularyModel):
         self.layers = nn.ModuleList(PeagleLayer(shape, i) for i in range(shape.num_layers))
         self.norm = nn.RMSNorm(width, eps=shape.rms_norm_eps)
         self.lm_head = DraftHead(shape, config)
-
-    def start_inputs(self, config: PeagleConfig, embed_tokens: Tensor) -> None:
-        """Fill the mask's state, and an embedding with the target's [V, H]."""
-        draws = torch.Generator().manual_seed(config.seed)
-        nn.init.normal_(self.mask_hidden, generator=draws)
-        if self.embed_tokens is not None:
-            with torch.no_grad():
-                self.embed_tokens.weight.copy_(embed_tokens)
 
     def forward(self, features: Tensor, inputs: Tensor, task: Task) -> tuple[Tensor, SoftRows]:
         """Return the sum of the losses of the elements that are trained, and each one's row.

@@ -51,7 +51,7 @@ class PeagleProposer(FeatureProposer):
         model, device = self._model, self._model.fc.weight.device
         known = self._caches[0].length
         features = torch.cat([f.to(device) for f in self._features])
-        ids = torch.tensor([*self._ids[1:], last_token, model.shape.mask_token_id], device=device)
+        ids = torch.tensor([*self._ids[1:], last_token, model.mask_token_id], device=device)
         self._ids, self._features = self._ids[-1:], [features[-1:]]
         rows, deeper = len(features), count - 1
         places = known + torch.arange(rows + deeper, device=device)

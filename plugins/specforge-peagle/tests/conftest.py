@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from specforge_eagle3.adapter import trained_labels
+from specforge_eagle3.config import DraftShape, shape_fields
 from specforge_eagle3.vocab import offsets
 from specforge_peagle import build_draft
-from specforge_peagle.config import PeagleConfig, peagle_shape
-from specforge_peagle.dropping import drop
-from specforge_peagle.elements import ALL_FIELDS, elements
+from specforge_peagle.config import PeagleConfig
+from specforge_peagle.elements import ALL_FIELDS, drop, elements
 from specforge_peagle.model import PeagleModel
 from torch import Tensor
 
@@ -83,7 +83,8 @@ def make_tiny(softcap: float | None = None, **options: Any) -> Tiny:
     tokens = torch.randperm(VOCAB, generator=gen)[:DRAFT_VOCAB].sort().values
     if config.draft_vocab_size == "full":
         tokens = torch.arange(VOCAB)
-    draft = build_draft(config, peagle_shape(config, target), embed, lambda: head, offsets(tokens))
+    shape = DraftShape(**shape_fields(config, target), num_layers=config.num_layers)
+    draft = build_draft(config, shape, MASK, embed, lambda: head, offsets(tokens))
     with torch.no_grad():
         for name, weight in draft.model.named_parameters():
             if "norm" in name:  # norms of ones would hide their order

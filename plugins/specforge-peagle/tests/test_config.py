@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from specforge_peagle.config import PeagleConfig, peagle_shape
+from specforge_eagle3.config import shape_fields
+from specforge_peagle.config import PeagleConfig
 
 from specforge_core.errors import ConfigError
 
@@ -16,7 +17,7 @@ def test_what_it_shares_with_eagle3_says_nothing_that_holds_for_that_alone(kit: 
         assert "EAGLE" not in (field.description or ""), name
         assert "SGLang" not in (field.description or ""), name  # it serves none of these drafts
     with pytest.raises(ConfigError, match="a target of 3 layers is too small") as raised:
-        peagle_shape(kit.config(), replace(kit.target(), num_layers=3))
+        shape_fields(kit.config(), replace(kit.target(), num_layers=3))
     assert "EAGLE" not in str(raised.value)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from specforge_eagle3.adapter import capture_spec
-from specforge_peagle.dropping import PeagleTransform, drop
+from specforge_peagle.elements import PeagleTransform, drop
 from torch import Tensor
 
 
