@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from specforge_dflash.config import DFlashConfig, LabelLayout, Weight
 
 from specforge_core.config import MayChange
-
-MarkovKind: TypeAlias = Literal["vanilla", "gated", "rnn"]
 
 
 class DSparkConfig(DFlashConfig):
@@ -25,7 +23,7 @@ class DSparkConfig(DFlashConfig):
     label_layout: LabelLayout = Field(
         "next_token", description="Slot k predicts token a+k+1 (k >= 0), or a+k (k >= 1)."
     )
-    markov_head: MarkovKind = Field(
+    markov_head: Literal["vanilla", "gated", "rnn"] = Field(
         "vanilla", description="What corrects a slot by the token drafted before it."
     )
     markov_rank: int = Field(256, gt=0, le=10**5, description="Width of the Markov head.")

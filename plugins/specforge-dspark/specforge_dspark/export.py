@@ -75,16 +75,12 @@ def specforge_export(
 
 def _not_in_vllm(config: DSparkConfig) -> str | None:
     """Return why vLLM would draft something else than was trained."""
-    if config.markov_head != "vanilla":
-        wanted = "markov_head=vanilla"
-    elif config.first_slot == 1:
-        wanted = "label_layout=next_token"
-    else:
+    if config.markov_head == "vanilla" and config.label_layout == "next_token":
         return None
     return (
-        f"vllm serves DSpark drafts trained with strategy.{wanted}; this one has "
-        f"markov_head={config.markov_head}, label_layout={config.label_layout}. "
-        "Try: --format sglang"
+        "vllm serves DSpark drafts trained with strategy.markov_head=vanilla and "
+        f"strategy.label_layout=next_token; this one has markov_head={config.markov_head}, "
+        f"label_layout={config.label_layout}. Try: --format sglang"
     )
 
 
@@ -99,17 +95,17 @@ def specforge_import(config: DSparkConfig, draft: Draft, export: Export) -> bool
     for key, section in sections.items():
         check_alike(given, section, key)
     said = {**given, **sections["dflash_config"], **sections["dspark_config"]}
+    for name in ("architectures", *sections):  # else all is said in both places alike
+        said.pop(name, None)
     confident = any(name.startswith("confidence_head.") for name in weights)
     with_markov = bool(said.get("confidence_head_with_markov", True))
     anchored = bool(said.get("sample_from_anchor", True))
-    nested = {  # of config.json as it is written, with a block's slots as DFlash counts them
-        **{name: said.get(name) for name in ("mask_token_id", "target_layer_ids")},
-        **{key: said.get(key) for key in OPTIONS.values()},
+    said |= {  # a block's slots as DFlash counts them
         "enable_confidence_head": confident,
         "confidence_head_with_markov": with_markov if confident else config.confidence_with_markov,
         "block_size": int(said["block_size"]) + (0 if anchored else 1),
         "label_layout": "next_token" if anchored else "same_position",
     }
-    layout = {n: v for n, v in given.items() if n not in nested} | {"dflash_config": nested}
+    layout = {**said, "dflash_config": said}
     load_around(config, model, replace(export, weights=weights), layout, OPTIONS)
     return True

@@ -1,16 +1,15 @@
 """The DSpark draft: a DFlash backbone with a Markov head and a confidence head.
 
-Shapes: b rows, S tokens, A blocks of a row, B slots of a block, M = b*A blocks, D slots of a
-block that draft, R slots that are trained, H hidden size, r rank, V vocabulary.
+Names of the heads' parameters are those of the published checkpoints.  Shapes: M blocks, D slots
+of a block that draft, R slots that are trained, H hidden size, r rank, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from specforge_dflash.around import slot_states
+from specforge_dflash.config import DraftShape
 from specforge_dflash.model import DFlashModel, Frozen
 from specforge_dflash.step import drafting_rows, teachers
 from torch import Tensor, nn
@@ -20,19 +19,67 @@ from specforge_core.nn.soft_loss import wide
 from specforge_core.types import Batch
 
 from .config import DSparkConfig
-from .heads import ConfidenceHead, MarkovHead
 
 
-class Slots(NamedTuple):
-    """What each trained slot came to, all [R].
+class MarkovHead(nn.Module):
+    """Corrects a slot's logits by the token before it: bias = W2 latent.
 
-    A tuple, which FSDP looks into for the tensors that a backward starts from.
+    With e = W1[token before] and h the slot's state:
+        vanilla  latent = e
+        gated    latent = sigmoid(G [h; e]) * e
+        rnn      [g, c, o] = J [s; e; h],  latent = tanh(o),
+                 s <- sigmoid(g) s + (1 - sigmoid(g)) tanh(c), 0 at a block's first slot
     """
 
-    cross_entropy: Tensor
-    variation: Tensor  # sum over the vocabulary of |p - q|
-    hits: Tensor  # bool: the most likely token is the label
-    confidence: Tensor  # logits; 0 without a confidence head
+    def __init__(self, config: DSparkConfig, shape: DraftShape) -> None:
+        super().__init__()
+        self.kind, rank = config.markov_head, config.markov_rank
+        self.markov_w1 = nn.Embedding(shape.vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, shape.vocab_size, bias=False)
+        if self.kind == "gated":
+            self.gate_proj = nn.Linear(shape.hidden_size + rank, rank)
+        elif self.kind == "rnn":
+            self.joint_proj = nn.Linear(2 * rank + shape.hidden_size, 3 * rank)
+
+    def forward(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
+        """Return latents [M, D, r] for embeddings [M, D, r] of the tokens before the slots."""
+        if self.kind != "rnn":
+            return self.step(embeddings, hidden)[0]
+        state, out = None, []
+        for e, h in zip(embeddings.unbind(1), hidden.unbind(1), strict=True):
+            latent, state = self.step(e, h, state)
+            out.append(latent)
+        return torch.stack(out, dim=1)
+
+    def step(
+        self, embeddings: Tensor, hidden: Tensor, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return one slot's latents [..., r] and the state [..., r] behind it, None at first."""
+        if self.kind == "vanilla":
+            return embeddings, state
+        if self.kind == "gated":
+            gate = torch.sigmoid(self.gate_proj(torch.cat([hidden, embeddings], dim=-1)))
+            return gate * embeddings, state
+        state = torch.zeros_like(embeddings) if state is None else state
+        parts = self.joint_proj(torch.cat([state, embeddings, hidden], dim=-1))
+        keep, candidate, out = parts.chunk(3, dim=-1)
+        keep = torch.sigmoid(keep)
+        return torch.tanh(out), keep * state + (1 - keep) * torch.tanh(candidate)
+
+
+class ConfidenceHead(nn.Module):
+    """Predicts, before a slot's token is drawn, how likely the token will be accepted."""
+
+    def __init__(self, config: DSparkConfig, shape: DraftShape) -> None:
+        super().__init__()
+        self.with_markov = config.confidence_with_markov
+        self.proj = nn.Linear(shape.hidden_size + self.with_markov * config.markov_rank, 1)
+
+    def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """Return logits [...] for states [..., H] and embeddings [..., r] of the tokens before."""
+        features = torch.cat([hidden, embeddings], dim=-1) if self.with_markov else hidden
+        out: Tensor = self.proj(features.to(self.proj.weight.dtype)).squeeze(-1)
+        return out
 
 
 class DSparkModel(nn.Module):
@@ -40,26 +87,24 @@ class DSparkModel(nn.Module):
 
     def __init__(self, backbone: DFlashModel, config: DSparkConfig) -> None:
         super().__init__()
-        shape = backbone.shape
-        self.config = config
-        width, rank, confidence = shape.hidden_size, config.markov_rank, None
+        self.config, shape = config, backbone.shape
         with torch.device("meta"):
-            markov = MarkovHead(config.markov_head, shape.vocab_size, width, rank)
-            if config.confidence_head:
-                confidence = ConfidenceHead(width, rank, with_markov=config.confidence_with_markov)
-        heads = nn.ModuleList([markov] if confidence is None else [markov, confidence])
-        heads.to_empty(device=backbone.fc.weight.device)
+            self.markov_head = MarkovHead(config, shape)
+            self.confidence_head = ConfidenceHead(config, shape) if config.confidence_head else None
+        self.to_empty(device=backbone.fc.weight.device)
         draws = torch.Generator().manual_seed(config.seed)  # alike on every rank
-        for name, parameter in heads.named_parameters():
+        for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=shape.init_std, generator=draws)
-        self.backbone, self.markov_head, self.confidence_head = backbone, markov, confidence
+        self.backbone = backbone
 
-    def forward(self, batch: Batch, frozen: Frozen) -> Slots:
+    def forward(self, batch: Batch, frozen: Frozen) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compare every trained slot with its label and with the target's distribution.
 
+        Return of each [R] its cross-entropy, the sum over the vocabulary of |p - q|, whether the
+        likeliest token is the label, and its confidence: a logit, 0 without a confidence head.
         The token before a slot is the data's own, which a served draft has too as long as
         all it drafted before was right.
         """
@@ -87,7 +132,7 @@ class DSparkModel(nn.Module):
         if self.confidence_head is not None:
             # FSDP wants no view of another tensor
             confidence = self.confidence_head(hidden, embeddings).float().clone()
-        return Slots(cross_entropy, variation, hits, confidence)
+        return cross_entropy, variation, hits, confidence
 
 
 def base_logits(hidden: Tensor, frozen: Frozen) -> Tensor:

@@ -49,22 +49,22 @@ class DSparkProposer(AroundProposer[DSparkConfig, DSparkModel]):
         token = torch.tensor(last_token, device=hidden.device)
         state, walk = None, Walk(sampling, len(self._frozen.lm_head))
         self._confidence = []
-        for k, slot in enumerate(hidden):
+        for slot in hidden:
             embedding = markov.markov_w1(token)
-            if self._ends(slot, embedding, first=k == 0):
+            if self._ends(slot, embedding):
                 break
             latent, state = markov.step(embedding, slot, state)
             token = walk.draw(draft_logits(slot, latent, self._frozen, markov.markov_w2.weight))
         return walk.proposal()
 
-    def _ends(self, slot: Tensor, embedding: Tensor, *, first: bool) -> bool:
+    def _ends(self, slot: Tensor, embedding: Tensor) -> bool:
         """Note the confidence of the next token; say whether the draft ends before it."""
         config, head = self._config, self._draft.confidence_head
         if head is None or (config.record_confidence is None and not config.confidence_threshold):
             return False
         self._confidence.append(float(head(slot, embedding)))
-        if first or config.record_confidence is not None:  # whole drafts are recorded
-            return False
+        if len(self._confidence) == 1 or config.record_confidence is not None:
+            return False  # one token at least; whole drafts are recorded
         pairs = zip(self._confidence, self._temperatures, strict=False)  # of the tokens so far
         scaled = torch.tensor([logit / t for logit, t in pairs], dtype=torch.float64)
         return float(torch.sigmoid(scaled).prod()) < config.confidence_threshold
