@@ -113,6 +113,9 @@ class DFlashConfig(DecoderOptions):
             return self.decay_gamma
         return self.block_size / 2 if self.block_size <= 10 else 5 + (self.block_size - 10) / 3
 
+    def check(self, target: TargetInfo) -> None:
+        """Raise ConfigError when a method's own options do not fit the target."""
+
     @property
     def reads_final(self) -> bool:
         """Whether the final state, which the target's head reads, is captured too."""
@@ -207,6 +210,7 @@ class DraftShape(DecoderShape):
 
 def draft_shape(config: DFlashConfig, target: TargetInfo, mask_token_id: int) -> DraftShape:
     """Resolve the options against the target.  Raises ConfigError when they do not fit it."""
+    config.check(target)
     types = config.layer_types or (
         ("sliding_attention" if config.sliding_window else "full_attention",) * config.num_layers
     )

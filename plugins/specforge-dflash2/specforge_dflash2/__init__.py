@@ -32,7 +32,6 @@ def specforge_config() -> type[DFlash2Config]:
 @hookimpl
 def specforge_draft(config: DFlash2Config, target: TargetInfo) -> Draft:
     """Build the draft around the target's own embedding and head."""
-    config.check(target)
     return extend(config, specforge_dflash.specforge_draft(config=config, target=target))
 
 

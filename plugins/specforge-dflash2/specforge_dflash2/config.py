@@ -47,7 +47,7 @@ class ConvolvedConfig(DFlashConfig):
         for name, size in divided.items():
             if size % (given := getattr(self, name)):
                 raise ConfigError(
-                    f"strategy.{name} {given} does not divide the hidden size {size}. "
+                    f"strategy.{name} {given} does not divide the width {size}. "
                     f"Try: strategy.{name}={gcd(size, given)}"
                 )
         if (given := getattr(self, top_k)) > target.vocab_size:

@@ -35,7 +35,6 @@ def specforge_config() -> type[LiLiCorrConfig]:
 @hookimpl
 def specforge_draft(config: LiLiCorrConfig, target: TargetInfo) -> Draft:
     """Build DFlash's draft around the target's embedding and head, and the lattice."""
-    config.check(target)
     return extend(config, specforge_dflash.specforge_draft(config=config, target=target))
 
 

@@ -62,11 +62,6 @@ class LiLiCorrConfig(ConvolvedConfig):
                 "ce_weight, margin_weight and penalty_weight are all 0: the lattice would not be "
                 "trained. Set ce_weight=0.25, or use the strategy dflash"
             )
-        if self.lattice_hidden_size % self.lattice_heads:
-            raise ValueError(
-                f"lattice_heads {self.lattice_heads} does not divide lattice_hidden_size "
-                f"{self.lattice_hidden_size}: set one of them to fit"
-            )
         if bool(self.conv_kernel_size) != bool(self.conv_group_size):
             raise ValueError(
                 f"conv_kernel_size is {self.conv_kernel_size} and conv_group_size "

@@ -1,8 +1,4 @@
-"""The published checkpoint layout, written for engines and read back.
-
-It is DFlash's under another architecture, with the lattice's tensors and options, and DFlash 2's
-convolutions where the draft has them.
-"""
+"""The published checkpoint layout, written for engines and read back: DFlash's and a lattice."""
 
 from __future__ import annotations
 

@@ -40,13 +40,13 @@ def lattice_mlp(into: int, between: int, out: int) -> nn.Sequential:
 class LatticeLayer(nn.Module):
     """One pre-norm layer; all candidates see all."""
 
-    def __init__(self, width: int, heads: int, ratio: float, eps: float) -> None:
+    def __init__(self, config: LiLiCorrConfig, width: int, eps: float) -> None:
         super().__init__()
         self.attn_norm = nn.RMSNorm(width, eps=eps)
         # for its parameters: by itself it would want the scores' bias once for each lattice
-        self.attn = nn.MultiheadAttention(width, heads)
+        self.attn = nn.MultiheadAttention(width, config.lattice_heads)
         self.mlp_norm = nn.RMSNorm(width, eps=eps)
-        self.mlp = lattice_mlp(width, int(width * ratio), width)
+        self.mlp = lattice_mlp(width, int(width * config.lattice_mlp_ratio), width)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """Return [L, N, h] for [L, N, h] and what is added to the scores [heads, N, N]."""
@@ -76,8 +76,7 @@ class Lattice(nn.Module):
         self.same_slot_bias = nn.Parameter(torch.zeros(config.lattice_heads))
         self.context_proj = nn.Linear(hidden_size, width)
         self.layers = nn.ModuleList(
-            LatticeLayer(width, config.lattice_heads, config.lattice_mlp_ratio, eps)
-            for _ in range(config.lattice_layers)
+            LatticeLayer(config, width, eps) for _ in range(config.lattice_layers)
         )
         self.output_norm = nn.RMSNorm(width, eps=eps)
         self.anchor_norm = nn.RMSNorm(width, eps=eps)

@@ -6,8 +6,6 @@ size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from specforge_dflash.around import slot_states
 from specforge_dflash.model import DFlashModel, Frozen
@@ -23,15 +21,6 @@ from .config import LiLiCorrConfig
 from .lattice import Lattice, scores
 
 
-class Slots(NamedTuple):
-    """What each slot came to.  A tuple, which FSDP looks into for what a backward starts from."""
-
-    losses: Tensor  # [R] cross-entropy of the head
-    best: Tensor  # [R] the head's likeliest token
-    ids: Tensor  # [R, K] candidates, likeliest first
-    scores: Tensor  # [R, K] behind the true candidate of the slot before
-
-
 class LiLiCorrModel(nn.Module):
     """The trained part: everything but the target's embedding and head."""
 
@@ -44,8 +33,11 @@ class LiLiCorrModel(nn.Module):
         self.backbone = backbone
         self.lilicorr = Lattice(config, shape.hidden_size, shape.rms_norm_eps, shape.init_std)
 
-    def forward(self, batch: Batch, frozen: Frozen) -> Slots:
+    def forward(self, batch: Batch, frozen: Frozen) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compare every slot that drafts with its label.
+
+        Return the head's cross-entropy and likeliest token [R], the candidates [R, K], likeliest
+        first, and their scores [R, K] behind the true candidate of the slot before.
 
         Candidates of all slots see each other, when drafting as in training: those of slots without
         a label are in the lattice too.  They are scored behind the label of the slot before where
@@ -63,7 +55,7 @@ class LiLiCorrModel(nn.Module):
         chosen = torch.take_along_dim(vectors.outs[:, :-1], gold[:, :-1, None, None], dim=2)
         before = torch.cat([vectors.anchors[:, None], chosen.squeeze(2)], dim=1)
         found = scores(before.flatten(0, 1), vectors.ins.flatten(0, 1), self.config.logit_scale)
-        return Slots(losses, best, ids.flatten(0, 1), found)
+        return losses, best, ids.flatten(0, 1), found
 
 
 def candidates(

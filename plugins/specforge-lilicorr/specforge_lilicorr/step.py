@@ -15,7 +15,7 @@ from torch import Tensor
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .config import LiLiCorrConfig
-from .model import LiLiCorrModel, Slots
+from .model import LiLiCorrModel
 
 
 class LiLiCorrStep(BlockStep[LiLiCorrConfig]):
@@ -23,22 +23,22 @@ class LiLiCorrStep(BlockStep[LiLiCorrConfig]):
 
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
         config, (model, frozen) = self.config, parts(draft, LiLiCorrModel)
-        slots = model(batch, frozen)
+        losses, best, ids, scores = model(batch, frozen)
         labels, valid = (batch[name].flatten(0, 1)[:, 1:] for name in ("labels", "valid"))
-        hits = slots.ids.view(*labels.shape, -1) == labels[..., None]
+        hits = ids.view(*labels.shape, -1) == labels[..., None]
         found = hits.any(-1) & valid  # the label of a slot without one is token 0
         # drafting comes by the true token no more behind a slot without it
         reached = found.cumprod(dim=1).bool()
         trained = reached & valid.all(dim=1, keepdim=True)
         gold = hits.int().argmax(-1)
-        terms = self._terms(slots, gold.flatten(), batch, frozen)
-        losses = slots.losses.view(labels.shape)
+        terms = self._terms(ids, scores, gold.flatten(), batch, frozen)
+        losses = losses.view(labels.shape)
         weights, total = slot_weights(config, losses.detach(), valid)
         # what an average slot of a whole block adds to the divisor
         average = slot_weights(config, losses.detach(), torch.ones_like(valid))[1] / valid.numel()
         loss, count = (weights * losses).sum(), trained.sum().float()
-        right = reached & (slots.scores.argmax(-1).view(labels.shape) == gold)
-        base = slots.best.view(labels.shape) == labels
+        right = reached & (scores.argmax(-1).view(labels.shape) == gold)
+        base = best.view(labels.shape) == labels
         metrics = path_metrics(
             losses.detach() * valid, right, base, found, valid, config.candidate_top_k
         )
@@ -50,13 +50,13 @@ class LiLiCorrStep(BlockStep[LiLiCorrConfig]):
         return StepOutput(loss_sum=loss, weight=total, metrics=metrics)
 
     def _terms(
-        self, slots: Slots, gold: Tensor, batch: Batch, frozen: Frozen
+        self, ids: Tensor, scores: Tensor, gold: Tensor, batch: Batch, frozen: Frozen
     ) -> dict[str, tuple[float, Tensor]]:
         """Return the terms that are wanted: weight, and value in every slot [R].
 
-        True where the label is at `gold` [R].
+        Of candidates ids [R, K] with these scores [R, K]; the true one is at `gold` [R].
         """
-        config, scores = self.config, slots.scores
+        config = self.config
         terms = {"ce": (config.ce_weight, F.cross_entropy(scores, gold, reduction="none"))}
         if config.margin_weight:
             own = scores.gather(1, gold[:, None])
@@ -66,7 +66,7 @@ class LiLiCorrStep(BlockStep[LiLiCorrConfig]):
         if config.penalty_weight:
             with torch.no_grad():
                 finals = batch["final"].flatten(0, 1)[teachers(config, batch).flatten()]
-                chunks = (x.split(config.head_chunk) for x in (finals, slots.ids))
+                chunks = (x.split(config.head_chunk) for x in (finals, ids))
                 given = zip(*chunks, strict=True)
                 logits = torch.cat([token_logits(frozen, *part) for part in given])
                 gaps = torch.relu(logits.gather(1, gold[:, None]) - logits)

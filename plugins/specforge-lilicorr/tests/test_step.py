@@ -216,6 +216,7 @@ def test_nothing_waits_for_the_device(kit: Any) -> None:
         ({"conv_group_size": 16, "conv_kernel_size": 2}, r"conv_group_size 16 .*size=8"),
         ({"candidate_top_k": 99}, "candidate_top_k=13"),
         ({"lattice_hidden_size": 0, "lattice_heads": 16}, "lattice_heads=8"),
+        ({"lattice_heads": 3}, r"lattice_heads 3 does not divide the width 1024"),
     ],
 )
 def test_options_that_do_not_fit_the_target(
@@ -233,7 +234,6 @@ def test_options_that_do_not_fit_the_target(
         ({"conv_kernel_size": 2}, "both"),
         ({"conv_kernel_size": 17, "conv_group_size": 2}, "=16"),
         ({"ce_weight": 0, "penalty_weight": 0}, "ce_weight=0.25"),
-        ({"lattice_heads": 3}, "lattice_heads 3 does not divide lattice_hidden_size 1024"),
     ],
 )
 def test_options_that_do_not_fit_each_other(options: dict[str, Any], message: str) -> None:
