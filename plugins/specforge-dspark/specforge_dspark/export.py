@@ -1,9 +1,8 @@
 """The published checkpoint layout, written for engines and read back.
 
-Formats: `hf` (the published layout), `sglang` and `vllm` (the same files, refused where the
-engine would serve something else than was trained).  Engines read `block_size` as the number of
-drafted tokens, and `sample_from_anchor` as whether the known token's slot drafts one: both stand
-at the top and in `dflash_config`, where different engines look.
+It is DFlash's under another architecture, but engines read `block_size` as the number of drafted
+tokens, and `sample_from_anchor` as whether the known token's slot drafts one: both stand at the
+top and in `dflash_config`, where different engines look.
 """
 
 from __future__ import annotations

@@ -144,17 +144,11 @@ def base_logits(hidden: Tensor, frozen: Frozen) -> Tensor:
     return F.linear(frozen.states(hidden).to(dtype), frozen.lm_head).to(wide(dtype))
 
 
-def draft_logits(hidden: Tensor, latents: Tensor, frozen: Frozen, w2: Tensor) -> Tensor:
-    """Return logits [..., V], float32 or wider, for states [..., H] and latents [..., r]."""
-    base = base_logits(hidden, frozen)
-    return base + F.linear(latents, w2).to(base.dtype)
-
-
 def compare(
     hidden: Tensor, latents: Tensor, finals: Tensor, labels: Tensor, frozen: Frozen, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return cross-entropy, variation and hits of some rows, whose logits are made here."""
-    logits = draft_logits(hidden, latents, frozen, w2)
+    logits = base_logits(hidden, frozen) + F.linear(latents, w2)
     with torch.no_grad():
         target = torch.softmax(frozen.own_logits(base_logits(finals, frozen)), dim=-1)
     log_probs = torch.log_softmax(logits, dim=-1)

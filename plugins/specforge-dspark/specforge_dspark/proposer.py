@@ -11,7 +11,7 @@ from specforge_core.types import Proposal, Sampling, TargetCapture
 
 from .confidence import append, calibrate, read
 from .config import DSparkConfig
-from .model import DSparkModel, draft_logits
+from .model import DSparkModel, base_logits
 
 
 class DSparkProposer(AroundProposer[DSparkConfig, DSparkModel]):
@@ -27,8 +27,7 @@ class DSparkProposer(AroundProposer[DSparkConfig, DSparkModel]):
         self._confidence: list[float] = []  # logits of the draft that is being verified
         self._temperatures = [1.0] * self.max_tokens
         if config.calibration is not None:
-            record = read(config.calibration, self.max_tokens)
-            self._temperatures = calibrate(*record).temperatures
+            self._temperatures = calibrate(*read(config.calibration, self.max_tokens)).temperatures
 
     def start(self, prefix: TargetCapture, /) -> None:
         self._confidence = []
@@ -54,7 +53,7 @@ class DSparkProposer(AroundProposer[DSparkConfig, DSparkModel]):
             if self._ends(slot, embedding):
                 break
             latent, state = markov.step(embedding, slot, state)
-            token = walk.draw(draft_logits(slot, latent, self._frozen, markov.markov_w2.weight))
+            token = walk.draw(base_logits(slot, self._frozen) + markov.markov_w2(latent))
         return walk.proposal()
 
     def _ends(self, slot: Tensor, embedding: Tensor) -> bool:

@@ -40,9 +40,8 @@ def specforge_draft(config: LiLiCorrConfig, target: TargetInfo) -> Draft:
 
 def extend(config: LiLiCorrConfig, plain: Draft) -> Draft:
     """Return a LiLiCorr draft around a DFlash draft."""
-    backbone, _ = parts(plain, DFlashModel)
-    model = LiLiCorrModel(config, backbone)
-    layers = tuple(backbone.layers)
+    model = LiLiCorrModel(config, parts(plain, DFlashModel)[0])
+    layers = tuple(model.backbone.layers)
     both = (*layers, *model.lilicorr.layers)
     return replace(
         plain,

@@ -82,6 +82,5 @@ def specforge_import(config: LiLiCorrConfig, draft: Draft, export: Export) -> bo
     width, ours = OPTIONS["lattice_hidden_size"], config.lattice_hidden_size
     if {nested.get(width), ours} == {0, model.backbone.shape.hidden_size}:
         nested[width] = ours  # 0 is the draft's width
-    layout = {**given, "dflash_config": nested}
-    load_around(config, model, export, layout, OPTIONS | CONVOLUTIONS)
+    load_around(config, model, export, {**given, "dflash_config": nested}, OPTIONS | CONVOLUTIONS)
     return True

@@ -32,16 +32,15 @@ class LiLiCorrStep(BlockStep[LiLiCorrConfig]):
         trained = reached & valid.all(dim=1, keepdim=True)
         gold = hits.int().argmax(-1)
         terms = self._terms(ids, scores, gold.flatten(), batch, frozen)
-        losses = losses.view(labels.shape)
+        losses = losses.view(labels.shape) * valid
         weights, total = slot_weights(config, losses.detach(), valid)
         # what an average slot of a whole block adds to the divisor
         average = slot_weights(config, losses.detach(), torch.ones_like(valid))[1] / valid.numel()
         loss, count = (weights * losses).sum(), trained.sum().float()
         right = reached & (scores.argmax(-1).view(labels.shape) == gold)
         base = best.view(labels.shape) == labels
-        metrics = path_metrics(
-            losses.detach() * valid, right, base, found, valid, config.candidate_top_k
-        )
+        top_k = config.candidate_top_k
+        metrics = path_metrics(losses.detach(), right, base, found, valid, top_k)
         metrics["trained"] = Ratio(num=count, den=valid.sum().float())
         for name, (weight, term) in terms.items():
             spent = (term.view(labels.shape) * trained).sum()
@@ -66,9 +65,9 @@ class LiLiCorrStep(BlockStep[LiLiCorrConfig]):
         if config.penalty_weight:
             with torch.no_grad():
                 finals = batch["final"].flatten(0, 1)[teachers(config, batch).flatten()]
-                chunks = (x.split(config.head_chunk) for x in (finals, ids))
-                given = zip(*chunks, strict=True)
-                logits = torch.cat([token_logits(frozen, *part) for part in given])
+                size = config.head_chunk
+                chunks = zip(finals.split(size), ids.split(size), strict=True)
+                logits = torch.cat([token_logits(frozen, *chunk) for chunk in chunks])
                 gaps = torch.relu(logits.gather(1, gold[:, None]) - logits)
             spread = torch.softmax(scores, dim=1)
             terms["penalty"] = config.penalty_weight, (spread * gaps).sum(1)
