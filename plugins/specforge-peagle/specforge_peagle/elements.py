@@ -1,11 +1,12 @@
-"""Which places are trained at which depth, drawn for a sample, and put together for a batch.
+"""Which places are trained at which depth: drawn for a sample, found in a batch, who sees whom.
 
 Row a reads the feature of token a and the embedding of token a+1.  Depth d of it predicts the
 token after position u = a+1+d, without the tokens in between; it is trained where that label is
 supervised, and so are those of the depths from 1 to d before it.  Depth 0 is trained at every row.
 Element e < N of a batch is row e at depth 0; the others are the kept depths of the rows, by
 document, depth and row.  Shapes: T tokens of a sample, N of all, M deeper elements, E = N + M,
-V elements that are trained, B and S rows and columns of the batch.
+V elements that are trained, i own ones of a row, B and S rows and columns of the batch, h heads,
+v key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from specforge_dflash.attention import TILE, attend, tiled_mask
 from specforge_dflash.mask_token import mask_token_occurs
+from specforge_dflash.model import MIN_HEAD_DIM
 from specforge_eagle3.adapter import Eagle3Transform, trained_labels
+from specforge_eagle3.attention import eager
 from specforge_eagle3.rows import FIELDS, Tokens, pack_fields
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from specforge_core.errors import DataError
-from specforge_core.types import Batch, CaptureSpec, Sample
+from specforge_core.types import DOCUMENT_IDS, Batch, CaptureSpec, Sample
 
 from .config import PeagleConfig
 
@@ -80,24 +85,23 @@ def drop(labels: Tensor, config: PeagleConfig, generator: torch.Generator) -> tu
 
 @dataclass(frozen=True, slots=True)
 class PeagleCollate:
-    """Puts the samples of a batch behind each other, and finds elements and labels."""
+    """Puts the samples of a batch behind each other, and finds elements: see `find_elements`.
+
+    Raises CaptureError when samples lack a field, DataError when the mask token occurs.
+    """
 
     config: PeagleConfig
     t2d: Tensor  # [vocabulary] bool, on the CPU: the draft vocabulary
     mask_token_id: int
 
     def __call__(self, samples: Sequence[Sample], /) -> Batch:
-        """Return what `elements` does.
-
-        Raises CaptureError when samples lack a field, DataError when the mask token occurs.
-        """
         batch = pack_fields(samples, ALL_FIELDS, "P-EAGLE")
         if bool((batch["input_ids"] == self.mask_token_id).any()):
             raise DataError(mask_token_occurs(self.mask_token_id, "the training data"))
-        return elements(batch, self.t2d, self.config.mask_on, self.mask_token_id)
+        return find_elements(batch, self.t2d, self.config.mask_on, self.mask_token_id)
 
 
-def elements(batch: Batch, t2d: Tensor, mask_on: str, mask_token_id: int) -> Batch:
+def find_elements(batch: Batch, t2d: Tensor, mask_on: str, mask_token_id: int) -> Batch:
     """Find the elements of a packed or padded batch [B, S], and which of them are trained.
 
     The result has no padding.  As EAGLE-3's `label_rows` describes them: what is by token, the
@@ -106,7 +110,7 @@ def elements(batch: Batch, t2d: Tensor, mask_on: str, mask_token_id: int) -> Bat
         inputs      [N + 1] int64: the token after each row's, then the mask token
         anchors     [E] int64, the row of each element
         depth       [E] int64
-        own         [M, K'] int64: the elements of depths 1, 2, ... of the same row
+        own         [M, i] int64: the elements of depths 1, 2, ... of the same row
         trained     [V] int64: the elements whose label is supervised and can be drafted
         supervised  [E] bool: the element's label is supervised, drafted or not
         labels      [V] int64: which of the labels each predicts
@@ -122,10 +126,8 @@ def elements(batch: Batch, t2d: Tensor, mask_on: str, mask_token_id: int) -> Bat
     anchors, depth = anchors[order], depth[order]
     number = torch.zeros(int(depths.max()) + 1, count, dtype=torch.int64)
     number[depth, anchors] = torch.arange(len(anchors))  # of the element, where there is one
-    place = anchors + depth + 1
-    there = place < count
-    place = place.clamp_(max=count - 1)
-    there &= documents[place] == documents[anchors]
+    place = (anchors + depth + 1).clamp_(max=count - 1)
+    there = (place > anchors + depth) & (documents[place] == documents[anchors])
     supervised = there & tokens.asked[place]
     trained = (supervised & t2d[flat["target_argmax"][place]]).nonzero().squeeze(1)
     used, labels = torch.unique(place[trained], return_inverse=True)
@@ -141,3 +143,64 @@ def elements(batch: Batch, t2d: Tensor, mask_on: str, mask_token_id: int) -> Bat
         "supervised": supervised,
         "labels": labels,
     }
+
+
+class Elements:
+    """Who sees whom: depth-0 keys of rows up to its own, and its row's own of depths up to its own.
+
+    Two paths: flex attention on a GPU, which skips the tiles that nothing sees, and eager, which
+    scores depth-0 keys and own keys apart.
+    No dataclass: FSDP's mixed precision casts the tensors in those.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.documents = batch[DOCUMENT_IDS][0]  # [N]
+        self.anchors, self.depth = batch["anchors"], batch["depth"]  # [E]
+        self.own = batch["own"]  # [M, i]
+        self._mask: BlockMask | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, path: str) -> Tensor:
+        """Return [E, h, d] for queries [E, h, d], keys and values [E, v, d]."""
+        count = len(self.documents)
+        if path == "auto" and q.is_cuda and q.shape[-1] >= MIN_HEAD_DIM:
+            if self._mask is None:
+                self._mask = block_mask(self.documents, self.anchors, self.depth)
+            by_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
+            keys, values = ((x[:, :, :count], x[:, :, count:]) for x in by_head[1:])
+            out = attend(by_head[0], (keys[0], values[0]), (keys[1], values[1]), self._mask)
+            return out[0].transpose(0, 1)
+        seen = self.documents[self.anchors][:, None] == self.documents
+        seen &= self.anchors[:, None] >= torch.arange(count, device=q.device)
+        number = torch.arange(self.own.shape[1], device=q.device)
+        first, kept = (k[:count], v[:count]), number < self.depth[count:, None]
+        mine = k[self.own].transpose(0, 1), v[self.own].transpose(0, 1)
+        rows = eager(q[:count], first, None, seen[:count])
+        return torch.cat([rows, eager(q[count:], first, mine, seen[count:], kept)])
+
+
+def block_mask(documents: Tensor, anchors: Tensor, depth: Tensor) -> BlockMask:
+    """Return flex attention's mask over the elements of documents [N], anchors and depth [E].
+
+    Which tiles are empty, partly or wholly visible follows from what ranges of documents, rows
+    and depths they hold; nothing of size E x E is made, and the device is not waited for.
+    """
+    of, rows = documents[anchors], len(anchors)
+
+    def visible(_batch: Tensor, _head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        before = (depth[kv] == 0) & (anchors[q] >= anchors[kv]) & (of[q] == of[kv])
+        return before | ((anchors[q] == anchors[kv]) & (depth[q] >= depth[kv]))
+
+    tiles = -(-rows // TILE)
+    values = torch.stack([anchors, depth, of])
+    padded = torch.cat([values, values[:, -1:].expand(-1, tiles * TILE - rows)], dim=1)
+    by_tile = padded.view(3, tiles, TILE)
+    low, high = by_tile.amin(2), by_tile.amax(2)
+    # of a query tile some, or all, have no less than some, or all, of a key tile
+    some_row, some_depth, some_document = high[:, :, None] >= low[:, None]
+    every_row, _, every_document = low[:, :, None] >= high[:, None]
+    rows_meet, documents_meet = some_row & some_row.t(), some_document & some_document.t()
+    partly = (low[1] == 0) & some_row & documents_meet
+    partly |= (high[1] > 0) & some_depth & rows_meet
+    wholly = (high[1] == 0) & every_row & every_document & every_document.t()
+    wholly[:, -1] = False  # it may be short
+    return tiled_mask(visible, partly[None, None], wholly[None, None], rows, rows)

@@ -21,8 +21,8 @@ from specforge_core.nn.rotary import rotate
 from specforge_core.nn.soft_loss import SoftLoss, SoftRows
 from specforge_core.types import Batch
 
-from .attention import Elements
 from .config import PeagleConfig
+from .elements import Elements
 
 # of layer `index`, from queries [E, h, d], keys and values [E, v, d], not rotated, to [E, h, d].
 # Positions and visibility are what it holds: FSDP's mixed precision would cast tensors that layers
@@ -99,8 +99,8 @@ class PeagleModel(VocabularyModel):
         super().__init__(shape, config)
         self.mask_token_id = mask_token_id
         width, captured = shape.hidden_size, len(shape.capture_layers) * shape.hidden_size
-        own = config.train_embedding
-        self.embed_tokens = nn.Embedding(shape.vocab_size, width) if own else None
+        own = nn.Embedding(shape.vocab_size, width) if config.train_embedding else None
+        self.embed_tokens = own
         self.mask_hidden = nn.Parameter(torch.empty(captured))
         self.fc = nn.Linear(captured, width, bias=False)
         self.layers = nn.ModuleList(PeagleLayer(shape, i) for i in range(shape.num_layers))

@@ -14,7 +14,7 @@ from specforge_eagle3.config import DraftShape, shape_fields
 from specforge_eagle3.vocab import offsets
 from specforge_peagle import build_draft
 from specforge_peagle.config import PeagleConfig
-from specforge_peagle.elements import ALL_FIELDS, drop, elements
+from specforge_peagle.elements import ALL_FIELDS, drop, find_elements
 from specforge_peagle.model import PeagleModel
 from torch import Tensor
 
@@ -127,7 +127,9 @@ def make_samples(
 
 def make_batch(tiny: Tiny, samples: list[dict[str, Tensor]], arrange: Any = pack) -> Batch:
     """Return what the strategy's collate makes of samples, packed or padded before."""
-    return elements(arrange(samples, ALL_FIELDS), tiny.model.t2d.cpu(), tiny.config.mask_on, MASK)
+    return find_elements(
+        arrange(samples, ALL_FIELDS), tiny.model.t2d.cpu(), tiny.config.mask_on, MASK
+    )
 
 
 def make_capture(sample: dict[str, Tensor], start: int, end: int) -> TargetCapture:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from specforge_peagle.attention import Elements, block_mask
+from specforge_peagle.elements import Elements, block_mask
 from torch import Tensor
 
 
