@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ from .proposer import Eagle3Proposer
 from .rows import Eagle3Collate
 from .step import Eagle3Step
 from .vocab import frequent_tokens, offsets, read_map
+
+# embedding [V, H], the head's loader, and d2t [Vd], which is None where weights are about to come
+TargetParts: TypeAlias = tuple[Tensor, Callable[[], Tensor], Tensor | None]
 
 
 @hookimpl
@@ -79,8 +83,8 @@ def specforge_draft(config: Eagle3Config, target: TargetInfo, data: DataInfo | N
 
 def target_parts(
     config: VocabularyOptions, shape: DraftShape, target: TargetInfo, data: DataInfo | None
-) -> tuple[Tensor, Callable[[], Tensor], Tensor | None]:
-    """Return what a draft is built around: embedding [V, H], the head's loader, and d2t [Vd]."""
+) -> TargetParts:
+    """Return what a draft is built around."""
     # rows beyond the vocabulary are padding
     embedding = load_target_tensors(target, ("embed_tokens",))["embed_tokens"][: target.vocab_size]
     d2t = None if data is None else draft_map(config, shape, data.token_counts)

@@ -66,7 +66,7 @@ class LiLiCorrStep(BlockStep[LiLiCorrConfig]):
             with torch.no_grad():
                 finals = batch["final"].flatten(0, 1)[teachers(config, batch).flatten()]
                 size = config.head_chunk
-                chunks = zip(finals.split(size), ids.split(size), strict=True)
+                chunks = zip(torch.split(finals, size), torch.split(ids, size), strict=True)
                 logits = torch.cat([token_logits(frozen, *chunk) for chunk in chunks])
                 gaps = torch.relu(logits.gather(1, gold[:, None]) - logits)
             spread = torch.softmax(scores, dim=1)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from specforge_dflash.mask_token import mask_token
 from specforge_eagle3 import (  # noqa: F401  # a hook is found by its name
+    TargetParts,
     specforge_adapter,
     specforge_verify_capture,
     target_parts,
 )
 from specforge_eagle3.config import DraftShape, shape_fields
 from specforge_eagle3.frozen import Frozen, parts
-from torch import Tensor, nn
+from torch import nn
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import (
@@ -60,18 +59,14 @@ def specforge_draft(config: PeagleConfig, target: TargetInfo, data: DataInfo | N
     """Build the draft around the target's embedding, with its vocabulary's rows of the head."""
     shape = DraftShape(**shape_fields(config, target), num_layers=config.num_layers)
     mask = mask_token(config.mask_token_id, target)
-    return build_draft(config, shape, mask, *target_parts(config, shape, target, data))
+    return build_draft(config, shape, mask, target_parts(config, shape, target, data))
 
 
 def build_draft(
-    config: PeagleConfig,
-    shape: DraftShape,
-    mask_token_id: int,
-    embed_tokens: Tensor,
-    load_head: Callable[[], Tensor],
-    d2t: Tensor | None,
+    config: PeagleConfig, shape: DraftShape, mask_token_id: int, given: TargetParts
 ) -> Draft:
-    """Build the draft as `specforge_eagle3.build_draft` does, from the same and the mask token."""
+    """Build the draft from these parts of the target, as `specforge_eagle3.build_draft` does."""
+    embed_tokens, load_head, d2t = given
     with torch.device("meta"):
         model = PeagleModel(shape, config, mask_token_id)
     model.start(config, load_head, d2t)

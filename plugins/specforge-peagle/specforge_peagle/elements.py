@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ def find_elements(batch: Batch, t2d: Tensor, mask_on: str, mask_token_id: int) -
     The result has no padding.  As EAGLE-3's `label_rows` describes them: what is by token, the
     rows of `starts` only where nothing was dropped, and final, choices, logsumexp and answers by
     label.  Besides
-        inputs      [N + 1] int64: the token after each row's, then the mask token
+        inputs      [N + 1] int64: the token after each row's but the last, then the mask token
         anchors     [E] int64, the row of each element
         depth       [E] int64
         own         [M, i] int64: the elements of depths 1, 2, ... of the same row
@@ -131,11 +132,10 @@ def find_elements(batch: Batch, t2d: Tensor, mask_on: str, mask_token_id: int) -
     supervised = there & tokens.asked[place]
     trained = (supervised & t2d[flat["target_argmax"][place]]).nonzero().squeeze(1)
     used, labels = torch.unique(place[trained], return_inverse=True)
-    ids, mask = flat["input_ids"], torch.full((1,), mask_token_id)
     return {
         **tokens.by_token(starts=tokens.starts & flat[WHOLE]),
         **tokens.by_label(used),
-        "inputs": torch.cat([ids[1:], ids[:1], mask]),
+        "inputs": F.pad(flat["input_ids"][1:], (0, 2), value=mask_token_id),
         "anchors": anchors,
         "depth": depth,
         "own": number[1:, anchors[count:]].t().contiguous(),
@@ -157,17 +157,14 @@ class Elements:
         self.documents = batch[DOCUMENT_IDS][0]  # [N]
         self.anchors, self.depth = batch["anchors"], batch["depth"]  # [E]
         self.own = batch["own"]  # [M, i]
-        self._mask: BlockMask | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, path: str) -> Tensor:
         """Return [E, h, d] for queries [E, h, d], keys and values [E, v, d]."""
         count = len(self.documents)
         if path == "auto" and q.is_cuda and q.shape[-1] >= MIN_HEAD_DIM:
-            if self._mask is None:
-                self._mask = block_mask(self.documents, self.anchors, self.depth)
             by_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
             keys, values = ((x[:, :, :count], x[:, :, count:]) for x in by_head[1:])
-            out = attend(by_head[0], (keys[0], values[0]), (keys[1], values[1]), self._mask)
+            out = attend(by_head[0], (keys[0], values[0]), (keys[1], values[1]), self.mask)
             return out[0].transpose(0, 1)
         seen = self.documents[self.anchors][:, None] == self.documents
         seen &= self.anchors[:, None] >= torch.arange(count, device=q.device)
@@ -177,30 +174,31 @@ class Elements:
         rows = eager(q[:count], first, None, seen[:count])
         return torch.cat([rows, eager(q[count:], first, mine, seen[count:], kept)])
 
+    @cached_property
+    def mask(self) -> BlockMask:
+        """Flex attention's mask over the elements.
 
-def block_mask(documents: Tensor, anchors: Tensor, depth: Tensor) -> BlockMask:
-    """Return flex attention's mask over the elements of documents [N], anchors and depth [E].
+        Which tiles are empty, partly or wholly visible follows from what ranges of documents, rows
+        and depths they hold; nothing of size E x E is made, and the device is not waited for.
+        """
+        anchors, depth = self.anchors, self.depth
+        of, rows = self.documents[anchors], len(anchors)
 
-    Which tiles are empty, partly or wholly visible follows from what ranges of documents, rows
-    and depths they hold; nothing of size E x E is made, and the device is not waited for.
-    """
-    of, rows = documents[anchors], len(anchors)
+        def visible(_batch: Tensor, _head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            before = (depth[kv] == 0) & (anchors[q] >= anchors[kv]) & (of[q] == of[kv])
+            return before | ((anchors[q] == anchors[kv]) & (depth[q] >= depth[kv]))
 
-    def visible(_batch: Tensor, _head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        before = (depth[kv] == 0) & (anchors[q] >= anchors[kv]) & (of[q] == of[kv])
-        return before | ((anchors[q] == anchors[kv]) & (depth[q] >= depth[kv]))
-
-    tiles = -(-rows // TILE)
-    values = torch.stack([anchors, depth, of])
-    padded = torch.cat([values, values[:, -1:].expand(-1, tiles * TILE - rows)], dim=1)
-    by_tile = padded.view(3, tiles, TILE)
-    low, high = by_tile.amin(2), by_tile.amax(2)
-    # of a query tile some, or all, have no less than some, or all, of a key tile
-    some_row, some_depth, some_document = high[:, :, None] >= low[:, None]
-    every_row, _, every_document = low[:, :, None] >= high[:, None]
-    rows_meet, documents_meet = some_row & some_row.t(), some_document & some_document.t()
-    partly = (low[1] == 0) & some_row & documents_meet
-    partly |= (high[1] > 0) & some_depth & rows_meet
-    wholly = (high[1] == 0) & every_row & every_document & every_document.t()
-    wholly[:, -1] = False  # it may be short
-    return tiled_mask(visible, partly[None, None], wholly[None, None], rows, rows)
+        tiles = -(-rows // TILE)
+        values = torch.stack([anchors, depth, of])
+        padded = torch.cat([values, values[:, -1:].expand(-1, tiles * TILE - rows)], dim=1)
+        by_tile = padded.view(3, tiles, TILE)
+        low, high = by_tile.amin(2), by_tile.amax(2)
+        # of a query tile some, or all, have no less than some, or all, of a key tile
+        some_row, some_depth, some_document = high[:, :, None] >= low[:, None]
+        every_row, _, every_document = low[:, :, None] >= high[:, None]
+        rows_meet, documents_meet = some_row & some_row.t(), some_document & some_document.t()
+        partly = (low[1] == 0) & some_row & documents_meet
+        partly |= (high[1] > 0) & some_depth & rows_meet
+        wholly = (high[1] == 0) & every_row & every_document & every_document.t()
+        wholly[:, -1] = False  # it may be short
+        return tiled_mask(visible, partly[None, None], wholly[None, None], rows, rows)

@@ -24,7 +24,6 @@ MASKS = ("pard_token", "mask_token_id", "ptd_token_id")  # where engines look fo
 NOT_THE_TARGETS = (
     ". Try: strategy.train_embedding=true, or the target it was trained for: target.path"
 )
-OWN_CAUSES = {**dict.fromkeys(MASKS, "mask token"), "mask_hidden": "mask token"}
 
 
 @hookimpl
@@ -55,7 +54,7 @@ def specforge_export(
         config={**made, **dict.fromkeys(MASKS, model.mask_token_id)},
         weights=written(weights, config.export_dtype),
         serve={"vllm": serve},
-        causes={**CAUSES, **OWN_CAUSES},
+        causes={**CAUSES, **dict.fromkeys((*MASKS, "mask_hidden"), "mask token")},
         base=target.name_or_path,
     )
 

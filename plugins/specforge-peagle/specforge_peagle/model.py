@@ -2,8 +2,7 @@
 
 The first layer reads concat(norm(embedding), norm(feature)).  Depths above 0 have no token and no
 feature yet: they read the mask token's embedding and a learned state in place of captured ones.
-Shapes: N tokens, M deeper elements, E = N + M, V elements that are trained, H hidden size, h heads
-of d, v key/value heads.
+Shapes as in `elements`: N tokens, E elements; H hidden size, h heads of d, v key/value heads.
 """
 
 from __future__ import annotations
@@ -99,8 +98,8 @@ class PeagleModel(VocabularyModel):
         super().__init__(shape, config)
         self.mask_token_id = mask_token_id
         width, captured = shape.hidden_size, len(shape.capture_layers) * shape.hidden_size
-        own = nn.Embedding(shape.vocab_size, width) if config.train_embedding else None
-        self.embed_tokens = own
+        own = config.train_embedding
+        self.embed_tokens = nn.Embedding(shape.vocab_size, width) if own else None
         self.mask_hidden = nn.Parameter(torch.empty(captured))
         self.fc = nn.Linear(captured, width, bias=False)
         self.layers = nn.ModuleList(PeagleLayer(shape, i) for i in range(shape.num_layers))

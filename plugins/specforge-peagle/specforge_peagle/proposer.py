@@ -1,8 +1,7 @@
 """Drafts all tokens after the verified ones in one pass, as a reference for serving.
 
 The keys and values of the rows of verified tokens are cached in every layer; those of the mask's
-are of one draft only.  Shapes: n rows that are new, K tokens drafted, H hidden size, Vd draft
-vocabulary.
+are of one draft only.  Vd is the size of the draft vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ class PeagleProposer(FeatureProposer):
         super().__init__(model, frozen)
         self._model = model
         self.max_tokens = config.draft_tokens
-        self._caches: list[GrowingCache] = []
 
     def start(self, prefix: TargetCapture, /) -> None:
         self._caches = [GrowingCache(0) for _ in self._model.layers]

@@ -8,9 +8,7 @@ import torch
 from specforge_eagle3.frozen import parts
 from specforge_eagle3.step import draft_metrics
 from specforge_eagle3.vocab import target_tokens
-from torch import Tensor
 
-from specforge_core.nn.soft_loss import SoftRows
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
 from .config import PeagleConfig
@@ -21,7 +19,9 @@ from .model import PeagleModel, Task
 class PeagleStep:
     """Loss and metrics of one micro-batch.
 
-    The loss is a mean over all elements that are trained, whatever their depth.
+    The loss is a mean over all elements that are trained, whatever their depth.  Metrics are
+    EAGLE-3's, of depth k-1 in place of step k; an acceptance length is of a row of which nothing
+    was dropped.
     """
 
     config: PeagleConfig
@@ -36,27 +36,17 @@ class PeagleStep:
         ids = batch["inputs"]
         inputs = ids if self.config.train_embedding else frozen.embed(ids)
         loss_sum, found = model(batch["hidden_states"][0], inputs, task)
-        hits = target_tokens(model.d2t)[found.best[:, 0]] == batch["choices"][batch["labels"]]
-        return StepOutput(
-            loss_sum=loss_sum,
-            weight=loss_sum.new_full((), len(hits)),
-            metrics=self._metrics(batch, hits, found),
-        )
-
-    def _metrics(self, batch: Batch, hits: Tensor, found: SoftRows) -> dict[str, Ratio]:
-        """Return EAGLE-3's metrics: of depth k-1 in place of step k, and of whole rows.
-
-        An acceptance length is of a row of which nothing was dropped.
-        """
-        starts, trained = batch["starts"][0], batch["trained"]
+        labels, starts, trained = batch["labels"], batch["starts"][0], batch["trained"]
+        hits = target_tokens(model.d2t)[found.best[:, 0]] == batch["choices"][labels]
         depth, anchors = batch["depth"][trained], batch["anchors"][trained]
         right = hits.new_zeros(self.config.depths, len(starts))
         there = right.clone()
         right[depth, anchors] = hits
         there[depth, anchors] = torch.ones_like(hits)  # a number would be waited for
         accurate, total = right.sum(1).float(), there.sum(1).float()
-        right[depth, anchors] = hits & batch["answers"][batch["labels"]]
+        right[depth, anchors] = hits & batch["answers"][labels]
         accepted = right[: self.draft_tokens].cumprod(0).sum(0)
-        metrics = draft_metrics(found.overlaps.sum(), accurate, total, accepted, starts)
-        supervised = batch["supervised"].sum().float()
-        return {"in_draft_vocab": Ratio(num=total.sum(), den=supervised), **metrics}
+        metrics = {"in_draft_vocab": Ratio(num=total.sum(), den=batch["supervised"].sum().float())}
+        metrics |= draft_metrics(found.overlaps.sum(), accurate, total, accepted, starts)
+        weight = loss_sum.new_full((), len(hits))
+        return StepOutput(loss_sum=loss_sum, weight=weight, metrics=metrics)

@@ -84,7 +84,7 @@ def make_tiny(softcap: float | None = None, **options: Any) -> Tiny:
     if config.draft_vocab_size == "full":
         tokens = torch.arange(VOCAB)
     shape = DraftShape(**shape_fields(config, target), num_layers=config.num_layers)
-    draft = build_draft(config, shape, MASK, embed, lambda: head, offsets(tokens))
+    draft = build_draft(config, shape, MASK, (embed, lambda: head, offsets(tokens)))
     with torch.no_grad():
         for name, weight in draft.model.named_parameters():
             if "norm" in name:  # norms of ones would hide their order

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from specforge_peagle.elements import Elements, block_mask
+from specforge_peagle.elements import Elements
 from torch import Tensor
 
 
@@ -33,7 +33,7 @@ def test_the_eager_form_is_one_softmax_over_what_is_seen(kit: Any) -> None:
 def test_tiles_are_those_that_something_is_seen_in(kit: Any) -> None:
     """None is missing, none is called wholly visible that is not, few are empty."""
     elements, seen = made(kit)
-    mask = block_mask(elements.documents, elements.anchors, elements.depth)
+    mask = elements.mask
     number = torch.arange(len(seen))
     assert torch.equal(mask.mask_mod(number * 0, number, number[:, None], number), seen)
     tiles = -(-len(seen) // 128)
