@@ -54,9 +54,8 @@ class Tiny:
 
 def make_config(**options: Any) -> PeagleConfig:
     defaults = {"name": "peagle", "num_layers": 2, "depths": 4, "mask_token_id": MASK}
-    return PeagleConfig.model_validate(
-        {**defaults, "draft_vocab_size": DRAFT_VOCAB, "keep_least": 0.3, **options}
-    )
+    small = {"draft_vocab_size": DRAFT_VOCAB, "keep_least": 0.3}
+    return PeagleConfig.model_validate({**defaults, **small, **options})
 
 
 def make_target(**overrides: Any) -> TargetInfo:
@@ -80,9 +79,8 @@ def target_tensors() -> tuple[Tensor, Tensor, torch.Generator]:
 def make_tiny(softcap: float | None = None, **options: Any) -> Tiny:
     config, target = make_config(**options), make_target(final_logit_softcapping=softcap)
     embed, head, gen = target_tensors()
-    tokens = torch.randperm(VOCAB, generator=gen)[:DRAFT_VOCAB].sort().values
-    if config.draft_vocab_size == "full":
-        tokens = torch.arange(VOCAB)
+    size = VOCAB if config.draft_vocab_size == "full" else DRAFT_VOCAB
+    tokens = torch.randperm(VOCAB, generator=gen)[:size].sort().values
     shape = DraftShape(**shape_fields(config, target), num_layers=config.num_layers)
     draft = build_draft(config, shape, MASK, (embed, lambda: head, offsets(tokens)))
     with torch.no_grad():
@@ -127,9 +125,8 @@ def make_samples(
 
 def make_batch(tiny: Tiny, samples: list[dict[str, Tensor]], arrange: Any = pack) -> Batch:
     """Return what the strategy's collate makes of samples, packed or padded before."""
-    return find_elements(
-        arrange(samples, ALL_FIELDS), tiny.model.t2d.cpu(), tiny.config.mask_on, MASK
-    )
+    batch = arrange(samples, ALL_FIELDS)
+    return find_elements(batch, tiny.model.t2d.cpu(), tiny.config.mask_on, MASK)
 
 
 def make_capture(sample: dict[str, Tensor], start: int, end: int) -> TargetCapture:
