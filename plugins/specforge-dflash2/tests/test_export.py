@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from specforge_dflash import build_draft, specforge_export as export_plain
-from specforge_dflash2 import DFlash2Config, specforge_export, specforge_import
+from specforge_dflash2 import (
+    DFlash2Config,
+    specforge_adapter,
+    specforge_export,
+    specforge_import,
+)
 from torch import Tensor
 
 from specforge_core.errors import CheckpointError, ConfigError
@@ -136,10 +141,12 @@ def test_another_draft_is_refused_and_nothing_is_loaded(
         ({"selector_top_k": 99, "conv_group_size": 8}, "selector_top_k=41"),
     ],
 )
-def test_options_that_do_not_fit(kit: Any, options: dict[str, Any], message: str) -> None:
-    config = DFlash2Config.model_validate({"name": "dflash2", **options})
+def test_options_that_do_not_fit_are_refused_before_a_capture(
+    kit: Any, options: dict[str, Any], message: str
+) -> None:
+    config = DFlash2Config.model_validate({"name": "dflash2", "mask_token_id": 1, **options})
     with pytest.raises(ConfigError, match=message):
-        config.check(kit.target())
+        specforge_adapter(config=config, target=kit.target())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from specforge_dflash import build_draft
 from specforge_dflash.step import DFlashStep
+from specforge_lilicorr import specforge_adapter
 from specforge_lilicorr.config import LiLiCorrConfig
 from specforge_lilicorr.step import LiLiCorrStep
 from torch import Tensor
@@ -219,12 +220,12 @@ def test_nothing_waits_for_the_device(kit: Any) -> None:
         ({"lattice_heads": 3}, r"lattice_heads 3 does not divide the width 1024"),
     ],
 )
-def test_options_that_do_not_fit_the_target(
+def test_options_that_do_not_fit_the_target_are_refused_before_a_capture(
     kit: Any, options: dict[str, Any], message: str
 ) -> None:
-    config = LiLiCorrConfig.model_validate({"name": "lilicorr", **options})
+    config = LiLiCorrConfig.model_validate({"name": "lilicorr", "mask_token_id": 1, **options})
     with pytest.raises(ConfigError, match=message):
-        config.check(kit.tiny().target)
+        specforge_adapter(config=config, target=kit.tiny().target)
 
 
 @pytest.mark.parametrize(
