@@ -144,6 +144,7 @@ class DraftShape(DecoderShape):
     """Everything about a draft's structure, resolved against one target."""
 
     capture_layers: tuple[int, ...]
+    published_layers: tuple[int, ...]  # what engines capture for a draft that names none
     draft_vocab_size: int
     qk_norm: bool
     fc_norm: bool = False
@@ -184,6 +185,7 @@ def shape_fields(config: VocabularyOptions, target: TargetInfo) -> dict[str, Any
     return {
         **decoder_fields(config, target),
         "capture_layers": capture_layers(config, target.num_layers),
+        "published_layers": published_layers(target.num_layers),
         "draft_vocab_size": target.vocab_size if wanted == "full" else wanted,
         "qk_norm": config.layer_type == "qwen3",
     }
@@ -192,8 +194,8 @@ def shape_fields(config: VocabularyOptions, target: TargetInfo) -> dict[str, Any
 def capture_layers(config: VocabularyOptions, num_layers: int) -> tuple[int, ...]:
     """Return the target layers to read, low to high, counted from 0 by their outputs.
 
-    By default the published ones, 1, n/2 - 1 and n - 4.  The last layer is not allowed:
-    engines disagree on whether its output is normed.
+    By default the published ones.  The last layer is not allowed: engines disagree on whether
+    its output is normed.
     """
     if num_layers < 4:
         raise ConfigError(
@@ -208,10 +210,15 @@ def capture_layers(config: VocabularyOptions, num_layers: int) -> tuple[int, ...
                 f"for a target of {num_layers} layers"
             )
         return ids
-    published = (1, num_layers // 2 - 1, num_layers - 4)
+    published = published_layers(num_layers)
     if len(set(published)) < 3 or list(published) != sorted(published):
         raise ConfigError(
             f"the default layers of a target of {num_layers} would be {list(published)}, which do "
             f"not increase. Try: strategy.layers=[0,{(num_layers - 2) // 2},{num_layers - 2}]"
         )
     return published
+
+
+def published_layers(num_layers: int) -> tuple[int, int, int]:
+    """Return the layers whose outputs engines capture unless a draft names others."""
+    return (1, num_layers // 2 - 1, num_layers - 4)

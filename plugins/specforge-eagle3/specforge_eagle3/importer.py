@@ -120,7 +120,7 @@ def check_config(
     vocab = given.get("draft_vocab_size") or layer.get("vocab_size")
     pairs = {
         "num_layers": (int(layer.get("num_hidden_layers", 1)), shape.num_layers),
-        "layers": (_layers(given, list(shape.capture_layers)), list(shape.capture_layers)),
+        "layers": (_layers(given, shape), list(shape.capture_layers)),
         "draft_vocab_size": (vocab, shape.draft_vocab_size),
         "fc_norm": (bool(given.get("fc_norm", given.get("use_aux_norm"))), shape.fc_norm),
         "norm_output": (bool(given.get("norm_output")), shape.norm_output),
@@ -141,16 +141,18 @@ def check_config(
     check_options(*said)
 
 
-def _layers(given: Mapping[str, Any], ours: list[int]) -> list[int] | None:
-    """Return the captured layers by their outputs; None where engines take their default.
+def _layers(given: Mapping[str, Any], shape: DraftShape) -> list[int]:
+    """Return the captured layers by their outputs: those engines take where none are named.
 
     SGLang reads the one place, vLLM the other: of two that differ, the one that is not ours.
     """
     nested: Mapping[str, Any] = given.get("eagle_config") or {}
-    found = []
+    found, ours = [], list(shape.capture_layers)
     if (ids := nested.get("eagle_aux_hidden_state_layer_ids")) is not None:
         found.append(list(ids))
     ids = given.get("eagle_aux_hidden_state_layer_ids", given.get("aux_hidden_state_layer_ids"))
     if ids is not None:
         found.append(from_layer_inputs(ids))
-    return next((layers for layers in found if layers != ours), ours if found else None)
+    if not found:
+        return list(shape.published_layers)
+    return next((layers for layers in found if layers != ours), ours)
