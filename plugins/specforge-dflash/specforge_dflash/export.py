@@ -23,7 +23,7 @@ from specforge_core.nn.decoder import decoder_config
 from specforge_core.nn.rotary import stored_rope
 from specforge_core.types import Draft, Export, TargetInfo
 
-from .config import DFlashConfig, DraftShape, objective
+from .config import DFlashConfig, DraftShape, LayerType, objective
 from .model import DFlashModel, Frozen, parts
 
 ARCHITECTURE = "DFlashDraftModel"
@@ -38,6 +38,13 @@ CAUSES = {
     **dict.fromkeys(("label_layout", "sample_from_anchor"), "label layout"),
     "mask_token_id": "mask token",
     **dict.fromkeys(("block_size", "num_draft_tokens"), "block size"),
+}
+# options of other trainers' drafts that no tensor shows -> their values in a draft without them
+UNKNOWN = {
+    "attention_sink_bias": (None, False),
+    "attention_value_scale": (None, 1),
+    **dict.fromkeys(("rope_is_neox_style", "is_neox_style"), (None, True)),
+    "use_swa": (None, False),
 }
 
 
@@ -161,10 +168,17 @@ def load_export(config: DFlashConfig, model: nn.Module, export: Export) -> bool:
 def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) -> None:
     """Compare everything that would load without an error and then be accepted nowhere."""
     nested: Mapping[str, Any] = given.get("dflash_config") or {}
+    for name, plain in UNKNOWN.items():
+        for value in (nested.get(name), given.get(name)):
+            if value not in plain:
+                raise CheckpointError(
+                    f"the export was trained with {name} {value}, which this package does not "
+                    "know. Use another checkpoint"
+                )
     rope = stored_rope(given)
     layers = nested.get("target_layer_ids", given.get("target_layer_ids"))
     depth = int(given.get("num_hidden_layers", shape.num_layers))
-    types = given.get("layer_types") or ["full_attention"] * depth
+    types = given.get("layer_types") or _types(given, depth)
     # what is said here is of all layers; where nothing is, those that slide are causal
     causal = given.get("is_causal", nested.get("causal"))
     slide = [kind == "sliding_attention" for kind in types]
@@ -172,8 +186,7 @@ def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) ->
         "causal": (bool(causal) and not all(slide), shape.causal and not all(slide)),
         "block_size": (nested.get("block_size", given.get("block_size", 16)), shape.block_size),
         "layers": (layers, list(shape.capture_layers)),
-        # published checkpoints have no such field, and all are of this layout
-        "label_layout": (nested.get("label_layout", "same_position"), config.label_layout),
+        "label_layout": (_layout(given, nested, config.label_layout), config.label_layout),
         "mask_token_id": (nested.get("mask_token_id"), shape.mask_token_id),
         "num_layers": (depth, shape.num_layers),
         "layer_types": (list(types), list(shape.layer_types)),
@@ -200,3 +213,21 @@ def _check(config: DFlashConfig, shape: DraftShape, given: Mapping[str, Any]) ->
         )
     check_options(pairs, of_target)
     check_alike(given, nested, "dflash_config")
+
+
+def _types(given: Mapping[str, Any], depth: int) -> list[LayerType]:
+    """Return the layers' types as engines take them from a config.json that does not list them."""
+    slides = given.get("use_sliding_window") and given.get("sliding_window") is not None
+    first = int(given.get("max_window_layers", 28)) if slides else depth
+    return ["full_attention" if i < first else "sliding_attention" for i in range(depth)]
+
+
+def _layout(given: Mapping[str, Any], nested: Mapping[str, Any], ours: str) -> str:
+    """Return the layout of the labels: of two places that differ, the one that is not ours.
+
+    Published checkpoints have neither, and all predict the slots' own positions.
+    """
+    anchored = nested.get("sample_from_anchor", given.get("sample_from_anchor"))
+    said = [] if anchored is None else ["next_token" if anchored else "same_position"]
+    said.append(nested.get("label_layout", said[0] if said else "same_position"))
+    return next((layout for layout in said if layout != ours), ours)
