@@ -68,12 +68,18 @@ def check_options(
     """Raise CheckpointError at the first value of an export that is not this run's.
 
     Both map names to the export's value and this run's: `options` those of the section
-    `strategy`, `of_target` what the target decides.
+    `strategy` (None: the export does not say it), `of_target` what the target decides.
     """
     for name, (theirs, ours) in options.items():
+        if theirs != ours and theirs is None:
+            raise CheckpointError(
+                f"config.json of the export does not say {name}, which is {ours} in this run. "
+                "Add it there as the draft was trained"
+            )
         if theirs != ours:
             raise CheckpointError(
-                f"the export has {name} {theirs}, this run {ours}. Try: strategy.{name}={theirs}"
+                f"the export has {name} {theirs}, this run {ours}. "
+                f"Try: strategy.{name}={_typed(theirs)}"
             )
     for name, (theirs, ours) in (of_target or {}).items():
         if theirs != ours:
@@ -81,6 +87,13 @@ def check_options(
                 f"the export has {name} {theirs}, this run {ours}. Try the target it was trained "
                 "for: target.path"
             )
+
+
+def _typed(value: Any) -> str:
+    """Return a value as one word of a command line."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_typed, value))}]"
+    return str(value)
 
 
 def written(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:

@@ -24,3 +24,10 @@ def test_the_first_difference_names_what_to_type() -> None:
         check_options({"num_layers": (3, 2)}, {"vocab_size": (8, 9)})
     with pytest.raises(CheckpointError, match=r"vocab_size 8, this run 9.*target\.path"):
         check_options({"num_layers": (2, 2)}, {"vocab_size": (8, 9)})
+
+
+def test_what_to_type_is_one_word_and_has_a_value() -> None:
+    with pytest.raises(CheckpointError, match=r"Try: strategy\.layers=\[1,5\]$"):
+        check_options({"layers": ([1, 5], [2, 6])})
+    with pytest.raises(CheckpointError, match=r"does not say heads, which is 4 .*\. Add it there"):
+        check_options({"heads": (None, 4)})

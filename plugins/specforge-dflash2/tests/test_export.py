@@ -108,7 +108,7 @@ Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
 CHANGES: list[tuple[Change, str]] = [
     (lambda c, _: c["dflash_config"].update(conv_group_size=12), "conv_group_size=12"),
     (lambda c, _: c["dflash_config"].update(conv_kernel_size=3), "conv_kernel_size=3"),
-    (lambda c, _: c["dflash_config"].pop("selector_rank"), "selector_rank None"),
+    (lambda c, _: c["dflash_config"].pop("selector_rank"), "say selector_rank, which is 5"),
     (lambda c, _: c["dflash_config"].update(selector_top_k=16), "strategy.selector_top_k=16"),
     (lambda c, _: c["dflash_config"].update(output_multiplier=0.5), "output_multiplier=0.5"),
     (lambda c, _: c["dflash_config"].update(final_logit_softcapping=9.0), "softcapping 9.0"),

@@ -156,7 +156,7 @@ CHANGES: list[tuple[Change, str]] = [
     (lambda c, _: c.update(lilicorr_hidden_size=0), "lattice_hidden_size 0"),
     (lambda c, _: c.update(lilicorr_num_heads=4), "lattice_heads=4"),
     (lambda c, _: c.update(lilicorr_logit_scale=8.0), "logit_scale=8.0"),
-    (lambda c, _: c.pop("lilicorr_vector_eps"), "vector_eps None"),
+    (lambda c, _: c.pop("lilicorr_vector_eps"), "does not say vector_eps, which is 0.0001"),
     (lambda c, _: c.update(conv_kernel_size=3, conv_group_size=6), "conv_kernel_size=3"),
     (lambda c, _: c.update(mask_token_id=7), "mask_token_id=7"),
     (lambda c, _: c.update(block_size=8), "block_size=8"),
