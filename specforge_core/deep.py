@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import PluginError, RunError
+from .errors import ConfigError, PluginError, RunError
 from .load import apply_override, validate
 from .plugins import find_strategy
 
@@ -37,10 +37,28 @@ def _raw(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     return raw
 
 
+def _check_fits(raw: dict[str, Any], directory: Path) -> None:
+    """Raise ConfigError when the options do not fit the toy target that the suite is run on."""
+    from .target.info import load_target_info
+    from .testing.toy import save_toy_target
+
+    save_toy_target(target := directory / "toy")
+    run, strategy = validate({**raw, "target": {"path": str(target)}}, "the command line")
+    info = load_target_info(run.target)
+    try:
+        strategy.adapter(run.strategy, info)
+        strategy.draft(run.strategy, info, None)
+    except PluginError:
+        pass  # a fault of the strategy, which the suite shows
+    except ConfigError as exc:
+        raise ConfigError(f"on the suite's toy target: {exc}") from exc
+
+
 def check_deep(name: str, overrides: tuple[str, ...]) -> None:
     """Run `specforge_core.testing.contract` on a strategy.
 
-    Raises PluginError when pytest is missing, RunError when the strategy fails.
+    Raises PluginError when pytest is missing, ConfigError when the options do not fit the toy
+    target, RunError when the strategy fails.
     """
     find_strategy(name)
     if find_spec("pytest") is None:
@@ -48,6 +66,7 @@ def check_deep(name: str, overrides: tuple[str, ...]) -> None:
     raw = _raw(name, overrides)
     validate({"target": {"path": "toy"}, **raw}, "the command line")  # before a minute of tests
     with tempfile.TemporaryDirectory(prefix="specforge-check-") as directory:
+        _check_fits(raw, Path(directory))
         file = Path(directory) / "test_contract.py"
         file.write_text(SUITE.format(options=raw["strategy"]), encoding="utf-8")
         options = ("-q", "--rootdir", directory, "-c", "/dev/null", "-p", "no:cacheprovider")

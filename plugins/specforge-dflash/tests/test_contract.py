@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from specforge_core.deep import check_deep
+from specforge_core.errors import ConfigError
 from specforge_core.testing.contract import StrategyContract
 
 
@@ -30,3 +32,8 @@ class TestJetSpecContract(StrategyContract):
         "labels": "target",
         "batches": "padded",
     }
+
+
+def test_options_that_do_not_fit_the_suites_target_are_told_before_it_begins() -> None:
+    with pytest.raises(ConfigError, match=r"toy target: 5 default layers .*num_capture_layers=3"):
+        check_deep("dflash", ())
