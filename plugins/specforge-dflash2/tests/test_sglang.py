@@ -26,6 +26,7 @@ DRAFTS: dict[str, dict[str, Any]] = {
         "selector_top_k": 4,
         "selector_rank": 12,
         "output_multiplier": 0.5,
+        "sliding_window": 4,
     },
 }
 

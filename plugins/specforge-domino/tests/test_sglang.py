@@ -17,7 +17,7 @@ from ...dflash_kit import IDS as IDS, LAST as LAST, Tensors, export_drafts, same
 pytestmark = pytest.mark.slow
 TERMS = 2 * (6 * 32 + 64) + 6 * (32 + 20) + 64  # two layers, six steps of the GRU, the correction
 OPTIONS = {"name": "domino", "block_size": 6, "gru_hidden_dim": 20, "emb_dim": 12}
-LAYOUTS = ["next_token", "same_position"]
+LAYOUTS = {"next_token": {"sliding_window": 4}, "same_position": {}}
 
 
 def shift_label(config: dict[str, Any], _weights: Tensors) -> None:
@@ -42,10 +42,10 @@ MISTAKES = (shift_label, gate_order, input_order)
 @pytest.fixture(scope="module")
 def references(target: TargetConfig, exports: Any) -> dict[str, Tensors]:
     """Export drafts, some with mistakes; return what the drafts compute here."""
-    drafts = {layout: {**OPTIONS, "label_layout": layout} for layout in LAYOUTS}
+    drafts = {name: {**OPTIONS, **more, "label_layout": name} for name, more in LAYOUTS.items()}
     found = export_drafts(target, exports, drafts, vary, reference)
     for mistake in MISTAKES:
-        exports.plant(LAYOUTS[0], mistake)
+        exports.plant("next_token", mistake)
     return found
 
 
@@ -86,5 +86,5 @@ def test_a_mistake_in_an_export_is_seen(
     references: dict[str, Tensors],
     mistake: Callable[[dict[str, Any], Tensors], None],
 ) -> None:
-    found = engine(f"{LAYOUTS[0]}-{mistake.__name__}-wrong")["corrections"]
-    assert float((found - references[LAYOUTS[0]]["corrections"]).abs().max()) > 1e-2
+    found = engine(f"next_token-{mistake.__name__}-wrong")["corrections"]
+    assert float((found - references["next_token"]["corrections"]).abs().max()) > 1e-2

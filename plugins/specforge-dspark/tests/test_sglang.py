@@ -22,7 +22,7 @@ OPTIONS = {"name": "dspark", "block_size": 6, "markov_rank": 12}
 DRAFTS: dict[str, dict[str, Any]] = {
     "vanilla": {"confidence_with_markov": False},
     "gated": {"markov_head": "gated", "label_layout": "same_position"},
-    "rnn": {"markov_head": "rnn"},  # and calibrated
+    "rnn": {"markov_head": "rnn", "sliding_window": 4},  # and calibrated
 }
 
 

@@ -20,7 +20,12 @@ pytestmark = pytest.mark.slow
 TERMS = 2 * (6 * 32 + 64 + 4 * 34) + 2 * (4 * 32 + 80) + 5 * 32  # backbone, lattice, vectors
 OPTIONS = {"name": "lilicorr", "lattice_heads": 2, "factor_dim": 12}
 DRAFTS: dict[str, dict[str, Any]] = {
-    "narrow": {"block_size": 6, "candidate_top_k": 4, "lattice_hidden_size": 16},
+    "narrow": {
+        "block_size": 6,
+        "candidate_top_k": 4,
+        "lattice_hidden_size": 16,
+        "sliding_window": 4,
+    },
     "convolved": {
         "block_size": 8,
         "candidate_top_k": 16,
