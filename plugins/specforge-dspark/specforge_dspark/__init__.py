@@ -13,6 +13,7 @@ from specforge_dflash import (  # noqa: F401  # a hook is found by its name
 )
 from specforge_dflash.model import DFlashModel, parts
 
+from specforge_core.errors import ConfigError
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import Draft, Proposer, TargetInfo, TrainStep
 
@@ -39,6 +40,8 @@ def specforge_draft(config: DSparkConfig, target: TargetInfo) -> Draft:
 @hookimpl
 def specforge_train_step(config: DSparkConfig) -> TrainStep:
     """Fill blocks at random anchors: the data's tokens, the target's distribution, confidence."""
+    if config.record_confidence is not None:
+        raise ConfigError("record_confidence is of one draft. Try: strategy.record_confidence=null")
     return DSparkStep(config)
 
 

@@ -25,17 +25,18 @@ class DSparkProposer(AroundProposer[DSparkConfig, DSparkModel]):
     def __init__(self, config: DSparkConfig, model: DSparkModel, frozen: Frozen) -> None:
         super().__init__(config, model, frozen)
         self._confidence: list[float] = []  # logits of the draft that is being verified
+        self._answers = 0  # begun; the first is eval's warm-up, and is not recorded
         self._temperatures = [1.0] * self.max_tokens
         if config.calibration is not None:
             self._temperatures = calibrate(*read(config.calibration, self.max_tokens)).temperatures
 
     def start(self, prefix: TargetCapture, /) -> None:
-        self._confidence = []
+        self._confidence, self._answers = [], self._answers + 1
         super().start(prefix)
 
     def accept(self, accepted: TargetCapture, /) -> None:
-        record = self._config.record_confidence
-        if record is not None and len(self._confidence) == self.max_tokens:
+        record, whole = self._config.record_confidence, len(self._confidence) == self.max_tokens
+        if record is not None and whole and self._answers > 1:
             # the token that was known stands before those that were kept
             append(record, self._confidence, len(accepted.input_ids) - 1)
         self._confidence = []

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from specforge_dspark import specforge_train_step
 from specforge_dspark.proposer import DSparkProposer
 
+from specforge_core.errors import ConfigError
 from specforge_core.testing.close import close
 from specforge_core.types import Sampling
 
@@ -105,10 +107,11 @@ def test_confidences_are_recorded_with_what_was_kept(kit: Any, tmp_path: Path) -
     tiny = kit.tiny(record_confidence=record, confidence_threshold=0.9)
     sample = kit.samples((19,))[0]
     found = proposer(tiny)
-    found.start(kit.captured(sample, 0, 5))
-    tokens = found.propose(9, 99, GREEDY).tokens.tolist()
-    assert len(tokens) == 4  # whole drafts are recorded
-    found.accept(kit.captured(sample, 5, 8))  # the known token, and two that were drafted
+    for _ in range(2):  # the first answer is eval's warm-up
+        found.start(kit.captured(sample, 0, 5))
+        tokens = found.propose(9, 99, GREEDY).tokens.tolist()
+        assert len(tokens) == 4  # whole drafts are recorded
+        found.accept(kit.captured(sample, 5, 8))  # the known token, and two that were drafted
     found.propose(9, 2, GREEDY)  # a part of a draft is not
     found.accept(kit.captured(sample, 8, 9))
     (row,) = (json.loads(line) for line in record.read_text().splitlines())
@@ -141,3 +144,9 @@ def test_drafting_works_in_bfloat16(kit: Any) -> None:
     found = proposer(tiny)
     found.start(kit.captured(sample, 0, 6))
     assert found.propose(3, 3, GREEDY).tokens.shape == (3,)
+
+
+def test_a_training_records_nothing(kit: Any, tmp_path: Path) -> None:
+    """Its evaluations are of one draft after the other: temperatures would fit none of them."""
+    with pytest.raises(ConfigError, match=r"one draft.*strategy\.record_confidence=null"):
+        specforge_train_step(kit.tiny(record_confidence=tmp_path / "record.jsonl").config)
