@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from specforge_core.float8 import Float8Weight, in_float8, quantise_weight
 from specforge_core.nn.rotary import Rope, rotate
 from specforge_core.nn.soft_loss import SoftLoss, SoftRows
 from specforge_core.types import Batch
@@ -25,7 +24,7 @@ from .attention import KeyValue, attend
 from .config import DraftShape, VocabularyOptions
 from .head import DraftHead, Teacher, VocabularyModel
 from .rows import Documents
-from .summed import Tapped, linear, linears
+from .summed import Tapped, linear
 
 
 class _Gather(torch.autograd.Function):
@@ -90,7 +89,7 @@ class BeforeAttention(Projections):
         self,
         feature: Tensor,
         embedded: Tensor,
-        weight: Tensor | Float8Weight,
+        weight: Tensor,
         rope: Rope,
         tap: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,28 +117,22 @@ class Outputs(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
-    @property
-    def layers(self) -> tuple[nn.Linear, ...]:
-        """What `mix` multiplies with, in the order of its taps."""
-        return self.o_proj, self.gate_proj, self.up_proj, self.down_proj
+    def weights(self) -> tuple[Tensor, ...]:
+        """Return what `forward` multiplies with, in the order of its taps."""
+        layers = (self.o_proj, self.gate_proj, self.up_proj, self.down_proj)
+        return tuple(layer.weight for layer in layers)
 
     def mix(
-        self,
-        attended: Tensor,
-        hidden: Tensor,
-        taps: Sequence[Tensor | None] = (None,) * 4,
-        weights: Sequence[Float8Weight] | None = None,
+        self, attended: Tensor, hidden: Tensor, taps: Sequence[Tensor | None] = (None,) * 4
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the layer's output [N, H] for attention's [N, h * d] and the layer's input.
 
         The others are what the MLP's weights were multiplied with, [N, H] and [N, I].
-        With taps in float8, `weights` are the layers' there.
         """
-        o, *both, down = weights or self.layers
+        o, gate, up, down = self.weights()
         hidden = hidden + linear(attended, o, taps[0])
         x = self.post_attention_layernorm(hidden)
-        gate, up = linears(x, both, taps[1:3])
-        inner = F.silu(gate) * up
+        inner = F.silu(linear(x, gate, taps[1])) * linear(x, up, taps[2])
         return hidden + linear(inner, down, taps[3]), x, inner
 
 
@@ -151,18 +144,14 @@ class AfterAttention(Outputs):
         self.norm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
 
     def forward(
-        self,
-        attended: Tensor,
-        feature: Tensor,
-        taps: Sequence[Tensor | None] = (None,) * 4,
-        weights: Sequence[Float8Weight] | None = None,
+        self, attended: Tensor, feature: Tensor, taps: Sequence[Tensor | None] = (None,) * 4
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return [N, H] twice, for attention's output [N, h * d] and the un-normed feature.
 
         The third and fourth are what the MLP's weights were multiplied with, [N, H] and [N, I]:
         constants.
         """
-        hidden, x, inner = self.mix(attended, feature, taps, weights)
+        hidden, x, inner = self.mix(attended, feature, taps)
         return hidden, self.norm(hidden), x.detach(), inner.detach()
 
 
@@ -188,7 +177,7 @@ class Eagle3Model(VocabularyModel):
         states = torch.cat(self.unroll(features, embeddings, task.documents, steps))  # [R N, H]
         places = task.students + torch.arange(steps, device=states.device) * len(features)
         by_label: Tensor = _Gather.apply(states, places, task.present)  # type: ignore[no-untyped-call]
-        losses: tuple[Tensor, SoftRows] = self.lm_head(by_label, task, float8=in_float8(self))
+        losses: tuple[Tensor, SoftRows] = self.lm_head(by_label, task)
         return losses
 
     def unroll(
@@ -204,13 +193,7 @@ class Eagle3Model(VocabularyModel):
         embedded = F.pad(embedded, (0, 0, 0, steps))  # [N + R, Q]
         count = len(features)
         feature = self.fuse(features)
-        weights = (weight_feature, *(layer.weight for layer in self.after.layers))
-        float8 = in_float8(self)
-        tapped = Tapped(count, *weights, in_float8=float8)
-        joint: Tensor | Float8Weight = weight_feature
-        rest: list[Float8Weight] | None = None
-        if float8:  # once for all steps
-            joint, *rest = (quantise_weight(weight) for weight in weights)
+        tapped = Tapped(count, weight_feature, *self.after.weights())
         later = torch.arange(steps, device=features.device)[:, None]
         ropes = [table.unbind() for table in self.rotary(documents.positions + later)]
         own: list[KeyValue] = []
@@ -218,10 +201,10 @@ class Eagle3Model(VocabularyModel):
         for i in range(steps):
             step, (tap, *taps) = tapped.step()
             row = embedded[1 + i : 1 + i + count]
-            q, k, v, x = self.before(feature, row, joint, (ropes[0][i], ropes[1][i]), tap)
+            q, k, v, x = self.before(feature, row, weight_feature, (ropes[0][i], ropes[1][i]), tap)
             own.append((k, v))
             attended = attend(q, own[0], own[1:], documents, self.attention).flatten(1)
-            feature, normed, wide, inner = self.after(attended, feature, taps, rest)
+            feature, normed, wide, inner = self.after(attended, feature, taps)
             if torch.is_grad_enabled():
                 step.inputs = [x, attended.detach(), wide, wide, inner]
             states.append(normed)

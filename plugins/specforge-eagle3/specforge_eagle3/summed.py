@@ -4,55 +4,32 @@ Left to autograd, each step's gradient of a weight is a tensor of its own, and a
 R steps reads and writes all weights R - 1 times more.  Here a step's product with a weight takes
 the weight as a constant, and adds a zero, the tap.  The tap's gradient is that of the product, so
 with the product's input it gives the weight's, which is added to what other steps gave in the
-same call.  In float8, whose kernels do not add, one product behind all steps sums over the tokens
-of all of them.  Shapes: N tokens, I and O the sizes of a linear layer.
+same call.  Shapes: N tokens, I and O the sizes of a linear layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from specforge_core import float8
-from specforge_core.float8 import Float8Weight, multiply, products, quantise
 
-Weight: TypeAlias = "Tensor | nn.Linear | Float8Weight"
-
-
-def linear(x: Tensor, weight: Weight, tap: Tensor | None = None) -> Tensor:
-    """Return x [N, I] by weight [O, I]; with a tap [N, O] the weight's gradient is made there.
-
-    Only there for a weight in float8.
-    """
-    return linears(x, (weight,), (tap,))[0]
-
-
-def linears(x: Tensor, weights: Sequence[Any], taps: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return x by several weights of one kind; in float8 it is quantised once."""
-    if isinstance(weights[0], Float8Weight):
-        outs = products(x, *weights)
-    elif taps[0] is None and isinstance(weights[0], nn.Linear):
-        outs = float8.linears(x, *weights)
-    else:
-        plain = (w.weight if isinstance(w, nn.Linear) else w for w in weights)
-        outs = tuple(F.linear(x, w if taps[0] is None else w.detach()) for w in plain)
-    return [out if tap is None else out + tap for out, tap in zip(outs, taps, strict=True)]
+def linear(x: Tensor, weight: Tensor, tap: Tensor | None = None) -> Tensor:
+    """Return x [N, I] by weight [O, I]; with a tap [N, O] the weight's gradient is made there."""
+    return F.linear(x, weight) if tap is None else F.linear(x, weight.detach()) + tap
 
 
 class Tapped:
     """Weights that several steps over N tokens use, in one forward and backward pass."""
 
-    def __init__(self, count: int, *weights: Tensor, in_float8: bool = False) -> None:
+    def __init__(self, count: int, *weights: Tensor) -> None:
         zero = weights[0].new_zeros(())
         self.zeros = [zero.expand(count, len(weight)) for weight in weights]
         self.totals: list[Tensor | None] = [None] * len(weights)
-        self.in_float8 = in_float8  # then what the products are to sum over is kept of each step
-        self.steps: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []
         self.end: Tensor = _End.apply(self, *weights)  # type: ignore[no-untyped-call]
 
     def step(self) -> tuple[Step, tuple[Tensor, ...]]:
@@ -60,24 +37,6 @@ class Tapped:
         step = Step(self)
         taps: tuple[Tensor, ...] = _Taps.apply(step, self.end)  # type: ignore[no-untyped-call]
         return step, taps
-
-    def finish(self) -> list[Tensor | None]:
-        """Return the weights' gradients, once all steps gave their part."""
-        if self.steps:
-            gradients, inputs = (
-                list(zip(*side, strict=True)) for side in zip(*self.steps, strict=True)
-            )
-            self.steps = []
-            before, lines = None, None
-            for place in range(len(gradients)):
-                if lines is None or inputs[place][0] is not before:  # gate and up have the same
-                    before = inputs[place][0]
-                    _, lines = quantise(*inputs[place], rows=False)
-                _, grads = quantise(*gradients[place], rows=False)
-                self.totals[place] = multiply(grads, lines).to(before.dtype)
-                gradients[place] = inputs[place] = ()  # their room is the next ones'
-        totals, self.totals = self.totals, []
-        return totals
 
 
 class Step:
@@ -92,16 +51,14 @@ class Step:
 
     def add(self, gradients: Sequence[Tensor]) -> None:
         """Add this step's part to the weights' gradients, from those of the products [N, O]."""
-        totals, inputs, self.inputs = self.tapped.totals, self.inputs, ()
-        if self.tapped.in_float8:
-            self.tapped.steps.append((gradients, inputs))
-            return
-        for place, (gradient, x) in enumerate(zip(gradients, inputs, strict=True)):
+        totals = self.tapped.totals
+        for place, (gradient, x) in enumerate(zip(gradients, self.inputs, strict=True)):
             total = totals[place]
             if total is None:
                 totals[place] = gradient.t() @ x
             else:
                 total.addmm_(gradient.t(), x)
+        self.inputs = ()
 
 
 class _End(torch.autograd.Function):
@@ -115,7 +72,8 @@ class _End(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.tapped.finish()
+        totals, ctx.tapped.totals = ctx.tapped.totals, []
+        return None, *totals
 
 
 class _Taps(torch.autograd.Function):
