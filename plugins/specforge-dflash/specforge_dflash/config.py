@@ -237,7 +237,7 @@ def capture_layers(config: DFlashConfig, num_layers: int) -> tuple[int, ...]:
         if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > num_layers - 2:
             raise ConfigError(
                 f"strategy.layers {list(ids)} must increase within 0..{num_layers - 2} "
-                f"for a target of {num_layers} layers. Try: strategy.layers=null, those published"
+                f"for a target of {num_layers} layers. Try: strategy.layers=null (those published)"
             )
         return ids
     count = config.num_capture_layers or config.num_layers

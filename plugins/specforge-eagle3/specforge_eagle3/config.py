@@ -207,7 +207,7 @@ def capture_layers(config: VocabularyOptions, num_layers: int) -> tuple[int, ...
         if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > num_layers - 2:
             raise ConfigError(
                 f"strategy.layers {list(ids)} must increase within 0..{num_layers - 2} "
-                f"for a target of {num_layers} layers. Try: strategy.layers=null, those published"
+                f"for a target of {num_layers} layers. Try: strategy.layers=null (those published)"
             )
         return ids
     published = published_layers(num_layers)
