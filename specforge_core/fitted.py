@@ -44,7 +44,7 @@ class Fitted(Watched):
         gt=0,
         le=1000,
         description="Steps of the first rank to trace with torch's profiler, behind the first ten: "
-        "into OUTPUT_DIR/trace-STEP.json.gz, and a line that says how much of the time the GPU "
+        "into OUTPUT_DIR/trace-STEP.json.gz, and on a GPU a line that says how much of the time it "
         "computed, only sent or waited for other ranks, and had nothing to do.",
     )
 

@@ -26,6 +26,7 @@ SECRET_WORDS = {
     *("auth", "authorization", "bearer", "credential", "credentials", "cookie", "cookies"),
     *("header", "headers"),
 }
+TOKEN_ID = re.compile(r"(?:mask|bos|eos|pad|unk)_token(?:_ids?)?$")  # of a vocabulary
 WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])")
 # user and password of an address; and values that are secrets under whatever name
 USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
@@ -138,8 +139,9 @@ def override_in_error(override: str) -> str:
 
 
 def is_secret(name: str) -> bool:
-    """Say whether a value of this name is a secret: `api_key` is, `max_new_tokens` is not."""
-    return not SECRET_WORDS.isdisjoint(word.lower() for word in WORDS.findall(name))
+    """Say whether a value of this name is a secret: `api_key` is, `mask_token_id` is not."""
+    words = [word.lower() for word in WORDS.findall(TOKEN_ID.sub("", name))]
+    return not SECRET_WORDS.isdisjoint(words)
 
 
 def _values(value: Any) -> Any:

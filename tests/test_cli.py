@@ -84,6 +84,10 @@ def test_debug_shows_where_an_error_came_from(config: Path) -> None:
         (["verify", "."], ". is no capture, run, checkpoint or export: none of manifest.json"),
         (["verify", "/dev/null"], "/dev/null is a file. Try: specforge verify DIR"),
         (["export", "--checkpoint", "absent", "-o", "out"], "absent holds no complete checkpoint"),
+        (
+            ["export", "--checkpoint", "/dev/null", "-o", "out"],
+            "/dev/null is a file. Try the folder",
+        ),
         (["verify", "absent", "--recapture", "-5"], "-5 is not in the range x>=0"),
         (["train", "-c", "absent.yaml", "--nproc", "-3"], "-3 is not in the range 1<=x<=1024"),
         (["train", "-c", "absent.yaml", "--nproc", "0"], "0 is not in the range 1<=x<=1024"),

@@ -14,7 +14,7 @@ import yaml
 from specforge_core.errors import ConfigError, RunError
 from specforge_core.load import apply_override
 from specforge_core.process import describe
-from specforge_core.records import MASK, masked, secret_values
+from specforge_core.records import MASK, in_error, masked, secret_values
 from specforge_core.testing.forked import run
 from specforge_core.testing.plugin import FakeSite
 
@@ -272,3 +272,10 @@ def test_an_override_that_is_wrong_is_shown_without_its_secret(override: str) ->
         apply_override({"target": {"path": "x"}}, override)
     assert "sk" not in str(found.value)
     assert MASK in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["strategy.mask_token_id", "target.options.eos_token_ids"])
+def test_a_token_of_a_vocabulary_is_no_secret(name: str) -> None:
+    assert in_error("None", name) == "None"
+    assert in_error("None", name.replace("token", "access_token")) == MASK
+    assert in_error("None", "target.options.token_id") == MASK

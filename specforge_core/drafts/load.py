@@ -109,6 +109,7 @@ def first_draft(
         for line in check_start(stored.place, stored.made, now, type(run.strategy)):
             say(line)
     stored.fill(run, strategy, target, draft)
+    say(f"starting from the weights of {stored.place}")
     return draft
 
 

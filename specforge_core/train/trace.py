@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,6 +53,7 @@ class Trace:
         self._now = number
         if self._profiler is None:
             self._first = number + BEFORE
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints lines of its own else
             plan = schedule(wait=BEFORE - 2, warmup=1, active=self._steps, repeat=1)
             self._profiler = profile(
                 activities=self._activities,

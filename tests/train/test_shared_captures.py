@@ -91,13 +91,15 @@ def test_a_strategy_that_asks_for_less_trains_on_a_capture_of_more(
 
 @pytest.mark.slow
 def test_a_run_may_begin_with_another_strategys_weights_if_they_fit(
-    config: Path, tmp_path: Path, env: Any
+    config: Path, tmp_path: Path, env: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     env.strategy("variant", VARIANT)
     train(*load(config))
     variant, more = "strategy.name=variant", f"output_dir={tmp_path / 'more'}"
     begun = f"train.init_from={tmp_path / 'run'}"
     train(*load(config, variant, more, begun, "train.learning_rate=1e-9"))
+    told = f"starting from the weights of {tmp_path / 'run/checkpoints'}/step-"
+    assert told in capsys.readouterr().err.replace("\n", "")
     ours, theirs = weights(tmp_path / "more"), weights(tmp_path / "run")
     for name in theirs:
         if name.startswith("model."):
