@@ -32,7 +32,7 @@ from specforge_core.types import Batch, CaptureSpec, Sample
 
 from .adapter import CHOICES
 from .anchors import ANCHORS, PREFIXES
-from .config import DFlashConfig, objective
+from .config import DFlashConfig
 from .mask_token import mask_token_occurs
 
 
@@ -95,7 +95,7 @@ class DFlashCollate:
         valid = inside & supervised.gather(1, flat).view(places.shape)
         if self.config.until_gap:
             valid &= (valid | ~asked).cumprod(dim=-1).bool()
-        if objective(self.config).labels == "target":  # said where the token before is read
+        if CHOICES in self.spec.fields:  # said where the token before is read
             ids, flat = batch[CHOICES], (flat - 1).clamp(min=0)
         labels = ids.gather(1, flat).view(places.shape).masked_fill(~valid, 0)
         fields = {"anchors": anchors, "starts": starts, "block_ids": block_ids, "labels": labels}
