@@ -59,9 +59,9 @@ def find(path: Path) -> Path:
     path = follow(path)
     if (path / STATE).exists():
         return path
-    found = checkpoints(path)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file. Try the folder of a run, checkpoint or export")
+    found = checkpoints(path)
     if not found:
         advice = instead_of(path) or f"Try: specforge train -c RUN.yaml output_dir={path}"
         raise CheckpointError(f"{path} holds no complete checkpoint. {advice}")
