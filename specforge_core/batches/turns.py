@@ -73,6 +73,7 @@ class Cut(NamedTuple):
     """A rank's turns of one micro-batch of tokens."""
 
     turns: list[Turn]
+    samples: int  # that all ranks take
     ends: bool  # an epoch, or what is trained on
 
 
@@ -86,11 +87,12 @@ def windows(
     end: int | None = None,
     work: Callable[[int], int] | None = None,
 ) -> Iterator[tuple[list[Turn], int]]:
-    """Yield a rank's turns in groups of `size`, or a little more, and how many of each are done.
+    """Yield a rank's turns in groups of `size`, or about as many, and how many of each are done.
 
     Groups begin at fixed places, as far before `position` as need be, so that a resumed run has the
-    same ones.  `look` gives the epoch and the tokens at a place, `samples` how many an epoch has,
-    `work` the rows at a place, where those are known.
+    same ones; and with one step on all ranks, which wait for them at once then, and not for one
+    another in turn.  `look` gives the epoch and the tokens at a place, `samples` how many an epoch
+    has, `work` the rows at a place, where those are known.
     """
     if share.tokens is None:
         ranks = share.world_size
@@ -100,15 +102,18 @@ def windows(
             yield [Turn(place) for place in islice(mine, size)], done
             done = 0
     group: list[Turn] = []
+    taken = 0
     for cut in _cuts(share, position, look, samples, end, work):
         group += cut.turns
+        taken += cut.samples
+        full = taken >= size * share.world_size or cut.ends
         reached = cut.turns[-1].reached or 0
-        if (len(group) >= size or cut.ends) and reached > position:
+        if full and reached > position:
             ended = [at for at, turn in enumerate(group) if turn.reached is not None]
             past = [at for at in ended if (group[at].reached or 0) <= position]
             yield group, past[-1] + 1 if past else 0
-        if len(group) >= size or cut.ends:
-            group = []
+        if full:
+            group, taken = [], 0
 
 
 def places(
@@ -195,7 +200,7 @@ def _cuts(
         mine = [Turn(first + at) for at in evenly(costs, share.world_size)[share.rank]]
         mine = mine or [Turn(first, counts=False)]
         mine[-1] = mine[-1]._replace(reached=place)
-        yield Cut(mine, ends or place == end)
+        yield Cut(mine, len(sizes), ends or place == end)
 
 
 def evenly(

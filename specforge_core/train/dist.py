@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,10 @@ class World:
         """Print a line, which all ranks would print alike, once."""
         if self.main:
             console.print(line)
+
+    def meeting(self) -> Callable[[], object]:
+        """Return what waits until all ranks have called it, and leaves GPUs alone; on all ranks."""
+        return partial(dist.barrier, group=dist.new_group(backend="gloo"))
 
     def from_first(self, value: T) -> T:
         """Return on every rank what the first one was called with; on all ranks at once."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..batches.loader import (
@@ -18,6 +19,7 @@ from ..batches.loader import (
     Source,
     StoredSource,
 )
+from ..batches.made import device_of
 from ..batches.stored import NOTE_SECONDS, POLL_SECONDS
 from ..capture.cache import StateCache
 from ..capture.identity import check_identity
@@ -65,6 +67,10 @@ class Feed:
     # held by whoever calls the engine; None where only the source of the training does
     lock: InTurn | None = None
     first_window: int | None = None  # rows shuffled together in the first epoch, if others
+
+    def captures_on(self, device: torch.device) -> bool:
+        """Say whether the target captures beside the training, on this process's device."""
+        return self.engine is not None and device_of(self.engine).type == device.type
 
     def stop(self) -> None:
         """End whatever waits for a sample, or captures, in another thread."""

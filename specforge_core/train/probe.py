@@ -141,7 +141,7 @@ def _at_most(trainer: Trainer, run: RunConfig, nproc: int) -> dict[str, int]:
 def _steps(trainer: Trainer) -> tuple[float, float]:
     """Return the seconds and tokens of a step, without the wait for its data."""
     batches = trainer._batches()
-    supply = Supply(batches, alone=True)
+    supply = Supply(batches, trainer.world)
     spent, tokens = 0.0, 0.0
     trainer.began = time.monotonic()
     try:

@@ -8,14 +8,21 @@ from dataclasses import replace
 from .. import stop
 from ..batches.loader import Micro
 from ..batches.prefetch import Prefetcher
+from .dist import World
 
 
 class Supply:
     """Takes micro-batches as they are made ready, unless the run is asked to stop."""
 
-    def __init__(self, batches: Prefetcher[Micro], *, alone: bool) -> None:
-        """`alone` says that there is no other rank."""
-        self._batches, self._alone = batches, alone
+    def __init__(self, batches: Prefetcher[Micro], world: World, beside: bool = False) -> None:
+        """`beside`: the target captures on this process's device meanwhile.
+
+        A rank whose batch is there waits on the host then until all have theirs.  In a kernel of
+        NCCL it would hold a part of the GPU that its own target's captures need: a matrix product
+        that finds one multiprocessor taken may take twice as long.
+        """
+        self._batches, self._alone = batches, world.size == 1
+        self._meet = world.meeting() if beside and not self._alone else None
         self._latest: Micro | None = None
         self.short = False  # a stop was asked for while this rank waited for a micro-batch
 
@@ -26,8 +33,12 @@ class Supply:
         the micro-batch before, and tells them by `short` that this step and those after it, which
         they may launch before they hear of it, do not count.
         """
-        if self.short:
-            return self._stand_in()
+        found = self._stand_in() if self.short else self._next()
+        if found is not None and self._meet is not None:
+            self._meet()
+        return found
+
+    def _next(self) -> Micro | None:
         try:
             self._latest = next(self._batches)
         except stop.Interrupted:

@@ -108,7 +108,7 @@ class Trainer:
         self.log.since = time.monotonic()
         self.began = self.log.since - self.seconds
         self._grow()
-        supply = Supply(self._batches(), alone=self.world.size == 1)
+        supply = Supply(self._batches(), self.world, self.feed.captures_on(self.world.device))
         launched: deque[Launched] = deque()
         begun = saved = self.step
         label, steps = f"training {self.strategy.name}", self.course.total_steps

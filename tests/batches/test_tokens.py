@@ -68,6 +68,20 @@ def test_ranks_have_as_much_to_do_as_each_other_within_5_percent(
                 assert max(made) < 1.05 * sum(made) / ranks, step
 
 
+@pytest.mark.parametrize("position", [0, 400])
+def test_windows_end_with_the_same_step_on_all_ranks(position: int) -> None:
+    sizes = lengths(900, 1)
+    look = lambda place: (place // 900, sizes[place % 900])  # noqa: E731
+    ends, counts = [], []
+    for rank in range(2):
+        groups = windows(Share(rank, 2, 0, tokens=4096), position, 8, look, lambda: 900)
+        some = list(islice(groups, 40))
+        ends.append([turns[-1].reached for turns, _ in some])
+        counts += [len(turns) for turns, _ in some]
+    assert ends[0] == ends[1]
+    assert min(counts) < 8 < max(counts)  # so a rank's own samples do not end one
+
+
 @pytest.mark.parametrize(("sizes", "ranks"), [([], 2), ([5], 2), ([3, 3, 2, 2, 2], 2)])
 def test_samples_are_dealt_out_evenly(sizes: list[int], ranks: int) -> None:
     taken = evenly([(size,) for size in sizes], ranks)
