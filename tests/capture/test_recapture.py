@@ -165,7 +165,7 @@ def test_fields_that_a_fresh_capture_has_not_are_noticed(engine: TransformersEng
     )
 
 
-@pytest.mark.parametrize(("moved", "problems"), [(0, 0), (4, 0), (8, 1)])
+@pytest.mark.parametrize(("moved", "problems"), [(0, 0), (10, 0), (20, 1)])
 def test_whole_numbers_made_from_states_may_move_a_little(
     engine: TransformersEngine, moved: int, problems: int
 ) -> None:
@@ -181,7 +181,7 @@ def test_whole_numbers_made_from_states_may_move_a_little(
     found = compare(Fresh.of(engine, adapter.spec, PROMPT), adapter, stored)
     assert len(found) == problems
     if problems:
-        assert "field 'choice': differs from a fresh capture at 8 places" in str(found[0])
+        assert "field 'choice': differs from a fresh capture at 20 places" in str(found[0])
 
 
 @pytest.mark.parametrize("shape", [(41, 96), (41, 4, 24), (41,)])
