@@ -26,6 +26,13 @@ class Fitted(Watched):
         description="Make the draft's units a second time in the backward pass instead of keeping "
         "what they computed: less memory, more time.",
     )
+    precision: Literal["fp8"] | None = Field(
+        None,
+        description="fp8: the linear layers of the draft's hidden units, and most heads, multiply "
+        "float8 numbers, with a scale for each line that a product sums over; all else, and the "
+        "weights, stay as they are. For GPUs from compute capability 8.9 on (slow on a CPU). If "
+        "not set: all is computed in `train.compute_dtype`.",
+    )
     optimizer_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Of what adamw and muon keep between steps (not of the weights); bfloat16 "

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..float8 import Float8Weight, Lines, by_rows, multiply
+
 
 def linear_cross_entropy(
     hidden: Tensor,
@@ -19,6 +21,7 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     chunk: int = 1024,
+    float8: Float8Weight | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return each row's cross-entropy [N] float32 and its best token [N] int64.
 
@@ -27,6 +30,8 @@ def linear_cross_entropy(
     c * tanh(x / c).  Since the head is frozen, the gradient of each row's loss to its
     hidden state is made in the forward pass, while the row's logits are still there,
     and only scaled in the backward: the logits are neither kept nor computed again.
+    `float8` is the weight as its products read it, if they are to be in float8; the logits are
+    bfloat16 then.
 
     Raises ValueError when the weight wants a gradient: a trained head needs the
     product of logit gradients and hidden states too, which this does not make.
@@ -34,7 +39,7 @@ def linear_cross_entropy(
     if weight.requires_grad:
         raise ValueError("linear_cross_entropy takes a frozen head: weight.requires_grad is set")
     losses, best = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.to(weight.dtype), weight, labels, softcap, max(1, chunk)
+        hidden.to(weight.dtype), weight, labels, softcap, max(1, chunk), float8
     )
     return losses, best
 
@@ -42,22 +47,28 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        softcap: float | None,
+        chunk: int,
+        float8: Float8Weight | None,
     ) -> tuple[Tensor, Tensor]:
         want_grad = ctx.needs_input_grad[0]
         rows = hidden.shape[0]
         losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
         best = torch.empty(rows, dtype=torch.int64, device=hidden.device)
         grad = torch.empty_like(hidden) if want_grad else None
-        logits = weight.new_empty(min(chunk, rows), weight.shape[0])
+        product = HeadProduct(hidden, weight, float8, chunk)
         for start in range(0, rows, chunk):
             part = slice(start, min(start + chunk, rows))
-            part_logits = torch.mm(hidden[part], weight.t(), out=logits[: part.stop - start])
             losses[part], best[part], d_logits = cross_entropy_rows(
-                part_logits, labels[part], softcap, want_grad
+                product.logits(part), labels[part], softcap, want_grad
             )
             if grad is not None:
-                torch.mm(d_logits, weight, out=grad[part])
+                product.back(d_logits, grad[part], labels[part])
+            del d_logits  # before there are more of float8's
         ctx.save_for_backward(*(() if grad is None else (grad,)))
         ctx.mark_non_differentiable(best)
         return losses, best
@@ -66,7 +77,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_losses: Tensor, _d_best: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (grad * d_losses[:, None]).to(grad.dtype), None, None, None, None
+        return (grad * d_losses[:, None]).to(grad.dtype), *(None,) * 5
+
+
+class HeadProduct:
+    """Products of a head's weight [V, H] with rows of `hidden` [N, H], `chunk` at most at once.
+
+    Without float8, a chunk's logits overwrite those of the one before.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, float8: Float8Weight | None, chunk: int
+    ) -> None:
+        self.hidden, self.weight, self.float8 = hidden, weight, float8
+        if float8 is None:
+            self._logits = weight.new_empty(min(chunk, len(hidden)), len(weight))
+        else:
+            self._narrow = by_rows(hidden)
+
+    def logits(self, part: slice) -> Tensor:
+        """Return the logits [n, V] of rows `part`."""
+        if self.float8 is None:
+            out = self._logits[: part.stop - part.start]
+            return torch.mm(self.hidden[part], self.weight.t(), out=out)
+        values, scales = self._narrow
+        scales = scales[part].clone()  # aligned, wherever the part begins
+        return multiply(Lines(values[part], scales), self.float8.rows)
+
+    def back(self, d_logits: Tensor, out: Tensor, labels: Tensor | None = None) -> None:
+        """Write the gradient of the states whose logits have the gradient d_logits [n, V].
+
+        In float8 what `labels` [n] have of it is multiplied apart, and lost in d_logits: that is
+        the largest of a row, so that less is left of the others in float8 beside it.
+        """
+        if self.float8 is None:
+            torch.mm(d_logits, self.weight, out=out)
+            return
+        if labels is not None:
+            own = d_logits.gather(1, labels[:, None])
+            d_logits.scatter_(1, labels[:, None], 0)
+        out.copy_(multiply(by_rows(d_logits), self.float8.columns))
+        if labels is not None:
+            out.addcmul_(own, self.weight[labels])
 
 
 def cross_entropy_rows(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..float8 import Float8Weight
+from .linear_cross_entropy import HeadProduct
 from .soft_loss import SoftLoss, SoftRows, wide
 
 Caps: TypeAlias = "tuple[float | None, float | None]"  # of the student's logits, the teacher's
@@ -28,6 +30,7 @@ def linear_soft_cross_entropy(
     teacher_softcap: float | None = None,
     teacher_logsumexp: Tensor | None = None,
     chunk: int = 2048,
+    float8: Float8Weight | None = None,
 ) -> tuple[Tensor, SoftRows]:
     """Return the weighted sum of all rows' losses, and what each row came to.
 
@@ -54,6 +57,7 @@ def linear_soft_cross_entropy(
         loss or SoftLoss(),
         (softcap, teacher_softcap),
         chunk,
+        float8,
     )
     return total, SoftRows(losses, overlaps, best)
 
@@ -71,6 +75,7 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
         loss: SoftLoss,
         softcaps: Caps,
         chunk: int,
+        float8: Float8Weight | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         labels, students = row_weights.shape
@@ -84,13 +89,14 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
 
         step = max(1, min(chunk // max(students, 1), labels))
         vocab = weight.shape[0]
-        logits = weight.new_empty(step * students, vocab)
+        flat = hidden.flatten(0, 1)
+        product = HeadProduct(flat, weight, float8, step * students)
         teacher_logits = teacher_weight.new_empty(step, vocab)
         for start in range(0, labels, step):
             part = slice(start, min(start + step, labels))
             size = part.stop - start
-            rows = hidden[part].flatten(0, 1)
-            d_logits = torch.mm(rows, weight.t(), out=logits[: size * students])
+            rows = slice(start * students, part.stop * students)
+            d_logits = product.logits(rows)
             teacher = torch.mm(teacher_hidden[part], teacher_weight.t(), out=teacher_logits[:size])
             losses[part], overlaps[part], best[part], d_logits = _rows(
                 d_logits,
@@ -102,9 +108,10 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
                 want_hidden or want_weight,
             )
             if grad_hidden is not None:
-                torch.mm(d_logits, weight, out=grad_hidden[part].flatten(0, 1))
+                product.back(d_logits, out=grad_hidden[part].flatten(0, 1))
             if grad_weight is not None:
-                _add_product(grad_weight, d_logits.t(), rows)
+                _add_product(grad_weight, d_logits.t(), flat[rows])
+            del d_logits  # before there are more of float8's
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses, overlaps, best)
@@ -120,7 +127,7 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
             # scaled and narrowed in one pass over the largest tensor of the backward
             narrow = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, d_total, out=narrow)
-        return grad_hidden, grad_weight, *(None,) * 7
+        return grad_hidden, grad_weight, *(None,) * 8
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

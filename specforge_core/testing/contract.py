@@ -44,6 +44,7 @@ from ..types import (
 from . import acceptance, drawn, forked, runs
 from .case import Case
 from .edges import edge_samples, silenced, stepped
+from .float8 import check_float8
 from .greedy import check_greedy
 from .predictable import save_predictable_target
 from .runs import finish, load, losses
@@ -216,6 +217,9 @@ class StrategyContract:
             assert parameter.grad is None or parameter.grad.isfinite().all()
         for temperature in (0.0, 1.0):
             assert _depth(_draft(case.proposer(), case.captures[0], 3, _sampling(temperature))) > 0
+
+    def test_a_step_in_float8_is_near_the_one_in_float32_or_refused(self, case: Case) -> None:
+        check_float8(case)
 
     def test_what_was_drawn_comes_with_its_distribution(self, case: Case) -> None:
         proposer, draws = case.proposer(), [_sampling(0.5, seed) for seed in range(drawn.DRAFTS)]

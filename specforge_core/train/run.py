@@ -14,6 +14,7 @@ from ..cpu import DTYPES, agree_on_bfloat16
 from ..devices import pick_device
 from ..drafts.links import odd_links
 from ..drafts.load import first_draft
+from ..float8 import in_words, to_float8
 from ..process import command_seconds, describe, report
 from ..strategy import Strategy
 from .acceptance import Acceptance
@@ -97,6 +98,8 @@ def build(
     draft.model.to(world_.device, torch.float32).train()
     if draft.frozen is not None:
         draft.frozen.to(world_.device, dtype).requires_grad_(False)
+    if config.precision == "fp8":
+        to_float8(draft, world_.device)
     if config.compile == "always" or (config.compile == "auto" and world_.device.type == "cuda"):
         compile_units(draft.compiled, inner=config.recompute)
     if config.recompute:
@@ -109,6 +112,9 @@ def build(
     remember_peaks(optimizers)
     schedule = strategy.schedule(config)
     forward = Forward(run, strategy, strategy.train_step(run.strategy), draft, world_)
+    if config.precision == "fp8":
+        with strategy.guard("specforge_train_step"):
+            world_.say(in_words(draft, forward.step_function))
     trackers = Trackers(strategy.trackers(run) if world_.main else [])
     validation = None
     if feed.held_out is not None:

@@ -37,6 +37,7 @@ from .training import (
     Counting as Counting,
     DataInfo as DataInfo,
     Draft as Draft,
+    Float8Heads as Float8Heads,
     GrowingReader as GrowingReader,
     Planned as Planned,
     Ratio as Ratio,

@@ -81,7 +81,8 @@ class Draft:
     # compiled one by one; those that run many times a step are better not in `shard`, so that
     # they are gathered and their gradients reduced once
     compile: tuple[nn.Module, ...] | None = None  # None: as `shard`
-    # whose matrices are hidden layers, which Muon's orthogonalised update is meant for
+    # whose matrices are hidden layers, which Muon's orthogonalised update is meant for, and
+    # products in float8 (`train.precision`)
     hidden: tuple[nn.Module, ...] | None = None  # None: as `compile`
     saved: Callable[[str], bool] = _every  # by state_dict name: what checkpoints hold
     # by parameter name: which matrices `train.weight_decay` shrinks; vectors it never does
@@ -190,6 +191,15 @@ class Planned(Protocol):
         Of so many tokens in so many samples, in a dtype of `item` bytes: the batch, and what is
         made of it.  Weights, what is frozen and the weights' whole gradients are not counted.
         """
+        ...
+
+
+@runtime_checkable
+class Float8Heads(Protocol):
+    """A TrainStep that multiplies heads in float8, too, where `train.precision` says so."""
+
+    def float8_heads(self, draft: Draft) -> Mapping[str, Tensor]:
+        """Return their weights by name; those of sizes that are no multiples of 16 stay."""
         ...
 
 

@@ -5,6 +5,8 @@ N slots of all blocks, S context tokens, H hidden size, I the MLP's inner one.
 
 from __future__ import annotations
 
+from specforge_core.float8 import STEP
+
 from .config import DFlashConfig, DraftShape, objective
 
 
@@ -16,6 +18,7 @@ def step_bytes(
     item: int,
     *,
     recompute: bool,
+    float8: bool = False,
 ) -> dict[str, int]:
     """Return bytes by what they are for, as `types.Planned` says."""
     each = min(config.num_anchors, max(tokens // documents - 1, 1))
@@ -31,12 +34,18 @@ def step_bytes(
     kept = shape.num_layers * inputs + (1 if recompute else shape.num_layers) * layer
     # of the head: its rows, the states they were taken from, the logits of a chunk; the teacher's
     kl = 1 if objective(config).loss == "kl" else 0
-    each_row = rows * width + min(config.head_chunk, rows) * shape.vocab_size
-    head = item * (slots * width + (1 + kl) * each_row)
+    logits = min(config.head_chunk, rows) * shape.vocab_size
+    head = item * (slots * width + (1 + kl) * (rows * width + logits))
+    narrow_head = float8 and not kl and shape.vocab_size % STEP == 0
+    if narrow_head:  # the rows, and the logits' gradients
+        head += rows * width + logits
     # of the backward pass: the head's rows and states, then the MLP's inner gradients
     back = item * (rows * width + slots * (2 * width + 3 * inner))
+    if float8:  # those of both products, by rows and by columns, and what they are multiplied with
+        back += slots * ((4 - item) * inner + width) + 2 * inner * width
     made = "the gradients of the states on the way" if back > head else "logits of a chunk of rows"
     return {
+        "the head in float8": 2 * shape.vocab_size * width if narrow_head else 0,
         "the batch": item * tokens * (len(shape.capture_layers) + kl) * width + 8 * 3 * slots,
         "what the layers keep": kept,
         "the context and the head's gradient": item * (2 * tokens + rows) * width,

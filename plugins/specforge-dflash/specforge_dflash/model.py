@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specforge_core.float8 import Float8Weight, fits, in_float8, linears, quantise_weight
 from specforge_core.nn.cache import GrowingCache
 from specforge_core.nn.rotary import Rope, Rotary, rotate
 from specforge_core.target.head import widen
@@ -66,18 +67,19 @@ class BlockAttention(nn.Module):
         cache: GrowingCache | None,
     ) -> Tensor:
         """Return [b, N, H] for normed slots [b, N, H] and context [b, S, H]."""
-        q = rotate(self.q_norm(self._heads(self.q_proj(hidden))), geometry.block_rope)
-        block_kv = self._keys_values(hidden, geometry.block_rope)
-        context_kv = self._keys_values(context, geometry.context_rope)
+        q, k, v = linears(hidden, self.q_proj, self.k_proj, self.v_proj)
+        q = rotate(self.q_norm(self._heads(q)), geometry.block_rope)
+        block_kv = self._keys_values(k, v, geometry.block_rope)
+        k, v = linears(context, self.k_proj, self.v_proj)
+        context_kv = self._keys_values(k, v, geometry.context_rope)
         if cache is not None:
             context_kv = cache.extend(*context_kv)
         out = attend(q, context_kv, block_kv, mask)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 
-    def _keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        k = rotate(self.k_norm(self._heads(self.k_proj(x))), rope)
-        return k, self._heads(self.v_proj(x))
+    def _keys_values(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        return rotate(self.k_norm(self._heads(k)), rope), self._heads(v)
 
     def _heads(self, x: Tensor) -> Tensor:
         heads = x.shape[-1] // self.head_dim
@@ -94,7 +96,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linears(x, self.gate_proj, self.up_proj)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
 
 
@@ -236,6 +239,7 @@ class Frozen(nn.Module):
         self.scale = scale
         self.softcap = softcap
         self.beside = beside or HeadScale(scale=1.0, softcap=softcap)
+        self._float8: Float8Weight | None = None
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the target's embeddings of `ids`, scaled as it scales them."""
@@ -249,6 +253,14 @@ class Frozen(nn.Module):
     def states(self, hidden: Tensor) -> Tensor:
         """Return states [..., H] as `lm_head` multiplies them."""
         return widen(hidden, self.lm_head.shape[1])
+
+    def float8_head(self, model: nn.Module) -> Float8Weight | None:
+        """Return the head in float8, made once, if a model is and the head's sizes allow it."""
+        if not (in_float8(model) and fits(self.lm_head)):
+            return None
+        if self._float8 is None:
+            self._float8 = quantise_weight(self.lm_head)
+        return self._float8
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits over the target's vocabulary."""

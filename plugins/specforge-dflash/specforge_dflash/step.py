@@ -12,6 +12,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
+from specforge_core.float8 import in_float8
 from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
 from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entropy
 from specforge_core.nn.soft_loss import SoftLoss
@@ -64,6 +65,7 @@ class DFlashStep(BlockStep[DFlashConfig]):
             labels,
             softcap=frozen.softcap,
             chunk=self.config.head_chunk,
+            float8=frozen.float8_head(model),
         )
         losses, hits, valid = self._drafted(batch, row_losses, best == labels)
         weights, total = slot_weights(self.config, losses.detach(), valid)
@@ -73,12 +75,18 @@ class DFlashStep(BlockStep[DFlashConfig]):
             metrics=slot_metrics(losses.detach(), hits, valid),
         )
 
+    def float8_heads(self, draft: Draft) -> Mapping[str, Tensor]:
+        """Say which heads can be in float8; see `types.Float8Heads`."""
+        head = parts(draft, DFlashModel)[1].lm_head
+        return {} if objective(self.config).loss == "kl" else {"the target's head": head}
+
     def step_bytes(
         self, draft: Draft, tokens: int, documents: int, item: int, *, recompute: bool
     ) -> Mapping[str, int]:
         """Say what a step will hold; see `types.Planned`."""
-        shape = parts(draft, DFlashModel)[0].shape
-        return step_bytes(self.config, shape, tokens, documents, item, recompute=recompute)
+        model, _ = parts(draft, DFlashModel)
+        given = self.config, model.shape, tokens, documents, item
+        return step_bytes(*given, recompute=recompute, float8=in_float8(model))
 
     def _drafted(self, batch: Batch, *values: Tensor) -> list[Tensor]:
         """Return values [R] of the trained slots as [M, D], 0 elsewhere, and which are trained.

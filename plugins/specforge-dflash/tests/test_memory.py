@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from specforge_dflash.config import DFlashConfig, draft_shape
 from specforge_dflash.memory import step_bytes
 from specforge_dflash.model import DFlashModel
+from specforge_dflash.step import DFlashStep
 
+from specforge_core.float8 import to_float8
+from specforge_core.testing.case import CPU, Case
+from specforge_core.testing.float8 import saved_float8
 from specforge_core.types import TargetInfo
 
 
@@ -26,3 +32,26 @@ def test_the_case_of_the_benchmark_is_expected_within_a_tenth(qwen3_8b: TargetIn
     assert 0.2 < ratio < 0.4
     other = {k: v for k, v in again.items() if parts[k] != v}
     assert list(other) == ["what the layers keep"]
+    assert parts["the head in float8"] == 0
+    narrow = step_bytes(config, shape, 3072, 1, 2, recompute=False, float8=True)
+    assert narrow["the head in float8"] == 2 * 151936 * 4096
+
+
+def test_what_float8_keeps_is_counted(toy_target: Path, tmp_path: Path) -> None:
+    options = {"name": "dflash", "block_size": 4, "num_layers": 2, "num_anchors": 8}
+    case = Case.open(options, toy_target, tmp_path)
+    step = case.job.strategy.train_step(case.job.run.strategy)
+    assert isinstance(step, DFlashStep)
+    tokens = len(case.samples[0]["hidden_states"])
+
+    def planned() -> dict[str, int]:
+        return dict(step.step_bytes(case.draft, tokens, 1, 4, recompute=False))
+
+    before = planned()
+    to_float8(case.draft, CPU)
+    after = planned()
+    # each layer keeps what it does without, and makes float8 of it again
+    assert saved_float8(case, case.samples[:1]) == 0
+    assert after["what the layers keep"] == before["what the layers keep"]
+    assert sum(after.values()) > sum(before.values())
+    assert after["the head in float8"] == 0  # the toy's has no multiple of 16

@@ -50,6 +50,28 @@ def test_recomputed_units_train_alike_sharded_and_in_bfloat16(config: Path, tmp_
     assert losses(tmp_path / "true") == losses(tmp_path / "false")
 
 
+@pytest.mark.slow
+def test_float8_trains_about_as_float32_and_may_come_and_go(config: Path, tmp_path: Path) -> None:
+    train(*load(config))
+    float8 = ("train.precision=fp8", f"output_dir={tmp_path / 'float8'}")
+    train(*load(config, *float8))
+    found, plain = losses(tmp_path / "float8"), losses(tmp_path / "run")
+    assert found != plain
+    assert found[-1] < 0.9 * found[0]
+    assert found[-1] == pytest.approx(plain[-1], rel=0.02)
+    # on two ranks numbers are summed in another order, and may be rounded to others in float8
+    two = (*float8, "train.accumulate=2", f"output_dir={tmp_path / 'two'}")
+    finish(cli("train", "-c", str(config), "--nproc", "2", *two))
+    assert losses(tmp_path / "two") == pytest.approx(found, rel=0.01)
+    # what they saved goes on without float8, and that with it
+    train(*load(config, *two, "train.precision=null", "train.max_steps=9"))
+    train(*load(config, *two, "train.recompute=true", "train.max_steps=10"))
+    assert len(losses(tmp_path / "two")) == 10
+    run, strategy = load(config)
+    trained = restore(run, strategy, tmp_path / "two").draft  # as any other
+    assert evaluate(run, strategy, trained).lossless is True
+
+
 @pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_a_trained_draft_decodes_losslessly_and_its_export_is_the_same_draft(
     config: Path, tmp_path: Path, optimizer: str

@@ -6,6 +6,8 @@ that are trained, K candidates of a slot.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from specforge_dflash.model import parts
 from specforge_dflash.step import BlockStep, by_slot, slot_metrics, slot_weights
@@ -26,7 +28,12 @@ class DFlash2Step(BlockStep[DFlash2Config]):
         labels = batch["labels"].flatten()[batch["rows"]]
         states, scores, gold, found = model(batch, frozen)
         losses, best = linear_cross_entropy(
-            states, frozen.lm_head, labels, softcap=frozen.softcap, chunk=self.config.head_chunk
+            states,
+            frozen.lm_head,
+            labels,
+            softcap=frozen.softcap,
+            chunk=self.config.head_chunk,
+            float8=frozen.float8_head(model),
         )
         chosen = F.cross_entropy(scores, gold, reduction="none")
         # the true token was put among the candidates for the loss: no hit without it there
@@ -40,6 +47,10 @@ class DFlash2Step(BlockStep[DFlash2Config]):
         spent = (chosen.detach() * valid).sum()
         metrics["selector_cross_entropy"] = Ratio(num=spent, den=valid.sum().float())
         return StepOutput(loss_sum=(weights * both).sum(), weight=total, metrics=metrics)
+
+    def float8_heads(self, draft: Draft) -> Mapping[str, Tensor]:
+        """Say which heads can be in float8; see `types.Float8Heads`."""
+        return {"the target's head": parts(draft, DFlash2Model)[1].lm_head}
 
 
 def path_metrics(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specforge_core.float8 import fits, quantise_weight
 from specforge_core.nn.decoder import init_weights
 from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entropy
 from specforge_core.nn.rotary import Rotary
@@ -46,13 +47,17 @@ class DraftHead(nn.Linear):
         super().__init__(shape.hidden_size, shape.draft_vocab_size, bias=False)
         self.chunk, self.softcap = config.head_chunk, shape.softcap
 
-    def forward(self, input: Tensor, teacher: Teacher | None = None) -> Any:
+    def forward(
+        self, input: Tensor, teacher: Teacher | None = None, *, float8: bool = False
+    ) -> Any:
         """Return logits [..., Vd] of states [..., H].
 
-        With a teacher: the weighted sum of the losses of states [U, R, H], and each label's rows.
+        With a teacher: the weighted sum of the losses of states [U, R, H], and each label's rows,
+        by products in `float8` if the head's sizes are multiples of 16.
         """
         if teacher is None:
             return super().forward(input)
+        narrow = float8 and fits(self.weight)
         return linear_soft_cross_entropy(
             input,
             self.weight,
@@ -63,6 +68,7 @@ class DraftHead(nn.Linear):
             teacher_softcap=self.softcap,
             teacher_logsumexp=teacher.logsumexp,
             chunk=self.chunk,
+            float8=quantise_weight(self.weight) if narrow else None,
         )
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from specforge_core.float8 import in_float8, quantise_weight
 from specforge_core.nn.rotary import Rope, rotate
 from specforge_core.nn.soft_loss import SoftLoss, SoftRows
 from specforge_core.types import Batch
@@ -24,7 +25,7 @@ from .attention import KeyValue, attend
 from .config import DraftShape, VocabularyOptions
 from .head import DraftHead, Teacher, VocabularyModel
 from .rows import Documents
-from .summed import Tapped, linear
+from .summed import Tapped, Use, linear, multiplied
 
 
 class _Gather(torch.autograd.Function):
@@ -91,7 +92,7 @@ class BeforeAttention(Projections):
         embedded: Tensor,
         weight: Tensor,
         rope: Rope,
-        tap: Tensor | None = None,
+        use: Use | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return q [N, h, d], k and v [N, v, d] of features [N, H] and `embedded` [N, Q].
 
@@ -99,7 +100,7 @@ class BeforeAttention(Projections):
         """
         assert self.hidden_norm is not None
         x = self.hidden_norm(feature)
-        joint = embedded + linear(x, weight, tap)
+        joint = embedded + linear(x, weight, use)
         parts = torch.split(joint, self.sizes, dim=-1)
         q, k, v = (part.reshape(len(part), -1, self.head_dim) for part in parts)
         return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v, x.detach()
@@ -117,23 +118,28 @@ class Outputs(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
-    def weights(self) -> tuple[Tensor, ...]:
-        """Return what `forward` multiplies with, in the order of its taps."""
-        layers = (self.o_proj, self.gate_proj, self.up_proj, self.down_proj)
-        return tuple(layer.weight for layer in layers)
+    def weights(self, *, joint: bool) -> tuple[Tensor, ...]:
+        """Return what `mix` multiplies with, in the order of its uses.
+
+        `joint`: those of the MLP that read the same below each other.
+        """
+        both = self.gate_proj.weight, self.up_proj.weight
+        middle = (torch.cat(both),) if joint else both
+        return self.o_proj.weight, *middle, self.down_proj.weight
 
     def mix(
-        self, attended: Tensor, hidden: Tensor, taps: Sequence[Tensor | None] = (None,) * 4
+        self, attended: Tensor, hidden: Tensor, uses: Sequence[Use] = ()
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the layer's output [N, H] for attention's [N, h * d] and the layer's input.
 
         The others are what the MLP's weights were multiplied with, [N, H] and [N, I].
+        `uses` are those of a step of its `weights`.
         """
-        o, gate, up, down = self.weights()
-        hidden = hidden + linear(attended, o, taps[0])
+        hidden = hidden + multiplied(attended, uses[:1], self.o_proj)[0]
         x = self.post_attention_layernorm(hidden)
-        inner = F.silu(linear(x, gate, taps[1])) * linear(x, up, taps[2])
-        return hidden + linear(inner, down, taps[3]), x, inner
+        gate, up = multiplied(x, uses[1:-1], self.gate_proj, self.up_proj)
+        inner = F.silu(gate) * up
+        return hidden + multiplied(inner, uses[-1:], self.down_proj)[0], x, inner
 
 
 class AfterAttention(Outputs):
@@ -144,14 +150,14 @@ class AfterAttention(Outputs):
         self.norm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
 
     def forward(
-        self, attended: Tensor, feature: Tensor, taps: Sequence[Tensor | None] = (None,) * 4
+        self, attended: Tensor, feature: Tensor, uses: Sequence[Use] = ()
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return [N, H] twice, for attention's output [N, h * d] and the un-normed feature.
 
         The third and fourth are what the MLP's weights were multiplied with, [N, H] and [N, I]:
         constants.
         """
-        hidden, x, inner = self.mix(attended, feature, taps)
+        hidden, x, inner = self.mix(attended, feature, uses)
         return hidden, self.norm(hidden), x.detach(), inner.detach()
 
 
@@ -177,7 +183,7 @@ class Eagle3Model(VocabularyModel):
         states = torch.cat(self.unroll(features, embeddings, task.documents, steps))  # [R N, H]
         places = task.students + torch.arange(steps, device=states.device) * len(features)
         by_label: Tensor = _Gather.apply(states, places, task.present)  # type: ignore[no-untyped-call]
-        losses: tuple[Tensor, SoftRows] = self.lm_head(by_label, task)
+        losses: tuple[Tensor, SoftRows] = self.lm_head(by_label, task, float8=in_float8(self))
         return losses
 
     def unroll(
@@ -193,20 +199,28 @@ class Eagle3Model(VocabularyModel):
         embedded = F.pad(embedded, (0, 0, 0, steps))  # [N + R, Q]
         count = len(features)
         feature = self.fuse(features)
-        tapped = Tapped(count, weight_feature, *self.after.weights())
+        float8 = in_float8(self)
+        weights = weight_feature, *self.after.weights(joint=float8)
+        narrow = [quantise_weight(w) if float8 else None for w in weights]  # once for all steps
+        tapped = Tapped(count, *weights, in_float8=float8)
+        del weights  # the joint one is not held for the steps
         later = torch.arange(steps, device=features.device)[:, None]
         ropes = [table.unbind() for table in self.rotary(documents.positions + later)]
         own: list[KeyValue] = []
         states = []
         for i in range(steps):
-            step, (tap, *taps) = tapped.step()
+            step, taps = tapped.step()
+            joint, *uses = zip(narrow, taps, strict=True)
             row = embedded[1 + i : 1 + i + count]
-            q, k, v, x = self.before(feature, row, weight_feature, (ropes[0][i], ropes[1][i]), tap)
+            q, k, v, x = self.before(
+                feature, row, weight_feature, (ropes[0][i], ropes[1][i]), joint
+            )
             own.append((k, v))
             attended = attend(q, own[0], own[1:], documents, self.attention).flatten(1)
-            feature, normed, wide, inner = self.after(attended, feature, taps)
+            feature, normed, wide, inner = self.after(attended, feature, uses)
             if torch.is_grad_enabled():
-                step.inputs = [x, attended.detach(), wide, wide, inner]
+                both = [wide] * (len(uses) - 2)  # what reads the same is one in float8
+                step.inputs = [x, attended.detach(), *both, inner]
             states.append(normed)
             if self.shape.norm_output:
                 feature = normed

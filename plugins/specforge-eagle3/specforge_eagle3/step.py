@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from specforge_core.float8 import in_float8
 from specforge_core.nn.soft_loss import SoftRows
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
@@ -55,12 +56,17 @@ class Eagle3Step:
         metrics = self._metrics(batch, hits & task.present, found)
         return StepOutput(loss_sum=loss_sum, weight=weight, metrics=metrics)
 
+    def float8_heads(self, draft: Draft) -> Mapping[str, Tensor]:
+        """Say which heads can be in float8; see `types.Float8Heads`."""
+        return {"lm_head.weight": parts(draft, Eagle3Model)[0].lm_head.weight}
+
     def step_bytes(
         self, draft: Draft, tokens: int, documents: int, item: int, *, recompute: bool
     ) -> Mapping[str, int]:
         """Say what a step will hold; see `types.Planned`."""
-        shape = parts(draft, Eagle3Model)[0].shape
-        return step_bytes(self.config, shape, tokens, item, recompute=recompute)
+        model, _ = parts(draft, Eagle3Model)
+        given = self.config, model.shape, tokens, item
+        return step_bytes(*given, recompute=recompute, float8=in_float8(model))
 
     def _metrics(self, batch: Batch, hits: Tensor, found: SoftRows) -> dict[str, Ratio]:
         """Return `draft_metrics`, and the part of the labels that can be drafted."""

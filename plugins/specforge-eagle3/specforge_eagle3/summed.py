@@ -4,32 +4,55 @@ Left to autograd, each step's gradient of a weight is a tensor of its own, and a
 R steps reads and writes all weights R - 1 times more.  Here a step's product with a weight takes
 the weight as a constant, and adds a zero, the tap.  The tap's gradient is that of the product, so
 with the product's input it gives the weight's, which is added to what other steps gave in the
-same call.  Shapes: N tokens, I and O the sizes of a linear layer.
+same call.  In float8, whose kernels do not add, one product behind all steps sums over the tokens
+of all of them.  Shapes: N tokens, I and O the sizes of a linear layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from specforge_core.float8 import Float8Weight, by_columns, linears, multiply, product
 
-def linear(x: Tensor, weight: Tensor, tap: Tensor | None = None) -> Tensor:
-    """Return x [N, I] by weight [O, I]; with a tap [N, O] the weight's gradient is made there."""
-    return F.linear(x, weight) if tap is None else F.linear(x, weight.detach()) + tap
+Use: TypeAlias = "tuple[Float8Weight | None, Tensor]"  # of a weight in a step: in float8, the tap
+
+
+def linear(x: Tensor, weight: Tensor, use: Use | None = None) -> Tensor:
+    """Return x [N, I] by weight [O, I]; with a use, whose tap is [N, O], that is a constant."""
+    if use is None:
+        return F.linear(x, weight)
+    narrow, tap = use
+    return (F.linear(x, weight.detach()) if narrow is None else product(x, narrow)) + tap
+
+
+def multiplied(x: Tensor, uses: Sequence[Use], *layers: nn.Linear) -> Sequence[Tensor]:
+    """Return what layers give for one input [N, I]; with uses of their weights, as constants.
+
+    There is a use for each weight, or one for all below each other.
+    """
+    if not uses:
+        return linears(x, *layers)
+    outs = [linear(x, layer.weight, use) for layer, use in zip(layers, uses, strict=False)]
+    if len(outs) == len(layers):
+        return outs
+    return torch.split(outs[0], [layer.out_features for layer in layers], -1)
 
 
 class Tapped:
     """Weights that several steps over N tokens use, in one forward and backward pass."""
 
-    def __init__(self, count: int, *weights: Tensor) -> None:
+    def __init__(self, count: int, *weights: Tensor, in_float8: bool = False) -> None:
         zero = weights[0].new_zeros(())
         self.zeros = [zero.expand(count, len(weight)) for weight in weights]
         self.totals: list[Tensor | None] = [None] * len(weights)
+        self.in_float8 = in_float8  # then what the products are to sum over is kept of each step
+        self.steps: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []
         self.end: Tensor = _End.apply(self, *weights)  # type: ignore[no-untyped-call]
 
     def step(self) -> tuple[Step, tuple[Tensor, ...]]:
@@ -37,6 +60,24 @@ class Tapped:
         step = Step(self)
         taps: tuple[Tensor, ...] = _Taps.apply(step, self.end)  # type: ignore[no-untyped-call]
         return step, taps
+
+    def finish(self) -> list[Tensor | None]:
+        """Return the weights' gradients, once all steps gave their part."""
+        if self.steps:
+            gradients, inputs = (
+                list(zip(*side, strict=True)) for side in zip(*self.steps, strict=True)
+            )
+            self.steps = []
+            # the smallest first: less is left when the largest are put below each other
+            for place in sorted(range(len(gradients)), key=lambda i: gradients[i][0].shape[1]):
+                dtype, lines = gradients[place][0].dtype, []
+                for side in (gradients, inputs):
+                    whole, side[place] = torch.cat(side[place]), ()
+                    lines.append(by_columns(whole))
+                    del whole
+                self.totals[place] = multiply(*lines).to(dtype)
+        totals, self.totals = self.totals, []
+        return totals
 
 
 class Step:
@@ -51,14 +92,16 @@ class Step:
 
     def add(self, gradients: Sequence[Tensor]) -> None:
         """Add this step's part to the weights' gradients, from those of the products [N, O]."""
-        totals = self.tapped.totals
-        for place, (gradient, x) in enumerate(zip(gradients, self.inputs, strict=True)):
+        totals, inputs, self.inputs = self.tapped.totals, self.inputs, ()
+        if self.tapped.in_float8:
+            self.tapped.steps.append((gradients, inputs))
+            return
+        for place, (gradient, x) in enumerate(zip(gradients, inputs, strict=True)):
             total = totals[place]
             if total is None:
                 totals[place] = gradient.t() @ x
             else:
                 total.addmm_(gradient.t(), x)
-        self.inputs = ()
 
 
 class _End(torch.autograd.Function):
@@ -72,8 +115,7 @@ class _End(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        totals, ctx.tapped.totals = ctx.tapped.totals, []
-        return None, *totals
+        return None, *ctx.tapped.finish()
 
 
 class _Taps(torch.autograd.Function):

@@ -16,6 +16,7 @@ from specforge_eagle3.head import DraftHead, Teacher, VocabularyModel
 from specforge_eagle3.model import Outputs, Projections
 from torch import Tensor, nn
 
+from specforge_core.float8 import in_float8, linears
 from specforge_core.nn.rotary import rotate
 from specforge_core.nn.soft_loss import SoftLoss, SoftRows
 from specforge_core.types import Batch
@@ -50,10 +51,8 @@ class Before(Projections):
         x = self.input_layernorm(hidden if embeddings is None else embeddings)
         if self.hidden_norm is not None:
             x = torch.cat([x, self.hidden_norm(hidden)], dim=-1)
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim))
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        parts = linears(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part.view(len(part), -1, self.head_dim) for part in parts)
         return self.q_norm(q), self.k_norm(k), v
 
 
@@ -119,7 +118,7 @@ class PeagleModel(VocabularyModel):
 
         states = self.states(features, inputs, len(task.places) - len(features), attend)
         trained = states.index_select(0, task.trained)[:, None]
-        losses: tuple[Tensor, SoftRows] = self.lm_head(trained, task)
+        losses: tuple[Tensor, SoftRows] = self.lm_head(trained, task, float8=in_float8(self))
         return losses
 
     def states(self, features: Tensor, inputs: Tensor, deeper: int, attend: Attend) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from specforge_eagle3.frozen import parts
 from specforge_eagle3.step import draft_metrics
 from specforge_eagle3.vocab import target_tokens
+from torch import Tensor
 
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
@@ -50,3 +52,7 @@ class PeagleStep:
         metrics |= draft_metrics(found.overlaps.sum(), accurate, total, accepted, starts)
         weight = loss_sum.new_full((), len(hits))
         return StepOutput(loss_sum=loss_sum, weight=weight, metrics=metrics)
+
+    def float8_heads(self, draft: Draft) -> Mapping[str, Tensor]:
+        """Say which heads can be in float8; see `types.Float8Heads`."""
+        return {"lm_head.weight": parts(draft, PeagleModel)[0].lm_head.weight}
