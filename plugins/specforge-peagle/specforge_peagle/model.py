@@ -39,7 +39,6 @@ class Task(Teacher):
         rows["row_weights"] = torch.ones(len(labels), 1, device=labels.device)
         super().__init__(rows, teacher_head, loss)
         self.elements = Elements(batch)
-        self.places = batch["position_ids"][0][batch["anchors"]] + batch["depth"]  # [E]
         self.trained = batch["trained"]  # [V]
 
 
@@ -111,12 +110,12 @@ class PeagleModel(VocabularyModel):
         features [N, 3H] are the captured states; `inputs` are ids [N + 1] of the tokens behind
         each and of the mask, or their embeddings [N + 1, H] where those are the target's.
         """
-        rope = self.rotary(task.places)
+        rope = self.rotary(task.elements.places)
 
         def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return task.elements.attend(rotate(q, rope), rotate(k, rope), v, self.attention)
 
-        states = self.states(features, inputs, len(task.places) - len(features), attend)
+        states = self.states(features, inputs, len(task.elements.places) - len(features), attend)
         trained = states.index_select(0, task.trained)[:, None]
         losses: tuple[Tensor, SoftRows] = self.lm_head(trained, task, float8=in_float8(self))
         return losses

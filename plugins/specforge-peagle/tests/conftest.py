@@ -14,7 +14,7 @@ from specforge_eagle3.config import DraftShape, shape_fields
 from specforge_eagle3.vocab import offsets
 from specforge_peagle import build_draft
 from specforge_peagle.config import PeagleConfig
-from specforge_peagle.elements import ALL_FIELDS, drop, find_elements
+from specforge_peagle.elements import ALL_FIELDS, draw_depths, find_elements
 from specforge_peagle.model import PeagleModel
 from torch import Tensor
 
@@ -107,7 +107,7 @@ def make_samples(
         final = torch.randn(length, HIDDEN, generator=gen)
         scores = final.double() @ head.t()
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        depths, whole = drop(trained_labels(mask, config.mask_on), config, gen)
+        drawn = draw_depths(trained_labels(mask, config.mask_on), config, gen)
         samples.append(
             {
                 "input_ids": torch.randint(VOCAB - 1, (length,), generator=gen),
@@ -116,8 +116,7 @@ def make_samples(
                 "final": final,
                 "target_argmax": torch.randint(VOCAB, (length,), generator=gen),
                 "target_logsumexp": scores.logsumexp(-1).float(),
-                "depths": depths,
-                "whole": whole,
+                **drawn,
             }
         )
     return samples

@@ -13,11 +13,11 @@ from torch import Tensor
 def made(kit: Any) -> tuple[Elements, Tensor]:
     """Return elements of three documents, and whom each of them sees [E, E]."""
     tiny = kit.tiny(depths=6)
-    elements = Elements(kit.batch(tiny, kit.samples(tiny.config, (260, 7, 60))))
-    of, anchors, depth = elements.documents, elements.anchors, elements.depth
+    batch = kit.batch(tiny, kit.samples(tiny.config, (260, 7, 60)))
+    of, anchors, depth = batch["document_ids"][0], batch["anchors"], batch["depth"]
     near = (depth == 0) & (anchors[:, None] >= anchors)
     near &= of[anchors][:, None] == of[anchors]
-    return elements, near | ((anchors[:, None] == anchors) & (depth[:, None] >= depth))
+    return Elements(batch), near | ((anchors[:, None] == anchors) & (depth[:, None] >= depth))
 
 
 def test_the_eager_form_is_one_softmax_over_what_is_seen(kit: Any) -> None:

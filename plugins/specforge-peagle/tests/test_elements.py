@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from specforge_eagle3.adapter import capture_spec
-from specforge_peagle.elements import PeagleTransform, drop
+from specforge_peagle import specforge_transform
+from specforge_peagle.elements import draw_depths
 from torch import Tensor
 
 
@@ -21,7 +22,7 @@ def labels_of(length: int = 60) -> Tensor:
 def test_each_depth_keeps_what_the_formula_says(kit: Any) -> None:
     config = kit.config(depths=6, keep_ratio=0.8, keep_least=0.45)
     labels, total = labels_of(), int(labels_of().sum())
-    depths, _ = drop(labels, config, torch.Generator().manual_seed(0))
+    depths = draw_depths(labels, config, torch.Generator().manual_seed(0))["depths"]
     before = torch.ones(60, dtype=torch.bool)
     for d in range(1, 6):
         kept = depths >= d
@@ -36,11 +37,11 @@ def test_each_depth_keeps_what_the_formula_says(kit: Any) -> None:
 
 def test_all_are_kept_at_a_ratio_of_1(kit: Any) -> None:
     labels = labels_of()
-    depths, whole = drop(labels, kit.config(keep_ratio=1), torch.Generator())
+    drawn = draw_depths(labels, kit.config(keep_ratio=1), torch.Generator())
     for row in range(60):
         runs = [u < 60 and bool(labels[u]) for u in range(row + 2, row + 5)]
-        assert int(depths[row]) == [*runs, False].index(False)
-    assert whole.all()
+        assert int(drawn["depths"][row]) == [*runs, False].index(False)
+    assert drawn["whole"].all()
 
 
 def test_rows_are_kept_alike_and_whole_ones_are_not_chosen_by_length(kit: Any) -> None:
@@ -48,9 +49,9 @@ def test_rows_are_kept_alike_and_whole_ones_are_not_chosen_by_length(kit: Any) -
     labels, generator, rounds = torch.ones(24, dtype=torch.bool), torch.Generator(), 400
     deep, fair = torch.zeros(24), torch.zeros(24)
     for _ in range(rounds):
-        depths, whole = drop(labels, config, generator)
-        deep += depths == 3
-        fair += whole
+        drawn = draw_depths(labels, config, generator)
+        deep += drawn["depths"] == 3
+        fair += drawn["whole"]
     inside = deep[:20]  # the last rows cannot go that deep
     chance = int((24 - 3) * 0.7**3) / 20
     spread = (rounds * chance * (1 - chance)) ** 0.5
@@ -65,7 +66,7 @@ def test_a_sample_is_cut_and_drawn_by_its_generator(kit: Any) -> None:
     config = kit.config()
     (sample,) = kit.samples(config, (30,))
     raw = {name: value for name, value in sample.items() if name not in ("depths", "whole")}
-    transform = PeagleTransform(config, capture_spec((1, 3, 4), 24), 20)
+    transform = specforge_transform(config, capture_spec((1, 3, 4), 24), 20)
     one, same, other = (transform(raw, torch.Generator().manual_seed(i)) for i in (1, 1, 2))
     assert one is not None
     assert same is not None
