@@ -24,7 +24,7 @@ import torch
 from specforge_dflash.adapter import capture_spec
 from specforge_dflash.anchors import DFlashTransform
 from specforge_dflash.collate import DFlashCollate
-from specforge_eagle3.rows import Eagle3Collate
+from specforge_eagle3 import specforge_collate
 
 from specforge_core.batches.loader import to_device
 from specforge_core.batches.turns import Share, windows
@@ -115,8 +115,7 @@ def eagle3(
     if device == "cuda":
         torch.compiler.reset()
         compile_units(draft.compiled)
-    model: Any = draft.model
-    collate = Eagle3Collate(model.t2d.cpu(), step.config.mask_on, step.config.step_weights)
+    collate = specforge_collate(step.config, draft)
 
     def sample(at: int, length: int) -> Sample:
         gen, size = torch.Generator().manual_seed(at), sizes[at]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from specforge_eagle3 import build_draft
+from specforge_eagle3 import build_draft, specforge_collate
 from specforge_eagle3.attention import attend
 from specforge_eagle3.config import Eagle3Config, draft_shape
-from specforge_eagle3.rows import Documents, Eagle3Collate
+from specforge_eagle3.rows import Documents
 from specforge_eagle3.step import Eagle3Step
 from specforge_eagle3.vocab import offsets
 from step_case import random_target
@@ -79,8 +79,7 @@ def random_batch(
             }
         )
     model: Any = draft.model
-    collate = Eagle3Collate(model.t2d.cpu(), step.config.mask_on, step.config.step_weights)
-    return to_device(collate(samples), model.t2d.device)
+    return to_device(specforge_collate(step.config, draft)(samples), model.t2d.device)
 
 
 def backward(loss: Tensor, grad: Tensor | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -34,7 +35,7 @@ from .frozen import Frozen, parts
 from .importer import load_export
 from .model import Eagle3Model
 from .proposer import Eagle3Proposer
-from .rows import Eagle3Collate
+from .rows import PackedCollate, label_rows
 from .step import Eagle3Step
 from .vocab import frequent_tokens, offsets, read_map
 
@@ -71,7 +72,10 @@ def specforge_collate(config: Eagle3Config, draft: Draft) -> Collate:
     """Put the samples of a batch behind each other, and find what is a label."""
     model, frozen = parts(draft, Eagle3Model)
     frozen.teacher_head(model.d2t)  # read here, so that no step waits for it
-    return Eagle3Collate(model.t2d.cpu(), config.mask_on, config.step_weights)
+    find = partial(
+        label_rows, t2d=model.t2d.cpu(), mask_on=config.mask_on, step_weights=config.step_weights
+    )
+    return PackedCollate(find)
 
 
 @hookimpl

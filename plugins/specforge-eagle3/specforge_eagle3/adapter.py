@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -94,15 +95,22 @@ def trained_labels(loss_mask: Tensor, mask_on: str, documents: Tensor | None = N
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Transform:
-    """Cuts a sample to `max_length` tokens, and drops it if no label is left.  Draws nothing."""
+    """Cuts a sample to `max_length` tokens, and drops it if no label is left.
+
+    EAGLE-3 draws nothing; for another method `draw` returns fields to add, by the labels [T] bool.
+    """
 
     spec: CaptureSpec
     max_length: int
     mask_on: str
+    draw: Callable[[Tensor, Generator], Sample] | None = None
 
     def __call__(self, sample: Sample, generator: Generator, /) -> Sample | None:
         cut = truncate(sample, token_fields(self.spec), self.max_length)
-        return cut if trained_labels(cut["loss_mask"], self.mask_on).any() else None
+        labels = trained_labels(cut["loss_mask"], self.mask_on)
+        if not labels.any():
+            return None
+        return cut if self.draw is None else cut | self.draw(labels, generator)
 
 
 def check_choices(sample: Sample, vocab_size: int) -> list[Problem]:

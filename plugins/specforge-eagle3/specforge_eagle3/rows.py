@@ -8,7 +8,7 @@ R steps, B and S rows and columns of the batch, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,27 +71,22 @@ def document_bounds(documents: Tensor) -> Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Eagle3Collate:
-    """Puts the samples of a batch behind each other, and finds the labels."""
+class PackedCollate:
+    """Puts fields of a batch's samples behind each other, and finds what is trained."""
 
-    t2d: Tensor  # [V] bool, on the CPU: the draft vocabulary
-    mask_on: str
-    step_weights: Sequence[float]  # R
+    find: Callable[[Batch], Batch]
+    names: Sequence[str] = FIELDS
+    method: str = "EAGLE-3"
 
     def __call__(self, samples: Sequence[Sample], /) -> Batch:
-        """Return what `label_rows` does.  Raises CaptureError when the samples lack a field."""
-        batch = pack_fields(samples, FIELDS, "EAGLE-3")
-        return label_rows(batch, self.t2d, self.mask_on, self.step_weights)
-
-
-def pack_fields(samples: Sequence[Sample], names: Sequence[str], method: str) -> Batch:
-    """Put these fields of samples behind each other.  Raises CaptureError when one is missing."""
-    if missing := [name for name in names if any(name not in s for s in samples)]:
-        raise CaptureError(
-            f"the captured samples have no {', '.join(missing)}, which {method} trains on. "
-            "Capture again into an empty directory: specforge capture -c RUN.yaml"
-        )
-    return pack([{name: sample[name] for name in names} for sample in samples], names)
+        """Return what `find` does.  Raises CaptureError when the samples lack a field."""
+        if missing := [name for name in self.names if any(name not in s for s in samples)]:
+            raise CaptureError(
+                f"the captured samples have no {', '.join(missing)}, which {self.method} trains "
+                "on. Capture again into an empty directory: specforge capture -c RUN.yaml"
+            )
+        fields = [{name: sample[name] for name in self.names} for sample in samples]
+        return self.find(pack(fields, self.names))
 
 
 class Tokens:

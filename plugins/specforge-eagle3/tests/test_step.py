@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from specforge_eagle3.rows import Eagle3Collate
+from specforge_eagle3 import specforge_collate
 from specforge_eagle3.step import Eagle3Step
 from torch import Tensor
 
@@ -162,7 +162,7 @@ def test_a_frozen_head_gets_no_gradient(kit: Any) -> None:
 
 def test_a_capture_of_another_strategy_is_named(kit: Any) -> None:
     tiny = kit.tiny()
-    collate = Eagle3Collate(tiny.model.t2d, "label", tiny.config.step_weights)
+    collate = specforge_collate(tiny.config, tiny.draft)
     samples = kit.samples()
     assert collate(samples)["present"].shape[1] == 3
     for name in ("final", "target_argmax"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 from specforge_dflash.mask_token import mask_token
@@ -12,21 +12,19 @@ from specforge_eagle3 import (  # noqa: F401  # a hook is found by its name
     specforge_verify_capture,
     target_parts,
 )
-from specforge_eagle3.adapter import Eagle3Transform, trained_labels
+from specforge_eagle3.adapter import Eagle3Transform
 from specforge_eagle3.config import DraftShape, shape_fields
 from specforge_eagle3.frozen import Frozen, parts
-from specforge_eagle3.rows import pack_fields
+from specforge_eagle3.rows import PackedCollate
 from torch import nn
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import (
-    Batch,
     CaptureSpec,
     Collate,
     DataInfo,
     Draft,
     Proposer,
-    Sample,
     TargetInfo,
     TrainStep,
     Transform,
@@ -49,15 +47,7 @@ def specforge_config() -> type[PeagleConfig]:
 @hookimpl
 def specforge_transform(config: PeagleConfig, spec: CaptureSpec, max_length: int) -> Transform:
     """Cut samples to `max_length`, and draw at which depths their rows are trained."""
-    cut_to_length = Eagle3Transform(spec, max_length, config.mask_on)
-
-    def transform(sample: Sample, generator: torch.Generator, /) -> Sample | None:
-        if (cut := cut_to_length(sample, generator)) is None:
-            return None
-        labels = trained_labels(cut["loss_mask"], config.mask_on)
-        return cut | draw_depths(labels, config, generator)
-
-    return transform
+    return Eagle3Transform(spec, max_length, config.mask_on, partial(draw_depths, config))
 
 
 @hookimpl
@@ -65,13 +55,8 @@ def specforge_collate(config: PeagleConfig, draft: Draft) -> Collate:
     """Put the samples of a batch behind each other, and find what is trained."""
     model, frozen = parts(draft, PeagleModel)
     frozen.teacher_head(model.d2t)  # read here, so that no step waits for it
-    t2d, mask = model.t2d.cpu(), model.mask_token_id
-
-    def collate(samples: Sequence[Sample], /) -> Batch:
-        batch = pack_fields(samples, ALL_FIELDS, "P-EAGLE")
-        return find_elements(batch, t2d, config.mask_on, mask)
-
-    return collate
+    find = partial(find_elements, model.t2d.cpu(), config.mask_on, model.mask_token_id)
+    return PackedCollate(find, ALL_FIELDS, "P-EAGLE")
 
 
 @hookimpl

@@ -32,7 +32,7 @@ DEPTHS, WHOLE = "depths", "whole"  # the fields that the transform adds
 ALL_FIELDS = (*FIELDS, DEPTHS, WHOLE)
 
 
-def draw_depths(labels: Tensor, config: PeagleConfig, generator: torch.Generator) -> Sample:
+def draw_depths(config: PeagleConfig, labels: Tensor, generator: torch.Generator) -> Sample:
     """Draw how deep each row of a sample goes, by its supervised labels [T] bool.
 
     Returns `depths` [T] int64, the depths of each row above 0 that are kept, and `whole` [T] bool,
@@ -61,7 +61,7 @@ def draw_depths(labels: Tensor, config: PeagleConfig, generator: torch.Generator
     return {DEPTHS: depths, WHOLE: rank < limit}
 
 
-def find_elements(batch: Batch, t2d: Tensor, mask_on: str, mask_token_id: int) -> Batch:
+def find_elements(t2d: Tensor, mask_on: str, mask_token_id: int, batch: Batch) -> Batch:
     """Find the elements of a packed or padded batch [B, S], and which of them are trained.
 
     `t2d` [vocabulary] bool, on the CPU, is the draft vocabulary.

@@ -107,7 +107,7 @@ def make_samples(
         final = torch.randn(length, HIDDEN, generator=gen)
         scores = final.double() @ head.t()
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        drawn = draw_depths(trained_labels(mask, config.mask_on), config, gen)
+        drawn = draw_depths(config, trained_labels(mask, config.mask_on), gen)
         samples.append(
             {
                 "input_ids": torch.randint(VOCAB - 1, (length,), generator=gen),
@@ -125,7 +125,7 @@ def make_samples(
 def make_batch(tiny: Tiny, samples: list[dict[str, Tensor]], arrange: Any = pack) -> Batch:
     """Return what the strategy's collate makes of samples, packed or padded before."""
     batch = arrange(samples, ALL_FIELDS)
-    return find_elements(batch, tiny.model.t2d.cpu(), tiny.config.mask_on, MASK)
+    return find_elements(tiny.model.t2d.cpu(), tiny.config.mask_on, MASK, batch)
 
 
 def make_capture(sample: dict[str, Tensor], start: int, end: int) -> TargetCapture:

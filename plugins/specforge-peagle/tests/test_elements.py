@@ -22,7 +22,7 @@ def labels_of(length: int = 60) -> Tensor:
 def test_each_depth_keeps_what_the_formula_says(kit: Any) -> None:
     config = kit.config(depths=6, keep_ratio=0.8, keep_least=0.45)
     labels, total = labels_of(), int(labels_of().sum())
-    depths = draw_depths(labels, config, torch.Generator().manual_seed(0))["depths"]
+    depths = draw_depths(config, labels, torch.Generator().manual_seed(0))["depths"]
     before = torch.ones(60, dtype=torch.bool)
     for d in range(1, 6):
         kept = depths >= d
@@ -37,7 +37,7 @@ def test_each_depth_keeps_what_the_formula_says(kit: Any) -> None:
 
 def test_all_are_kept_at_a_ratio_of_1(kit: Any) -> None:
     labels = labels_of()
-    drawn = draw_depths(labels, kit.config(keep_ratio=1), torch.Generator())
+    drawn = draw_depths(kit.config(keep_ratio=1), labels, torch.Generator())
     for row in range(60):
         runs = [u < 60 and bool(labels[u]) for u in range(row + 2, row + 5)]
         assert int(drawn["depths"][row]) == [*runs, False].index(False)
@@ -49,7 +49,7 @@ def test_rows_are_kept_alike_and_whole_ones_are_not_chosen_by_length(kit: Any) -
     labels, generator, rounds = torch.ones(24, dtype=torch.bool), torch.Generator(), 400
     deep, fair = torch.zeros(24), torch.zeros(24)
     for _ in range(rounds):
-        drawn = draw_depths(labels, config, generator)
+        drawn = draw_depths(config, labels, generator)
         deep += drawn["depths"] == 3
         fair += drawn["whole"]
     inside = deep[:20]  # the last rows cannot go that deep
