@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -81,6 +81,9 @@ class VocabularyOptions(DecoderOptions):
         if self.loss == "lk_lambda":
             return SoftLoss("hybrid", self.lk_scale, self.lk_decay)
         return SoftLoss("cross_entropy" if self.loss == "kl" else "log_overlap")
+
+
+Config = TypeVar("Config", bound=VocabularyOptions)
 
 
 class Eagle3Config(VocabularyOptions):

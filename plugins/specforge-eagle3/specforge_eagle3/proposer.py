@@ -9,6 +9,7 @@ V vocabulary, Vd draft vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from specforge_core.nn.sampling import sample
 from specforge_core.types import Proposal, Sampling, TargetCapture
 
 from .attention import eager
-from .config import Eagle3Config
+from .config import Config, Eagle3Config
 from .frozen import Frozen
 from .head import VocabularyModel
 from .model import Eagle3Model
 from .vocab import target_tokens
+
+Model = TypeVar("Model", bound=VocabularyModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,52 +43,49 @@ class _Leaves:
         )
 
 
-class FeatureProposer:
-    """Keeps what of the verified tokens no cache of keys and values has yet."""
+class FeatureProposer(Generic[Config, Model]):
+    """Keeps a cache for each layer, and what of the verified tokens these have not yet."""
 
-    def __init__(self, model: VocabularyModel, frozen: Frozen) -> None:
+    def __init__(self, config: Config, model: Model, frozen: Frozen) -> None:
+        self._config = config
+        self._model = model
         self._frozen = frozen
-        self._layers, self._vocab_size = model.shape.capture_layers, model.shape.vocab_size
+        self._shape = model.shape
         with torch.no_grad():
             self._tokens = target_tokens(model.d2t)  # [Vd]
         self._ids: list[int] = []  # tokens whose features are not in the cache yet
         self._features: list[Tensor] = []  # theirs, [n, 3H] each
+        self._caches: list[GrowingCache] = []
 
     def start(self, prefix: TargetCapture, /) -> None:
         self._ids, self._features = [], []
+        self._caches = [GrowingCache(0) for _ in range(self._shape.num_layers)]
         self.accept(prefix)
 
     def accept(self, accepted: TargetCapture, /) -> None:
         self._ids += accepted.input_ids.tolist()
-        states = [accepted.hidden_states[i] for i in self._layers]
+        states = [accepted.hidden_states[i] for i in self._shape.capture_layers]
         self._features.append(torch.cat(states, dim=-1))
 
     def _spread(self, probs: Tensor) -> Tensor:
         """Return [K, V] of distributions [K, Vd] over the draft vocabulary."""
-        out = probs.new_zeros(len(probs), self._vocab_size)
+        out = probs.new_zeros(len(probs), self._shape.vocab_size)
         return out.index_copy_(1, self._tokens, probs)
 
 
-class Eagle3Proposer(FeatureProposer):
+class Eagle3Proposer(FeatureProposer[Eagle3Config, Eagle3Model]):
     """Drafts for one sequence at a time."""
 
     def __init__(self, config: Eagle3Config, model: Eagle3Model, frozen: Frozen) -> None:
-        super().__init__(model, frozen)
-        self._config = config
-        self._model = model
+        super().__init__(config, model, frozen)
         with torch.no_grad():
             self._weights = model.before.weights()
-        self._cache = GrowingCache(0)
         self._first: tuple[Tensor, Tensor]  # all cached keys and values
 
     @property
     def max_tokens(self) -> int:
         chain = self._config.tree_top_k == 1
         return self._config.draft_length if chain else self._config.tree_tokens
-
-    def start(self, prefix: TargetCapture, /) -> None:
-        self._cache = GrowingCache(0)
-        super().start(prefix)
 
     @torch.no_grad()
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
@@ -120,16 +120,17 @@ class Eagle3Proposer(FeatureProposer):
         following = torch.tensor([*self._ids[1:], last_token], device=device)
         feature = model.fuse(torch.cat([f.to(device) for f in self._features]))
         self._ids, self._features = [], []
-        positions = self._cache.length + torch.arange(len(feature), device=device)
+        positions = self._caches[0].length + torch.arange(len(feature), device=device)
         q, k, v = self._project(feature, following, positions)
-        self._first = self._cache.extend(k, v)
+        self._first = self._caches[0].extend(k, v)
         none = k.new_empty(0, 1, *k.shape[1:])
         return self._finish(q[-1:], feature[-1:], none, none)
 
     def _step(self, leaves: _Leaves, tokens: list[int], number: int) -> _Leaves:
         """Go on from each leaf with its token; `number` counts the steps from 1."""
         device = leaves.feature.device
-        position = torch.full((len(tokens),), self._cache.length - 1 + number, device=device)
+        place = self._caches[0].length - 1 + number
+        position = torch.full((len(tokens),), place, device=device)
         q, k, v = self._project(leaves.feature, torch.tensor(tokens, device=device), position)
         keys, values = torch.cat([leaves.keys, k[None]]), torch.cat([leaves.values, v[None]])
         return self._finish(q, leaves.feature, keys, values)

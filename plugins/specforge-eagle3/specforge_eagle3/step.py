@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Generic
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,17 +13,28 @@ from specforge_core.float8 import in_float8
 from specforge_core.nn.soft_loss import SoftRows
 from specforge_core.types import Batch, Draft, Ratio, StepContext, StepOutput
 
-from .config import Eagle3Config
+from .config import Config, Eagle3Config
 from .curriculum import narrowed
 from .frozen import parts
+from .head import VocabularyModel
 from .memory import step_bytes
 from .model import Eagle3Model, Task
 from .rows import prefix_hits
 from .vocab import target_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Eagle3Step:
+@dataclass(frozen=True)
+class VocabularyStep(Generic[Config]):
+    """Base of the steps of drafts with a head over a vocabulary of their own."""
+
+    config: Config
+
+    def float8_heads(self, draft: Draft) -> Mapping[str, Tensor]:
+        """Say which heads can be in float8; see `types.Float8Heads`."""
+        return {"lm_head.weight": parts(draft, VocabularyModel)[0].lm_head.weight}
+
+
+class Eagle3Step(VocabularyStep[Eagle3Config]):
     """Loss and metrics of one micro-batch.
 
     With w_i = step_decay^i, the losses l of the trained rows and n_i of them at step i, the
@@ -31,8 +43,6 @@ class Eagle3Step:
         supervised   sum_i w_i n_i / sum_i w_i: a mean over trained rows, times sum_i w_i
     Padding counts nowhere.
     """
-
-    config: Eagle3Config
 
     @property
     def draft_tokens(self) -> int:
@@ -55,10 +65,6 @@ class Eagle3Step:
         hits = target_tokens(model.d2t)[found.best] == batch["choices"][:, None]
         metrics = self._metrics(batch, hits & task.present, found)
         return StepOutput(loss_sum=loss_sum, weight=weight, metrics=metrics)
-
-    def float8_heads(self, draft: Draft) -> Mapping[str, Tensor]:
-        """Say which heads can be in float8; see `types.Float8Heads`."""
-        return {"lm_head.weight": parts(draft, Eagle3Model)[0].lm_head.weight}
 
     def step_bytes(
         self, draft: Draft, tokens: int, documents: int, item: int, *, recompute: bool

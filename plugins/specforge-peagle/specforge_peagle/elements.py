@@ -115,15 +115,17 @@ class Elements:
     No dataclass: FSDP's mixed precision casts the tensors in those.
     """
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, path: str) -> None:
+        self.path = path
         self.anchors, self.depth, self.number = (batch[n] for n in ("anchors", "depth", "number"))
+        self.trained = batch["trained"]
         position = batch[POSITION_IDS][0][self.anchors]
         self.begins = self.anchors - position  # [E], the first row of its document
         self.places = position + self.depth  # [E], in its document
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, path: str) -> Tensor:
-        """Return [E, h, d] for queries [E, h, d], keys and values [E, v, d]."""
-        if path == "auto" and q.is_cuda and q.shape[-1] >= MIN_HEAD_DIM:
+    def attend(self, _layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [E, h, d] for queries [E, h, d], keys and values [E, v, d], in any layer."""
+        if self.path == "auto" and q.is_cuda and q.shape[-1] >= MIN_HEAD_DIM:
             q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
             none = k[:, :, :0]
             return attend(q, (none, none), (k, v), self.mask)[0].transpose(0, 1)

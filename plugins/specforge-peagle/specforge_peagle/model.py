@@ -12,34 +12,22 @@ from typing import TypeAlias
 
 import torch
 from specforge_eagle3.config import DraftShape
+from specforge_eagle3.frozen import Frozen
 from specforge_eagle3.head import DraftHead, Teacher, VocabularyModel
 from specforge_eagle3.model import Outputs, Projections
 from torch import Tensor, nn
 
 from specforge_core.float8 import in_float8, linears
 from specforge_core.nn.rotary import rotate
-from specforge_core.nn.soft_loss import SoftLoss, SoftRows
-from specforge_core.types import Batch
+from specforge_core.nn.soft_loss import SoftRows
 
 from .config import PeagleConfig
 from .elements import Elements
 
-# of layer `index`, from queries [E, h, d], keys and values [E, v, d], not rotated, to [E, h, d].
-# Positions and visibility are what it holds: FSDP's mixed precision would cast tensors that layers
-# are given, and RoPE needs float32
+# of layer `index`, from queries [E, h, d], keys and values [E, v, d] to [E, h, d].  Positions and
+# visibility are what it holds: FSDP's mixed precision would cast tensors that layers are given,
+# and RoPE needs float32
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-class Task(Teacher):
-    """What the objective wants of one batch."""
-
-    def __init__(self, batch: Batch, teacher_head: Tensor, loss: SoftLoss) -> None:
-        labels = batch["labels"]
-        rows = {name: batch[name][labels] for name in ("final", "logsumexp")}
-        rows["row_weights"] = torch.ones(len(labels), 1, device=labels.device)
-        super().__init__(rows, teacher_head, loss)
-        self.elements = Elements(batch)
-        self.trained = batch["trained"]  # [V]
 
 
 class Before(Projections):
@@ -104,30 +92,32 @@ class PeagleModel(VocabularyModel):
         self.norm = nn.RMSNorm(width, eps=shape.rms_norm_eps)
         self.lm_head = DraftHead(shape, config)
 
-    def forward(self, features: Tensor, inputs: Tensor, task: Task) -> tuple[Tensor, SoftRows]:
+    def forward(
+        self, features: Tensor, ids: Tensor, frozen: Frozen, elements: Elements, teacher: Teacher
+    ) -> tuple[Tensor, SoftRows]:
         """Return the sum of the losses of the elements that are trained, and each one's row.
 
-        features [N, 3H] are the captured states; `inputs` are ids [N + 1] of the tokens behind
-        each and of the mask, or their embeddings [N + 1, H] where those are the target's.
+        features [N, 3H] are the captured states; ids [N + 1] of the tokens behind each, and of
+        the mask.
         """
-        rope = self.rotary(task.elements.places)
-
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return task.elements.attend(rotate(q, rope), rotate(k, rope), v, self.attention)
-
-        states = self.states(features, inputs, len(task.elements.places) - len(features), attend)
-        trained = states.index_select(0, task.trained)[:, None]
-        losses: tuple[Tensor, SoftRows] = self.lm_head(trained, task, float8=in_float8(self))
+        states = self.states(features, ids, frozen, elements.places, elements.attend)
+        trained = states.index_select(0, elements.trained)[:, None]
+        losses: tuple[Tensor, SoftRows] = self.lm_head(trained, teacher, float8=in_float8(self))
         return losses
 
-    def states(self, features: Tensor, inputs: Tensor, deeper: int, attend: Attend) -> Tensor:
-        """Return the normed states [N + deeper, H] that the head reads."""
-        dtype = self.fc.weight.dtype
+    def states(
+        self, features: Tensor, ids: Tensor, frozen: Frozen, places: Tensor, attend: Attend
+    ) -> Tensor:
+        """Return the normed states [E, H] that the head reads, of elements at `places` [E]."""
+        dtype, deeper = self.fc.weight.dtype, len(places) - len(features)
         hidden = self.fc(torch.cat([features.to(dtype), self.mask_hidden[None]]))
-        embeddings = inputs if self.embed_tokens is None else self.embed_tokens(inputs)
-        first: Tensor | None = embeddings.to(dtype)
-        for layer in self.layers:
-            hidden = layer(hidden, first, deeper, attend)
-            first = None
+        embed = frozen.embed if self.embed_tokens is None else self.embed_tokens
+        embeddings, rope = embed(ids).to(dtype), self.rotary(places)
+
+        def rotated(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(index, rotate(q, rope), rotate(k, rope), v)
+
+        for i, layer in enumerate(self.layers):
+            hidden = layer(hidden, None if i else embeddings, deeper, rotated)
         out: Tensor = self.norm(hidden)
         return out

@@ -8,30 +8,22 @@ from __future__ import annotations
 
 import torch
 from specforge_eagle3.attention import eager
-from specforge_eagle3.frozen import Frozen
 from specforge_eagle3.proposer import FeatureProposer
 from torch import Tensor
 
-from specforge_core.nn.cache import GrowingCache
-from specforge_core.nn.rotary import rotate
 from specforge_core.nn.sampling import sample
-from specforge_core.types import Proposal, Sampling, TargetCapture
+from specforge_core.types import Proposal, Sampling
 
 from .config import PeagleConfig
 from .model import PeagleModel
 
 
-class PeagleProposer(FeatureProposer):
+class PeagleProposer(FeatureProposer[PeagleConfig, PeagleModel]):
     """Drafts for one sequence at a time."""
 
-    def __init__(self, config: PeagleConfig, model: PeagleModel, frozen: Frozen) -> None:
-        super().__init__(model, frozen)
-        self._model = model
-        self.max_tokens = config.draft_tokens
-
-    def start(self, prefix: TargetCapture, /) -> None:
-        self._caches = [GrowingCache(0) for _ in self._model.layers]
-        super().start(prefix)
+    @property
+    def max_tokens(self) -> int:
+        return self._config.draft_tokens
 
     @torch.no_grad()
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
@@ -53,15 +45,13 @@ class PeagleProposer(FeatureProposer):
         self._ids, self._features = self._ids[-1:], [features[-1:]]
         rows, deeper = len(features), count - 1
         places = known + torch.arange(rows + deeper, device=device)
-        rope = model.rotary(places)
         visible = places[:, None] >= torch.arange(known + rows + deeper, device=device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys = self._caches[layer].extend(rotate(k, rope), v)
+            keys = self._caches[layer].extend(k, v)
             self._caches[layer].length -= deeper + 1
-            return eager(rotate(q, rope), keys, None, visible)
+            return eager(q, keys, None, visible)
 
-        inputs = ids if model.embed_tokens is not None else self._frozen.embed(ids)
-        states = model.states(features, inputs, deeper, attend)
+        states = model.states(features, ids, self._frozen, places, attend)
         found: Tensor = model.lm_head(states[rows - 1 :]).float()
         return found

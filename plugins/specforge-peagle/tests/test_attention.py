@@ -17,7 +17,9 @@ def made(kit: Any) -> tuple[Elements, Tensor]:
     of, anchors, depth = batch["document_ids"][0], batch["anchors"], batch["depth"]
     near = (depth == 0) & (anchors[:, None] >= anchors)
     near &= of[anchors][:, None] == of[anchors]
-    return Elements(batch), near | ((anchors[:, None] == anchors) & (depth[:, None] >= depth))
+    return Elements(batch, "auto"), near | (
+        (anchors[:, None] == anchors) & (depth[:, None] >= depth)
+    )
 
 
 def test_the_eager_form_is_one_softmax_over_what_is_seen(kit: Any) -> None:
@@ -26,7 +28,7 @@ def test_the_eager_form_is_one_softmax_over_what_is_seen(kit: Any) -> None:
     q, k, v = (torch.randn(len(seen), heads, 16, generator=gen) for heads in (4, 2, 2))
     by_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
     want = F.scaled_dot_product_attention(*by_head, attn_mask=seen, enable_gqa=True)
-    found = elements.attend(q, k, v, "auto")
+    found = elements.attend(0, q, k, v)
     torch.testing.assert_close(found, want[0].transpose(0, 1), rtol=1e-4, atol=1e-5)
 
 
