@@ -19,7 +19,6 @@ from specforge_core.types import (
     Collate,
     DataInfo,
     Draft,
-    Export,
     Problem,
     Proposer,
     Sample,
@@ -30,9 +29,9 @@ from specforge_core.types import (
 
 from .adapter import Eagle3Adapter, Eagle3Transform, check_choices
 from .config import DraftShape, Eagle3Config, VocabularyOptions, draft_shape
-from .export import export_draft
+from .export import specforge_export as specforge_export
 from .frozen import Frozen, parts
-from .importer import load_export
+from .importer import specforge_import as specforge_import
 from .model import Eagle3Model
 from .proposer import Eagle3Proposer
 from .rows import PackedCollate, label_rows
@@ -149,17 +148,3 @@ def specforge_train_step(config: Eagle3Config) -> TrainStep:
 def specforge_proposer(config: Eagle3Config, draft: Draft) -> Proposer:
     """Draft a chain or a tree, with the verified rows' keys and values cached."""
     return Eagle3Proposer(config, *parts(draft, Eagle3Model))
-
-
-@hookimpl
-def specforge_export(
-    config: Eagle3Config, draft: Draft, target: TargetInfo, format: str
-) -> Export | None:
-    """Write the published layout: formats hf, sglang, vllm."""
-    return export_draft(config, draft, target, format)
-
-
-@hookimpl
-def specforge_import(draft: Draft, export: Export) -> bool:
-    """Read a published checkpoint, in any of its spellings."""
-    return load_export(draft, export)

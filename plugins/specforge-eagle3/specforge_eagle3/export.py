@@ -8,21 +8,25 @@ field, which counts outputs, vLLM the top-level one, which counts inputs.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from specforge_core.drafts.dialects import layer_inputs
 from specforge_core.drafts.tensors import written
 from specforge_core.errors import ConfigError
+from specforge_core.hookspecs import hookimpl
 from specforge_core.nn.decoder import decoder_config
 from specforge_core.types import Draft, Export, TargetInfo
 
 from .config import DraftShape, Eagle3Config, VocabularyOptions
-from .frozen import parts
+from .frozen import Frozen, parts
+from .head import VocabularyModel
 from .model import Eagle3Model
 
 FORMATS = ("hf", "sglang", "vllm")
 ARCHITECTURES = {False: "LlamaForCausalLMEagle3", True: "Eagle3Qwen3ForCausalLM"}  # by qk_norm
 SPECULATORS = "Eagle3Speculator"
+NAMES = (SPECULATORS, "eagle3")  # the draft's class and the method, in the speculators form
 SPECULATORS_VERSION = "0.3.0"
 
 # key of config.json, or tensor -> what goes wrong where it differs, for the method's own keys;
@@ -44,35 +48,54 @@ def published(name: str) -> str:
     return re.sub(r"\b(before|after)\.", "", name)
 
 
-def export_draft(
+@hookimpl
+def specforge_export(
     config: Eagle3Config, draft: Draft, target: TargetInfo, format: str
 ) -> Export | None:
-    """Return the files' contents; None for a format this package does not know.
+    """Write the published layout: formats hf, sglang, vllm.
 
     Raises ConfigError where the engine would serve something else than was trained.
     """
     if format not in FORMATS:
         return None
-    model, frozen = parts(draft, Eagle3Model)
-    shape = model.shape
+    given = parts(draft, Eagle3Model)
+    shape = given[0].shape
     if format == "sglang" and shape.qk_norm:
         raise ConfigError(
             "SGLang serves EAGLE-3 drafts without norms on queries and keys, and leaves this "
             "draft's out without a word: little would be accepted. Try: --format vllm, or train "
             "with strategy.layer_type=llama"
         )
+    return export_draft(config, given, target, format, serving_options(config, shape))
+
+
+def export_draft(
+    config: VocabularyOptions,
+    given: tuple[VocabularyModel, Frozen],
+    target: TargetInfo,
+    format: str,
+    serve: Mapping[str, Mapping[str, Any]],
+    names: tuple[str, str] = NAMES,
+) -> Export:
+    """Return the files' contents; the embedding is the target's unless the model has its own.
+
+    `serve` is what each engine is started with, `names` as `speculators_config` says.
+    """
+    model, frozen = given
     weights = {published(name): value for name, value in model.state_dict().items()}
-    speculators = format == "vllm" and shape.qk_norm
-    if format == "hf" or speculators:
-        weights["embed_tokens.weight"] = frozen.embed_tokens
-    if speculators:
+    own = "embed_tokens.weight" in weights
+    made = export_config(config, model.shape, target)
+    if speculators := format == "vllm" and model.shape.qk_norm:
         weights = {name.replace("midlayer.", "layers.0."): v for name, v in weights.items()}
+        length = serve["vllm"]["num_speculative_tokens"]
+        made = speculators_config(config, model.shape, target, length, names)
+        made["embed_requires_grad"] = own
+    if not own and (format == "hf" or speculators):
+        weights["embed_tokens.weight"] = frozen.embed_tokens
     return Export(
-        config=speculators_config(config, shape, target, config.draft_length)
-        if speculators
-        else export_config(config, shape, target),
+        config=made,
         weights=written(weights, config.export_dtype),
-        serve=serving_options(config, shape),
+        serve=serve,
         causes=CAUSES,
         base=target.name_or_path,
     )
@@ -128,7 +151,7 @@ def speculators_config(
     shape: DraftShape,
     target: TargetInfo,
     draft_length: int,
-    names: tuple[str, str] = (SPECULATORS, "eagle3"),
+    names: tuple[str, str] = NAMES,
 ) -> dict[str, Any]:
     """Return config.json in the form by which vLLM finds layers with normed queries and keys.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,16 +12,18 @@ from torch import Tensor
 from specforge_core.drafts.dialects import from_layer_inputs
 from specforge_core.drafts.tensors import FLOATS, check_given, check_options
 from specforge_core.errors import CheckpointError
+from specforge_core.hookspecs import hookimpl
 from specforge_core.nn.rotary import stored_rope
 from specforge_core.types import Draft, Export
 
 from .config import DraftShape
 from .export import ARCHITECTURES, SPECULATORS, published
-from .frozen import parts
+from .frozen import Frozen, parts
 from .head import VocabularyModel
 from .model import Eagle3Model
 from .vocab import check_map, members
 
+EMBEDDING = "embed_tokens.weight"
 KNOWN = {*ARCHITECTURES.values(), SPECULATORS, "Eagle3LlamaForCausalLM"}
 SPELLINGS = {
     "draft_id_to_target_id": "d2t",
@@ -31,35 +34,38 @@ SPELLINGS = {
 NOT_TRAINED = ", which this package does not train. Try the target it was trained for: target.path"
 
 
-def load_export(draft: Draft, export: Export) -> bool:
-    """Load a checkpoint into `draft`; its draft vocabulary too.
+@hookimpl
+def specforge_import(draft: Draft, export: Export) -> bool:
+    """Read a published checkpoint, in any of its spellings; its draft vocabulary too.
 
     Raises CheckpointError when it was made for another draft than the config describes.
     """
     if not KNOWN & set(export.config.get("architectures") or ()):
         return False
     model, frozen = parts(draft, Eagle3Model)
-    shape = model.shape
     layer = export.config.get("transformer_layer_config") or export.config
     if int(layer.get("num_hidden_layers", 1)) != 1:
         raise CheckpointError(
             f"the export has {layer['num_hidden_layers']} layers, and engines disagree on how "
             "more than one is served. Use a checkpoint of one layer"
         )
-    check_config(shape, export.config)
-    weights = published_names(export.weights)
-    if (embedding := weights.pop("embed_tokens.weight", None)) is not None:
-        check_embedding(embedding, frozen.embed_tokens)
-    load_named(model, weights)
+    check_config(model.shape, export.config)
+    load_named(model, frozen, published_names(export.weights))
     return True
 
 
-def load_named(model: VocabularyModel, weights: dict[str, Tensor]) -> None:
+def load_named(
+    model: VocabularyModel, frozen: Frozen, weights: dict[str, Tensor], remedy: str = NOT_TRAINED
+) -> None:
     """Load tensors that have the published names, and the vocabulary they say.
 
-    Raises CheckpointError where they are those of another draft.
+    Raises CheckpointError where they are those of another draft; with `remedy` where the
+    embedding was trained away from the target's, which engines share, and the model's is not.
     """
     shape, own = model.shape, model.state_dict()
+    embedding = None if EMBEDDING in own else weights.pop(EMBEDDING, None)
+    if embedding is not None and not _begins_with(embedding, frozen.embed_tokens):
+        raise CheckpointError(f"the export has an embedding of its own, not the target's{remedy}")
     if "d2t" in weights or "t2d" in weights:
         d2t = check_map(weights, shape.draft_vocab_size, shape.vocab_size, "the export")
     elif shape.full_vocab:
@@ -74,25 +80,21 @@ def load_named(model: VocabularyModel, weights: dict[str, Tensor]) -> None:
     model.load_state_dict({name: given[published(name)] for name in own})
 
 
-def published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under the spelling of `published`."""
+def published_names(weights: Mapping[str, Tensor], first: str = "midlayer.") -> dict[str, Tensor]:
+    """Return the tensors under the spelling of `published`; `first` begins the first layer's."""
     found = {}
     for name, value in weights.items():
-        plain = name.removeprefix("model.")
-        if plain.startswith("layers.0."):
-            plain = "midlayer." + plain.removeprefix("layers.0.")
+        plain = re.sub(r"^(layers\.0|midlayer)\.", first, name.removeprefix("model."))
         found[SPELLINGS.get(plain, plain)] = value
     return found
 
 
-def check_embedding(given: Tensor, own: Tensor, remedy: str = NOT_TRAINED) -> None:
-    """Refuse an embedding that was trained away from the target's, which engines share."""
-    same = given.shape[1:] == own.shape[1:] and len(given) >= len(own) and given.dtype in FLOATS
-    if same:
-        theirs, ours = given[: len(own)].to("cpu"), own.detach().to("cpu", given.dtype)
-        same = bool(torch.equal(theirs, ours))
-    if not same:
-        raise CheckpointError(f"the export has an embedding of its own, not the target's{remedy}")
+def _begins_with(given: Tensor, own: Tensor) -> bool:
+    """Say whether an export's embedding is the target's, in its own dtype and with any padding."""
+    if given.shape[1:] != own.shape[1:] or len(given) < len(own) or given.dtype not in FLOATS:
+        return False
+    theirs, ours = given[: len(own)].to("cpu"), own.detach().to("cpu", given.dtype)
+    return bool(torch.equal(theirs, ours))
 
 
 def check_config(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from specforge_eagle3.export import export_draft
-from specforge_eagle3.importer import load_export
+from specforge_eagle3.export import specforge_export
+from specforge_eagle3.importer import specforge_import
 from torch import Tensor
 
 from specforge_core.drafts.export import read_export, write_export
@@ -43,7 +44,7 @@ EMBED = {"embed_tokens.weight": (V, H)}
 
 def exported(kit: Any, format: str, **options: Any) -> tuple[Any, Export]:
     tiny = kit.tiny(**options)
-    export = export_draft(tiny.config, tiny.draft, tiny.target, format)
+    export = specforge_export(tiny.config, tiny.draft, tiny.target, format)
     assert export is not None
     return tiny, export
 
@@ -153,12 +154,12 @@ def test_its_own_keys_have_a_cause(kit: Any, layer_type: str) -> None:
 def test_normed_queries_are_refused_for_sglang(kit: Any) -> None:
     tiny = kit.tiny(layer_type="qwen3")
     with pytest.raises(ConfigError, match="SGLang serves EAGLE-3 drafts without norms on queries"):
-        export_draft(tiny.config, tiny.draft, tiny.target, "sglang")
+        specforge_export(tiny.config, tiny.draft, tiny.target, "sglang")
 
 
 def test_an_unknown_format_is_not_ours(kit: Any) -> None:
     tiny = kit.tiny()
-    assert export_draft(tiny.config, tiny.draft, tiny.target, "gguf") is None
+    assert specforge_export(tiny.config, tiny.draft, tiny.target, "gguf") is None
 
 
 # ---- the way back ------------------------------------------------------------
@@ -183,7 +184,7 @@ def test_every_spelling_is_read_bit_for_bit(
     write_export(Export(config=export.config, weights=weights), tmp_path / "draft", {})
     other = kit.tiny(fc_norm=True, seed=7)
     other.model.d2t.zero_()
-    assert load_export(other.draft, read_export(tmp_path / "draft"))
+    assert specforge_import(other.draft, read_export(tmp_path / "draft"))
     for name, value in tiny.model.state_dict().items():
         assert torch.equal(other.model.state_dict()[name], value), name
 
@@ -195,8 +196,8 @@ def test_an_export_of_an_import_is_the_same_file(kit: Any, format: str, layer_ty
         return
     _, export = exported(kit, format, layer_type=layer_type)
     other = kit.tiny(seed=3, layer_type=layer_type)
-    assert load_export(other.draft, export)
-    again = export_draft(other.config, other.draft, other.target, format)
+    assert specforge_import(other.draft, export)
+    again = specforge_export(other.config, other.draft, other.target, format)
     assert again is not None
     assert again.config == export.config
     assert all(torch.equal(again.weights[n], v) for n, v in export.weights.items())
@@ -210,13 +211,13 @@ def test_legacy_norm_names_are_read(kit: Any) -> None:
     config = dict(export.config)
     del config["fc_norm"]
     other = kit.tiny(fc_norm=True, seed=3)
-    load_export(other.draft, Export(config={**config, "use_aux_norm": True}, weights=weights))
+    specforge_import(other.draft, Export(config={**config, "use_aux_norm": True}, weights=weights))
     assert torch.equal(other.model.fc_norm[2].weight, tiny.model.fc_norm[2].weight)
 
 
 def test_another_strategys_export_is_left_to_others(kit: Any) -> None:
     tiny = kit.tiny()
-    assert not load_export(tiny.draft, Export(config={"architectures": ["X"]}, weights={}))
+    assert not specforge_import(tiny.draft, Export(config={"architectures": ["X"]}, weights={}))
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -258,7 +259,7 @@ def test_what_would_be_accepted_nowhere_is_refused(
 ) -> None:
     tiny, export = exported(kit, "sglang")
     with pytest.raises(CheckpointError, match=message):
-        load_export(tiny.draft, Export(config={**export.config, **change}, weights=export.weights))
+        specforge_import(tiny.draft, replace(export, config={**export.config, **change}))
 
 
 @pytest.mark.parametrize("change", [{"rope_parameters": "x"}, {"num_hidden_layers": None}])
@@ -267,20 +268,20 @@ def test_a_value_that_cannot_be_used_raises_what_the_core_tells_of(
 ) -> None:
     tiny, export = exported(kit, "sglang")
     with pytest.raises((ConfigError, *WRONG_VALUE)):
-        load_export(tiny.draft, Export(config={**export.config, **change}, weights=export.weights))
+        specforge_import(tiny.draft, replace(export, config={**export.config, **change}))
 
 
 def test_tensors_that_do_not_fit_are_named(kit: Any) -> None:
     tiny, export = exported(kit, "sglang")
     weights = {**export.weights, "fc.weight": torch.zeros(H, 2 * H)}
     with pytest.raises(CheckpointError, match=r"'fc.weight' has shape \(24, 48\), this draft"):
-        load_export(tiny.draft, Export(config=export.config, weights=weights))
+        specforge_import(tiny.draft, Export(config=export.config, weights=weights))
     extra = {**export.weights, "midlayer.self_attn.q_norm.weight": torch.zeros(8)}
     with pytest.raises(CheckpointError, match="this draft needs no such tensor"):
-        load_export(tiny.draft, Export(config=export.config, weights=extra))
+        specforge_import(tiny.draft, Export(config=export.config, weights=extra))
     missing = {n: v for n, v in export.weights.items() if n not in ("d2t", "t2d")}
     with pytest.raises(CheckpointError, match="has no d2t, so it drafts all 29 tokens"):
-        load_export(tiny.draft, Export(config=export.config, weights=missing))
+        specforge_import(tiny.draft, Export(config=export.config, weights=missing))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float64, torch.float8_e4m3fn])
@@ -289,12 +290,11 @@ def test_an_embedding_that_no_engine_loads_is_refused(kit: Any, dtype: torch.dty
     own = tiny.frozen.embed_tokens
     weights = {**export.weights, "embed_tokens.weight": own.detach().to(dtype)}
     with pytest.raises(CheckpointError, match="has an embedding of its own"):
-        load_export(tiny.draft, Export(config=export.config, weights=weights))
+        specforge_import(tiny.draft, Export(config=export.config, weights=weights))
 
 
 def test_an_embedding_of_its_own_is_refused(kit: Any) -> None:
     tiny, export = exported(kit, "hf")
-    weights = dict(export.weights)
-    weights["embed_tokens.weight"] = weights["embed_tokens.weight"] + 1
+    weights = {**export.weights, "embed_tokens.weight": export.weights["embed_tokens.weight"] + 1}
     with pytest.raises(CheckpointError, match="has an embedding of its own"):
-        load_export(tiny.draft, Export(config=export.config, weights=weights))
+        specforge_import(tiny.draft, Export(config=export.config, weights=weights))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from specforge_eagle3.export import export_draft
+from specforge_eagle3.export import specforge_export
 
 from specforge_core.types import Export
 
@@ -45,7 +45,7 @@ NORMS = {
 
 def exported(kit: Any, **options: Any) -> Export:
     tiny = kit.tiny(**options)
-    made = export_draft(tiny.config, tiny.draft, tiny.target, "vllm")
+    made = specforge_export(tiny.config, tiny.draft, tiny.target, "vllm")
     assert made is not None
     return made
 
