@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,18 +27,15 @@ from specforge_core.types import (
 )
 
 from .adapter import Eagle3Adapter, Eagle3Transform, check_choices
-from .config import DraftShape, Eagle3Config, VocabularyOptions, draft_shape
+from .config import DraftShape, Eagle3Config, VocabularyOptions, draft_shape, shape_fields
 from .export import specforge_export as specforge_export
-from .frozen import Frozen, parts
+from .frozen import Frozen, TargetParts, parts
 from .importer import specforge_import as specforge_import
 from .model import Eagle3Model
 from .proposer import Eagle3Proposer
 from .rows import PackedCollate, label_rows
 from .step import Eagle3Step
 from .vocab import frequent_tokens, offsets, read_map
-
-# embedding [V, H], the head's loader, and d2t [Vd], which is None where weights are about to come
-TargetParts: TypeAlias = tuple[Tensor, Callable[[], Tensor], Tensor | None]
 
 
 @hookimpl
@@ -80,14 +76,14 @@ def specforge_collate(config: Eagle3Config, draft: Draft) -> Collate:
 @hookimpl
 def specforge_draft(config: Eagle3Config, target: TargetInfo, data: DataInfo | None) -> Draft:
     """Build the draft around the target's embedding, with its vocabulary's rows of the head."""
-    shape = draft_shape(config, target)
-    return build_draft(config, shape, *target_parts(config, shape, target, data))
+    return build_draft(config, draft_shape(config, target), *target_parts(config, target, data))
 
 
 def target_parts(
-    config: VocabularyOptions, shape: DraftShape, target: TargetInfo, data: DataInfo | None
+    config: VocabularyOptions, target: TargetInfo, data: DataInfo | None
 ) -> TargetParts:
-    """Return what a draft is built around."""
+    """Return what a draft is built around.  Raises ConfigError as `shape_fields` does."""
+    shape = DraftShape(**shape_fields(config, target))
     # rows beyond the vocabulary are padding
     embedding = load_target_tensors(target, ("embed_tokens",))["embed_tokens"][: target.vocab_size]
     d2t = None if data is None else draft_map(config, shape, data.token_counts)

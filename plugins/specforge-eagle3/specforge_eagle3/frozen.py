@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from specforge_core.types import Draft
 from .vocab import target_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
+# embedding [V, H], the head's loader, and d2t [Vd], which is None where weights are about to come
+TargetParts: TypeAlias = tuple[Tensor, Callable[[], Tensor], Tensor | None]
 
 
 class Frozen(nn.Module):

@@ -6,17 +6,13 @@ from functools import partial
 
 import torch
 from specforge_dflash.mask_token import mask_token
-from specforge_eagle3 import (  # noqa: F401  # a hook is found by its name
-    TargetParts,
-    specforge_adapter,
-    specforge_verify_capture,
-    target_parts,
-)
+
+# a hook is found by its name
+from specforge_eagle3 import specforge_adapter, specforge_verify_capture, target_parts  # noqa: F401
 from specforge_eagle3.adapter import Eagle3Transform
 from specforge_eagle3.config import DraftShape, shape_fields
-from specforge_eagle3.frozen import Frozen, parts
+from specforge_eagle3.frozen import Frozen, TargetParts, parts
 from specforge_eagle3.rows import PackedCollate
-from torch import nn
 
 from specforge_core.hookspecs import hookimpl
 from specforge_core.types import (
@@ -62,20 +58,18 @@ def specforge_collate(config: PeagleConfig, draft: Draft) -> Collate:
 @hookimpl
 def specforge_draft(config: PeagleConfig, target: TargetInfo, data: DataInfo | None) -> Draft:
     """Build the draft around the target's embedding, with its vocabulary's rows of the head."""
-    shape = DraftShape(**shape_fields(config, target), num_layers=config.num_layers)
-    mask = mask_token(config.mask_token_id, target)
-    return build_draft(config, shape, mask, target_parts(config, shape, target, data))
+    return build_draft(config, target, target_parts(config, target, data))
 
 
-def build_draft(
-    config: PeagleConfig, shape: DraftShape, mask_token_id: int, given: TargetParts
-) -> Draft:
+def build_draft(config: PeagleConfig, target: TargetInfo, given: TargetParts) -> Draft:
     """Build the draft from these parts of the target, as `specforge_eagle3.build_draft` does."""
+    shape = DraftShape(**shape_fields(config, target), num_layers=config.num_layers)
+    mask_token_id = mask_token(config.mask_token_id, target)
     embed_tokens, load_head, d2t = given
     with torch.device("meta"):
         model = PeagleModel(shape, config, mask_token_id)
     model.start(config, load_head, d2t)
-    nn.init.normal_(model.mask_hidden, generator=torch.Generator().manual_seed(config.seed))
+    model.mask_hidden.data.normal_(generator=torch.Generator().manual_seed(config.seed))
     if model.embed_tokens is not None:
         model.embed_tokens.weight.data.copy_(embed_tokens)
     return Draft(

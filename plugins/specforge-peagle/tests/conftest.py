@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from specforge_eagle3.adapter import trained_labels
-from specforge_eagle3.config import DraftShape, shape_fields
 from specforge_eagle3.vocab import offsets
 from specforge_peagle import build_draft
 from specforge_peagle.config import PeagleConfig
@@ -81,8 +80,7 @@ def make_tiny(softcap: float | None = None, **options: Any) -> Tiny:
     embed, head, gen = target_tensors()
     size = VOCAB if config.draft_vocab_size == "full" else DRAFT_VOCAB
     tokens = torch.randperm(VOCAB, generator=gen)[:size].sort().values
-    shape = DraftShape(**shape_fields(config, target), num_layers=config.num_layers)
-    draft = build_draft(config, shape, MASK, (embed, lambda: head, offsets(tokens)))
+    draft = build_draft(config, target, (embed, lambda: head, offsets(tokens)))
     with torch.no_grad():
         for name, weight in draft.model.named_parameters():
             if "norm" in name:  # norms of ones would hide their order
