@@ -31,6 +31,7 @@ from .anchored import AnchoredMask, anchored
 
 NO_END = 2**30  # the window of layers that are causal and do not slide
 TILE = 128  # rows and columns that flex attention skips or computes together
+MIN_HEAD_DIM = 16  # of its kernels
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,8 @@ from specforge_core.target.measure import HeadScale
 from specforge_core.types import Draft
 
 from .anchored import AnchoredMask, takes
-from .attention import NO_END, EagerMask, Mask, attend, block_mask
+from .attention import MIN_HEAD_DIM, NO_END, EagerMask, Mask, attend, block_mask
 from .config import DraftShape, LayerType
-
-MIN_HEAD_DIM = 16  # of flex attention's kernels
 
 Build: TypeAlias = Callable[[Tensor, Tensor, int, int, int | None], Mask]
 Model = TypeVar("Model", bound=nn.Module)

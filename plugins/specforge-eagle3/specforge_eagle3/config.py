@@ -51,7 +51,7 @@ class VocabularyOptions(DecoderOptions):
         True, description="Train the draft's head, or keep the target's rows."
     )
     attention: Annotated[Literal["auto", "eager"], MayChange.ALWAYS] = Field(
-        "auto", description="auto: flash kernels on a GPU in half precision, else eager."
+        "auto", description="auto: fused kernels on a GPU if they take dtype and heads, else eager."
     )
     head_chunk: Annotated[int, MayChange.ALWAYS] = Field(
         3584, gt=0, le=10**6, description="Rows whose logits exist at a time, about."

@@ -73,7 +73,7 @@ class DraftHead(nn.Linear):
 
 
 class VocabularyModel(nn.Module):
-    """Base of a trained part with a head `lm_head` of its own, and the vocabulary it is for."""
+    """Base of a trained part that reads captured states by `fc`, with a head for a vocabulary."""
 
     lm_head: DraftHead
     d2t: Tensor  # [Vd] int64, offsets
@@ -84,6 +84,8 @@ class VocabularyModel(nn.Module):
         self.shape = shape
         self.attention = config.attention
         self.rotary = Rotary(shape.rope, shape.head_dim, shape.max_positions)
+        captured = len(shape.capture_layers) * shape.hidden_size
+        self.fc = nn.Linear(captured, shape.hidden_size, bias=False)
         self.register_buffer("d2t", torch.zeros(shape.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.ones(shape.vocab_size, dtype=torch.bool))
 

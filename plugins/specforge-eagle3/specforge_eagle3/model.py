@@ -167,7 +167,6 @@ class Eagle3Model(VocabularyModel):
     def __init__(self, shape: DraftShape, config: VocabularyOptions) -> None:
         super().__init__(shape, config)
         width, eps, captured = shape.hidden_size, shape.rms_norm_eps, len(shape.capture_layers)
-        self.fc = nn.Linear(captured * width, width, bias=False)
         norms = [nn.RMSNorm(width, eps=eps) for _ in range(captured if shape.fc_norm else 0)]
         self.fc_norm = nn.ModuleList(norms)
         self.before = BeforeAttention(shape)

@@ -50,7 +50,6 @@ class FeatureProposer(Generic[Config, Model]):
         self._config = config
         self._model = model
         self._frozen = frozen
-        self._shape = model.shape
         with torch.no_grad():
             self._tokens = target_tokens(model.d2t)  # [Vd]
         self._ids: list[int] = []  # tokens whose features are not in the cache yet
@@ -59,17 +58,17 @@ class FeatureProposer(Generic[Config, Model]):
 
     def start(self, prefix: TargetCapture, /) -> None:
         self._ids, self._features = [], []
-        self._caches = [GrowingCache(0) for _ in range(self._shape.num_layers)]
+        self._caches = [GrowingCache(0) for _ in range(self._model.shape.num_layers)]
         self.accept(prefix)
 
     def accept(self, accepted: TargetCapture, /) -> None:
         self._ids += accepted.input_ids.tolist()
-        states = [accepted.hidden_states[i] for i in self._shape.capture_layers]
+        states = [accepted.hidden_states[i] for i in self._model.shape.capture_layers]
         self._features.append(torch.cat(states, dim=-1))
 
     def _spread(self, probs: Tensor) -> Tensor:
         """Return [K, V] of distributions [K, Vd] over the draft vocabulary."""
-        out = probs.new_zeros(len(probs), self._shape.vocab_size)
+        out = probs.new_zeros(len(probs), self._model.shape.vocab_size)
         return out.index_copy_(1, self._tokens, probs)
 
 

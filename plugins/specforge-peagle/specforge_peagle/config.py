@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 from specforge_eagle3.config import VocabularyOptions
@@ -28,9 +28,6 @@ class PeagleConfig(VocabularyOptions):
     )
     train_embedding: bool = Field(
         True, description="Train an embedding of the draft's own, or read the target's."
-    )
-    attention: Annotated[Literal["auto", "eager"], MayChange.ALWAYS] = Field(
-        "auto", description="auto: flex attention on a GPU, else eager."
     )
     draft_length: Annotated[int | None, MayChange.ALWAYS] = Field(
         None, gt=0, description="Tokens drafted, at most depths; all of them if not set."

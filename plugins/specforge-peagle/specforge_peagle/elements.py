@@ -4,9 +4,8 @@ Row a reads the feature of token a and the embedding of token a+1.  Depth d of i
 token after position u = a+1+d, without the tokens in between; it is trained where that label is
 supervised, and so are those of the depths from 1 to d before it.  Depth 0 is trained at every row.
 Element e < N of a batch is row e at depth 0; the others are the kept depths of the rows, by
-document, depth and row.  Shapes: T tokens of a sample, N of all, D depths of a batch, E elements,
-V of them that are trained, B and S rows and columns of the batch, h heads, v key/value heads, d
-head size.
+document, depth and row.  Shapes: T tokens of a sample, N of all, E elements, V of them that are
+trained, B and S rows and columns of the batch, h heads, v key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from specforge_dflash.attention import TILE, attend, tiled_mask
+from specforge_dflash.attention import MIN_HEAD_DIM, TILE, attend, tiled_mask
 from specforge_dflash.mask_token import mask_token_occurs
-from specforge_dflash.model import MIN_HEAD_DIM
 from specforge_eagle3.attention import eager
 from specforge_eagle3.rows import FIELDS, Tokens
 from torch import Tensor
@@ -44,21 +42,20 @@ def draw_depths(config: PeagleConfig, labels: Tensor, generator: torch.Generator
     of them where that ratio is 1.  One order of the rows decides at every depth: among the rows
     that are left it is as random as a new one.
     """
-    length, total = len(labels), int(labels.sum())
-    rank = torch.randperm(length, generator=generator)
+    total = int(labels.sum())
+    rank = torch.randperm(len(labels), generator=generator)
     rows = rank.argsort()  # that are kept, in this order
     later = F.pad(labels, (0, config.depths))
-    depths = torch.zeros(length, dtype=torch.int64)
-    limit = length  # rows of this rank and more were dropped somewhere
+    depths, whole = torch.zeros_like(rank), torch.ones_like(labels)
     for d in range(1, config.depths):
         rows = rows[later[rows + 1 + d]]
         ratio = max(config.keep_ratio**d, config.keep_least)
         count = max(int((total - d) * ratio), 0)
         if ratio < 1 and count < len(rows):
-            limit = min(limit, int(rank[rows[count]]))
+            whole &= rank < rank[rows[count]]  # this one and those of higher ranks are dropped
             rows = rows[:count]
         depths[rows] = d
-    return {DEPTHS: depths, WHOLE: rank < limit}
+    return {DEPTHS: depths, WHOLE: whole}
 
 
 def find_elements(t2d: Tensor, mask_on: str, mask_token_id: int, batch: Batch) -> Batch:
@@ -71,7 +68,7 @@ def find_elements(t2d: Tensor, mask_on: str, mask_token_id: int, batch: Batch) -
         inputs      [N + 1] int64: the token after each row's but the last, then the mask token
         anchors     [E] int64, the row of each element
         depth       [E] int64
-        number      [D, N] int64: the element of each depth and row; any where there is none
+        number      [depths, N] int64: the element of each depth and row; any where there is none
         trained     [V] int64: the elements whose label is supervised and can be drafted
         supervised  [E] bool: the element's label is supervised, drafted or not
         labels      [V] int64: which of the labels each predicts
@@ -82,7 +79,7 @@ def find_elements(t2d: Tensor, mask_on: str, mask_token_id: int, batch: Batch) -
     flat = tokens.flat
     if bool((flat["input_ids"] == mask_token_id).any()):
         raise DataError(mask_token_occurs(mask_token_id, "the training data"))
-    kept = torch.arange(int(flat[DEPTHS].max()) + 1)[:, None] <= flat[DEPTHS]  # [D, N]
+    kept = torch.arange(int(flat[DEPTHS].max()) + 1)[:, None] <= flat[DEPTHS]  # [depths, N]
     depth, anchors = kept.nonzero(as_tuple=True)
     # a document's side by side: attention then looks into fewer tiles
     order = tokens.documents[anchors].masked_fill_(depth == 0, 0).argsort(stable=True)
@@ -90,9 +87,9 @@ def find_elements(t2d: Tensor, mask_on: str, mask_token_id: int, batch: Batch) -
     number = torch.zeros_like(kept, dtype=torch.int64)
     number[depth, anchors] = torch.arange(len(anchors))
     places = anchors + depth + 1  # of the labels; no document begins with one, and none is at N
-    asked = F.pad(tokens.asked, (0, 1))
-    drafted = asked & F.pad(t2d[flat["target_argmax"]], (0, 1))
-    trained = drafted[places].nonzero().squeeze(1)
+    supervised = F.pad(tokens.asked, (0, 1))[places]
+    drafted = F.pad(t2d[flat["target_argmax"]], (0, 1))[places]
+    trained = (supervised & drafted).nonzero().squeeze(1)
     used, labels = torch.unique(places[trained], return_inverse=True)
     return {
         **tokens.by_token(starts=tokens.starts & flat[WHOLE]),
@@ -102,7 +99,7 @@ def find_elements(t2d: Tensor, mask_on: str, mask_token_id: int, batch: Batch) -
         "depth": depth,
         "number": number,
         "trained": trained,
-        "supervised": asked[places],
+        "supervised": supervised,
         "labels": labels,
     }
 
@@ -127,14 +124,14 @@ class Elements:
         """Return [E, h, d] for queries [E, h, d], keys and values [E, v, d], in any layer."""
         if self.path == "auto" and q.is_cuda and q.shape[-1] >= MIN_HEAD_DIM:
             q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-            none = k[:, :, :0]
-            return attend(q, (none, none), (k, v), self.mask)[0].transpose(0, 1)
+            return attend(q, (k[:, :, :0], v[:, :, :0]), (k, v), self.mask)[0].transpose(0, 1)
         count = self.number.shape[1]
-        rows = torch.arange(count, device=q.device)
+        rows, own = self.anchors[:count], self.number[1:, self.anchors[count:]]
         seen = (self.begins[:, None] <= rows) & (rows <= self.anchors[:, None])
-        own = self.number[1:, self.anchors]  # [D - 1, E]
-        kept = torch.arange(len(own), device=q.device) < self.depth[:, None]
-        return eager(q, (k[:count], v[:count]), (k[own], v[own]), seen, kept)
+        kept = torch.arange(len(own), device=q.device) < self.depth[count:, None]
+        first, mine = (k[:count], v[:count]), (k[own], v[own])
+        shallow = eager(q[:count], first, None, seen[:count])
+        return torch.cat([shallow, eager(q[count:], first, mine, seen[count:], kept)])
 
     @cached_property
     def mask(self) -> BlockMask:
@@ -149,14 +146,13 @@ class Elements:
             before = (depth[kv] == 0) & (begins[q] <= anchors[kv]) & (anchors[kv] <= anchors[q])
             return before | ((anchors[q] == anchors[kv]) & (depth[q] >= depth[kv]))
 
-        # a short tile has the last element more than once
+        # [3, tiles]; a short tile has the last element more than once
         padded = torch.arange(-(-count // TILE) * TILE, device=depth.device).clamp_(max=count - 1)
-        by_tile = torch.stack([anchors, depth, begins])[:, padded.view(-1, TILE)]
-        least, most = by_tile.amin(2), by_tile.amax(2)  # [3, tiles]
+        least, most = torch.stack([anchors, depth, begins])[:, padded.view(-1, TILE)].aminmax(dim=2)
         (row, shallow, _), (last_row, deep, _) = least, most  # of keys; then of queries
         (q_row, _, q_begin), (q_last_row, q_deep, q_last_begin) = least[..., None], most[..., None]
-        partly = (shallow == 0) & (row <= q_last_row) & (last_row >= q_begin)
-        partly |= (deep > 0) & (row <= q_last_row) & (last_row >= q_row) & (shallow <= q_deep)
+        partly = (row <= q_last_row) & (last_row >= q_begin) & (shallow == 0)
+        partly |= (row <= q_last_row) & (last_row >= q_row) & (shallow <= q_deep)
         wholly = (deep == 0) & (row >= q_last_begin) & (last_row <= q_row)
         wholly[:, -1] = False  # it may be short
         return tiled_mask(visible, partly[None, None], wholly[None, None], count, count)

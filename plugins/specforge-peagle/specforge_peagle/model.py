@@ -12,7 +12,6 @@ from typing import TypeAlias
 
 import torch
 from specforge_eagle3.config import DraftShape
-from specforge_eagle3.frozen import Frozen
 from specforge_eagle3.head import DraftHead, Teacher, VocabularyModel
 from specforge_eagle3.model import Outputs, Projections
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from .elements import Elements
 # visibility are what it holds: FSDP's mixed precision would cast tensors that layers are given,
 # and RoPE needs float32
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Embed: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Before(Projections):
@@ -83,36 +83,33 @@ class PeagleModel(VocabularyModel):
     def __init__(self, shape: DraftShape, config: PeagleConfig, mask_token_id: int) -> None:
         super().__init__(shape, config)
         self.mask_token_id = mask_token_id
-        width, captured = shape.hidden_size, len(shape.capture_layers) * shape.hidden_size
-        own = config.train_embedding
+        width, own = shape.hidden_size, config.train_embedding
         self.embed_tokens = nn.Embedding(shape.vocab_size, width) if own else None
-        self.mask_hidden = nn.Parameter(torch.empty(captured))
-        self.fc = nn.Linear(captured, width, bias=False)
+        self.mask_hidden = nn.Parameter(torch.empty(self.fc.in_features))
         self.layers = nn.ModuleList(PeagleLayer(shape, i) for i in range(shape.num_layers))
         self.norm = nn.RMSNorm(width, eps=shape.rms_norm_eps)
         self.lm_head = DraftHead(shape, config)
 
     def forward(
-        self, features: Tensor, ids: Tensor, frozen: Frozen, elements: Elements, teacher: Teacher
+        self, features: Tensor, ids: Tensor, embed: Embed, elements: Elements, teacher: Teacher
     ) -> tuple[Tensor, SoftRows]:
         """Return the sum of the losses of the elements that are trained, and each one's row.
 
         features [N, 3H] are the captured states; ids [N + 1] of the tokens behind each, and of
-        the mask.
+        the mask.  `embed` gives the target's embeddings, read if the draft has none of its own.
         """
-        states = self.states(features, ids, frozen, elements.places, elements.attend)
+        states = self.states(features, ids, embed, elements.places, elements.attend)
         trained = states.index_select(0, elements.trained)[:, None]
         losses: tuple[Tensor, SoftRows] = self.lm_head(trained, teacher, float8=in_float8(self))
         return losses
 
     def states(
-        self, features: Tensor, ids: Tensor, frozen: Frozen, places: Tensor, attend: Attend
+        self, features: Tensor, ids: Tensor, embed: Embed, places: Tensor, attend: Attend
     ) -> Tensor:
         """Return the normed states [E, H] that the head reads, of elements at `places` [E]."""
         dtype, deeper = self.fc.weight.dtype, len(places) - len(features)
         hidden = self.fc(torch.cat([features.to(dtype), self.mask_hidden[None]]))
-        embed = frozen.embed if self.embed_tokens is None else self.embed_tokens
-        embeddings, rope = embed(ids).to(dtype), self.rotary(places)
+        embeddings, rope = (self.embed_tokens or embed)(ids).to(dtype), self.rotary(places)
 
         def rotated(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(index, rotate(q, rope), rotate(k, rope), v)

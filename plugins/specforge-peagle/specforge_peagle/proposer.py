@@ -27,8 +27,7 @@ class PeagleProposer(FeatureProposer[PeagleConfig, PeagleModel]):
 
     @torch.no_grad()
     def propose(self, last_token: int, max_tokens: int, sampling: Sampling, /) -> Proposal:
-        logits = self.logits(last_token, min(max_tokens, self.max_tokens))
-        drawn, q = sample(logits, sampling)
+        drawn, q = sample(self.logits(last_token, min(max_tokens, self.max_tokens)), sampling)
         return Proposal(tokens=self._tokens[drawn], probs=None if q is None else self._spread(q))
 
     @torch.no_grad()
@@ -43,15 +42,14 @@ class PeagleProposer(FeatureProposer[PeagleConfig, PeagleModel]):
         features = torch.cat([f.to(device) for f in self._features])
         ids = torch.tensor([*self._ids[1:], last_token, model.mask_token_id], device=device)
         self._ids, self._features = self._ids[-1:], [features[-1:]]
-        rows, deeper = len(features), count - 1
-        places = known + torch.arange(rows + deeper, device=device)
-        visible = places[:, None] >= torch.arange(known + rows + deeper, device=device)
+        places = torch.arange(known + len(features) + count - 1, device=device)
+        visible = places[known:, None] >= places
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys = self._caches[layer].extend(k, v)
-            self._caches[layer].length -= deeper + 1
+            self._caches[layer].length -= count
             return eager(q, keys, None, visible)
 
-        states = model.states(features, ids, self._frozen, places, attend)
-        found: Tensor = model.lm_head(states[rows - 1 :]).float()
+        states = model.states(features, ids, self._frozen.embed, places[known:], attend)
+        found: Tensor = model.lm_head(states[-count:]).float()
         return found

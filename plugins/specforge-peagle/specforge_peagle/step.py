@@ -29,21 +29,19 @@ class PeagleStep(VocabularyStep[PeagleConfig]):
 
     def __call__(self, draft: Draft, batch: Batch, ctx: StepContext, /) -> StepOutput:
         model, frozen = parts(draft, PeagleModel)
-        by_label = ("final", "logsumexp", "choices", "answers")
-        rows = {name: batch[name][batch["labels"]] for name in by_label}
+        rows = {n: batch[n][batch["labels"]] for n in ("final", "logsumexp", "choices", "answers")}
         rows["row_weights"] = torch.ones_like(rows["logsumexp"])[:, None]
         teacher = Teacher(rows, frozen.teacher_head(model.d2t), self.config.objective)
         elements = Elements(batch, self.config.attention)
         features, starts = batch["hidden_states"][0], batch["starts"][0]
-        loss_sum, found = model(features, batch["inputs"], frozen, elements, teacher)
+        loss_sum, found = model(features, batch["inputs"], frozen.embed, elements, teacher)
 
         hits = target_tokens(model.d2t)[found.best[:, 0]] == rows["choices"]
         depth, anchors = (x[elements.trained] for x in (elements.depth, elements.anchors))
-        of_depth = depth == torch.arange(self.config.depths, device=depth.device)[:, None]
-        right, total = (of_depth & hits).sum(1).float(), of_depth.sum(1).float()
-        answered = hits.new_zeros(self.config.depths, len(starts))
-        answered[depth, anchors] = hits & rows["answers"]
-        accepted = answered[: self.draft_tokens].cumprod(0).sum(0)
+        grid = hits.new_zeros(3, self.config.depths, len(starts))
+        grid[:, depth, anchors] = torch.stack([hits, torch.ones_like(hits), hits & rows["answers"]])
+        right, total = grid[:2].sum(2).float()
+        accepted = grid[2, : self.draft_tokens].cumprod(0).sum(0)
         metrics = {"in_draft_vocab": Ratio(num=total.sum(), den=batch["supervised"].sum().float())}
         metrics |= draft_metrics(found.overlaps.sum(), right, total, accepted, starts)
         return StepOutput(loss_sum=loss_sum, weight=total.sum(), metrics=metrics)
