@@ -102,12 +102,8 @@ def child(case: str, mode: str, small: bool, gradients: Path) -> None:
     for _ in range(2):
         one_step()
     wait()
-    print(
-        json.dumps(
-            {"told": in_words(draft, step), "warm": time.perf_counter() - began, "loss": loss}
-        ),
-        flush=True,
-    )
+    ready = {"told": in_words(draft, step), "warm": time.perf_counter() - began, "loss": loss}
+    print(json.dumps(ready), flush=True)
     sys.stdin.readline()
     draft.model.zero_grad(set_to_none=True)
     if not small:
@@ -123,11 +119,11 @@ def child(case: str, mode: str, small: bool, gradients: Path) -> None:
         if number > 1:  # the clocks are up
             hosts.append(1e3 * host)
             steps.append(1e3 * (time.perf_counter() - began))
-    began = time.perf_counter()
-    for _ in range(2 if small else ROW):
+    began, count = time.perf_counter(), 2 if small else ROW
+    for _ in range(count):
         one_step()
     wait()
-    row = 1e3 * (time.perf_counter() - began) / (2 if small else ROW)
+    row = 1e3 * (time.perf_counter() - began) / count
     found = {"ms": median(steps), "row": row, "host": median(hosts), "gib": 0.0}
     if not small:
         found["gib"] = torch.cuda.max_memory_allocated() / 2**30

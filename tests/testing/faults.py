@@ -53,6 +53,19 @@ FAULTS = {
         return draft
         """,
     ),
+    "a step that is another one in float8": (
+        "test_a_step_in_float8_is_near_the_one_in_float32_or_refused",
+        "train_step",
+        """
+        from specforge_core.float8 import in_float8
+        right = ChainStep(config.draft_tokens)
+        def run(draft, batch, ctx):
+            out = right(draft, batch, ctx)
+            twice = 1 + in_float8(draft.model)
+            return dataclasses.replace(out, loss_sum=out.loss_sum * twice)
+        return run
+        """,
+    ),
     "a mean for a sum": (
         "test_a_batch_is_the_sum_of_its_samples",
         "train_step",
