@@ -3,7 +3,6 @@
 python benchmarks/step.py --case D1            an H100, bfloat16, Qwen3-8B shapes: DFlash
 python benchmarks/step.py --case D1 --small    the same code on a CPU, in seconds
 python benchmarks/step.py --case E1            EAGLE-3, see step_e1.py
-python benchmarks/step.py --case D1 --precision fp8    bfloat16, then train.precision=fp8
 
 Nothing is downloaded: target tensors and features are random.  Correctness comes first:
 the fused loss against float64, and the attention kernels' gradients against the eager path's.
@@ -13,7 +12,6 @@ The weights are bfloat16, as FSDP computes with them; the optimizer is not part 
 from __future__ import annotations
 
 import argparse
-import gc
 import platform
 import time
 from collections.abc import Callable
@@ -26,11 +24,9 @@ from specforge_dflash.anchored import AnchoredMask
 from specforge_dflash.attention import attend
 from specforge_dflash.step import DFlashStep
 from step_case import CASES, SMALL, Case, backward, build, check, context, random_batch
-from step_profile import profile
 from torch import Tensor
 
 from specforge_core.compiled import compile_units
-from specforge_core.float8 import in_words, to_float8
 from specforge_core.nn.linear_cross_entropy import linear_cross_entropy
 from specforge_core.types import Batch, Draft
 
@@ -136,22 +132,9 @@ PARTS = {
 
 
 def measure(
-    case: Case,
-    device: str,
-    dtype: torch.dtype,
-    repeat: int,
-    rate: float,
-    documents: int,
-    *,
-    fp8: bool = False,
-) -> float:
-    """Print what a step takes; return its milliseconds."""
-    gc.collect()  # what was measured before, and compiled, is not held
-    torch.compiler.reset()
+    case: Case, device: str, dtype: torch.dtype, repeat: int, rate: float, documents: int
+) -> None:
     draft, step = build(case, device, dtype)
-    if fp8:
-        to_float8(draft, torch.device(device))
-        print(f"\n{in_words(draft, step)}")
     batch = random_batch(case, step, device, dtype, documents=documents)
     clock = Clock(device)
     instrument(draft, clock)
@@ -191,18 +174,11 @@ def measure(
             print(f"best known trainer: {case.best_known_gib} GiB")
     layer_work = work.pop("layers: matrix products") + work.pop("layers: attention")
     work = {"embedding": 0.0, **work, "layers": layer_work}
-    print_parts(parts, {name: 1e3 * value / rate for name, value in work.items()})
-    if device == "cuda" and fp8:
-        profile(lambda: one_step(draft, step, batch, clock))
-    return total
-
-
-def print_parts(parts: dict[str, list[list[float]]], floors: dict[str, float]) -> None:
     print(f"\n{'part':22} {'forward':>9} {'backward':>9} {'sum':>9} {'floor':>9}   ms")
     for name, times in parts.items():
         sums = [median(column) for column in zip(*times, strict=True)]
         forward, backward = sums[0], sum(sums[1:])
-        bound = floors[name]
+        bound = 1e3 * work[name] / rate
         print(f"{name:22} {forward:9.1f} {backward:9.1f} {forward + backward:9.1f} {bound:9.1f}")
 
 
@@ -259,9 +235,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the code")
     parser.add_argument("--repeat", type=int, default=8)
     parser.add_argument("--documents", type=int, default=1, help="of D1's row")
-    parser.add_argument("--precision", choices=["fp8"], help="measure that behind the other")
     args = parser.parse_args()
-    modes = (False, True) if args.precision else (False,)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -270,18 +244,14 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     print(f"machine: {name}; torch {torch.__version__}, Python {platform.python_version()}")
     if args.case == "E1":
-        step_e1.run(args.small, args.repeat, modes)
+        step_e1.run(args.small, args.repeat)
         return
     case = SMALL if args.small else CASES[args.case]
     print(f"case: {'small' if args.small else args.case} {case}")
     check(device, dtype)
     rate = matmul_rate(case, device, dtype, args.repeat)
     print(f"matrix products of the draft's MLP, {dtype}: {rate / 1e12:.3g} TFLOP/s")
-    given = case, device, dtype, args.repeat, rate, args.documents
-    times = [measure(*given, fp8=fp8) for fp8 in modes]
-    if args.precision:
-        print(f"\nfp8 is {times[0] / times[1]:.3f} times as fast")
-        return
+    measure(case, device, dtype, args.repeat, rate, args.documents)
     measure_head(case, device, dtype, args.repeat)
     if device == "cuda":
         measure_attention(case, device, dtype, args.repeat)

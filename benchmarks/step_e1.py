@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -23,7 +22,6 @@ from step_case_e1 import E1, SMALL, Case, backward, build, check, context, rando
 from step_profile import profile
 
 from specforge_core.compiled import compile_units
-from specforge_core.float8 import in_words, to_float8
 from specforge_core.types import Batch, Draft
 
 
@@ -67,22 +65,11 @@ def now() -> Any:
 
 
 def measure(
-    case: Case,
-    device: str,
-    dtype: torch.dtype,
-    repeat: int,
-    rate: float,
-    head: bool,
-    *,
-    fp8: bool = False,
-) -> float:
-    """Print what a step takes; return its milliseconds."""
+    case: Case, device: str, dtype: torch.dtype, repeat: int, rate: float, head: bool
+) -> None:
     gc.collect()  # what was measured before, and compiled, is not held
     torch.compiler.reset()
     draft, step = build(case, device, dtype, train_head=head)
-    if fp8:
-        to_float8(draft, torch.device(device))
-        print(f"\n{in_words(draft, step)}")
     batch = random_batch(case, draft, step, dtype)
     if device == "cuda":
         compile_units(draft.compiled)
@@ -112,7 +99,6 @@ def measure(
         print(f"  {name:28} {value / 1e12:6.2f} TFLOP {1e3 * value / rate:6.1f} ms")
     if device == "cuda" and head:
         profile(lambda: one_step(draft, step, batch))
-    return median(totals)
 
 
 def matmul_rate(case: Case, device: str, dtype: torch.dtype, repeat: int) -> float:
@@ -131,8 +117,7 @@ def matmul_rate(case: Case, device: str, dtype: torch.dtype, repeat: int) -> flo
     return float(2 * a.numel() * case.mlp * 5 / (median(times[3:]) / 1e3))
 
 
-def run(small: bool, repeat: int, modes: Sequence[bool]) -> None:
-    """Measure the case, for each of `modes` in float8 or not."""
+def run(small: bool, repeat: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     case = SMALL if small else E1
@@ -141,6 +126,4 @@ def run(small: bool, repeat: int, modes: Sequence[bool]) -> None:
     rate = matmul_rate(case, device, dtype, repeat)
     print(f"matrix products of the draft's MLP, {dtype}: {rate / 1e12:.3g} TFLOP/s")
     for train_head in (True, False):
-        times = [measure(case, device, dtype, repeat, rate, train_head, fp8=fp8) for fp8 in modes]
-        if len(times) > 1:
-            print(f"\nfp8 is {times[0] / times[1]:.3f} times as fast")
+        measure(case, device, dtype, repeat, rate, train_head)
