@@ -8,12 +8,12 @@ import pytest
 import torch
 from specforge_dflash.config import DFlashConfig, draft_shape
 from specforge_dflash.memory import step_bytes
-from specforge_dflash.model import DFlashModel
+from specforge_dflash.model import DFlashModel, Frozen
 from specforge_dflash.step import DFlashStep
 
-from specforge_core.float8 import to_float8
-from specforge_core.testing.case import CPU, Case
-from specforge_core.testing.float8 import saved_float8
+from specforge_core.testing.case import Case
+from specforge_core.testing.float8 import check_float8, saved_float8
+from specforge_core.testing.toy import save_toy_target
 from specforge_core.types import TargetInfo
 
 
@@ -37,9 +37,10 @@ def test_the_case_of_the_benchmark_is_expected_within_a_tenth(qwen3_8b: TargetIn
     assert narrow["the head in float8"] == 2 * 151936 * 4096
 
 
-def test_what_float8_keeps_is_counted(toy_target: Path, tmp_path: Path) -> None:
+def test_what_float8_keeps_is_counted_of_the_head_too(tmp_path: Path) -> None:
+    save_toy_target(tmp_path / "target", tie_word_embeddings=False, vocab_size=272)
     options = {"name": "dflash", "block_size": 4, "num_layers": 2, "num_anchors": 8}
-    case = Case.open(options, toy_target, tmp_path)
+    case = Case.open(options, tmp_path / "target", tmp_path)
     step = case.job.strategy.train_step(case.job.run.strategy)
     assert isinstance(step, DFlashStep)
     tokens = len(case.samples[0]["hidden_states"])
@@ -48,10 +49,15 @@ def test_what_float8_keeps_is_counted(toy_target: Path, tmp_path: Path) -> None:
         return dict(step.step_bytes(case.draft, tokens, 1, 4, recompute=False))
 
     before = planned()
-    to_float8(case.draft, CPU)
+    check_float8(case)
     after = planned()
     # each layer keeps what it does without, and makes float8 of it again
     assert saved_float8(case, case.samples[:1]) == 0
     assert after["what the layers keep"] == before["what the layers keep"]
     assert sum(after.values()) > sum(before.values())
-    assert after["the head in float8"] == 0  # the toy's has no multiple of 16
+    frozen = case.draft.frozen
+    assert isinstance(frozen, Frozen)
+    head = frozen.float8_head(case.draft.model)
+    assert head is not None
+    kept = head.rows.values.nbytes + head.columns.values.nbytes
+    assert after["the head in float8"] == kept == 2 * 272 * 32

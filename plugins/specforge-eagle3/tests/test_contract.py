@@ -6,7 +6,7 @@ from specforge_core.testing.contract import StrategyContract
 
 
 class TestContract(StrategyContract):
-    strategy = {"name": "eagle3", "layers": [0, 2, 4], "draft_vocab_size": 90}  # noqa: RUF012
+    strategy = {"name": "eagle3", "layers": [0, 2, 4], "draft_vocab_size": 96}  # noqa: RUF012
     other_shape = {"num_heads": 2, "head_dim": 16}  # noqa: RUF012
 
 

@@ -9,7 +9,7 @@ class TestContract(StrategyContract):
     strategy = {  # noqa: RUF012
         "name": "peagle",
         "layers": [0, 2, 4],
-        "draft_vocab_size": 90,
+        "draft_vocab_size": 96,
         "num_layers": 2,
         "depths": 4,
         "keep_ratio": 1,  # so that acceptance is simulated at every place
