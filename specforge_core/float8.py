@@ -246,7 +246,7 @@ def in_float8(module: nn.Module) -> bool:
 
 def fits(weight: Tensor) -> bool:
     """Say whether the kernels take the sizes of a weight."""
-    return not any(size % STEP for size in weight.shape)
+    return all(size % STEP == 0 for size in weight.shape)
 
 
 def to_float8(draft: Draft, device: torch.device) -> None:
@@ -263,8 +263,8 @@ def to_float8(draft: Draft, device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}. {back}"
         )
     names = {module: name for name, module in draft.model.named_modules()}
-    modules = {module: None for unit in draft.hidden_units for module in unit.modules()}
-    layers = [module for module in modules if type(module) is nn.Linear]
+    modules = (module for unit in draft.hidden_units for module in unit.modules())
+    layers = [module for module in dict.fromkeys(modules) if type(module) is nn.Linear]
     if not layers:
         raise ConfigError(
             "train.precision=fp8 is for the nn.Linear layers in what the draft calls its hidden "
