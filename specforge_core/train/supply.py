@@ -34,7 +34,7 @@ class Supply:
         they may launch before they hear of it, do not count.
         """
         found = self._stand_in() if self.short else self._next()
-        if found is not None and self._meet is not None:
+        if self._meet is not None:
             self._meet()
         return found
 
