@@ -74,11 +74,11 @@ def _quantise(parts: Sequence[Tensor], rows: bool, columns: bool) -> tuple[Tenso
 
 
 def _product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
+    if not (a.numel() and b.numel()):  # a sum over nothing; nor has anything set its scales
+        return a.new_zeros(len(a), len(b), dtype=torch.bfloat16)
     if not a.is_cuda:
         wide = a.float() @ b.float().t()
         return (wide * a_scales * b_scales.t()).to(torch.bfloat16)
-    if not (a.numel() and b.numel()):
-        return a.new_zeros(len(a), len(b), dtype=torch.bfloat16)
     return torch._scaled_mm(
         *(a, b.t()),
         scale_a=a_scales,

@@ -139,7 +139,18 @@ def test_lines_of_zeros_stay_and_what_is_not_finite_shows(device: str) -> None:
     assert bool((out[0] == 0).all())
     assert not bool(out[1:3].isfinite().any())
     assert bool((out[3] == 32).all())
-    assert products(x[:0], weight)[0].shape == (0, 16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_rows_give_no_result_and_gradients_of_zero(device: str) -> None:
+    weight = torch.ones(16, 32, device=device, requires_grad=True)
+    (out,) = products(torch.ones(0, 32, device=device), weight)
+    assert out.shape == (0, 16)
+    (d_weight,) = torch.autograd.grad(out.sum(), weight)
+    assert torch.equal(d_weight, torch.zeros_like(weight))
+    values, scales = by_columns(torch.ones(0, 32, device=device))
+    nothing = Lines(values, torch.full_like(scales, torch.nan))  # its scales may be anything
+    assert not multiply(nothing, nothing).any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
