@@ -12,6 +12,7 @@ from ..float8 import FLOAT8, to_float8
 from ..types import Sample
 from .case import CPU, Case
 
+LOSS = 0.05  # relative: products of a step are off by 2 to 4 % each, at random, and a loss sums rows
 NEAR = 0.99  # cosine of both gradients: a number in float8 is off by up to 6 %, at random
 
 
@@ -27,7 +28,7 @@ def check_float8(case: Case) -> None:
         assert "Try: train.precision=null" in refusal
         return
     rounded, found = _step(case)
-    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(rounded, exact, rtol=LOSS, atol=LOSS)
     assert not torch.equal(found, wanted), "no product is in float8"
     cosine = torch.nn.functional.cosine_similarity(found, wanted, dim=0)
     assert cosine > NEAR, f"the gradients' cosine is {float(cosine):.4f}"
