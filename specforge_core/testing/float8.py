@@ -12,7 +12,7 @@ from ..float8 import FLOAT8, to_float8
 from ..types import Sample
 from .case import CPU, Case
 
-LOSS = 0.05  # relative: products of a step are off by 2 to 4 % each, at random, and a loss sums rows
+LOSS = 0.05  # relative: a product is off by 2 to 4 % at random, and a loss sums rows
 NEAR = 0.99  # cosine of both gradients: a number in float8 is off by up to 6 %, at random
 
 
