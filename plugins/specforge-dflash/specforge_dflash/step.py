@@ -5,6 +5,7 @@ Shapes: b rows, A blocks of each, D slots of a block that draft, M = b*A blocks 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic
@@ -196,6 +197,13 @@ def slot_weights(config: DFlashConfig, losses: Tensor, valid: Tensor) -> tuple[T
         "dpace_continuation": suffix / prefix.clamp(min=1e-30),
     }[config.weighting]
     return mask * weights, mask.sum()
+
+
+def mean_divisor(config: DFlashConfig, slots: int) -> float:
+    """Return what a slot of a block whose `slots` are all valid adds to that divisor on average."""
+    if config.weighting != "decay":
+        return 1.0
+    return sum(math.exp(-k / config.gamma) for k in range(slots)) / slots
 
 
 def slot_metrics(losses: Tensor, hits: Tensor, valid: Tensor) -> dict[str, Ratio]:

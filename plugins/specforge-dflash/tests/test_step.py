@@ -11,6 +11,7 @@ from specforge_dflash import DFlashStep, train_slots
 from specforge_dflash.adapter import capture_spec
 from specforge_dflash.anchors import DFlashTransform
 from specforge_dflash.collate import DFlashCollate
+from specforge_dflash.step import mean_divisor, slot_weights
 from torch import Tensor
 
 from specforge_core.draws import draws_of
@@ -254,6 +255,14 @@ def test_a_batch_without_anchors_has_zero_loss_and_gradients(kit: Any, batches: 
     assert not any(gradient.any() for gradient in gradients(tiny, out).values())
     assert float(out.loss_sum.detach()) == float(out.weight) == 0.0
     assert out.metrics.keys() == run(kit, tiny, kit.samples()).metrics.keys()
+
+
+@pytest.mark.parametrize("weighting", [*WEIGHTINGS, "uniform"])
+def test_what_a_slot_of_a_whole_block_adds_to_the_divisor(kit: Any, weighting: str) -> None:
+    config = kit.tiny(weighting=weighting).config
+    losses = torch.arange(1.0, 13).view(3, 4)
+    total = slot_weights(config, losses, losses > 0)[1]
+    close(torch.tensor(12 * mean_divisor(config, 4)), total, terms=12)
 
 
 def test_a_draft_learns_one_batch_by_heart(kit: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from specforge_dflash.model import Frozen, parts
-from specforge_dflash.step import BlockStep, slot_weights, teachers
+from specforge_dflash.step import BlockStep, mean_divisor, slot_weights, teachers
 from specforge_dflash2.step import path_metrics
 from torch import Tensor
 
@@ -34,8 +34,7 @@ class LiLiCorrStep(BlockStep[LiLiCorrConfig]):
         terms = self._terms(ids, scores, gold.flatten(), batch, frozen)
         losses = losses.view(labels.shape) * valid
         weights, total = slot_weights(config, losses.detach(), valid)
-        # what an average slot of a whole block adds to the divisor
-        average = slot_weights(config, losses.detach(), torch.ones_like(valid))[1] / valid.numel()
+        average = mean_divisor(config, valid.shape[1])
         loss, count = (weights * losses).sum(), trained.sum().float()
         right = reached & (scores.argmax(-1).view(labels.shape) == gold)
         base = best.view(labels.shape) == labels
