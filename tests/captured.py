@@ -83,7 +83,8 @@ SOURCE = """
     def specforge_verify_capture(config, sample, fresh):
         if config.complain and fresh is not None:
             assert set(fresh.hidden_states) == set(config.layers)
-            return [Problem(where="tiny", message="complains of a fresh sample")]
+            text = "complains of a fresh sample. Try: strategy.complain=false"
+            return [Problem(where="tiny", message=text)]
 
     @hookimpl
     def specforge_draft(): ...

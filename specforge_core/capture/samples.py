@@ -127,5 +127,16 @@ def _check_alone(
 
 def refuse(problems: Iterable[Problem], what: str, advice: str) -> None:
     """Raise CaptureError that lists what is wrong with a sample, if anything is."""
-    if listing := "".join(f"\n  {problem}" for problem in problems):
+    if found := [str(problem) for problem in problems]:
+        listing, advice = told(found, advice)
         raise CaptureError(f"{what} cannot be trained on:{listing}\n{advice}")
+
+
+def told(problems: Iterable[str], otherwise: str) -> tuple[str, str]:
+    """Return problems, a line each, and what to type: what they say, once, or else `otherwise`.
+
+    Advice on a capture would lead nowhere where the capture is sound and an option is not.
+    """
+    parts = [problem.partition(" Try: ") for problem in problems]
+    advice = dict.fromkeys(f"Try: {own}" if own else otherwise for _, _, own in parts)
+    return "".join(f"\n  {text.removesuffix('.')}" for text, _, _ in parts), "\n".join(advice)

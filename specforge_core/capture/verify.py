@@ -22,6 +22,7 @@ from .job import Job
 from .layout import check_sample
 from .manifest import AGAIN, FORMAT_VERSION, MANIFEST, CaptureManifest
 from .recapture import Fresh, compare
+from .samples import told
 from .store import ShardReader, read_token_counts
 
 MAX_PROBLEMS = 20  # what is shown; more of them say nothing new
@@ -82,11 +83,11 @@ def verify_directory(
         problems = _each(reader, ask)
     problems = chain(_counts(directory, manifest), problems)
     if shown := list(islice(problems, MAX_PROBLEMS)):
-        listing = "\n  ".join(shown)
+        listing, advice = told(shown, AGAIN)
         more = f"\n  (and perhaps more than these {MAX_PROBLEMS})"
         raise CaptureError(
-            f"the capture in {directory} must not be trained on:\n  {listing}"
-            f"{more if len(shown) == MAX_PROBLEMS else ''}\n{AGAIN}"
+            f"the capture in {directory} must not be trained on:{listing}"
+            f"{more if len(shown) == MAX_PROBLEMS else ''}\n{advice}"
         )
     return VerifyReport(directory, len(reader), len(fresh), manifest.complete, _unchecked(manifest))
 

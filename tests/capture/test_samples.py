@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specforge_core.capture.samples import capture_in_order, check_first
+from specforge_core.capture.samples import capture_in_order, check_first, refuse, told
 from specforge_core.config import StrategyConfig, TargetConfig
 from specforge_core.errors import CaptureError, PluginError
 from specforge_core.target.engine import TransformersEngine
@@ -16,6 +16,7 @@ from specforge_core.types import (
     Field,
     Generated,
     GenerateOptions,
+    Problem,
     Prompt,
     Sample,
     TargetCapture,
@@ -34,6 +35,13 @@ class Keep:
 
     def __call__(self, capture: TargetCapture) -> Sample | None:
         return {"input_ids": capture.input_ids} if capture.index % 5 else None
+
+
+def test_advice_of_a_problem_goes_before_that_on_its_sample() -> None:
+    with pytest.raises(CaptureError) as error:
+        refuse([Problem(where="x", message="is 1. Try: y=2")], "the first", "Try: specforge verify")
+    assert str(error.value) == "the first cannot be trained on:\n  x: is 1\nTry: y=2"
+    assert told(["a. Try: y=2", "b. Try: y=2", "c"], "z") == ("\n  a\n  b\n  c", "Try: y=2\nz")
 
 
 def prompts(count: int) -> list[Prompt]:

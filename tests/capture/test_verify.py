@@ -278,7 +278,11 @@ def test_fewer_prompts_than_were_captured_are_said(config: Path, directory: Path
 
 def test_the_strategys_own_checks_see_fresh_captures(config: Path, directory: Path):
     text = refused(config, directory, "strategy.complain=true", recapture=2)
-    assert text.count("tiny: complains of a fresh sample") == 2
+    assert text.count("tiny: complains of a fresh sample\n") == 2
+    # said once, and no advice on the capture, in which nothing is wrong
+    assert text.endswith("\nTry: strategy.complain=false")
+    assert text.count("Try: ") == 1
+    assert "specforge capture" not in text
 
 
 def test_a_hopeless_capture_is_reported_in_a_few_lines(directory: Path):

@@ -56,7 +56,8 @@ def specforge_verify_capture(
     """Report a mask token named in the config that occurs in the text, and choices of no token."""
     problems, token = check_choices(sample, target.vocab_size), config.mask_token_id
     if token is not None and bool((sample["input_ids"] == token).any()):
-        problems.append(Problem(where="input_ids", message=mask_token_occurs(token, "the sample")))
+        text = mask_token_occurs(token, token, "the sample")
+        problems.append(Problem(where="input_ids", message=text))
     return problems
 
 

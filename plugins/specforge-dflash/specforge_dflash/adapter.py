@@ -57,6 +57,7 @@ class DFlashAdapter:
 
     spec: CaptureSpec
     mask_token_id: int
+    given: int | None  # that id, where it was not chosen
 
     @classmethod
     def build(cls, config: DFlashConfig, target: TargetInfo) -> DFlashAdapter:
@@ -67,13 +68,14 @@ class DFlashAdapter:
             spec = with_choices(spec)
         if config.reads_final:
             spec = with_final(spec, target.hidden_size)
-        return cls(spec, mask)
+        return cls(spec, mask, config.mask_token_id)
 
     def __call__(self, capture: TargetCapture, /) -> Sample | None:
         if not len(start_places(capture.loss_mask)):
             return None
         if bool((capture.input_ids == self.mask_token_id).any()):
-            raise DataError(mask_token_occurs(self.mask_token_id, f"sample {capture.index}"))
+            where = f"sample {capture.index}"
+            raise DataError(mask_token_occurs(self.mask_token_id, self.given, where))
         states = [capture.hidden_states[layer] for layer in self.spec.layers]
         sample = {
             "input_ids": capture.input_ids.long(),

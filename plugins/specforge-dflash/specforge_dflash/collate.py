@@ -48,7 +48,8 @@ class DFlashCollate:
         for sample in samples:
             # the capture may have been made with another mask token
             if bool((sample["input_ids"] == self.mask_token_id).any()):
-                raise DataError(mask_token_occurs(self.mask_token_id, "the training data"))
+                given, where = self.config.mask_token_id, "the training data"
+                raise DataError(mask_token_occurs(self.mask_token_id, given, where))
         packed = self.config.batches == "packed"
         drawn = (ANCHORS, PREFIXES)
         tokens = [{n: x for n, x in sample.items() if n not in drawn} for sample in samples]

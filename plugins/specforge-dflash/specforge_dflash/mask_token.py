@@ -22,12 +22,14 @@ from specforge_core.target.tokenizer import load_tokenizer
 from specforge_core.types import TargetInfo
 
 REMEDY = "Try: strategy.mask_token_id=ID, a token that never occurs in your data"
+CHOOSE = "Try: strategy.mask_token_id=null, which chooses a token that is no text"
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id")
 
 
-def mask_token_occurs(token: int, where: str) -> str:
-    """Say that the mask token is not free to stand for unknown tokens."""
-    return f"{where} contains token {token}, which the draft reads as 'not drafted yet'. {REMEDY}"
+def mask_token_occurs(token: int, given: int | None, where: str) -> str:
+    """Say that the mask token, `given` or chosen, is not free to stand for unknown tokens."""
+    what = f"{where} contains token {token}, which the draft reads as 'not drafted yet'"
+    return f"{what}. {REMEDY if given is None else CHOOSE}"
 
 
 def mask_token(given: int | None, target: TargetInfo) -> int:

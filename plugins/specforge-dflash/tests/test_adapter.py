@@ -45,5 +45,5 @@ def test_samples_without_two_consecutive_supervised_tokens_are_skipped(
 
 
 def test_the_mask_token_in_the_data_is_an_error(adapter: DFlashAdapter) -> None:
-    with pytest.raises(DataError, match=r"sample 3 contains token 40.*strategy.mask_token_id="):
+    with pytest.raises(DataError, match=r"sample 3 contains token 40.*mask_token_id=null"):
         adapter(capture([0, 1, 1], token=40))

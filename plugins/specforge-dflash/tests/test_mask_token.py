@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from specforge_dflash.mask_token import choose, mask_token
+from specforge_dflash.mask_token import choose, mask_token, mask_token_occurs
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -115,3 +115,8 @@ def test_a_real_vocabulary_without_free_rows(kit: Any) -> None:
     found = mask_token(None, target)
     tok = AutoTokenizer.from_pretrained(SMOLLM)
     assert tok.convert_ids_to_tokens(found) == "<empty_output>"
+
+
+def test_what_to_type_where_it_occurs_depends_on_who_chose_it() -> None:
+    assert ". Try: strategy.mask_token_id=null" in mask_token_occurs(7, 7, "it")
+    assert ". Try: strategy.mask_token_id=ID" in mask_token_occurs(7, None, "it")

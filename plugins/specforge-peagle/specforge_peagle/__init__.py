@@ -51,7 +51,7 @@ def specforge_collate(config: PeagleConfig, draft: Draft) -> Collate:
     """Put the samples of a batch behind each other, and find what is trained."""
     model, frozen = parts(draft, PeagleModel)
     frozen.teacher_head(model.d2t)  # read here, so that no step waits for it
-    find = partial(find_elements, model.t2d.cpu(), config.mask_on, model.mask_token_id)
+    find = partial(find_elements, model.t2d.cpu(), config, model.mask_token_id)
     return PackedCollate(find, ALL_FIELDS, "P-EAGLE")
 
 

@@ -58,7 +58,7 @@ def draw_depths(config: PeagleConfig, labels: Tensor, generator: torch.Generator
     return {DEPTHS: depths, WHOLE: whole}
 
 
-def find_elements(t2d: Tensor, mask_on: str, mask_token_id: int, batch: Batch) -> Batch:
+def find_elements(t2d: Tensor, config: PeagleConfig, mask_token_id: int, batch: Batch) -> Batch:
     """Find the elements of a packed or padded batch [B, S], and which of them are trained.
 
     `t2d` [vocabulary] bool, on the CPU, is the draft vocabulary.
@@ -75,10 +75,11 @@ def find_elements(t2d: Tensor, mask_on: str, mask_token_id: int, batch: Batch) -
     States may be on another device than all else, which is on the CPU.
     Raises DataError when the mask token occurs.
     """
-    tokens = Tokens(batch, ALL_FIELDS, mask_on)
+    tokens = Tokens(batch, ALL_FIELDS, config.mask_on)
     flat = tokens.flat
     if bool((flat["input_ids"] == mask_token_id).any()):
-        raise DataError(mask_token_occurs(mask_token_id, "the training data"))
+        given, where = config.mask_token_id, "the training data"
+        raise DataError(mask_token_occurs(mask_token_id, given, where))
     kept = torch.arange(int(flat[DEPTHS].max()) + 1)[:, None] <= flat[DEPTHS]  # [depths, N]
     depth, anchors = kept.nonzero(as_tuple=True)
     # a document's side by side: attention then looks into fewer tiles

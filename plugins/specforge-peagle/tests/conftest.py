@@ -123,7 +123,7 @@ def make_samples(
 def make_batch(tiny: Tiny, samples: list[dict[str, Tensor]], arrange: Any = pack) -> Batch:
     """Return what the strategy's collate makes of samples, packed or padded before."""
     batch = arrange(samples, ALL_FIELDS)
-    return find_elements(tiny.model.t2d.cpu(), tiny.config.mask_on, MASK, batch)
+    return find_elements(tiny.model.t2d.cpu(), tiny.config, MASK, batch)
 
 
 def make_capture(sample: dict[str, Tensor], start: int, end: int) -> TargetCapture:
