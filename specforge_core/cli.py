@@ -251,7 +251,7 @@ def evaluate(config: Path, draft: Path, as_json: bool, overrides: tuple[str, ...
     from .evaluate.report import render
     from .evaluate.run import PLOT, REPORT, evaluate as run_evaluate
 
-    report = run_evaluate(run, strategy, restore(run, strategy, draft).draft)
+    report = run_evaluate(run, strategy, restore(run, strategy, draft).draft, draft)
     if as_json:
         click.echo(report.to_json(), nl=False)
         return

@@ -144,6 +144,8 @@ def test_a_run_evaluates_and_exports_from_the_command_line(config: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     assert "accepted by position" in done.stdout
     assert "2 of 2 greedy answers equal the target's own" in done.stdout
+    report = json.loads((tmp_path / "run/eval/report.json").read_text())
+    assert report["draft"] == str(tmp_path / "run")
     out = tmp_path / "export"
     arguments = ("export", "--checkpoint", str(tmp_path / "run"), "-o", str(out))
     assert run(*arguments).returncode == 0

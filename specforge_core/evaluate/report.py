@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from rich.console import Group
 from rich.table import Table
@@ -59,6 +59,7 @@ class Setup:
     max_new_tokens: int
     max_draft_tokens: int
     at_once: int  # answers decoded side by side, which share the CPU; both speeds are one answer's
+    draft: str | None = field(default=None, kw_only=True)  # where `specforge eval` read it
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -45,11 +46,14 @@ REPORT = "eval/report.json"
 PLOT = "eval/acceptance.png"
 
 
-def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
+def evaluate(
+    run: RunConfig, strategy: Strategy, draft: Draft, path: Path | None = None
+) -> EvalReport:
     """Decode every prompt of `run.eval.prompts` with a draft, and write the report.
 
-    Writes report.json and acceptance.png under `run.output_dir`/eval.  The draft
-    is moved to the target's device and `run.eval.dtype`, in place.  Raises
+    Writes report.json and acceptance.png under `run.output_dir`/eval; those of an earlier
+    evaluation are kept under a number, and that is said.  `path` is where the draft was read.
+    It is moved to the target's device and `run.eval.dtype`, in place.  Raises
     ConfigError and DataError before the target is loaded.
     """
     info = load_target_info(run.target)
@@ -57,10 +61,28 @@ def evaluate(run: RunConfig, strategy: Strategy, draft: Draft) -> EvalReport:
     make_directory(run.output_dir / Path(REPORT).parent)
     with open_target(run, strategy) as (engine, spec, limits):
         report = measure(run, strategy, draft, sets, engine, spec, limits)
+    report = replace(report, draft=None if path is None else str(path))
     with refusing(RunError, "Make room there, then run the same command again"):
+        keep_earlier(run.output_dir / REPORT, run.output_dir / PLOT)
         write_file(run.output_dir / REPORT, report.to_json().encode())
     plot_acceptance(report, run.output_dir / PLOT)
     return report
+
+
+def keep_earlier(*paths: Path) -> None:
+    """Copy files of an earlier evaluation, such as report.json, to report-1.json or the next."""
+    number = 1
+    while any(_numbered(path, number).exists() for path in paths):
+        number += 1
+    for path in paths:
+        if path.exists():
+            kept = _numbered(path, number)
+            write_file(kept, path.read_bytes())
+            console.print(f"note: {path} was there, and is {kept} now")
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def measure(

@@ -12,7 +12,13 @@ import pytest
 from specforge_core.config import RunConfig
 from specforge_core.errors import ConfigError, DataError, SpecForgeError
 from specforge_core.evaluate.report import EvalReport
-from specforge_core.evaluate.run import evaluate, first_turn, load_prompt_sets, open_target
+from specforge_core.evaluate.run import (
+    evaluate,
+    first_turn,
+    keep_earlier,
+    load_prompt_sets,
+    open_target,
+)
 from specforge_core.load import validate
 from specforge_core.strategy import Strategy
 from specforge_core.target.info import load_target_info
@@ -93,6 +99,22 @@ def run(raw: dict[str, Any], **options: Any) -> EvalReport:
 
 def load(raw: dict[str, Any], **options: Any) -> tuple[RunConfig, Strategy]:
     return validate({**raw, "eval": {**raw["eval"], **options}}, "test")
+
+
+def test_reports_of_earlier_evaluations_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, plot = tmp_path / "report.json", tmp_path / "acceptance.png"
+    for number in range(3):
+        keep_earlier(report, plot)
+        report.write_text(str(number))
+    plot.touch()
+    keep_earlier(report, plot)
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert kept.pop("acceptance.png") == kept.pop("acceptance-3.png") == ""
+    assert kept == {"report.json": "2"} | {f"report-{n}.json": str(n - 1) for n in (1, 2, 3)}
+    said = capsys.readouterr().err.replace("\n", "")
+    assert said.count("was there, and is") == 4
 
 
 @pytest.mark.slow
