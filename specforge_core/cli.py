@@ -281,7 +281,8 @@ def export(
     KEY=VALUE arguments say what is otherwise than in training: target.path, where it lies now.
     """
     asked = None if config is None else load_run(config, overrides)
-    from .drafts.load import after_export, export_checkpoint
+    from .drafts.load import export_checkpoint
+    from .drafts.served import after_export
 
     written = export_checkpoint(
         checkpoint, format_, output, force=force, asked=asked, overrides=overrides

@@ -248,6 +248,10 @@ def wrong_export(export: Export) -> Wrong | None:
                 lambda v: _by_name(v, lambda options: _by_name(options, lambda _: True)),
                 "options by engine, each by name",
             ),
+            "environment": (
+                lambda v: _by_name(v, lambda names: _by_name(names, _text)),
+                "variables by engine, each a text",
+            ),
             "causes": (lambda v: _by_name(v, _text), "a text by key"),
             "base": (lambda v: v is None or _text(v), "a model's name or None"),
         },

@@ -63,6 +63,7 @@ FIELDS = [
     ("export", "export(files=['a.txt'])", "files ['a.txt'], expected bytes by name"),
     ("export", "export(serve='engine')", "serve 'engine', expected options by engine"),
     ("export", "export(serve={'engine': ['x']})", "expected options by engine, each by name"),
+    ("export", "export(environment={'e': {'A': 1}})", "variables by engine, each a text"),
     ("export", "export(causes=['a'])", "causes ['a'], expected a text by key"),
     ("export", "export(causes={'a': 3})", "causes {'a': 3}, expected a text by key"),
     ("export", "export(base=3)", "base 3, expected a model's name or None"),
@@ -87,6 +88,7 @@ FITS = [
     ("draft", "draft_of(shard=(LINEAR,), hidden=(), resolved={'a': (1, None)})"),
     ("draft", "draft_of(frozen=nn.Linear(1, 1), saved=lambda name: name != 'buffer')"),
     ("export", "export(config={'a': [1]}, files={'a': b''}, serve={'e': {'f': 1}}, base='m')"),
+    ("export", "export(environment={'e': {'A': '1'}})"),
     ("optimizers", "[torch.optim.SGD([p]) for p in draft.model.parameters()]"),
 ]
 LOOKS: dict[str, Any] = {

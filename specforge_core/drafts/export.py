@@ -47,11 +47,10 @@ def write_export(
 
     `provenance` says where the draft comes from: strategy, target, revision,
     layers, fingerprints; the versions of the packages are added, and what serving
-    engines and the doctor have to know: `serve`, `causes`, `base`, the names of the other
-    `files`, config.json as it is `written`, and the `checksums` of weights, those files and
-    itself.  An existing
-    directory is replaced only with `force`, and only when all of its files are an
-    export's.  Raises CheckpointError when the directory is taken or cannot be
+    engines and the doctor have to know: `serve`, `environment`, `causes`, `base`, the names of
+    the other `files`, config.json as it is `written`, and the `checksums` of weights, those
+    files and itself.  An existing directory is replaced only with `force`, and only when all of
+    its files are an export's.  Raises CheckpointError when the directory is taken or cannot be
     written, PluginError when what the strategy returned cannot be saved.
     """
     advice = "Make room there, or choose another place with -o"
@@ -62,6 +61,7 @@ def write_export(
     weights = _plain(export.weights)
     told: dict[str, Any] = {
         "serve": {engine: stored_options(flags, export) for engine, flags in export.serve.items()},
+        "environment": {engine: dict(names) for engine, names in export.environment.items()},
         "causes": dict(export.causes),
         "base": export.base,
         "files": sorted(export.files),

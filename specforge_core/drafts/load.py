@@ -19,7 +19,7 @@ from ..target.info import load_target_info
 from ..target.tokenizer import load_tokenizer, template_options
 from ..types import DataInfo, Draft, TargetInfo
 from .checkpoint import TrainState, check_strategy, checkpoints, find, load_model, read_state
-from .export import read_export, read_provenance, read_serve, write_export
+from .export import read_export, read_provenance, write_export
 from .identity import Made, check_same, check_start, resolved, target_identity
 from .verify import check_config
 
@@ -136,6 +136,7 @@ def export_checkpoint(
     provenance: dict[str, Any] = {
         "strategy": state.strategy,
         "format": format,
+        "target": run.target.path,
         "versions": state.versions,
         "step": state.step,
         "tokens": state.num_tokens,
@@ -145,19 +146,6 @@ def export_checkpoint(
     }
     write_export(export, output, provenance=provenance, force=force)
     return output
-
-
-def after_export(place: Path, format: str) -> str:
-    """Return what a user is told of an export: how an engine serves it, and what comes next."""
-    serve = read_provenance(place).get("serve") or {}
-    named = [format] if format in serve else sorted(serve)
-    lines = [
-        f"{engine} serves it with {' '.join(f'{k}={v}' for k, v in options.items())}"
-        for engine in named
-        if (options := read_serve(place, engine))
-    ]
-    try_ = f"Try: specforge eval -c RUN.yaml --draft {place}"
-    return "\n".join([f"wrote {place}", *lines, try_])
 
 
 def _with_ends(run: RunConfig, target: TargetInfo) -> TargetInfo:

@@ -30,6 +30,8 @@ class Export:
     # engine -> the options that it needs to serve this draft, besides where it is; a value
     # may be an ExportFile
     serve: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # engine -> the environment variables that it needs to draft as was measured
+    environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     # key of config.json -> what drafting with another value would do, for who finds one
     causes: Mapping[str, str] = field(default_factory=dict)
     base: str | None = None  # the model whose weights a serving engine needs besides these

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from specforge_core.drafts.export import INDEX, check_place, read_serve, write_export
-from specforge_core.drafts.load import after_export
 from specforge_core.drafts.verify import verify_draft
 from specforge_core.errors import CheckpointError, PluginError
 from specforge_core.types import Export, ExportFile
@@ -89,17 +88,6 @@ def test_files_stay_in_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(PluginError, match="a plain name"):
         write_export(replace(EXPORT, files={name: b""}), tmp_path / "out", {})
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("format", ["engine", "hf"])
-def test_what_is_told_of_an_export(tmp_path: Path, format: str) -> None:
-    out = tmp_path / "out"
-    flags = {"template": ExportFile(name="chat_template.jinja"), "steps": 2}
-    write_export(replace(EXPORT, serve={"engine": flags, "none": {}}), out, {})
-    assert after_export(out, format) == (
-        f"wrote {out}\nengine serves it with template={out}/chat_template.jinja steps=2\n"
-        f"Try: specforge eval -c RUN.yaml --draft {out}"
-    )
 
 
 def serve(told: dict[str, object]) -> None:
