@@ -93,6 +93,7 @@ def export_around(
     serve: Mapping[str, Mapping[str, Any]],
     refused: Mapping[str, str | None],
     causes: Mapping[str, str],
+    environment: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Export | None:
     """Return the files' contents: DFlash's, and what the method adds.
 
@@ -115,6 +116,7 @@ def export_around(
         config={**out, "architectures": [architecture], "dflash_config": nested},
         weights=written(weights, config.export_dtype),
         serve={engine: how for engine, how in serve.items() if not why.get(engine)},
+        environment=environment or {},
         causes={**CAUSES, **causes},
     )
 

@@ -46,6 +46,7 @@ def specforge_export(
         serve=serving_options(config),
         refused={"sglang": not_walked(config, "selector_top_k")},
         causes=CAUSES,
+        environment={"vllm": {"VLLM_USE_V2_MODEL_RUNNER": "1"}},  # the first has no selector
     )
 
 

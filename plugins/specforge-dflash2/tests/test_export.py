@@ -49,6 +49,7 @@ def test_the_layout_is_dflashs_with_convolutions_and_selector(kit: Any, format: 
     named = {"architectures": ["DFlash2DraftModel"], "dflash_config": nested}
     assert made.config == {**want.config, **named}
     assert made.serve == want.serve
+    assert made.environment == {"vllm": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}
     more = {
         "candidate_selector.predecessor_codebook": (41, 5),
         "candidate_selector.successor_codebook": (41, 5),

@@ -43,11 +43,12 @@ def specforge_export(
     """Write the published layout: formats hf, sglang, vllm."""
     tokens = config.num_draft_tokens
     sglang: dict[str, Any] = {"speculative_algorithm": "DSPARK"}
-    files = {}
+    files, environment = {}, {}
     if config.calibration is not None:
         fitted = calibrate(*read(config.calibration, tokens))
         files[STS] = json.dumps(asdict(fitted), indent=2).encode()
         sglang["speculative_dspark_confidence_sts_path"] = ExportFile(name=STS)
+        environment = {"sglang": {"SGLANG_RAGGED_VERIFY_MODE": "compact"}}  # else it reads none
     made = export_around(
         config,
         draft,
@@ -63,6 +64,7 @@ def specforge_export(
         serve={"sglang": sglang, "vllm": {"method": "dspark", "num_speculative_tokens": tokens}},
         refused={"vllm": _not_in_vllm(config)},
         causes=dict.fromkeys(("markov_head_type", "markov_rank"), "Markov head"),
+        environment=environment,
     )
     if made is None:
         return None

@@ -124,6 +124,7 @@ def test_what_engines_are_started_with(kit: Any, tmp_path: Path) -> None:
         "vllm": {"method": "dspark", "num_speculative_tokens": 4},
     }
     assert not made.files
+    assert not made.environment
     assert specforge_export(tiny.config, tiny.draft, tiny.target, "other") is None
     record = tmp_path / "record.jsonl"
     rows = [{"logits": [2.0, 1.0, 0.5, 0.1], "accepted": n} for n in (0, 2, 4)]
@@ -134,6 +135,7 @@ def test_what_engines_are_started_with(kit: Any, tmp_path: Path) -> None:
     assert told["num_samples"] == 3
     path = calibrated.serve["sglang"]["speculative_dspark_confidence_sts_path"]
     assert path == ExportFile(name="sts.json")
+    assert calibrated.environment == {"sglang": {"SGLANG_RAGGED_VERIFY_MODE": "compact"}}
 
 
 def said(**changes: Any) -> Callable[[Export], Export]:

@@ -53,6 +53,7 @@ def specforge_export(
             "vllm": "vLLM has no class for LiLiCorr drafts. Try: --format sglang",
         },
         causes=CAUSES,
+        environment={"sglang": {"SGLANG_ENABLE_LILICORR_SAMPLING": "1"}},
     )
 
 

@@ -98,6 +98,7 @@ def test_engines_get_what_they_serve(kit: Any) -> None:
     tiny = kit.tiny(candidate_top_k=4)
     made = export(tiny, "sglang")
     assert made.serve == {"sglang": {"speculative_algorithm": "DFLASH"}}
+    assert made.environment == {"sglang": {"SGLANG_ENABLE_LILICORR_SAMPLING": "1"}}
     assert made.config == export(tiny).config
     args = {"config": tiny.config, "draft": tiny.draft, "target": tiny.target}
     assert specforge_export(**args, format="gguf") is None

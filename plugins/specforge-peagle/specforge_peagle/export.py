@@ -44,6 +44,8 @@ def specforge_export(
         made,
         config={**made.config, **dict.fromkeys(MASKS, given[0].mask_token_id)},
         weights={**made.weights, "mask_hidden": made.weights["mask_hidden"].view(1, 1, -1)},
+        # vLLM's second model runner refuses parallel drafting with EAGLE's method
+        environment={"vllm": {"VLLM_USE_V2_MODEL_RUNNER": "0"}},
         causes={**CAUSES, **dict.fromkeys((*MASKS, "mask_hidden"), "mask token")},
     )
 

@@ -49,6 +49,7 @@ def test_vllm_finds_the_class_the_mask_and_every_tensor(kit: Any) -> None:
     assert made.serve == {
         "vllm": {"method": "eagle3", "parallel_drafting": True, "num_speculative_tokens": 4}
     }
+    assert made.environment == {"vllm": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
     assert export(kit.tiny(draft_length=3)).serve["vllm"]["num_speculative_tokens"] == 3
 
 
