@@ -14,7 +14,7 @@ from specforge_core.drafts.export import CONFIG, read_export, read_provenance
 from specforge_core.drafts.identity import Made
 from specforge_core.drafts.load import restore
 from specforge_core.errors import ConfigError, PluginError, RunError
-from specforge_core.evaluate.run import make_directory
+from specforge_core.evaluate.run import keep_earlier, make_directory
 from specforge_core.files import refusing, write_file
 from specforge_core.load import validate
 from specforge_core.records import in_message
@@ -65,7 +65,8 @@ def diagnose(
     """Compare what the trainer, the reference loop and the engine accept; write the report.
 
     `draft` is a run or a checkpoint, `export` a directory made of it, in `format` if its
-    provenance.json does not say.  Writes report.json under `run.output_dir`/doctor.
+    provenance.json does not say.  Writes report.json under `run.output_dir`/doctor, and keeps
+    one that is there under a number.
     Raises ConfigError and CheckpointError for what cannot be compared at all.
     """
     make_directory(run.output_dir / Path(REPORT).parent)
@@ -92,6 +93,7 @@ def diagnose(
     )
     report = judge(setup, evidence)
     with refusing(RunError, "Make room there, then run the same command again"):
+        keep_earlier(run.output_dir / REPORT)
         write_file(run.output_dir / REPORT, report.to_json().encode())
     return report
 
