@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 from specforge_openai.options import Addresses, read_options as read
@@ -39,7 +39,7 @@ class SGLangOptions(Addresses):
     server_args: dict[str, Flag] = Field(
         default_factory=dict, description="More flags of the server: mem_fraction_static: 0.5, ..."
     )
-    env: dict[str, str] = Field(
+    env: dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]] = Field(
         default_factory=dict, description="More environment variables of the server."
     )
     handoff: Literal["auto", "files", "http"] = Field(

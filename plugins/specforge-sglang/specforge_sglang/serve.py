@@ -13,6 +13,7 @@ token, and cuts the last verification.  This package counts what verifications y
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +24,11 @@ from typing import Any
 from specforge_openai.http_json import Refused, ServerDown
 
 from specforge_core.config import TargetConfig
-from specforge_core.drafts.export import read_serve
+from specforge_core.drafts.export import read_provenance, read_serve
 from specforge_core.errors import CaptureError, CheckpointError, RunError
+from specforge_core.progress import console
 from specforge_core.target.info import load_target_info
+from specforge_core.text import cut, harmless
 from specforge_core.types import DraftServer, NotServed, ServedAnswer
 
 from .child import PLAIN, ChildServer, server_flags, uses_cpu
@@ -72,6 +75,7 @@ def serve(target: TargetConfig, export: Path, draft_tokens: int) -> DraftServer 
             "target.device=auto"
         )
     drafting["speculative_draft_model_path"] = str(export.resolve())
+    tell_unset(export, {**os.environ, **options.env})
     try:
         return SGLangServer(target, options, drafting)
     except CaptureError as exc:
@@ -108,6 +112,22 @@ def drafting_flags(export: Path, draft_tokens: int) -> dict[str, Flag] | NotServ
     if STEPS in flags and flags.get(TOKENS) == int(flags[STEPS]) + 1:
         flags |= {STEPS: draft_tokens, TOKENS: draft_tokens + 1}
     return flags
+
+
+def tell_unset(export: Path, env: Mapping[str, str]) -> None:
+    """Say which variables an export asks for that are not so in `env`.
+
+    They are not taken from it: an export may be anybody's, and some variables make SGLang run code.
+    """
+    asked = read_provenance(export).get("environment")
+    wanted = asked.get("sglang") if isinstance(asked, dict) else None
+    for name, value in wanted.items() if isinstance(wanted, dict) else ():
+        if env.get(name) != value:
+            given = harmless(cut(f"{name}={value}"))
+            console.print(
+                f"note: SGLang runs without {given}, which {export} asks for and nobody sets. "
+                f"Try: target.options.env.{given}"
+            )
 
 
 class SGLangServer:
