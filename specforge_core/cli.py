@@ -137,6 +137,7 @@ def regenerate(config: Path, output: Path, overrides: tuple[str, ...]) -> None:
 
     report = run_regenerate(run, strategy, output)
     click.echo(str(report))
+    report.check(run)
 
 
 @cli.command()

@@ -39,6 +39,7 @@ from .sources import (
 )
 from .split import Side
 from .tokenrows import FIELDS, FINISH, ORIGIN, RETOKENIZED, ROWS, Fingerprint
+from .usable import nothing_answered
 
 IN_PROCESS = "transformers"  # the engine that has the weights here
 
@@ -57,14 +58,16 @@ class RegenerateReport:
     num_retokenized: int  # conversations whose answers came as text
     seconds: float
 
-    @property
-    def num_skipped(self) -> int:
-        return sum(self.skipped.values())
+    def check(self, run: RunConfig) -> None:
+        """Raise DataError where no call has answered any prompt: there is nothing to go on with."""
+        if not self.output.exists():
+            raise nothing_answered(self.output, self.dropped, run)
 
     def __str__(self) -> str:
         dropped = "".join(f", {count} dropped ({why})" for why, count in self.dropped.items())
         before = f", {self.num_before} were there before" if self.num_before else ""
-        lines = f", {counted(self.num_skipped, 'bad line')} skipped ({told(self.skipped)})"
+        bad = counted(sum(self.skipped.values()), "bad line")
+        lines = f", {bad} skipped ({told(self.skipped)})"
         skipped = lines if self.skipped else ""
         if self.num_retokenized:
             skipped += f", {self.num_retokenized} tokenized anew (the server gives no token ids)"

@@ -24,7 +24,7 @@ from .rows import offering
 from .sources import BadRow, Conversation, Message
 from .tokenrows import add_turn
 from .tools import Tool
-from .usable import TOO_LONG as TOO_LONG, bound_of, check_ids
+from .usable import TOO_LONG as TOO_LONG, UNFINISHED, bound_of, check_ids
 
 BATCHES = 16  # asked for together: a conversation is in the file once its own turns are answered
 RETOKENIZED = 4  # tokens that a text may have for each that was generated
@@ -148,7 +148,7 @@ class Rules:
             tokens = tokens[:-1]
         text = str(self.encoder.tokenizer.decode(list(tokens)))
         if not answer.finished and not self.run.regenerate.keep_unfinished:
-            chat.dropped = "unfinished"
+            chat.dropped = UNFINISHED
         elif not text.strip():
             chat.dropped = "empty"
         else:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
-from ..config import DataConfig
+from ..config import DataConfig, RunConfig
 from ..errors import DataError
 from .answers import Row
 from .sources import Skipped, told
 
 UNSUPERVISED, TOO_LONG = "without a supervised token", "too long"
+UNFINISHED = "unfinished"  # an answer of regenerate.max_new_tokens
 BEYOND = "without an answer in"  # and what bounds it
 
 
@@ -41,6 +43,21 @@ def nothing_supervised(used: int, skipped: Skipped, data: DataConfig, limit: int
         return DataError(f"{said}. The target takes {limit} tokens. Try: shorter conversations")
     cut = ", or data.too_long=truncate" if data.too_long == "skip" else ""
     return DataError(f"{said}. Try: data.max_length={2 * limit}{cut}, or other data")
+
+
+def nothing_answered(output: Path, reasons: Collection[str], run: RunConfig) -> DataError:
+    """Return the error for prompts of which none has an answer, with what may give them some."""
+    tries = {
+        TOO_LONG: f"data.max_length={2 * run.data.max_length}, or shorter prompts",
+        UNFINISHED: f"regenerate.max_new_tokens={2 * run.regenerate.max_new_tokens}, or "
+        "regenerate.keep_unfinished=true",
+    }
+    found = [text for reason, text in tries.items() if reason in reasons]
+    return DataError(
+        f"no prompt has an answer, so there is no {str(output)!r} to train on; "
+        f"{f'{output}.dropped'!r} says why for each"
+        + (f". Try: {', and '.join(found)}" if found else "")
+    )
 
 
 def bound_of(data: DataConfig, limit: int) -> str:

@@ -131,15 +131,19 @@ def test_kill_9(talker: Path, tmp_path: Path) -> None:
 def test_dropped_prompts_are_listed_with_the_reason(toy_target: Path, tmp_path: Path) -> None:
     prompts = write(tmp_path / "p.jsonl", ask("a", "Hi"), ask("b", "x" * 100), ask("c", "Hey"))
     output = tmp_path / "out.jsonl"
-    report = regenerate(
-        make_run(toy_target, prompts, data={"max_length": 90}, max_new_tokens=2), output
-    )
+    run = make_run(toy_target, prompts, data={"max_length": 90}, max_new_tokens=2)
+    report = regenerate(run, output)
     assert report.dropped == {"unfinished": 2, "too long": 1}
     assert "0 of 3 prompts answered, 1 dropped (too long), 2 dropped (unfinished)" in str(report)
     rows = map(json.loads, lines(tmp_path / "out.jsonl.dropped"))
     reasons = {row["id"]: row["reason"] for row in rows}
     assert reasons == {"a": "unfinished", "b": "too long", "c": "unfinished"}
     assert not output.exists()
+    tries = r"Try: data\.max_length=180, or .*, and regenerate\.max_new_tokens=4, or"
+    with pytest.raises(DataError, match=rf"out\.jsonl\.dropped' says why for each\. {tries}"):
+        report.check(run)
+    with pytest.raises(DataError, match=r"says why for each$"):
+        regenerate(run, output).check(run)
 
 
 def test_output_of_another_run_is_refused(talker: Path, tmp_path: Path) -> None:
@@ -189,7 +193,7 @@ def test_bad_prompts(talker: Path, tmp_path: Path) -> None:
     write(path, "{", tool, ask("a", "Hi"), ask("b", "Hey"), ask("c", "not reached"))
     data = {"on_error": "skip", "limit": 2}
     report = regenerate(make_run(talker, path, data=data, keep_unfinished=True), output)
-    assert (report.num_prompts, report.num_skipped) == (2, 2)
+    assert (report.num_prompts, sum(report.skipped.values())) == (2, 2)
     assert "2 bad lines skipped (1 not JSON, 1 not written by the chat template)" in str(report)
     assert [json.loads(line)["id"] for line in lines(output)] == ["a", "b"]
 
