@@ -10,6 +10,7 @@ Shapes: N rows, I and O the sizes of a linear layer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -290,5 +291,6 @@ def in_words(draft: Draft, step: object) -> str:
     left += [f"{name} (no multiples of {STEP})" for name in heads if name not in given]
     if draft.frozen is not None and known.isdisjoint(map(id, draft.frozen.parameters())):
         left.append("what is frozen")
+    left = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in left))  # of all layers
     said = " and ".join([counted(len(layers), "linear layer"), *given])
-    return f"in float8: {said}; not: {cut(', '.join(left) or 'nothing', 200)}"
+    return f"in float8: {said}; not: {cut(', '.join(left) or 'nothing', 400)}"

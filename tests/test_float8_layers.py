@@ -53,7 +53,11 @@ def test_linear_layers_of_hidden_units_are_changed_and_nothing_that_is_saved() -
 
 
 def test_heads_are_told_of() -> None:
-    model, frozen = Model(Unit()), nn.ModuleList([nn.Linear(32, 96), nn.Linear(32, 100)])
+    """And what is in many layers, once."""
+    model, frozen = (
+        Model(nn.Sequential(Unit(), Unit())),
+        nn.ModuleList([nn.Linear(32, 96), nn.Linear(32, 100)]),
+    )
 
     class Step:
         def float8_heads(self, draft: Draft) -> dict[str, Tensor]:
@@ -62,9 +66,9 @@ def test_heads_are_told_of() -> None:
     draft = Draft(model=model, frozen=frozen, shard=(model.unit,))
     to_float8(draft, CPU)
     in_float8, others = in_words(draft, Step()).split("; ")
-    assert in_float8 == "in float8: 2 linear layers and one"
-    assert others == "not: unit.gains, head.weight, other (no multiples of 16)"
-    assert in_words(draft, None).endswith("; not: unit.gains, head.weight, what is frozen")
+    assert in_float8 == "in float8: 4 linear layers and one"
+    assert others == "not: unit.*.gains, head.weight, other (no multiples of 16)"
+    assert in_words(draft, None).endswith("; not: unit.*.gains, head.weight, what is frozen")
 
 
 @pytest.mark.parametrize(
