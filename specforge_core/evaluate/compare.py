@@ -17,7 +17,9 @@ from ..files import prepare_folder, refusing, write_file
 from .curves import PHASE, VIEWS, Curves, is_phase
 from .plot import as_label
 
-STYLES = ("-", "--", ":", "-.")
+# dashes and gaps, in widths of the line: as many as one run has names with five sets of prompts
+LONG, DOT = (6, 2), (1, 2)
+DASHES = ((), (4, 2), DOT, LONG + DOT, LONG + DOT * 2, LONG * 2 + DOT, (10, 3), (2, 5))
 MANY = 30  # points; fewer are marked
 LEGEND = 12  # lines that a legend still helps with
 BEGINNING = 4  # bytes that tell a kind of picture
@@ -84,7 +86,7 @@ def figure_of(runs: Sequence[Path]) -> Figure:
                 axes.plot(
                     [step for step, _ in points],
                     [value for _, value in points],
-                    STYLES[style % len(STYLES)],
+                    dashes=DASHES[style % len(DASHES)],
                     color=f"C{number % 10}",
                     marker="o" if len(points) < MANY else "",
                     markersize=3,

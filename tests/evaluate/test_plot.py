@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from specforge_core.errors import CheckpointError
+from specforge_core.evaluate.compare import figure_of
 from specforge_core.evaluate.decode import Answer, DecodeStats
 from specforge_core.evaluate.plot import plot_acceptance, plot_loss
 from specforge_core.evaluate.report import PromptResult, Setup, summarize
@@ -61,3 +62,12 @@ def test_a_run_without_losses_is_an_error(tmp_path: Path) -> None:
         plot_loss(metrics(tmp_path), tmp_path / "loss.png")
     with pytest.raises(CheckpointError, match=r"cannot be read.*Try: specforge train"):
         plot_loss(tmp_path / "missing.jsonl", tmp_path / "loss.png")
+
+
+def test_no_two_lines_of_a_run_look_alike(tmp_path: Path) -> None:
+    sets = {f"acceptance/length/{name}": 1.5 for name in ("gsm", "humaneval", "mt_bench")}
+    row = {"acceptance_length": 1.2, "validation/acceptance_length": 1.1, "acceptance/length": 1.3}
+    metrics(tmp_path, {"step": 1, **row, **sets})
+    lines = figure_of([tmp_path]).axes[0].lines
+    assert len(lines) == 6
+    assert len({str(line._unscaled_dash_pattern) for line in lines}) == 6  # type: ignore[attr-defined]
