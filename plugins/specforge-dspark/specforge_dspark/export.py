@@ -64,14 +64,13 @@ def specforge_export(
         serve={"sglang": sglang, "vllm": {"method": "dspark", "num_speculative_tokens": tokens}},
         refused={"vllm": _not_in_vllm(config)},
         causes=dict.fromkeys(("markov_head_type", "markov_rank"), "Markov head"),
-        environment=environment,
     )
     if made is None:
         return None
     top = {n: v for n, v in made.config["dflash_config"].items() if n not in NESTED}
     # engines apply no soft cap to a draft's logits
     outer = {n: v for n, v in made.config.items() if n != "final_logit_softcapping"}
-    return replace(made, config={**outer, **top}, files=files)
+    return replace(made, config={**outer, **top}, files=files, environment=environment)
 
 
 def _not_in_vllm(config: DSparkConfig) -> str | None:
