@@ -136,8 +136,7 @@ class OnlineSource:
                     window.made.wait(() if sample is None else sample.values())
                 every = list(zip(window.turns, window.numbers, captured, strict=True))
                 for turn, (epoch, number, _), (index, sample) in every[window.done :]:
-                    counted = sample if turn.counts else None
-                    yield Placed(epoch, number, index, counted, turn.reached)
+                    yield Placed(epoch, number, index, sample, turn.reached, turn.counts)
             raise Closed
         finally:
             windows.close()
@@ -231,11 +230,14 @@ class Batches:
                 position += self.batch_size * self.share.world_size
             else:
                 taken, position = self._cut(samples, ahead, position)
-            ready = [(placed.index, self._ready(placed)) for placed in taken]
+            ready = [(placed.index, self._ready(placed)) for placed in taken if placed.counts]
             kept = [sample for _, sample in ready if sample is not None]
             indices = tuple(index for index, sample in ready if sample is not None)
             if not kept and not stand_in:
-                stand_in = [self._look_ahead(samples, ahead)]
+                # of less data than ranks some have none of their own, ever
+                others = [self._ready(placed) for placed in taken if not placed.counts]
+                stand_in = [one for one in others if one is not None]
+                stand_in = stand_in or [self._look_ahead(samples, ahead)]
             tokens = sum(num_tokens(sample, self.spec) for sample in kept)
             with self.strategy.guard("specforge_collate"), pinned(self.device.type == "cuda"):
                 batch = self.collate(kept or stand_in)

@@ -74,8 +74,7 @@ class StoredSource:
                     asked.append((epoch, index, turn, read))
                     turn = next(mine)
                 epoch, index, own, read = asked.popleft()
-                sample = read.result() if own.counts else None
-                yield Placed(epoch, index, index, sample, own.reached)
+                yield Placed(epoch, index, index, read.result(), own.reached, own.counts)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -31,6 +31,7 @@ class Placed:
     index: int  # what a user finds it by: its row in the data set, or in the capture
     sample: Sample | None  # None: the strategy's adapter turned it down
     reached: int | None = None  # as `Turn.reached`
+    counts: bool = True  # as `Turn.counts`
 
 
 @dataclass(frozen=True, slots=True)

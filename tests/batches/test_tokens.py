@@ -153,6 +153,21 @@ def test_a_stream_taken_up_again_is_cut_and_captured_as_it_was(
 
 
 @pytest.mark.parametrize("make", [counted, online], ids=["offline", "online"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_that_never_has_a_sample_of_its_own_keeps_step(
+    make: Callable[..., Source], ranks: int
+) -> None:
+    steps = []
+    for rank in range(ranks):
+        share = Share(rank, ranks, 0, tokens=9)
+        steps.append(list(islice(batches(make(share, count=1), share), 5)))
+    for epoch, micros in enumerate(zip(*steps, strict=True), 1):
+        assert {micro.position for micro in micros} == {epoch}
+        assert sum(micro.num_samples for micro in micros) == 1
+        assert all(micro.batch["input_ids"].numel() for micro in micros)
+
+
+@pytest.mark.parametrize("make", [counted, online], ids=["offline", "online"])
 def test_the_last_step_ends_with_what_is_trained_on(make: Callable[..., Source]) -> None:
     found = []
     for rank in range(2):
