@@ -158,8 +158,7 @@ def quantise_weight(weight: Tensor) -> Float8Weight:
 
 def product(x: Tensor, weight: Float8Weight) -> Tensor:
     """Return x [..., I] by the transpose of a constant [O, I], in x's dtype; x has a gradient."""
-    flat = x.flatten(0, -2)
-    out: Tensor = _Constant.apply(flat, *weight.rows, *weight.columns)  # type: ignore[no-untyped-call]
+    out: Tensor = _Constant.apply(_flat(x), *weight.rows, *weight.columns)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -169,9 +168,13 @@ def products(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     They are one product: of the weights below each other, of all results' gradients beside each
     other.  Differentiable in x and the weights.
     """
-    out: Tensor = _Trained.apply(x.flatten(0, -2), *weights)  # type: ignore[no-untyped-call]
+    out: Tensor = _Trained.apply(_flat(x), *weights)  # type: ignore[no-untyped-call]
     outs = out.view(*x.shape[:-1], out.shape[-1])
     return torch.split(outs, [len(weight) for weight in weights], -1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(0, -2) if x.ndim > 1 else x[None]
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:

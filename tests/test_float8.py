@@ -102,6 +102,9 @@ def test_several_weights_of_one_input_are_one_product() -> None:
     assert torch.equal(d_x, d_whole[0])
     assert torch.equal(torch.cat(d_weights), d_whole[1])
     assert torch.equal(d_x, torch.autograd.grad(constant, x, grad)[0])
+    # a single line, as nn.Linear takes it
+    assert torch.equal(products(x[3], *weights)[1], outs[1][3])
+    assert torch.equal(product(x[3], quantise_weight(whole)), out[3])
     weights[0].requires_grad_(False)
     again = torch.autograd.grad(products(x, *weights), weights[1:], grad.split([96, 32], -1))
     assert torch.equal(again[0], d_weights[1])
