@@ -139,7 +139,7 @@ def _explain(
         elif error["type"] == "missing":
             lines.append(f"{where}: required, and missing")
         else:
-            message = cut(_message(error), MESSAGE)
+            message = cut(_message(error), MESSAGE) + _or_null(error, model)
             texts = error["type"] in ("string_type", "path_type")
             quote = texts and not isinstance(error["input"], dict | list)
             hint = ": text that looks like something else stands in quotes" if quote else ""
@@ -153,6 +153,18 @@ def _explain(
 
 def _message(error: ErrorDetails) -> str:
     return PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
+
+
+def _or_null(error: ErrorDetails, model: type[BaseModel]) -> str:
+    """Return what belongs to the choices of an option that may be left open."""
+    inner: Any = None
+    for part in error["loc"]:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field is not None else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    left_open = error["type"] == "literal_error" and type(None) in get_args(inner)
+    return ", or null" if left_open else ""
 
 
 def _one_a_value(errors: list[ErrorDetails], model: type[BaseModel]) -> list[ErrorDetails]:

@@ -73,6 +73,7 @@ def test_overrides_make_sections_lists_and_nulls(config: Path) -> None:
         ("train.max_steps=", "has no value. Try: train.max_steps=null"),
         ("target.revision=2024", "valid string, got 2024: text that looks like something else"),
         ("target.revision=12e4567", "is too large a number: quote it"),
+        ("train.precision=bf16", "train.precision: Input should be 'fp8', or null, got 'bf16'"),
         ("train.max_steps=true", "train.max_steps: Input should be a number, got True"),
         ("train.learning_rate=+.inf", "train.learning_rate: Input should be a finite number"),
         ("train.learning_rate=inf", "train.learning_rate: Input should be a finite number"),
