@@ -22,6 +22,12 @@ from .metrics import METRICS, Trackers, is_measurement
 from .validation import PREFIX, Validation
 
 PLOT = "eval/progress.png"
+# what a user reads while a run goes on, by its name in metrics.jsonl
+SAID = {
+    "validation/loss": "validation loss",
+    "validation/acceptance_length": "simulated acceptance length",
+    "acceptance/length": "acceptance length",
+}
 SECONDS = "eval/seconds"  # also of one that was given up, which is not tried again
 
 
@@ -207,7 +213,10 @@ class Milestones:
 
     def _take(self, step: int, values: Mapping[str, float]) -> bool:
         self.trackers.log(step, values)
-        if self.best is None or not self.best.take(step, values):
-            return False
-        self.trackers.event("best", step=step, **{self.best.metric: self.best.value})
-        return True
+        best = self.best if self.best is not None and self.best.take(step, values) else None
+        if found := [f"{text} {values[name]:.4g}" for name, text in SAID.items() if name in values]:
+            ahead = ", the best so far" if best is not None else ""
+            self.world.say(f"step {step}: {', '.join(found)}{ahead}")
+        if best is not None:
+            self.trackers.event("best", step=step, **{best.metric: best.value})
+        return best is not None

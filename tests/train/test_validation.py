@@ -123,11 +123,19 @@ def test_no_part_is_advised_where_that_would_be_all() -> None:
 
 
 @pytest.mark.slow
-def test_validating_changes_nothing_of_the_training(config: Path, tmp_path: Path) -> None:
+def test_validating_changes_nothing_of_the_training(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run on the other side alone has the same losses, and each validation is of its moment."""
     part = "data.validation=0.3"
-    train(*load(config, part, "train.validate_every=2", "train.save_every=4"))
+    every = "train.validate_every=2", "train.save_every=4", "train.keep_best=validation_loss"
+    train(*load(config, part, *every))
     found = validations(tmp_path / "run")
+    said = " ".join(capsys.readouterr().err.split())
+    for row in found:
+        loss, length = row["validation/loss"], row["validation/acceptance_length"]
+        told = f"step {row['step']}: validation loss {loss:.4g}, simulated acceptance length"
+        assert f"{told} {length:.4g}, the best so far" in said
     assert [row["step"] for row in found] == [2, 4, 6]
     assert found[0]["validation/loss"] > found[1]["validation/loss"] > found[2]["validation/loss"]
     assert set(found[0]) == {
