@@ -127,7 +127,11 @@ def read_checksums(path: Path) -> dict[str, Any] | None:
 
 
 def read_state(path: Path) -> TrainState:
-    """Read a checkpoint's state.json.  Raises CheckpointError when it is missing or damaged."""
+    """Read a checkpoint's state.json.
+
+    Raises CheckpointError when it is missing, damaged, or another version's.
+    """
+    told = None
     try:
         data = read_document(path / STATE)
         told = (read_checksums(path) or {}).get(STATE)
@@ -142,6 +146,11 @@ def read_state(path: Path) -> TrainState:
         ) from exc
     except (ValueError, OSError) as exc:
         why = why_invalid(exc) if isinstance(exc, ValidationError) else str(exc)
+        if told is not None and isinstance(exc, ValidationError):  # as its checksum is
+            raise CheckpointError(
+                f"{path / STATE} is whole, but another version of specforge_core wrote it: {why}. "
+                "Install that version, or train again. Try: output_dir=ANOTHER"
+            ) from exc
         raise CheckpointError(f"{path / STATE} is damaged: {why}. {instead(path)}") from exc
     if step_of(path) not in (None, state.step):
         raise CheckpointError(
