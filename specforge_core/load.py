@@ -157,14 +157,9 @@ def _message(error: ErrorDetails) -> str:
 
 def _or_null(error: ErrorDetails, model: type[BaseModel]) -> str:
     """Return what belongs to the choices of an option that may be left open."""
-    inner: Any = None
-    for part in error["loc"]:
-        field = model.model_fields.get(str(part))
-        inner = field.annotation if field is not None else None
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
-    left_open = error["type"] == "literal_error" and type(None) in get_args(inner)
-    return ", or null" if left_open else ""
+    model, depth = _section_at(model, error["loc"])
+    kinds = get_args(_kind(model, error["loc"][depth])) if depth < len(error["loc"]) else ()
+    return ", or null" if error["type"] == "literal_error" and type(None) in kinds else ""
 
 
 def _one_a_value(errors: list[ErrorDetails], model: type[BaseModel]) -> list[ErrorDetails]:
@@ -189,16 +184,28 @@ def _one_a_value(errors: list[ErrorDetails], model: type[BaseModel]) -> list[Err
 
 def _of_kinds(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """Return the part of `loc` that names the field, if that takes several kinds of values."""
-    for depth, part in enumerate(loc, 1):
-        field = model.model_fields.get(str(part))
-        inner = field.annotation if field is not None else None
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
-            continue
-        kinds = [kind for kind in get_args(inner) if kind is not type(None)]
-        union = get_origin(inner) in (Union, UnionType) and len(kinds) > 1
-        return loc[:depth] if union and len(loc) > depth else ()
-    return ()
+    model, depth = _section_at(model, loc)
+    if depth + 1 >= len(loc):  # nothing tells of one of the kinds
+        return ()
+    inner = _kind(model, loc[depth])
+    kinds = [kind for kind in get_args(inner) if kind is not type(None)]
+    union = get_origin(inner) in (Union, UnionType) and len(kinds) > 1
+    return loc[: depth + 1] if union else ()
+
+
+def _section_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[type[BaseModel], int]:
+    """Return the innermost section that `loc` leads into, and how many of its parts led there."""
+    for depth, part in enumerate(loc):
+        inner = _kind(model, part)
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return model, depth
+        model = inner
+    return model, len(loc)
+
+
+def _kind(model: type[BaseModel], part: int | str) -> Any:
+    field = model.model_fields.get(str(part))
+    return None if field is None else field.annotation
 
 
 def _similar(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
@@ -210,11 +217,7 @@ def _similar(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     homes = [f"{k}.{section}" for k, v in sections.items() if section in v.model_fields]
     if len(loc) == 1 and homes:
         return f", did you mean {' or '.join(homes)}?"
-    for part in loc[:-1]:
-        field = model.model_fields.get(str(part))
-        inner = field.annotation if field is not None else None
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
+    model, _ = _section_at(model, loc[:-1])
     close = difflib.get_close_matches(cut(str(loc[-1])), model.model_fields, n=1)
     return (
         f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(model.model_fields)})"
