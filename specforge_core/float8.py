@@ -11,7 +11,7 @@ Shapes: N rows, I and O the sizes of a linear layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compiled import opaque
 from .errors import ConfigError
 from .text import counted, cut
 from .types import Draft, Float8Heads
@@ -93,31 +94,17 @@ def _empty_product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> 
     return a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16)
 
 
-# no `torch.library.custom_op`: the host needs 0.18 ms for each call of one with several results
-_LIBRARY = torch.library.Library("specforge", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def _operator(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    name = schema.partition("(")[0]
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    _LIBRARY.define(schema, tags=tags)  # type: ignore[no-untyped-call]
-    for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"specforge::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.specforge, name).default
-
-
 def _quantiser(name: str, rows: bool, columns: bool) -> Any:
     returned = ", ".join(["Tensor"] * 2 * (rows + columns))
     made, fake = (partial(f, rows=rows, columns=columns) for f in (_quantise, _empty))
-    return _operator(f"float8_{name}(Tensor[] parts) -> ({returned})", made, fake)
+    return opaque(f"specforge::float8_{name}(Tensor[] parts) -> ({returned})", made, fake)
 
 
 _ROWS = _quantiser("rows", rows=True, columns=False)
 _COLUMNS = _quantiser("columns", rows=False, columns=True)
 _BOTH = _quantiser("both", rows=True, columns=True)
-_PRODUCT = _operator(
-    "float8_product(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales) -> Tensor",
+_PRODUCT = opaque(
+    "specforge::float8_product(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales) -> Tensor",
     _product,
     _empty_product,
 )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge_core.compiled import opaque
+
 MAX_BLOCK = 64  # slots: a program holds whole blocks
 KEYS = 64  # context keys that have one entry in `ranges`
 
@@ -86,8 +88,7 @@ def anchored(
     return out
 
 
-@torch.library.custom_op("specforge_dflash::anchored_attention", mutates_args=())
-def _attention(
+def _forward(
     q: Tensor,
     context_k: Tensor,
     context_v: Tensor,
@@ -106,8 +107,7 @@ def _attention(
         return forward(q, (context_k, context_v), (block_k, block_v), (low, high), block, window)
 
 
-@torch.library.custom_op("specforge_dflash::anchored_attention_backward", mutates_args=())
-def _attention_backward(
+def _backward(
     d_out: Tensor,
     q: Tensor,
     context_k: Tensor,
@@ -149,13 +149,11 @@ def by_token(like: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(b, n, heads, d, dtype=dtype, device=like.device).transpose(1, 2)
 
 
-@_attention.register_fake
-def _(q: Tensor, *_rest: object) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, *_rest: object) -> tuple[Tensor, Tensor]:
     return by_token(q, q.shape[1], q.dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@_attention_backward.register_fake
-def _(d_out: Tensor, *read: Tensor) -> tuple[Tensor, ...]:
+def _fake_backward(d_out: Tensor, *read: Tensor) -> tuple[Tensor, ...]:
     return tuple(by_token(x, x.shape[1], x.dtype) for x in read[:5])
 
 
@@ -169,4 +167,14 @@ def _differentiate(ctx: Any, d_out: Tensor, _d_lse: Tensor) -> tuple[Tensor | No
     return *grads, None, None, None, None, None
 
 
-_attention.register_autograd(_differentiate, setup_context=_keep)
+_NAME = "specforge_dflash::anchored_attention"
+_READ = "Tensor q, Tensor context_k, Tensor context_v, Tensor block_k, Tensor block_v"
+_SEEN = "Tensor low, Tensor high, Tensor ranges, int block, int window"
+_attention = opaque(f"{_NAME}({_READ}, {_SEEN}) -> (Tensor, Tensor)", _forward, _fake)
+_attention_backward = opaque(
+    f"{_NAME}_backward(Tensor d_out, {_READ}, Tensor out, Tensor lse, {_SEEN})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+torch.library.register_autograd(_NAME, _differentiate, setup_context=_keep)
