@@ -19,7 +19,7 @@ from .measure import HeadScale, measure_head
 from .skeleton import skeleton
 from .weights import load_head_bias, load_target_tensors
 
-ROWS = 512  # whose logits exist at a time
+ROWS, GPU_ROWS = 512, 2048  # whose logits exist at a time
 EXTRA = 8  # columns that a bias takes: one, and zeros to keep rows aligned
 
 
@@ -92,8 +92,15 @@ class Head:
     def summarize(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return the most likely token [T] int64 and the logits' log-sum-exp [T] float32."""
         tokens, sums = [], []
-        for rows in torch.split(states, ROWS):
+        for rows in torch.split(states, GPU_ROWS if states.is_cuda else ROWS):
             logits = self._product(rows)
+            if logits.is_cuda and logits.dtype != torch.float64:
+                from .triton_head import summarize_logits
+
+                token, total = summarize_logits(logits, self.scale, self.softcap)
+                tokens.append(token)
+                sums.append(total)
+                continue
             if self.scale != 1.0 or self.softcap is not None:
                 logits = self._given(logits)
             token = logits.argmax(dim=-1, keepdim=True)
