@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class _Row:
 
     ends: Tensor  # int32 [sequences + 1], on the device: 0 and each sequence's end
     lengths: list[int]
+    # by the tokens of a tile, made at the first layer that asks for those
+    tables: dict[int, Tensor] = field(default_factory=dict)
 
 
 _ROW: ContextVar[_Row] = ContextVar("row")
@@ -58,6 +60,17 @@ def _attention(
         queries, keys, values = (torch.split(x, row.lengths) for x in (query, key, value))
         each = zip(queries, keys, values, strict=True)
         return torch.cat([_one(q, k, v, sinks, scale, window) for q, k, v in each])
+    from . import triton_varlen
+
+    tuning = triton_varlen.tuning_for(query, value)
+    if tuning is not None and scale > 0:
+        tokens = triton_varlen.tokens_of_a_tile(tuning, query, key)
+        if tokens not in row.tables:
+            table = tiles(row.lengths, tokens)
+            # the device is not waited for: so small a tensor is taken before the call returns
+            row.tables[tokens] = table.to(query.device, non_blocking=True)
+        table = row.tables[tokens]
+        return triton_varlen.attend(query, key, value, sinks, scale, window, table, tuning)
     # torch's own kernel beneath torch.nn.attention.varlen, which takes scale and window only later
     out: Tensor
     logsumexp: Tensor
@@ -86,6 +99,20 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int
 ) -> Tensor:
     return query.new_empty((*query.shape[:2], value.shape[-1]))
+
+
+def tiles(lengths: Sequence[int], tokens: int) -> Tensor:
+    """Return [tiles, 3] int32: where a sequence begins, a tile in it, and the sequence's length.
+
+    Those that see most come first, so that the last to run are short.
+    """
+    size = torch.tensor(lengths)
+    counts = (size + tokens - 1) // tokens
+    sequence = torch.repeat_interleave(counts)
+    nth = torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]
+    begins = size.cumsum(0) - size
+    table = torch.stack([begins[sequence], nth * tokens, size[sequence]], dim=1)
+    return table[nth.argsort(descending=True, stable=True)].to(torch.int32)
 
 
 def _alike(query: Tensor, key: Tensor, value: Tensor, length: int, scale: float) -> Tensor:
