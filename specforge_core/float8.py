@@ -4,7 +4,8 @@ A product sums over one dimension.  Each operand is cut into the lines that are 
 line is stored as float8 (e4m3: 4 bits of exponent, 3 of mantissa) with a scale of its own,
 largest magnitude / 448.  A layer's three products (result, gradient of the input, gradient of the
 weight) sum over three dimensions, so what two of them read is made by rows and by columns.
-Quantising and multiplying are operators that torch.compile leaves as they are.
+torch.compile fuses quantising one matrix by rows with what makes it, and calls the kernel that
+multiplies; all else are operators that it leaves as they are.
 Shapes: N rows, I and O the sizes of a linear layer.
 """
 
@@ -56,23 +57,24 @@ def _empty(parts: Sequence[Tensor], rows: bool, columns: bool) -> tuple[Tensor, 
 
 
 def _quantise(parts: Sequence[Tensor], rows: bool, columns: bool) -> tuple[Tensor, ...]:
-    found = _empty(parts, rows, columns)
     if parts[0].is_cuda:
         from .triton_float8 import narrow
 
-        narrow(parts, found, rows, columns)
+        narrow(parts, found := _empty(parts, rows, columns), rows, columns)
         return found
-    x = torch.cat(list(parts)).float()
-    wanted = [x] if rows else []
-    wanted += [x.t()] if columns else []
-    for lines, values, scales in zip(wanted, found[::2], found[1::2], strict=True):
-        if lines.numel():
-            scales.copy_(lines.abs().amax(1, keepdim=True).clamp(min=LEAST))
-            # rounding may take the largest beyond what float8 holds, which would be NaN
-            rounded = (lines * (LARGEST / scales)).clamp(-LARGEST, LARGEST).to(FLOAT8)
-            values.zero_()[:, : lines.shape[1]] = rounded
-            scales.div_(LARGEST)
-    return found
+    x = torch.cat(list(parts))
+    if not x.numel():
+        return _empty(parts, rows, columns)
+    whole = F.pad(x, (0, 0, 0, -len(x) % STEP)).t().contiguous()
+    return (*(_narrow(x) if rows else ()), *(_narrow(whole) if columns else ()))
+
+
+def _narrow(x: Tensor) -> Lines:
+    wide = x.float()
+    sizes = wide.abs().amax(1, keepdim=True).clamp(min=LEAST)
+    # rounding may take the largest beyond what float8 holds, which would be NaN
+    values = (wide * (LARGEST / sizes)).clamp(-LARGEST, LARGEST).to(FLOAT8)
+    return Lines(values, sizes / LARGEST)
 
 
 def _product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
@@ -90,10 +92,6 @@ def _product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor
     )
 
 
-def _empty_product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16)
-
-
 def _quantiser(name: str, rows: bool, columns: bool) -> Any:
     returned = ", ".join(["Tensor"] * 2 * (rows + columns))
     made, fake = (partial(f, rows=rows, columns=columns) for f in (_quantise, _empty))
@@ -106,7 +104,7 @@ _BOTH = _quantiser("both", rows=True, columns=True)
 _PRODUCT = opaque(
     "specforge::float8_product(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales) -> Tensor",
     _product,
-    _empty_product,
+    lambda a, _, b, __: a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16),
 )
 
 
@@ -115,6 +113,8 @@ def by_rows(*parts: Tensor) -> Lines:
 
     A line that holds an infinity or NaN gives products that are not finite.
     """
+    if len(parts) == 1 and parts[0].numel() and torch.compiler.is_compiling():
+        return _narrow(parts[0])
     return Lines(*_ROWS(parts))
 
 
@@ -134,8 +134,8 @@ def both(*parts: Tensor) -> tuple[Lines, Lines]:
 
 def multiply(a: Lines, b: Lines) -> Tensor:
     """Return a [M, K] by the transpose of b [N, K], in bfloat16 (what the kernels give)."""
-    found: Tensor = _PRODUCT(*a, *b)
-    return found
+    kernel = a.values.is_cuda and torch.compiler.is_compiling()
+    return (_product if kernel else _PRODUCT)(*a, *b)
 
 
 def quantise_weight(weight: Tensor) -> Float8Weight:
