@@ -163,19 +163,15 @@ def test_a_frozen_head_gives_what_float8_keeps_of_it(device: str, softcap: float
     weight = draws(480, 64, seed=1, device=device)
     labels = torch.arange(0, 370, 10, device=device)
     losses, _ = linear_cross_entropy(
-        *(hidden, weight, labels), softcap=softcap, chunk=16, float8=quantise_weight(weight)
+        *(hidden, weight, labels), softcap=softcap, chunk=16, float8=by_rows(weight)
     )
     (grad,) = torch.autograd.grad(losses.sum(), hidden)
     logits = (exact(hidden.detach()) @ exact(weight).t()).bfloat16().double().requires_grad_()
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     wanted = torch.nn.functional.cross_entropy(capped, labels, reduction="none")
     (d_logits,) = torch.autograd.grad(wanted.sum(), logits)
-    at = torch.arange(37, device=device), labels
-    own, rest = d_logits[at], d_logits.index_put(at, d_logits.new_zeros(()))
-    by_rule = exact(rest) @ exact(weight.t()).t() + own[:, None] * weight.double()[labels]
     assert relative(losses.detach(), wanted.detach()) < ROUNDED
-    assert relative(grad, by_rule) < 2 * ROUNDED  # the logits' gradient is rounded to bfloat16
-    assert relative(grad, d_logits @ weight.double()) > 2 * relative(grad, by_rule)
+    assert relative(grad, d_logits @ weight.double()) < ROUNDED
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -186,7 +182,7 @@ def test_a_trained_head_is_near_the_one_that_is_not_in_float8(device: str) -> No
     hidden, weight, *teacher = drawn
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     found = []
-    for ready in (quantise_weight(weight), None):
+    for ready in (by_rows(weight.detach()), None):
         total, _ = linear_soft_cross_entropy(
             *leaves, *teacher, torch.ones(12, 3, device=device), chunk=16, float8=ready
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..float8 import Float8Weight, Lines, by_rows, multiply
+from ..float8 import Lines, by_rows, multiply
 
 
 def linear_cross_entropy(
@@ -21,7 +21,7 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     chunk: int = 1024,
-    float8: Float8Weight | None = None,
+    float8: Lines | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return each row's cross-entropy [N] float32 and its best token [N] int64.
 
@@ -30,8 +30,9 @@ def linear_cross_entropy(
     c * tanh(x / c).  Since the head is frozen, the gradient of each row's loss to its
     hidden state is made in the forward pass, while the row's logits are still there,
     and only scaled in the backward: the logits are neither kept nor computed again.
-    `float8` is the weight as its products read it, if they are to be in float8; the logits are
-    bfloat16 then.
+    `float8` is the weight by rows, if logits are to be a product in float8: in bfloat16 then.
+    Their gradient's product is not in float8, which GPUs add up with 14 bits: over a vocabulary
+    they lose per cents of the softmax's terms, all of one sign, and nothing of the label's.
 
     Raises ValueError when the weight wants a gradient: a trained head needs the
     product of logit gradients and hidden states too, which this does not make.
@@ -53,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         softcap: float | None,
         chunk: int,
-        float8: Float8Weight | None,
+        float8: Lines | None,
     ) -> tuple[Tensor, Tensor]:
         want_grad = ctx.needs_input_grad[0]
         rows = hidden.shape[0]
@@ -67,8 +68,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 product.logits(part), labels[part], softcap, want_grad
             )
             if grad is not None:
-                product.back(d_logits, grad[part], labels[part])
-            del d_logits  # before there are more of float8's
+                torch.mm(d_logits.to(weight.dtype), weight, out=grad[part])
+            del d_logits  # float8's next are others
         ctx.save_for_backward(*(() if grad is None else (grad,)))
         ctx.mark_non_differentiable(best)
         return losses, best
@@ -81,14 +82,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class HeadProduct:
-    """Products of a head's weight [V, H] with rows of `hidden` [N, H], `chunk` at most at once.
+    """Logits of rows of `hidden` [N, H] by a head's weight [V, H], `chunk` rows at most at once.
 
-    Without float8, a chunk's logits overwrite those of the one before.
+    Without float8, they overwrite those of the chunk before.
     """
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, float8: Float8Weight | None, chunk: int
-    ) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, float8: Lines | None, chunk: int) -> None:
         self.hidden, self.weight, self.float8 = hidden, weight, float8
         if float8 is None:
             self._logits = weight.new_empty(min(chunk, len(hidden)), len(weight))
@@ -102,23 +101,7 @@ class HeadProduct:
             return torch.mm(self.hidden[part], self.weight.t(), out=out)
         values, scales = self._narrow
         scales = scales[part].clone()  # aligned, wherever the part begins
-        return multiply(Lines(values[part], scales), self.float8.rows)
-
-    def back(self, d_logits: Tensor, out: Tensor, labels: Tensor | None = None) -> None:
-        """Write the gradient of the states whose logits have the gradient d_logits [n, V].
-
-        In float8 what `labels` [n] have of it is multiplied apart, and lost in d_logits: that is
-        the largest of a row, so that less is left of the others in float8 beside it.
-        """
-        if self.float8 is None:
-            torch.mm(d_logits, self.weight, out=out)
-            return
-        if labels is not None:
-            own = d_logits.gather(1, labels[:, None])
-            d_logits.scatter_(1, labels[:, None], 0)
-        out.copy_(multiply(by_rows(d_logits), self.float8.columns))
-        if labels is not None:
-            out.addcmul_(own, self.weight[labels])
+        return multiply(Lines(values[part], scales), self.float8)
 
 
 def cross_entropy_rows(

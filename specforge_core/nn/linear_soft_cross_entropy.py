@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..float8 import Float8Weight
+from ..float8 import Lines
 from .linear_cross_entropy import HeadProduct
 from .soft_loss import SoftLoss, SoftRows, wide
 
@@ -30,7 +30,7 @@ def linear_soft_cross_entropy(
     teacher_softcap: float | None = None,
     teacher_logsumexp: Tensor | None = None,
     chunk: int = 2048,
-    float8: Float8Weight | None = None,
+    float8: Lines | None = None,
 ) -> tuple[Tensor, SoftRows]:
     """Return the weighted sum of all rows' losses, and what each row came to.
 
@@ -75,7 +75,7 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
         loss: SoftLoss,
         softcaps: Caps,
         chunk: int,
-        float8: Float8Weight | None,
+        float8: Lines | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         labels, students = row_weights.shape
@@ -108,10 +108,10 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
                 want_hidden or want_weight,
             )
             if grad_hidden is not None:
-                product.back(d_logits, out=grad_hidden[part].flatten(0, 1))
+                torch.mm(d_logits.to(weight.dtype), weight, out=grad_hidden[part].flatten(0, 1))
             if grad_weight is not None:
                 _add_product(grad_weight, d_logits.t(), flat[rows])
-            del d_logits  # before there are more of float8's
+            del d_logits  # float8's next are others
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses, overlaps, best)

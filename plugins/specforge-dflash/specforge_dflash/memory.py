@@ -37,15 +37,15 @@ def step_bytes(
     logits = min(config.head_chunk, rows) * shape.vocab_size
     head = item * (slots * width + (1 + kl) * (rows * width + logits))
     narrow_head = float8 and not kl and shape.vocab_size % STEP == 0
-    if narrow_head:  # the rows, and the logits' gradients
-        head += rows * width + logits
+    if narrow_head:
+        head += rows * width
     # of the backward pass: the head's rows and states, then the MLP's inner gradients
     back = item * (rows * width + slots * (2 * width + 3 * inner))
     if float8:  # those of both products, by rows and by columns, and what they are multiplied with
         back += slots * ((4 - item) * inner + width) + 2 * inner * width
     made = "the gradients of the states on the way" if back > head else "logits of a chunk of rows"
     return {
-        "the head in float8": 2 * shape.vocab_size * width if narrow_head else 0,
+        "the head in float8": shape.vocab_size * width if narrow_head else 0,
         "the batch": item * tokens * (len(shape.capture_layers) + kl) * width + 8 * 3 * slots,
         "what the layers keep": kept,
         "the context and the head's gradient": item * (2 * tokens + rows) * width,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specforge_core.float8 import Float8Weight, fits, in_float8, linears, quantise_weight
+from specforge_core.float8 import Lines, by_rows, fits, in_float8, linears
 from specforge_core.nn.cache import GrowingCache
 from specforge_core.nn.rotary import Rope, Rotary, rotate
 from specforge_core.target.head import widen
@@ -237,7 +237,7 @@ class Frozen(nn.Module):
         self.scale = scale
         self.softcap = softcap
         self.beside = beside or HeadScale(scale=1.0, softcap=softcap)
-        self._float8: Float8Weight | None = None
+        self._float8: Lines | None = None
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the target's embeddings of `ids`, scaled as it scales them."""
@@ -252,12 +252,12 @@ class Frozen(nn.Module):
         """Return states [..., H] as `lm_head` multiplies them."""
         return widen(hidden, self.lm_head.shape[1])
 
-    def float8_head(self, model: nn.Module) -> Float8Weight | None:
+    def float8_head(self, model: nn.Module) -> Lines | None:
         """Return the head in float8, made once, if a model is and the head's sizes allow it."""
         if not (in_float8(model) and fits(self.lm_head)):
             return None
         if self._float8 is None:
-            self._float8 = quantise_weight(self.lm_head)
+            self._float8 = by_rows(self.lm_head)
         return self._float8
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specforge_core.float8 import fits, quantise_weight
+from specforge_core.float8 import by_rows, fits
 from specforge_core.nn.decoder import init_weights
 from specforge_core.nn.linear_soft_cross_entropy import linear_soft_cross_entropy
 from specforge_core.nn.rotary import Rotary
@@ -53,7 +53,7 @@ class DraftHead(nn.Linear):
         """Return logits [..., Vd] of states [..., H].
 
         With a teacher: the weighted sum of the losses of states [U, R, H], and each label's rows,
-        by products in `float8` if the head's sizes are multiples of 16.
+        by logits in `float8` if the head's sizes are multiples of 16.
         """
         if teacher is None:
             return super().forward(input)
@@ -68,7 +68,7 @@ class DraftHead(nn.Linear):
             teacher_softcap=self.softcap,
             teacher_logsumexp=teacher.logsumexp,
             chunk=self.chunk,
-            float8=quantise_weight(self.weight) if narrow else None,
+            float8=by_rows(self.weight.detach()) if narrow else None,
         )
 
 

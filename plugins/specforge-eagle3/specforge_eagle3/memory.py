@@ -39,8 +39,8 @@ def step_bytes(
     summed = 4 * vocab * width if config.train_head else 0  # the head's gradient
     layer = item * width * (2 * joint + wide + 3 * inner)
     head = summed + 2 * states + logits
-    if float8 and vocab % STEP == 0:  # the weight twice, the rows, and the logits' gradients
-        head += 2 * vocab * width + steps * tokens * width + vocab * chunk
+    if float8 and vocab % STEP == 0:  # the weight and the rows
+        head += vocab * width + steps * tokens * width
     # the head's gradient is narrow by now; those of the layer's weights are summed over its steps
     back = (
         summed * item // 4 + 2 * states + layer - item * width * joint + item * 3 * inner * tokens
