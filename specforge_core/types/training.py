@@ -196,10 +196,10 @@ class Planned(Protocol):
 
 @runtime_checkable
 class Float8Heads(Protocol):
-    """A TrainStep that multiplies heads in float8, too, where `train.precision` says so."""
+    """A TrainStep that makes logits in float8, too, where `train.precision` says so."""
 
     def float8_heads(self, draft: Draft) -> Mapping[str, Tensor]:
-        """Return their weights by name; those of sizes that are no multiples of 16 stay."""
+        """Return the heads' weights by name; those of sizes that are no multiples of 16 stay."""
         ...
 
 
