@@ -29,9 +29,9 @@ class Fitted(Watched):
     precision: Literal["fp8"] | None = Field(
         None,
         description="fp8: the linear layers of the draft's hidden units, and most logits, are "
-        "products of float8 numbers, with a scale for each line that a product sums over; all else, and the "
-        "weights, stay as they are. For GPUs from compute capability 8.9 on (slow on a CPU). If "
-        "not set: all is computed in `train.compute_dtype`.",
+        "products of float8 numbers, with a scale for each line that is summed over; all else, "
+        "and the weights, stay as they are. For GPUs from compute capability 8.9 on (slow on a "
+        "CPU). If not set: all is computed in `train.compute_dtype`.",
     )
     optimizer_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
