@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
+from ..compiled import opaque
 from .skeleton import find_parts
 
 PACKED = "specforge_packed"  # of no mask: transformers makes none for names that it has none of
@@ -37,9 +38,7 @@ class _Row:
 _ROW: ContextVar[_Row] = ContextVar("row")
 
 
-# opaque to torch.compile, to which neither the longest length nor the number of sequences is a size
-@torch.library.custom_op("specforge::packed_attention", mutates_args=())
-def _attention(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -94,11 +93,17 @@ def _attention(
     return out[..., : value.shape[-1]].contiguous()
 
 
-@_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int
-) -> Tensor:
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return query.new_empty((*query.shape[:2], value.shape[-1]))
+
+
+# to torch.compile neither the longest length nor the number of sequences is a size
+_attention = opaque(
+    "specforge::packed_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, "
+    "float scale, int window) -> Tensor",
+    _attend,
+    _fake,
+)
 
 
 def tiles(lengths: Sequence[int], tokens: int) -> Tensor:
