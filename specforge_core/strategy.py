@@ -269,7 +269,7 @@ class Strategy(Calls):
                 raise
             raise CheckpointError(
                 f"config.json of the export has a value that cannot be used: {exc}. "
-                "Export again, or try a checkpoint: --draft OUTPUT_DIR"
+                "Export again, or give the output_dir of a run of this strategy"
             ) from exc
         if done is not None and not isinstance(done, bool):
             raise self._unexpected(hook, done, "True once the weights are loaded, or None")
@@ -277,7 +277,7 @@ class Strategy(Calls):
             raise PluginError(
                 f"strategy {self.name!r} cannot load an exported directory whose architectures are "
                 f"{shorten(export.config.get('architectures'))}. "
-                "Give a checkpoint instead: --draft OUTPUT_DIR"
+                "Give an export, or the output_dir of a run, of this strategy instead"
             )
 
     def serve(
