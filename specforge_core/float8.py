@@ -65,12 +65,12 @@ def _quantise(parts: Sequence[Tensor], rows: bool, columns: bool) -> tuple[Tenso
     x = torch.cat(list(parts))
     if not x.numel():
         return _empty(parts, rows, columns)
-    whole = F.pad(x, (0, 0, 0, -len(x) % STEP)).t().contiguous()
+    whole = F.pad(x, (0, 0, 0, -len(x) % STEP)).t()
     return (*(_narrow(x) if rows else ()), *(_narrow(whole) if columns else ()))
 
 
 def _narrow(x: Tensor) -> Lines:
-    wide = x.float()
+    wide = x.contiguous().float()  # the kernel reads lines, however x is laid out
     sizes = wide.abs().amax(1, keepdim=True).clamp(min=LEAST)
     # rounding may take the largest beyond what float8 holds, which would be NaN
     values = (wide * (LARGEST / sizes)).clamp(-LARGEST, LARGEST).to(FLOAT8)

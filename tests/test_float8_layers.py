@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from specforge_core.compiled import CACHE, compile_units, recompute_units
+from specforge_core.compiled import CACHE, compile_units, compiled, recompute_units
 from specforge_core.errors import ConfigError
-from specforge_core.float8 import Float8Linear, in_words, to_float8
+from specforge_core.float8 import Float8Linear, by_rows, in_words, to_float8
 from specforge_core.types import Draft
 
 CPU = torch.device("cpu")
@@ -147,6 +147,18 @@ def test_a_traced_unit_gives_the_gradients_of_a_plain_one(
         assert relative(traced, plain) < 1e-2
 
 
+def test_traced_lines_are_laid_out_as_the_kernel_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    torch.compiler.reset()
+    traced = compiled(lambda x: by_rows(x).values, "aot_eager")
+    x = torch.randn(64, 48).t()
+    found = traced(x)
+    assert found.is_contiguous()
+    assert torch.equal(found.float(), by_rows(x).values.float())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
@@ -164,8 +176,8 @@ def test_a_compiled_unit_is_compiled_once_on_a_gpu_and_gives_what_a_plain_one_do
     compile_units([units[1]])
     x = torch.randn(1, 333, 32, device=device, dtype=torch.bfloat16)
     found = [torch.autograd.grad(u(x).square().sum(), list(u.parameters())) for u in units]
-    for plain, compiled in zip(*found, strict=True):
-        assert relative(compiled, plain) < 0.03  # fused, less is rounded before float8 is
+    for plain, fused in zip(*found, strict=True):
+        assert relative(fused, plain) < 0.03  # fused, less is rounded before float8 is
     units[1].float()
     torch.compiler.reset()
     counters.clear()
