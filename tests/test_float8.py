@@ -175,10 +175,13 @@ def test_a_frozen_head_gives_what_float8_keeps_of_it(device: str, softcap: float
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_trained_head_is_near_the_one_that_is_not_in_float8(device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_trained_head_is_near_the_one_that_is_not_in_float8(
+    device: str, dtype: torch.dtype
+) -> None:
     gen = torch.Generator().manual_seed(0)
     shapes = (12, 3, 64), (480, 64), (12, 64), (480, 64)
-    drawn = (torch.randn(shape, generator=gen).div(2).to(device).bfloat16() for shape in shapes)
+    drawn = (torch.randn(shape, generator=gen).div(2).to(device, dtype) for shape in shapes)
     hidden, weight, *teacher = drawn
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     found = []

@@ -107,8 +107,9 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
                 softcaps,
                 want_hidden or want_weight,
             )
+            d_logits = d_logits.to(weight.dtype)  # float8's are bfloat16
             if grad_hidden is not None:
-                torch.mm(d_logits.to(weight.dtype), weight, out=grad_hidden[part].flatten(0, 1))
+                torch.mm(d_logits, weight, out=grad_hidden[part].flatten(0, 1))
             if grad_weight is not None:
                 _add_product(grad_weight, d_logits.t(), flat[rows])
             del d_logits  # float8's next are others
