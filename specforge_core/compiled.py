@@ -46,6 +46,7 @@ def opaque(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) 
 
     schema: torch's, as `package::name(Tensor x, int n) -> Tensor`.  fake: says, with the same
     arguments, which shapes come out.  What the function reads it must not return or change.
+    Differentiable once `torch.library.register_autograd` says how.
     `torch.library.custom_op` does more for its users, and takes 0.18 ms of the host for each call.
     """
     space, _, rest = schema.partition("::")
