@@ -69,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             if grad is not None:
                 torch.mm(d_logits.to(weight.dtype), weight, out=grad[part])
-            del d_logits  # float8's next are others
+            del d_logits  # in float8 the next chunk's are others
         ctx.save_for_backward(*(() if grad is None else (grad,)))
         ctx.mark_non_differentiable(best)
         return losses, best

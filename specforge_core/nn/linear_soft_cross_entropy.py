@@ -112,7 +112,7 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
                 torch.mm(d_logits, weight, out=grad_hidden[part].flatten(0, 1))
             if grad_weight is not None:
                 _add_product(grad_weight, d_logits.t(), flat[rows])
-            del d_logits  # float8's next are others
+            del d_logits  # in float8 the next chunk's are others
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses, overlaps, best)
