@@ -93,22 +93,22 @@ class Head:
         """Return the most likely token [T] int64 and the logits' log-sum-exp [T] float32."""
         tokens, sums = [], []
         for rows in torch.split(states, GPU_ROWS if states.is_cuda else ROWS):
-            logits = self._product(rows)
-            if logits.is_cuda and logits.dtype != torch.float64:
-                from .triton_head import summarize_logits
-
-                token, total = summarize_logits(logits, self.scale, self.softcap)
-                tokens.append(token)
-                sums.append(total)
-                continue
-            if self.scale != 1.0 or self.softcap is not None:
-                logits = self._given(logits)
-            token = logits.argmax(dim=-1, keepdim=True)
-            # z - log_softmax(z): one kernel reads and widens what takes logsumexp five
-            below = F.log_softmax(logits, dim=-1, dtype=_wide(logits)).gather(-1, token)
-            tokens.append(token[..., 0])
-            sums.append((logits.gather(-1, token) - below)[..., 0].float())
+            token, total = self._summary(self._product(rows))
+            tokens.append(token)
+            sums.append(total)
         return torch.cat(tokens), torch.cat(sums)
+
+    def _summary(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if logits.is_cuda and logits.dtype != torch.float64:
+            from .triton_head import summarize_logits
+
+            return summarize_logits(logits, self.scale, self.softcap)
+        if self.scale != 1.0 or self.softcap is not None:
+            logits = self._given(logits)
+        token = logits.argmax(dim=-1, keepdim=True)
+        # z - log_softmax(z): one kernel reads and widens what takes logsumexp five
+        below = F.log_softmax(logits, dim=-1, dtype=_wide(logits)).gather(-1, token)
+        return token[..., 0], (logits.gather(-1, token) - below)[..., 0].float()
 
 
 def _wide(values: Tensor) -> torch.dtype:
