@@ -65,8 +65,8 @@ def _quantise(parts: Sequence[Tensor], rows: bool, columns: bool) -> tuple[Tenso
     x = torch.cat(list(parts))
     if not x.numel():
         return _empty(parts, rows, columns)
-    whole = F.pad(x, (0, 0, 0, -len(x) % STEP)).t()
-    return (*(_narrow(x) if rows else ()), *(_narrow(whole) if columns else ()))
+    found = _narrow(x) if rows else ()
+    return (*found, *_narrow(F.pad(x, (0, 0, 0, -len(x) % STEP)).t())) if columns else found
 
 
 def _narrow(x: Tensor) -> Lines:
