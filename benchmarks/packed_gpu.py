@@ -178,6 +178,7 @@ def summaries() -> None:
     logits = F.linear(states[:512], head.weight)
     bytes_read = logits.numel() * logits.element_size()
     print(f"\nsummary of 512 x {vocab} logits", flush=True)
+    in_use = triton_head.BLOCK, triton_head.WARPS, triton_head.STAGES
     for block, warps, stages in (
         (4096, 8, 3),
         (4096, 16, 2),
@@ -196,7 +197,7 @@ def summaries() -> None:
             f"{apart:.1e} apart",
             flush=True,
         )
-    triton_head.BLOCK, triton_head.WARPS, triton_head.STAGES = 8192, 8, 3
+    triton_head.BLOCK, triton_head.WARPS, triton_head.STAGES = in_use
     print(f"head of {tokens} tokens: rows at once, ms of the product alone, ms with the summary")
     for rows in (512, 1024, 2048, 4096):
         head_module.GPU_ROWS = rows
